@@ -1,0 +1,2461 @@
+#!/usr/bin/env python3
+"""A small chat that is one file.
+
+    python chat.py server                  then join with the line below, nc, a JSON script or any IRC client
+    python chat.py client --name bob
+
+Sections, from pure to effectful; each uses only those above it:
+
+    limits and numerics    every bound with its reason; IRC numerics with their texts
+    names                  what a nick or a channel may be called, and when two names are one
+    wire format            Message, parse and encode, LineBuffer, what must fit in a line
+    text form              a message as people read it; slash commands as people type them
+    dialects               plain, JSON lines, IRC and HTTP: bytes of a line <-> Message
+    chat state             Session, Channel, Hub: who is here, who is where; the log
+    commands               one function per command, in a table with its minimum parameters
+    server                 connections and their readers, the mailer, the listener
+    client                 connection to a server, for a terminal or a pipe
+    command line           argparse, main
+
+Threads of the server. A reader per connection receives, splits into lines and runs commands, which change the
+state and append deliveries to one ordered log, under one lock. The mailer alone writes to sockets: it takes the
+whole log, encodes each message once per view, and makes one send per recipient. The main thread accepts and
+lets Hub.tick do what is due.
+
+The rule of the lock. `with hub:` holds it. A method whose name ends in _locked, and every command, runs with it
+held. No I/O happens under it, and no other lock is taken under it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import collections
+import contextlib
+import errno
+import functools
+import getpass
+import hashlib
+import heapq
+import hmac
+import itertools
+import json
+import logging
+import os
+import queue
+import re
+import secrets
+import select
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import unicodedata
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+
+VERSION = "chat.py-0.1"
+
+# -----------------------------------------------------------------------------
+# limits and numerics
+# -----------------------------------------------------------------------------
+
+DEFAULT_PORT = 9090
+DEFAULT_CHANNEL = "#chat"
+
+# On the wire, in bytes.
+LINE_BYTES = 512  # an IRC line with CRLF and without tags: RFC 1459, section 2.3
+TAG_BYTES = 4094  # tag data that a client may send: IRCv3 message-tags, "Size limit"
+CLIENT_INPUT_BYTES = TAG_BYTES + 2 + LINE_BYTES  # the longest line a server accepts: "@tags line"
+SERVER_INPUT_BYTES = 8191 + LINE_BYTES  # the same for a client: servers add tags of their own
+MAX_PARAMS = 15  # RFC 1459, section 2.3
+JSON_NESTING = 32  # ours needs 1; the json module recurses in C and could run through a reader's stack
+RECV_BYTES = 4096  # one read; held while a reader waits, so it counts once per connection
+
+# Names, in characters; a nick also has a bound in bytes so that every prefix fits in a line.
+NICK_CHARS, NICK_BYTES = 24, 64
+USER_CHARS = 10
+CHANNEL_CHARS, CHANNEL_BYTES = 50, 64
+REALNAME_CHARS = 50
+TOPIC_BYTES, AWAY_BYTES, REASON_BYTES = 300, 200, 200  # with any prefix, a line and its numeric stay within 512
+NAMES_BYTES = 300  # names in one 353 line, for the same reason
+
+# How many, per server or per session.
+MAX_CLIENTS = 10_000  # a thread each: 9,000 were measured in well under 300 MB
+SESSION_CHANNELS = 50  # nobody follows more; bounds what one client can create
+MAX_TARGETS = 4  # recipients of one PRIVMSG
+NICK_CHANGES, NICK_CHANGE_S = 5, 10.0  # at once, then one each so many seconds: each is told to everybody
+
+# Memory between a sender and a slow recipient.
+LOG_BROADCASTS = 500  # not yet taken by the mailer; over it senders wait, which TCP passes on to them
+LOG_LENGTH = 20_000  # the same with answers to one session: NAMES alone may be hundreds
+OUTBOX_BYTES = 1 << 20  # what one recipient may owe us beyond its socket's buffer, before it is dropped
+STACK_BYTES = 256 << 10  # of a reader thread; the default of 8 MiB would forbid thousands of them
+
+# Time, in seconds.
+PROMPT_S = 1.0  # of silence before a person is asked for a name; IRC clients speak first
+REGISTER_S = 20.0  # to give a name: a person types it, and an attacker holds a thread no longer
+PING_S, PONG_S = 90.0, 60.0  # silence before we ask, and then before we give up
+PROBE_S = 10.0  # for the holder of a name that somebody else asks for: a ghost does not answer
+TICK_S = 0.5  # longest sleep of the timers
+LINGER_S = 3.0  # for the last line to be read before a closed connection is cut
+STOP_S = 3.0  # for the last lines to be delivered when the server stops; it is gone within 5
+# Thread switch interval: each of N threads that want to run wakes this often, for nothing, and ours give way within
+# a millisecond by themselves. When 9,000 clients spoke at once, they had joined after 19 s with 1 ms, 10 s with 50 ms.
+SWITCH_S = 0.05
+
+# The client.
+CONNECT_S = 10.0
+UNECHOED_LINES = 50  # a pipe sends so many ahead of their echo: fills no buffer, hides the round trip
+
+
+class Numeric(NamedTuple):
+    """A reply: its code on IRC, its name in JSON, its text (with {0}, {1} ... for parameters)."""
+
+    code: str
+    name: str
+    text: str = ""
+
+
+class Refused(Exception):
+    """A command that cannot be done; the dispatcher sends `numeric` with `params` to whoever gave it."""
+
+    def __init__(self, numeric: Numeric, *params: str) -> None:
+        super().__init__(numeric, *params)
+        self.numeric = numeric
+        self.params = params
+
+
+RPL_WELCOME = Numeric("001", "welcome", "Welcome to the chat, {0}")
+RPL_YOURHOST = Numeric("002", "your-host", "Your host is {0}, running {1}")
+RPL_CREATED = Numeric("003", "created", "This server was started {0}")
+RPL_MYINFO = Numeric("004", "my-info")
+RPL_ISUPPORT = Numeric("005", "isupport", "are supported by this server")
+RPL_UMODEIS = Numeric("221", "user-mode")
+RPL_LUSERCLIENT = Numeric("251", "users", "There are {0} users on 1 server")
+RPL_LUSEROP = Numeric("252", "operators", "operators online")
+RPL_LUSERUNKNOWN = Numeric("253", "unregistered", "connections without a name yet")
+RPL_LUSERCHANNELS = Numeric("254", "channel-count", "channels formed")
+RPL_LUSERME = Numeric("255", "local-users", "I have {0} clients and 0 servers")
+RPL_AWAY = Numeric("301", "away")
+RPL_USERHOST = Numeric("302", "userhost")
+RPL_ISON = Numeric("303", "ison")
+RPL_UNAWAY = Numeric("305", "back", "You are no longer marked as away")
+RPL_NOWAWAY = Numeric("306", "now-away", "You are marked as away")
+RPL_WHOISUSER = Numeric("311", "whois-user")
+RPL_WHOISSERVER = Numeric("312", "whois-server")
+RPL_ENDOFWHO = Numeric("315", "end-of-who", "End of WHO list")
+RPL_WHOISIDLE = Numeric("317", "whois-idle", "seconds idle, signon time")
+RPL_ENDOFWHOIS = Numeric("318", "end-of-whois", "End of WHOIS list")
+RPL_WHOISCHANNELS = Numeric("319", "whois-channels")
+RPL_LISTSTART = Numeric("321", "list-start", "Users  Name")
+RPL_LIST = Numeric("322", "list")
+RPL_LISTEND = Numeric("323", "list-end", "End of LIST")
+RPL_CHANNELMODEIS = Numeric("324", "channel-mode")
+RPL_CREATIONTIME = Numeric("329", "channel-created")
+RPL_NOTOPIC = Numeric("331", "no-topic", "No topic is set")
+RPL_TOPIC = Numeric("332", "topic")
+RPL_TOPICWHOTIME = Numeric("333", "topic-by")
+RPL_WHOREPLY = Numeric("352", "who")
+RPL_NAMREPLY = Numeric("353", "names")
+RPL_WHOSPCRPL = Numeric("354", "whox")
+RPL_ENDOFNAMES = Numeric("366", "end-of-names", "End of NAMES list")
+RPL_ENDOFBANLIST = Numeric("368", "end-of-bans", "End of channel ban list")
+RPL_MOTD = Numeric("372", "motd")
+RPL_MOTDSTART = Numeric("375", "motd-start", "- {0} Message of the day -")
+RPL_ENDOFMOTD = Numeric("376", "motd-end", "End of MOTD")
+RPL_HELPTXT = Numeric("705", "help")
+RPL_ENDOFHELP = Numeric("706", "end-of-help", "End of HELP")
+
+ERR_NOSUCHNICK = Numeric("401", "no-such-user", "nobody here is called {0}")
+ERR_NOSUCHSERVER = Numeric("402", "no-such-server", "there is no server {0}")
+ERR_NOSUCHCHANNEL = Numeric("403", "no-such-channel", "there is no channel {0}")
+ERR_CANNOTSENDTOCHAN = Numeric("404", "cannot-send", "only members may write to {0}")
+ERR_TOOMANYCHANNELS = Numeric("405", "too-many-channels", f"nobody may be in more than {SESSION_CHANNELS} channels")
+ERR_TOOMANYTARGETS = Numeric("407", "too-many-targets", f"a message has at most {MAX_TARGETS} recipients")
+ERR_NOORIGIN = Numeric("409", "no-origin", "PING needs a token")
+ERR_INVALIDCAPCMD = Numeric("410", "invalid-cap", "CAP knows LS, LIST, REQ and END")
+ERR_NORECIPIENT = Numeric("411", "no-recipient", "to whom?")
+ERR_NOTEXTTOSEND = Numeric("412", "no-text", "there is no text to send")
+ERR_INPUTTOOLONG = Numeric("417", "too-long", "that line is too long; send it in pieces")
+ERR_UNKNOWNCOMMAND = Numeric("421", "unknown-command", "{0} is not a command here")
+ERR_NONICKNAMEGIVEN = Numeric("431", "no-name", "which name?")
+ERR_ERRONEUSNICKNAME = Numeric(
+    "432",
+    "bad-name",
+    "a name is a letter, then letters, digits or _[]{{}}|^`-, all of one script,"
+    f" at most {NICK_CHARS} long; send another",
+)
+ERR_NICKNAMEINUSE = Numeric("433", "name-taken", "that name is taken; send another")
+ERR_NICKTOOFAST = Numeric("438", "name-too-fast", "too many name changes; wait a little")
+ERR_NOTONCHANNEL = Numeric("442", "not-in-channel", "you are not in {0}")
+ERR_NOTREGISTERED = Numeric("451", "not-joined", "say who you are first")
+ERR_NEEDMOREPARAMS = Numeric("461", "too-few-parameters", "{0} needs more than that")
+ERR_ALREADYREGISTERED = Numeric("462", "already-joined", "you have said who you are")
+ERR_UNKNOWNMODE = Numeric("472", "unknown-mode", "channel modes cannot be changed here")
+ERR_BADCHANMASK = Numeric(
+    "476", "bad-channel", f"a channel is # and up to {CHANNEL_CHARS - 1} printable characters without space or comma"
+)
+ERR_CHANOPRIVSNEEDED = Numeric("482", "not-operator", "only an operator of {0} may do that")
+ERR_UMODEUNKNOWNFLAG = Numeric("501", "unknown-user-mode", "that user mode is not known")
+ERR_USERSDONTMATCH = Numeric("502", "not-you", "only your own modes can be seen")
+
+# Replies of the IRCv3 standard-replies form: FAIL <command> <code> :<text>.
+FAIL_INVALID_UTF8 = Numeric("FAIL", "invalid-utf8", "that line is not UTF-8 text")
+FAIL_BAD_CHARACTER = Numeric("FAIL", "bad-character", "a line cannot contain NUL, CR or a line break")
+FAIL_BAD_JSON = Numeric("FAIL", "bad-json", "that line is not a JSON object")
+FAIL_BAD_TYPE = Numeric("FAIL", "unknown-type", "type is join, chat, private, leave or command")
+FAIL_BAD_FIELD = Numeric("FAIL", "bad-field", "{0} must be a string")
+FAIL_BAD_SLASH = Numeric("FAIL", "bad-command", "{0}")
+
+NUMERICS = {item.code: item for item in list(globals().values()) if isinstance(item, Numeric) and item.code != "FAIL"}
+
+# -----------------------------------------------------------------------------
+# names
+# -----------------------------------------------------------------------------
+
+# Scripts that one language writes together: Unicode Technical Standard 39, section 5.2.
+MIXED_SCRIPTS = ({"CJK", "HIRAGANA", "KATAKANA"}, {"CJK", "HANGUL"}, {"CJK", "BOPOMOFO"})
+# Letters and marks that show nothing (Default_Ignorable_Code_Point), with which two names would look like one.
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+NICK_SYMBOLS = "_[]{}|^`"
+
+
+def fold(name: str) -> str:
+    """The form in which names are compared: two that fold alike are the same name to everybody."""
+    if name.isascii():
+        return name.lower()
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def script(char: str) -> str:
+    """The script of a letter, mark or digit by the first word of its Unicode name; '' when any script uses it."""
+    if char.isascii() and not char.isalpha():
+        return ""
+    word = unicodedata.name(unicodedata.normalize("NFKC", char)[0], "?").replace("-", " ").split(" ")[0]
+    return {"COMBINING": "", "IDEOGRAPHIC": "CJK"}.get(word, word)
+
+
+def check_nick(nick: str) -> str:
+    """The NFC form of `nick`; raises Refused where it is none (DESIGN: one script, 24 characters, 64 bytes)."""
+    nick = unicodedata.normalize("NFC", nick)
+    scripts = {script(char) for char in nick} - {""}
+    right = (
+        0 < len(nick) <= NICK_CHARS
+        and len(nick.encode()) <= NICK_BYTES
+        and (nick[0].isalpha() or nick[0] in NICK_SYMBOLS)
+        and all(
+            c.isalpha() or c.isdecimal() or c in NICK_SYMBOLS + "-" or unicodedata.category(c)[0] == "M" for c in nick
+        )
+        and not INVISIBLE.search(nick)
+        and (len(scripts) <= 1 or any(scripts <= mixed for mixed in MIXED_SCRIPTS))
+    )
+    if not right:
+        raise Refused(ERR_ERRONEUSNICKNAME, (nick if nick.isprintable() else "").replace(" ", "_")[:NICK_CHARS] or "*")
+    return nick
+
+
+def check_channel(name: str) -> str:
+    """The NFC form of a channel's name; raises Refused where it is none."""
+    name = unicodedata.normalize("NFC", name)
+    if not (
+        name.startswith("#")
+        and len(name) <= CHANNEL_CHARS
+        and len(name.encode()) <= CHANNEL_BYTES
+        and name.isprintable()
+        and not INVISIBLE.search(name)
+        and not set(name) & set(" ,")
+    ):
+        raise Refused(ERR_BADCHANMASK, "*")
+    return name
+
+
+def next_nick(nick: str) -> str:
+    """The name to try when `nick` is taken: bob, bob2, bob3 ..."""
+    stem = nick.rstrip("0123456789")
+    number = int(nick[len(stem) :] or 1) + 1
+    return f"{stem[: NICK_CHARS - len(str(number))]}{number}"
+
+
+# -----------------------------------------------------------------------------
+# wire format
+# -----------------------------------------------------------------------------
+
+NO_TAGS: Mapping[str, str] = {}
+TAG_ESCAPES = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n"}  # IRCv3 message-tags, "Escaping values"
+TAG_UNESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n"}
+HERE = "*"  # as a target: the one channel that the sender is in
+COUNT_TAG = "chat.py/here"  # on JOIN: how many are in the channel now
+
+
+class Message(NamedTuple):
+    """One message in IRC's terms, whatever dialect it came in or leaves by."""
+
+    command: str
+    params: Tuple[str, ...] = ()
+    source: str = ""  # nick!user@host, or a server's name
+    tags: Mapping[str, str] = NO_TAGS
+
+    def param(self, index: int) -> str:
+        """A parameter, or '' where there is none."""
+        return self.params[index] if len(self.params) > index else ""
+
+    @property
+    def text(self) -> str:
+        """The last parameter, or ''."""
+        return self.params[-1] if self.params else ""
+
+    @property
+    def nick(self) -> str:
+        """Who it is from."""
+        return self.source.partition("!")[0]
+
+    @property
+    def action(self) -> Optional[str]:
+        """What follows /me, or None where it is no action (CTCP ACTION)."""
+        text = self.text
+        return text[8:].rstrip("\x01") if text.startswith("\x01ACTION ") else None
+
+
+def action(text: str) -> str:
+    """Text that clients show as something the sender does."""
+    return f"\x01ACTION {text}\x01"
+
+
+def parse_tags(data: str) -> dict[str, str]:
+    """Tags from `a=1;b` (IRCv3 message-tags, "Format")."""
+    tags = {}
+    for item in data.split(";"):
+        key, _, value = item.partition("=")
+        if key:
+            tags[key] = re.sub(r"\\(.?)", lambda m: TAG_UNESCAPES.get(m[1], m[1]), value)
+    return tags
+
+
+def parse(line: str) -> Message:
+    """A message from an IRC line without its end: RFC 1459 section 2.3.1, with tags. Never fails."""
+    tags, source = NO_TAGS, ""
+    if line.startswith("@"):
+        data, _, line = line[1:].partition(" ")
+        tags, line = parse_tags(data), line.lstrip(" ")
+    if line.startswith(":"):
+        source, _, line = line[1:].partition(" ")
+    line, colon, trailing = line.partition(" :")
+    words = [word for word in line.split(" ") if word] or [""]
+    if colon:
+        words.append(trailing)
+    return Message(words[0].upper(), tuple(words[1 : MAX_PARAMS + 1]), source, tags)
+
+
+def format_tags(tags: Iterable[Tuple[str, str]]) -> str:
+    """`@a=1;b `, or '' for no tags."""
+    items = []
+    for key, value in tags:
+        escaped = "".join(TAG_ESCAPES.get(char, char) for char in value)
+        items.append(f"{key}={escaped}" if escaped else key)
+    return f"@{';'.join(items)} " if items else ""
+
+
+def format_line(message: Message) -> str:
+    """The IRC line of a message without tags and without its end; the last parameter is a trailing one."""
+    source = f":{message.source} " if message.source else ""
+    if not message.params:
+        return source + message.command
+    *middle, last = (message.command, *message.params)
+    colon = ":" if len(middle) > 1 or not last or last[0] == ":" or " " in last else ""
+    return f"{source}{' '.join(middle)} {colon}{last}"
+
+
+def check_length(message: Message) -> None:
+    """Raises Refused when a message could not be relayed within an IRC line, with its sender's full prefix."""
+    if 4 * sum(map(len, message.params)) + 4 * len(message.source) < LINE_BYTES - 40:
+        return  # no character has more than four bytes: the usual message needs no closer look
+    if len(format_line(message).encode()) + 2 > LINE_BYTES:
+        raise Refused(ERR_INPUTTOOLONG)
+
+
+def cut(text: str, size: int) -> str:
+    """The longest beginning of `text` that has at most `size` bytes in UTF-8."""
+    return text if len(text) * 4 <= size else text.encode()[:size].decode(errors="ignore")
+
+
+def split_text(text: str, size: int) -> list[str]:
+    """`text` in pieces of at most `size` bytes, between words where that is possible."""
+    pieces = []
+    while len(text.encode()) > size:
+        piece = cut(text, size)
+        space = piece.rfind(" ") if not text[len(piece) :].startswith(" ") else len(piece)
+        pieces.append(piece[:space] if space > 0 else piece)
+        text = text[len(pieces[-1]) :].lstrip(" ")
+    return [piece for piece in (*pieces, text) if piece]
+
+
+class LineBuffer:
+    """Bytes in, lines out. Holds at most `limit` bytes of an unfinished line.
+
+    A line ends in LF or CRLF. Empty lines are left out. A line over the limit is dropped, and one None stands
+    in its place, as soon as the limit is passed.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._tail = b""
+        self._dropping = False  # until the end of a line that was too long
+
+    def feed(self, data: bytes) -> list[Optional[bytes]]:
+        """The lines that are complete with `data`."""
+        data = self._tail + data
+        lines = data.split(b"\n")
+        self._tail = lines.pop()
+        if self._dropping or len(data) > self.limit:
+            return self._bounded(lines)
+        return [line for line in [line.rstrip(b"\r") for line in lines] if line]
+
+    def end(self) -> bytes:
+        """What came after the last line's end."""
+        tail, self._tail = self._tail.rstrip(b"\r"), b""
+        return tail
+
+    def _bounded(self, lines: list[bytes]) -> list[Optional[bytes]]:
+        if self._dropping and lines:
+            del lines[0]
+            self._dropping = False
+        checked = [line if len(line) <= self.limit else None for line in [line.rstrip(b"\r") for line in lines]]
+        if len(self._tail) > self.limit:
+            if not self._dropping:
+                checked.append(None)
+            self._dropping = True
+        if self._dropping:
+            self._tail = b""
+        return [line for line in checked if line != b""]
+
+
+@functools.lru_cache(maxsize=8)
+def _second(moment: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
+
+
+def server_time(moment: float) -> str:
+    """A Unix time in seconds as IRCv3 server-time writes it: 2026-01-31T12:00:00.000Z."""
+    return f"{_second(int(moment))}.{int(moment * 1000) % 1000:03d}Z"
+
+
+# -----------------------------------------------------------------------------
+# text form
+# -----------------------------------------------------------------------------
+
+PROMPT = Message("PROMPT")  # asks a plain user for a name; other dialects do not show it
+# How replies read; those that are not here say nothing to a person. {0} is the recipient, {text} the last parameter.
+REPLY_FORMS = {
+    RPL_AWAY: "{1} is away: {text}",
+    RPL_UNAWAY: "{text}",
+    RPL_NOWAWAY: "{text}",
+    RPL_WHOISUSER: "{1} is {1}!{2}@{3}: {text}",
+    RPL_WHOISCHANNELS: "{1} is in {text}",
+    RPL_LIST: "{1}: {2} here. {text}",
+    RPL_NOTOPIC: "{1} has no topic",
+    RPL_TOPIC: "The topic of {1} is: {text}",
+    RPL_NAMREPLY: "In {2}: {text}",
+    RPL_HELPTXT: "{text}",
+}
+EVENT_FORMS = {
+    "JOIN": ("join", "{nick} joined{here}"),
+    "PART": ("leave", "{nick} left{reason}"),
+    "QUIT": ("leave", "{nick} left{reason}"),
+    "NICK": ("nick", "{nick} is now {text}"),
+    "TOPIC": ("topic", "{nick} set the topic: {text}"),
+    "NOTICE": ("notice", "{text}"),  # from a server
+    "ERROR": ("closing", "{text}"),
+    "FAIL": ("fail", "Error: {text}"),
+}
+
+
+def harmless(text: str) -> str:
+    """`text` with every character that a terminal could obey, or that hides, made visible; never fails."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else visible(char) for char in text)
+
+
+def visible(char: str) -> str:
+    """How a character that must not be shown as itself is shown: \\x1b, <U+202E>."""
+    return f"\\x{ord(char):02x}" if ord(char) < 0x100 else f"<U+{ord(char):04X}>"
+
+
+def is_system(message: Message) -> bool:
+    """Whether a message is an event of the chat rather than something that a user says."""
+    return message.command not in ("PRIVMSG", "NOTICE") or "!" not in message.source
+
+
+def event_of(message: Message) -> Tuple[str, str]:
+    """(name, readable text without stars) of a system message; the text is '' where a person need not see it."""
+    numeric = NUMERICS.get(message.command)
+    if numeric and numeric.code >= "400" and numeric.code < "700":
+        return numeric.name, "Error: " + harmless(message.text)
+    name, form = (numeric.name, REPLY_FORMS.get(numeric, "")) if numeric else EVENT_FORMS.get(message.command, ("", ""))
+    reason = message.param(0 if message.command == "QUIT" else 1)
+    values = [harmless(param) for param in message.params] + [""] * MAX_PARAMS
+    return name, form.format(
+        *values,
+        nick=harmless(message.nick),
+        text=harmless(message.text),
+        here=f" ({message.tags[COUNT_TAG]} here)" if COUNT_TAG in message.tags else "",
+        reason=f": {harmless(reason)}" if reason else "",
+    )
+
+
+def text_form(message: Message) -> str:
+    """The line in which a person reads a message, '' for none. What the network sent is made harmless."""
+    if is_system(message):
+        text = event_of(message)[1]
+        return text and f"*** {text}"
+    private = "" if message.param(0).startswith("#") else "[private] "
+    nick, doing = harmless(message.nick), message.action
+    if doing is not None:
+        return f"{private}* {nick} {harmless(doing)}"
+    return f"{private}{nick}: {harmless(message.text)}"
+
+
+class Slash(NamedTuple):
+    """A slash command: its grammar, what /help says, and its message from (here, arguments, rest of line)."""
+
+    grammar: str
+    help: str
+    least: int
+    words: int  # the last word takes the rest of the line
+    message: Callable[[str, List[str]], Message]
+
+
+SLASHES = {
+    "help": Slash("", "shows this", 0, 1, lambda here, words: Message("HELP")),
+    "nick": Slash("NAME", "takes another name", 1, 1, lambda here, words: Message("NICK", (words[0],))),
+    "msg": Slash(
+        "NAME TEXT", "says something to one person", 2, 2, lambda here, words: Message("PRIVMSG", tuple(words))
+    ),
+    "me": Slash("TEXT", "says what you do", 1, 1, lambda here, words: Message("PRIVMSG", (here, action(words[0])))),
+    "who": Slash("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
+    "join": Slash("#CHANNEL", "goes to another channel", 1, 1, lambda here, words: Message("JOIN", (words[0],))),
+    "topic": Slash("[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))),
+    "quit": Slash(
+        "[TEXT]", "leaves; so does exit on a line of its own", 0, 1, lambda here, words: Message("QUIT", tuple(words))
+    ),
+}
+
+
+def typed(line: str, here: str) -> Message:
+    """The message that a line typed by a person in channel `here` stands for; raises Refused for a wrong command."""
+    if line.strip() == "exit":
+        return Message("QUIT")
+    if not line.startswith("/") or line.startswith("//"):
+        return Message("PRIVMSG", (here, line[1:] if line.startswith("/") else line))
+    name, _, rest = line[1:].partition(" ")
+    slash = SLASHES.get(name.lower())
+    if slash is None:
+        raise Refused(FAIL_BAD_SLASH, f"/{name} is not a command; /help lists them (//text sends a line with a slash)")
+    words = rest.split(None, slash.words - 1) if rest.strip() else []
+    if len(words) < slash.least:
+        raise Refused(FAIL_BAD_SLASH, f"it is /{name} {slash.grammar}")
+    return slash.message(here, words)
+
+
+def help_lines() -> list[str]:
+    """What /help says, a line each."""
+    return [f"{f'/{name} {slash.grammar}':18}{slash.help}" for name, slash in SLASHES.items()]
+
+
+# -----------------------------------------------------------------------------
+# dialects
+# -----------------------------------------------------------------------------
+
+# What telnet programs put between the text: IAC with an option, a subnegotiation or a single byte (RFC 854).
+TELNET = re.compile(rb"\xff(?:[\xfb-\xfe].|\xfa.*?\xff\xf0|[^\xfa-\xfe])", re.DOTALL)
+IRC_FIRST = re.compile(rb"(CAP|NICK|USER|PASS|PING) +[^ ]", re.IGNORECASE)
+HTTP_FIRST = re.compile(rb"[A-Z]+ \S+ HTTP/\d")
+JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+TLS_HANDSHAKE = 0x16  # first byte of a TLS ClientHello: RFC 8446, section 5.1
+
+CAPABILITIES = ("echo-message", "message-tags", "multi-prefix", "server-time")
+
+
+def decode_text(line: bytes) -> str:
+    """The text of a line; raises Refused where it is not text."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        raise Refused(FAIL_INVALID_UTF8) from None
+    check_text(text)
+    return text
+
+
+def check_text(text: str) -> None:
+    """Raises Refused for what would break a line in two somewhere on its way."""
+    if "\0" in text or "\r" in text or "\n" in text:
+        raise Refused(FAIL_BAD_CHARACTER)
+
+
+class Dialect:
+    """What a connection speaks. An instance is a view: what it encodes is the same for all who share it."""
+
+    caps: frozenset[str] = frozenset()  # IRCv3 capabilities in force
+    single = True  # in one channel at a time
+    unended = True  # what comes after the last line's end is a line, too
+    pings = False  # answers PING
+
+    def decode(self, line: bytes, registered: bool) -> list[Message]:
+        """The commands in a line; raises Refused."""
+        raise NotImplementedError
+
+    def encode(self, message: Message) -> bytes:
+        """The bytes that tell of a message; b'' where this dialect says nothing."""
+        raise NotImplementedError
+
+
+def entry(nick: str, by: str, channel: str = DEFAULT_CHANNEL) -> list[Message]:
+    """What an IRC client would send to enter: a name (none: the server chooses one), a user, a channel."""
+    first = Message("NICK", (nick,)) if nick else Message("GUEST")
+    return [first, Message("USER", (by, "0", "*", f"{by} user")), Message("JOIN", (channel,))]
+
+
+class Plain(Dialect):
+    """Lines as a person types and reads them, in nc or telnet."""
+
+    def decode(self, line: bytes, registered: bool) -> list[Message]:
+        text = decode_text(TELNET.sub(b"", line))
+        if not text.strip():
+            return []
+        if registered or text.strip() == "exit" or text.startswith("/quit"):
+            return [typed(text, HERE)]
+        return entry(text.strip(), "plain")
+
+    def encode(self, message: Message) -> bytes:
+        if message is PROMPT:
+            return b"Enter your name: "
+        text = text_form(message)
+        return f"{text}\n".encode() if text else b""
+
+
+class Json(Dialect):
+    """A JSON object a line, for scripts."""
+
+    caps = frozenset({"labeled-response"})  # ref and ack are what label and ACK are on IRC
+
+    def decode(self, line: bytes, registered: bool) -> list[Message]:
+        item = self._load(decode_text(line))
+        for value in item.values():
+            if isinstance(value, str):
+                check_text(value)
+        messages = self._messages(item, registered)
+        ref = self._field(item, "ref", "")
+        return [message._replace(tags={"label": ref}) for message in messages] if ref else messages
+
+    def encode(self, message: Message) -> bytes:
+        item = self._describe(message)
+        if not item:
+            return b""
+        for key, tag in (("ref", "label"), ("id", "msgid"), ("time", "time")):
+            if tag in message.tags:
+                item[key] = message.tags[tag]
+        return f"{json.dumps(item)}\n".encode()
+
+    @staticmethod
+    def _load(text: str) -> dict[str, Any]:
+        if text.count("[") + text.count("{") > JSON_NESTING:
+            bare = JSON_STRING.sub("", text)
+            if bare.count("[") + bare.count("{") > JSON_NESTING:
+                raise Refused(FAIL_BAD_JSON)
+        try:
+            item = json.loads(text)
+            text.encode() if "\\" not in text else json.dumps(item, ensure_ascii=False).encode()
+        except ValueError:  # JSONDecodeError, a number of too many digits, half of a surrogate pair
+            raise Refused(FAIL_BAD_JSON) from None
+        if not isinstance(item, dict):
+            raise Refused(FAIL_BAD_JSON)
+        return item
+
+    @staticmethod
+    def _field(item: dict[str, Any], key: str, default: Optional[str] = None) -> str:
+        value = item.get(key, default)
+        if not isinstance(value, str):
+            raise Refused(FAIL_BAD_FIELD, key)
+        return value
+
+    def _messages(self, item: dict[str, Any], registered: bool) -> list[Message]:
+        kind = item.get("type")
+        if kind == "join":
+            nick, channel = self._field(item, "user", ""), self._field(item, "channel", DEFAULT_CHANNEL)
+            if registered:
+                return [Message("JOIN", (channel,))]
+            return entry(nick, "json", channel)
+        if kind == "chat":
+            return [Message("PRIVMSG", (HERE, self._field(item, "text")))]
+        if kind == "private":
+            return [Message("PRIVMSG", (self._field(item, "to"), self._field(item, "text")))]
+        if kind == "command":
+            return [typed(self._field(item, "text"), HERE)]
+        if kind == "leave":
+            return [Message("QUIT", (self._field(item, "text", ""),))]
+        raise Refused(FAIL_BAD_TYPE)
+
+    @staticmethod
+    def _describe(message: Message) -> dict[str, Any]:
+        if message.command == "ACK":
+            return {"type": "ack"}
+        if not is_system(message):
+            channel = message.param(0)
+            action = message.action
+            said = {"type": "chat", "user": message.nick, "text": message.text, "channel": channel}
+            if not channel.startswith("#"):
+                said = {"type": "private", "user": message.nick, "text": message.text, "to": channel}
+            return said if action is None else {**said, "text": action, "action": True}
+        name, text = event_of(message)
+        if not text:
+            return {}
+        if text.startswith("Error: "):
+            code = message.param(1).lower().replace("_", "-") if message.command == "FAIL" else name
+            return {"type": "error", "code": code, "text": text[len("Error: ") :]}
+        item: dict[str, Any] = {"type": "system", "event": name, "text": f"*** {text}"}
+        if "!" in message.source:
+            item["user"] = message.nick
+        channels = [param for param in message.params[:3] if param.startswith("#")]
+        if channels:
+            item["channel"] = channels[0]
+        if name == "nick":
+            item["name"] = message.text
+        elif name == "names":
+            item["users"] = [user.lstrip("@+") for user in message.text.split()]
+        return item
+
+
+class Irc(Dialect):
+    """IRC: RFC 1459 and 2812 with IRCv3 capabilities. Made by `irc`, so that equal views are one object."""
+
+    single = False
+    unended = False  # RFC 1459: a line without its end is not a message, but what is left of one
+    pings = True
+
+    def __init__(self, caps: frozenset[str]) -> None:
+        self.caps = caps
+        self._tags = "message-tags" in caps
+        self._time = "server-time" in caps
+
+    def decode(self, line: bytes, registered: bool) -> list[Message]:
+        size = len(line) + 2
+        if line.startswith(b"@"):
+            tags = len(line.partition(b" ")[0])
+            size -= tags + 1
+            if tags > TAG_BYTES + 1:
+                raise Refused(ERR_INPUTTOOLONG)
+        if size > LINE_BYTES:
+            raise Refused(ERR_INPUTTOOLONG)
+        message = parse(decode_text(line))
+        return [message] if message.command else []
+
+    def encode(self, message: Message) -> bytes:
+        if message is PROMPT or (message.command == "TAGMSG" and not self._tags):
+            return b""
+        if message.command == "FAIL":  # for clients without standard-replies
+            message = Message("NOTICE", ("*", message.text), message.source, message.tags)
+        tags = ""
+        if message.tags and (self._tags or self._time):
+            tags = format_tags(
+                item for item in message.tags.items() if (self._time if item[0] == "time" else self._tags)
+            )
+        return f"{tags}{format_line(message)}\r\n".encode()
+
+
+@functools.lru_cache(maxsize=None)
+def irc(caps: frozenset[str] = frozenset()) -> Irc:
+    """The view of all IRC clients that negotiated the same capabilities."""
+    return Irc(caps)
+
+
+class Http(Dialect):
+    """A browser that was pointed at the wrong port is told so."""
+
+    ANSWER = (
+        "HTTP/1.0 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
+        "This is a chat, not a web server. Join it with an IRC client, with nc, or with: python chat.py client\n"
+    )
+
+    def decode(self, line: bytes, registered: bool) -> list[Message]:
+        return [Message("QUIT")]
+
+    def encode(self, message: Message) -> bytes:
+        return self.ANSWER.encode() if message.command == "ERROR" else b""
+
+
+PLAIN, JSON, HTTP = Plain(), Json(), Http()
+
+
+def dialect_of(first: bytes) -> Dialect:
+    """Which dialect a connection's first line speaks."""
+    if first.startswith(b"{"):
+        return JSON
+    if IRC_FIRST.match(first):
+        return irc()
+    return HTTP if HTTP_FIRST.match(first) else PLAIN
+
+
+# -----------------------------------------------------------------------------
+# chat state
+# -----------------------------------------------------------------------------
+
+
+class Allowance:
+    """A token bucket: `burst` at once, then one every `interval` seconds."""
+
+    __slots__ = ("_burst", "_full_at", "_interval")
+
+    def __init__(self, burst: int, interval: float) -> None:
+        self._burst = burst
+        self._interval = interval
+        self._full_at = 0.0  # when all that was taken has been given back
+
+    def take(self, now: float) -> bool:
+        """Takes one at the monotonic time `now`; False when there is none."""
+        full_at = max(self._full_at, now) + self._interval
+        if full_at > now + self._burst * self._interval:
+            return False
+        self._full_at = full_at
+        return True
+
+
+class Roster:
+    """Whom deliveries go to, by reference: a delivery is for the first `size` members, less who had left by then.
+
+    Members are only appended, and leaving is only noted, so that neither a thousand joins in a row nor a
+    thousand leaves copy the list each time; a channel makes a new roster when too many of an old one have left.
+    """
+
+    __slots__ = ("left", "members", "sent")
+
+    def __init__(self, members: List[Session]) -> None:
+        self.members = members
+        self.left: Dict[Session, int] = {}  # member -> number of the first delivery that is not for it
+        self.sent = 0  # deliveries so far, which numbers the next one
+
+    def present(self) -> List[Session]:
+        """The members who have not left."""
+        return [member for member in self.members if member not in self.left] if self.left else self.members
+
+
+def union(rosters: List[Roster]) -> Roster:
+    """All who are in one of `rosters` now, once each."""
+    if len(rosters) == 1:
+        return rosters[0]
+    return Roster(list(dict.fromkeys(itertools.chain(*(roster.present() for roster in rosters)))))
+
+
+class Session:
+    """Somebody connected, named or not yet. Guarded by Hub.lock, but for `heard` and `view`, which its reader sets."""
+
+    __slots__ = (
+        "alone", "answer_by", "asked", "away", "channels", "due", "gone", "heard", "host", "negotiating", "nick",
+        "nick_changes", "prefix", "prompted", "realname", "registered", "signon", "since", "spoke", "user", "view",
+    )  # fmt: skip
+
+    def __init__(self, host: str, now: float) -> None:
+        self.host = host  # shown to others, so not the address
+        self.view: Dialect = PLAIN  # until the first line tells
+        self.nick = self.user = self.realname = self.away = ""
+        self.prefix = ""  # nick!user@host, once registered
+        self.registered = False
+        self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
+        self.prompted = False
+        self.gone = False  # no longer in the hub: what it still sends is ignored
+        self.channels: Dict[Channel, str] = {}  # channel -> '' or 'o'
+        self.alone = Roster([self])  # of what is for it alone
+        self.since = self.heard = now  # monotonic seconds: connected, last bytes received
+        self.spoke = self.signon = time.time()  # Unix seconds: last said something, registered
+        self.due = 0.0  # when Hub.tick looks at it next
+        self.asked = self.answer_by = 0.0  # when the last PING went out, and until when it must be answered
+        self.nick_changes = Allowance(NICK_CHANGES, NICK_CHANGE_S)
+
+
+class Channel:
+    """A channel and the members in it. Guarded by Hub.lock."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.created = int(time.time())
+        self.topic = self.topic_by = ""
+        self.topic_time = 0
+        self.roster = Roster([])
+        self._names: List[str] = []  # chunks for 353; empty when out of date
+
+    def __len__(self) -> int:
+        return len(self.roster.members) - len(self.roster.left)
+
+    def add(self, session: Session) -> None:
+        """Lets a session in; the first becomes operator."""
+        if session in self.roster.left:
+            self.roster = Roster(self.roster.present())
+        session.channels[self] = "" if len(self) else "o"
+        self.roster.members.append(session)
+        if self._names:
+            self._add_name(self.title(session))
+
+    def remove(self, session: Session) -> None:
+        """Lets a session out."""
+        del session.channels[self]
+        self.roster.left[session] = self.roster.sent
+        if len(self.roster.left) > 8 + len(self) // 8:
+            self.roster = Roster(self.roster.present())
+        self.names_changed()
+
+    def title(self, session: Session) -> str:
+        """A member's name with the sign of its rank."""
+        return ("@" if session.channels[self] else "") + session.nick
+
+    def names(self) -> list[str]:
+        """All titles, in chunks that fit in a 353 line. A thousand joiners in a row share one list."""
+        if not self._names:
+            for member in self.roster.present():
+                self._add_name(self.title(member))
+        return self._names
+
+    def names_changed(self) -> None:
+        """To be called when a member's title has changed."""
+        self._names = []
+
+    def _add_name(self, title: str) -> None:
+        if self._names and len(f"{self._names[-1]} {title}".encode()) <= NAMES_BYTES:
+            self._names[-1] += f" {title}"
+        else:
+            self._names.append(title)
+
+
+class Delivery(NamedTuple):
+    """An entry of the log: a message for the first `size` of `roster`, without `but`; its `number` there."""
+
+    message: Message
+    roster: Roster
+    size: int
+    number: int
+    but: Optional[Session]
+
+
+class Hub:
+    """Who is here, who is where, and the log of what is to be delivered.
+
+    `with hub:` holds the lock; whatever was appended to the log meanwhile wakes the mailer afterwards.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.wake: Callable[[], None] = lambda: None  # ends the mailer's sleep
+        self.started = time.time()
+        self.sessions: Dict[Session, None] = {}  # all that are connected, in order of arrival
+        self.nicks: Dict[str, Session] = {}  # folded nick -> who holds it
+        self.channels: Dict[str, Channel] = {}  # folded name -> a channel that has members
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)  # the log is short enough again
+        self._waiting = 0  # readers that wait for room
+        self._mailer_waits = False
+        self._log: List[Delivery] = []
+        self._broadcasts = 0  # how many of the log go to more than one session
+        self._closing: List[Session] = []  # to be closed once what the log holds for them is sent
+        self._timers: List[Tuple[float, int, Session]] = []  # heap of (due, tie-break, session)
+        self.guests = itertools.count(1)  # numbers for those who bring no name
+        self._numbers = itertools.count(1)  # for message ids and ties
+        self._boot = f"{time.time_ns() // 1_000_000:x}-"  # makes message ids unique across restarts
+
+    def __enter__(self) -> Hub:
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        wake = self._mailer_waits and bool(self._log or self._closing)
+        if wake:
+            self._mailer_waits = False
+        self._lock.release()
+        if wake:
+            self.wake()
+
+    # For the server's threads.
+
+    def enter(self, session: Session) -> None:
+        """Somebody connected. Accepting thread."""
+        with self:
+            self.sessions[session] = None
+            self.due_locked(session, session.since + PROMPT_S)
+
+    def leave(self, session: Session, reason: str) -> None:
+        """A connection broke or ended. Any thread; only the first call for a session counts."""
+        with self:
+            self.quit_locked(session, reason, "")
+
+    def stop(self, reason: str) -> None:
+        """Tells everybody and lets nobody stay."""
+        with self:
+            for session in list(self.sessions):
+                self.tell_locked(session, Message("ERROR", (reason,), self.name))
+                self._forget_locked(session)
+
+    def take(self) -> Tuple[List[Delivery], List[Session]]:
+        """The whole log and who is to be closed after it. When both are empty, the next append wakes. Mailer only."""
+        with self._lock:
+            log, closing = self._log, self._closing
+            if self._waiting:
+                self._room.notify()
+            self._log, self._closing, self._broadcasts = [], [], 0
+            self._mailer_waits = not log and not closing
+            return log, closing
+
+    def tick(self) -> float:
+        """Does what is due: prompts, pings, timeouts. Returns the seconds until it should be called again."""
+        now = time.monotonic()
+        with self:
+            while self._timers and self._timers[0][0] <= now:
+                due, _, session = heapq.heappop(self._timers)
+                if due == session.due and not session.gone:
+                    self.due_locked(session, self._examine_locked(session, now))
+            return min(max(self._timers[0][0] - now, 0.01), TICK_S) if self._timers else TICK_S
+
+    # For commands: only to be called with the lock held.
+
+    def wait_for_room_locked(self) -> None:
+        """Lets go of the lock until the mailer has caught up. Each lets in the next, lest a thousand wake at once."""
+        while self._full_locked():
+            self._waiting += 1
+            self._room.wait()
+            self._waiting -= 1
+        if self._waiting:
+            self._room.notify()
+
+    def stamp_locked(self) -> Dict[str, str]:
+        """Tags that tell a message's time and name it for ever."""
+        return {"time": server_time(time.time()), "msgid": f"{self._boot}{next(self._numbers):x}"}
+
+    def send_locked(self, message: Message, roster: Roster, but: Optional[Session] = None) -> None:
+        """Appends to the log: a message for all who are in `roster` now."""
+        self._log.append(Delivery(message, roster, len(roster.members), roster.sent, but))
+        roster.sent += 1
+        self._broadcasts += 1
+
+    def tell_locked(self, session: Session, message: Message) -> None:
+        """Appends to the log: a message for one."""
+        self._log.append(Delivery(message, session.alone, 1, 0, None))
+
+    def reply_locked(self, session: Session, numeric: Numeric, *params: str, text: Optional[str] = None) -> None:
+        """Answers with a numeric: its text is filled from `params` unless `text` takes its place."""
+        if text is None:
+            text = numeric.text.format(*params) if numeric.text else None
+        words = (session.nick or "*", *params) if text is None else (session.nick or "*", *params, text)
+        self.tell_locked(session, Message(numeric.code, words, self.name))
+
+    def neighbours_locked(self, session: Session) -> Roster:
+        """Everybody who shares a channel with a session, and itself, once each."""
+        return union([channel.roster for channel in session.channels] or [session.alone])
+
+    def due_locked(self, session: Session, when: float) -> None:
+        """Lets `tick` look at a session at the monotonic time `when`, and not as planned before."""
+        session.due = when
+        heapq.heappush(self._timers, (when, next(self._numbers), session))
+
+    def probe_locked(self, session: Session) -> None:
+        """Asks whether somebody is still there, because a ghost may hold a name."""
+        now = time.monotonic()
+        if session.view.pings and session.heard > session.asked and now > session.heard + PROBE_S:
+            self._ping_locked(session, now, PROBE_S)
+            self.due_locked(session, session.answer_by)
+
+    def part_locked(self, session: Session, channel: Channel, reason: str) -> None:
+        """Takes a session out of a channel and tells its members."""
+        words = (channel.name, reason) if reason else (channel.name,)
+        self.send_locked(Message("PART", words, session.prefix, self.stamp_locked()), channel.roster)
+        self._remove_locked(session, channel)
+
+    def quit_locked(self, session: Session, reason: str, farewell: str) -> None:
+        """Ends a session: the others see `reason`, itself gets `farewell`, if any, as its last line."""
+        if session.gone:
+            return
+        rosters = [channel.roster for channel in session.channels]
+        for channel in list(session.channels):
+            self._remove_locked(session, channel)
+        if rosters:
+            words = (cut(reason, REASON_BYTES),) if reason else ()
+            self.send_locked(Message("QUIT", words, session.prefix, self.stamp_locked()), union(rosters))
+        if farewell:
+            self.tell_locked(session, Message("ERROR", (farewell,), self.name))
+        self._forget_locked(session)
+
+    def _full_locked(self) -> bool:
+        return self._broadcasts >= LOG_BROADCASTS or len(self._log) >= LOG_LENGTH
+
+    def _remove_locked(self, session: Session, channel: Channel) -> None:
+        channel.remove(session)
+        if not len(channel):
+            del self.channels[fold(channel.name)]
+
+    def _forget_locked(self, session: Session) -> None:
+        session.gone = True
+        del self.sessions[session]
+        if self.nicks.get(fold(session.nick)) is session:
+            del self.nicks[fold(session.nick)]
+        self._closing.append(session)
+
+    def _ping_locked(self, session: Session, now: float, patience: float) -> None:
+        session.asked, session.answer_by = now, now + patience
+        self.tell_locked(session, Message("PING", (self.name,)))
+
+    def _examine_locked(self, session: Session, now: float) -> float:
+        """Does what time demands of a session, and returns when to look again."""
+        if not session.registered:
+            if now >= session.since + REGISTER_S:
+                self.quit_locked(session, "", f"No name within {REGISTER_S:.0f} seconds")
+            elif session.view is PLAIN and not session.prompted:
+                session.prompted = True
+                self.tell_locked(session, PROMPT)
+            return session.since + REGISTER_S
+        if session.heard <= session.asked:
+            if now < session.answer_by:
+                return session.answer_by
+            self.quit_locked(session, "Ping timeout", "Ping timeout")
+            return now
+        if not session.view.pings:
+            return now + PING_S  # nothing to ask: the keepalive of TCP finds out
+        if now >= session.heard + PING_S:
+            self._ping_locked(session, now, PONG_S)
+            return session.answer_by
+        return session.heard + PING_S
+
+
+def fan_out(batch: List[Delivery]) -> Iterator[Tuple[Session, bytes]]:
+    """What each recipient gets of a batch, in the order of the log, encoded once per view.
+
+    Nearly everybody is a member of one large roster and gets the same positions of the batch, `common`, so the
+    same bytes; `special` tells of the others. A batch costs a few steps per message and a few per recipient.
+    """
+    common, members, special = plan(batch)
+    skips = {delivery.but for delivery in batch}
+    odd = special.keys() | skips
+    lines: Dict[Dialect, Dict[int, bytes]] = {}  # view -> position -> encoded
+    payloads: Dict[Tuple[int, Dialect], bytes] = {}  # (id of positions, view) -> their lines
+
+    def encode(view: Dialect, positions: List[int]) -> bytes:
+        known = lines.setdefault(view, {})
+        for position in positions:
+            if position not in known:
+                known[position] = view.encode(batch[position].message)
+        return b"".join([known[position] for position in positions])
+
+    usual: Dict[Dialect, bytes] = {}  # view -> the lines of `common`
+    for session in members:
+        if session in odd:
+            special.setdefault(session, common)
+            continue
+        view = session.view
+        data = usual.get(view)
+        if data is None:
+            data = usual[view] = encode(view, common)
+        yield session, data
+    for session, positions in special.items():
+        view = session.view
+        if session in skips:
+            yield session, encode(view, [index for index in positions if batch[index].but is not session])
+            continue
+        if (id(positions), view) not in payloads:
+            payloads[id(positions), view] = encode(view, positions)
+        yield session, payloads[id(positions), view]
+
+
+def plan(batch: List[Delivery]) -> Tuple[List[int], List[Session], Dict[Session, List[int]]]:
+    """(common, members, special): which positions of a batch all members get, unless special has others for them.
+
+    Lists of positions are shared by all who get the same, and live as long as the result.
+    """
+    rosters: Dict[int, List[int]] = {}  # id of a roster -> positions of its deliveries
+    for position, delivery in enumerate(batch):
+        rosters.setdefault(id(delivery.roster), []).append(position)
+    if not rosters:
+        return [], [], {}
+    common, *others = sorted(rosters.values(), key=lambda positions: -batch[positions[0]].size)
+    members = batch[common[0]].roster.members[: batch[common[0]].size]
+    special = exceptions(batch, common)
+    everybody = set(members) if others else set()
+    merged: Dict[Tuple[int, int], Tuple[List[int], ...]] = {}
+    for positions in others:
+        also = exceptions(batch, positions)
+        for session in batch[positions[0]].roster.members[: batch[positions[0]].size]:
+            also.setdefault(session, positions)
+        for session, own in also.items():
+            known = special.get(session, common if session in everybody else None)
+            if known is None:
+                special[session] = own
+                continue
+            both = (id(known), id(own))
+            if both not in merged:
+                merged[both] = (sorted(known + own), known, own)  # keeps both alive, and so their ids
+            special[session] = merged[both][0]
+    return common, members, special
+
+
+def exceptions(batch: List[Delivery], positions: List[int]) -> Dict[Session, List[int]]:
+    """Who gets only some of the deliveries of a roster, because they came or left in between, and which."""
+    first, last = batch[positions[0]], batch[positions[-1]]
+    sizes = [batch[position].size for position in positions]
+    found = {}
+    for index in range(first.size, last.size):
+        found[first.roster.members[index]] = positions[bisect.bisect_right(sizes, index) :]
+    for session, number in list(first.roster.left.items()):  # a copy in one step: readers note who leaves meanwhile
+        if number <= first.number:
+            found[session] = []
+        elif number <= last.number:
+            found[session] = [index for index in found.get(session, positions) if batch[index].number < number]
+    return found
+
+
+# -----------------------------------------------------------------------------
+# commands
+# -----------------------------------------------------------------------------
+# Each function is one command, headed by its grammar, and runs with the hub's lock held.
+
+Run = Callable[[Hub, Session, Message], None]
+
+
+class Command(NamedTuple):
+    """A row of the table."""
+
+    run: Run
+    least: int  # parameters
+    early: bool  # allowed before registration
+
+
+COMMANDS: Dict[str, Command] = {}
+
+
+def command(name: str, least: int = 0, early: bool = False) -> Callable[[Run], Run]:
+    """Enters a function in the table."""
+
+    def enter(run: Run) -> Run:
+        COMMANDS[name] = Command(run, least, early)
+        return run
+
+    return enter
+
+
+def perform(hub: Hub, session: Session, line: Optional[bytes]) -> None:
+    """Does what a line from a session says; None stands for one that was too long. Its reader, without the lock."""
+    try:
+        if line is None:
+            raise Refused(ERR_INPUTTOOLONG)
+        messages = session.view.decode(line, session.registered)
+    except Refused as refused:
+        with hub:
+            if not session.gone:
+                refuse(hub, session, refused)
+        return
+    with hub:
+        hub.wait_for_room_locked()
+        for message in messages:
+            if session.gone or not run(hub, session, message):
+                return
+
+
+def run(hub: Hub, session: Session, message: Message) -> bool:
+    """Runs one command; False when it was refused, which the session has been told."""
+    try:
+        row = COMMANDS.get(message.command)
+        if row is None:
+            raise Refused(ERR_UNKNOWNCOMMAND, message.command)
+        if not row.early and not session.registered:
+            raise Refused(ERR_NOTREGISTERED)
+        if len(message.params) < row.least:
+            raise Refused(ERR_NEEDMOREPARAMS, message.command)
+        row.run(hub, session, message)
+        return True
+    except Refused as refused:
+        refuse(hub, session, refused, message)
+        return False
+
+
+def refuse(hub: Hub, session: Session, refused: Refused, message: Message = PROMPT) -> None:
+    """Tells a session why its message was refused."""
+    params = [word(param) for param in refused.params]
+    numeric = refused.numeric
+    words: Tuple[str, ...] = (session.nick or "*", *params, numeric.text.format(*refused.params))
+    if numeric.code == "FAIL":  # IRCv3 standard-replies: FAIL <command> <code> :<text>
+        words = (message.command, numeric.name.upper().replace("-", "_"), words[-1])
+    tags = {"label": message.tags["label"]} if "label" in message.tags else NO_TAGS
+    hub.tell_locked(session, Message(numeric.code, words, hub.name, tags))
+
+
+def word(text: str) -> str:
+    """`text` as a parameter that is not the last: one word, not empty, short."""
+    return cut(text.lstrip(" :").partition(" ")[0], NICK_BYTES) or "*"
+
+
+def channel_of(hub: Hub, session: Session, name: str) -> Channel:
+    """The channel that a parameter names; raises Refused."""
+    if name == HERE and session.channels:
+        return next(iter(session.channels))
+    channel = hub.channels.get(fold(name))
+    if channel is None:
+        raise Refused(ERR_NOSUCHCHANNEL, name)
+    return channel
+
+
+def user_of(hub: Hub, nick: str) -> Session:
+    """The session that a parameter names; raises Refused."""
+    session = hub.nicks.get(fold(nick))
+    if session is None or not session.registered:
+        raise Refused(ERR_NOSUCHNICK, nick)
+    return session
+
+
+# Entering and leaving.
+
+
+@command("CAP", 1, early=True)
+def cap(hub: Hub, session: Session, message: Message) -> None:
+    """CAP LS [302] | LIST | REQ :<capability>{ <capability>} | END"""
+    sub = message.params[0].upper()
+    if sub == "END":
+        session.negotiating = False
+        register(hub, session)
+        return
+    if sub not in ("LS", "LIST", "REQ"):
+        raise Refused(ERR_INVALIDCAPCMD, sub)
+    session.negotiating = not session.registered and (sub != "LIST" or session.negotiating)
+    answer, text = sub, " ".join(CAPABILITIES if sub == "LS" else sorted(session.view.caps))
+    if sub == "REQ":
+        text = message.param(1)
+        names = text.split()
+        known = all(name.lstrip("-") in CAPABILITIES for name in names)
+        answer = "ACK" if known else "NAK"
+        if known:
+            dropped = {name[1:] for name in names if name[0] == "-"}
+            session.view = irc((session.view.caps | {name for name in names if name[0] != "-"}) - dropped)
+    hub.tell_locked(session, Message("CAP", (session.nick or "*", answer, text), hub.name))
+
+
+@command("PASS", 1, early=True)
+def pass_(hub: Hub, session: Session, message: Message) -> None:
+    """PASS <password>: none is asked for"""
+    if session.registered:
+        raise Refused(ERR_ALREADYREGISTERED)
+
+
+@command("NICK", early=True)
+def nick(hub: Hub, session: Session, message: Message) -> None:
+    """NICK <name>"""
+    if not message.param(0):
+        raise Refused(ERR_NONICKNAMEGIVEN)
+    name = check_nick(message.params[0])
+    holder = hub.nicks.get(fold(name), session)
+    if holder is not session:
+        hub.probe_locked(holder)
+        raise Refused(ERR_NICKNAMEINUSE, name)
+    if name == session.nick:
+        return
+    if session.registered and not session.nick_changes.take(time.monotonic()):
+        raise Refused(ERR_NICKTOOFAST, name)
+    hub.nicks.pop(fold(session.nick), None)
+    hub.nicks[fold(name)] = session
+    if session.registered:
+        change = Message("NICK", (name,), session.prefix, hub.stamp_locked())
+        hub.send_locked(change, hub.neighbours_locked(session))
+        for channel in session.channels:
+            channel.names_changed()
+    session.nick = name
+    session.prefix = f"{name}!{session.user}@{session.host}"
+    register(hub, session)
+
+
+@command("GUEST", early=True)
+def guest(hub: Hub, session: Session, message: Message) -> None:
+    """GUEST: the server chooses a name; what a JSON join without a user stands for"""
+    name = next(name for name in (f"guest{number}" for number in hub.guests) if name not in hub.nicks)
+    nick(hub, session, Message("NICK", (name,)))
+
+
+@command("USER", 4, early=True)
+def user(hub: Hub, session: Session, message: Message) -> None:
+    """USER <user> <mode> <unused> :<real name>"""
+    if session.registered:
+        raise Refused(ERR_ALREADYREGISTERED)
+    session.user = re.sub("[^A-Za-z0-9._-]", "", message.params[0])[:USER_CHARS] or "user"
+    session.realname = message.params[3][:REALNAME_CHARS]
+    session.prefix = f"{session.nick}!{session.user}@{session.host}"
+    register(hub, session)
+
+
+def register(hub: Hub, session: Session) -> None:
+    """Welcomes a session that has said all it must."""
+    if session.registered or session.negotiating or not session.nick or not session.user:
+        return
+    session.registered = True
+    session.signon = session.spoke = time.time()
+    started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(hub.started))
+    hub.reply_locked(session, RPL_WELCOME, text=RPL_WELCOME.text.format(session.prefix))
+    hub.reply_locked(session, RPL_YOURHOST, text=RPL_YOURHOST.text.format(hub.name, VERSION))
+    hub.reply_locked(session, RPL_CREATED, text=RPL_CREATED.text.format(started))
+    hub.reply_locked(session, RPL_MYINFO, hub.name, VERSION, "i", "biklmnotv")
+    for tokens in ISUPPORT:
+        hub.reply_locked(session, RPL_ISUPPORT, *tokens)
+    lusers(hub, session, Message("LUSERS"))
+    motd(hub, session, Message("MOTD"))
+
+
+_TOKENS = (
+    "NETWORK=chat.py CASEMAPPING=ascii CHANTYPES=# PREFIX=(ov)@+ CHANMODES=b,k,l,imnt"
+    f" NICKLEN={NICK_CHARS} CHANNELLEN={CHANNEL_CHARS} TOPICLEN={TOPIC_BYTES} AWAYLEN={AWAY_BYTES}"
+    f" KICKLEN={REASON_BYTES} MODES=4 MAXLIST=b:100 TARGMAX=PRIVMSG:{MAX_TARGETS},NOTICE:{MAX_TARGETS}"
+    f" CHANLIMIT=#:{SESSION_CHANNELS} UTF8ONLY WHOX"
+).split()
+ISUPPORT = [_TOKENS[start : start + 13] for start in range(0, len(_TOKENS), 13)]  # a line each
+
+
+@command("PING", 1, early=True)
+def ping(hub: Hub, session: Session, message: Message) -> None:
+    """PING <token>"""
+    if not message.params[0]:
+        raise Refused(ERR_NOORIGIN)
+    hub.tell_locked(session, Message("PONG", (hub.name, message.params[0]), hub.name))
+
+
+@command("PONG", early=True)
+def pong(hub: Hub, session: Session, message: Message) -> None:
+    """PONG <token>: that something was heard is what counts"""
+
+
+@command("QUIT", early=True)
+def quit_(hub: Hub, session: Session, message: Message) -> None:
+    """QUIT [:<reason>]"""
+    hub.quit_locked(session, message.param(0), "Goodbye")
+
+
+# Channels.
+
+
+@command("JOIN", 1)
+def join(hub: Hub, session: Session, message: Message) -> None:
+    """JOIN <channel>{,<channel>} [<key>{,<key>}]"""
+    if message.params[0] == "0":
+        leaving = list(session.channels)
+        for channel in leaving:
+            hub.part_locked(session, channel, "")
+        return
+    for name in message.params[0].split(","):
+        try:
+            enter(hub, session, check_channel(name))
+        except Refused as refused:
+            refuse(hub, session, refused, message)
+
+
+def enter(hub: Hub, session: Session, name: str) -> None:
+    """Takes a session into a channel, which is made when it is the first, and shows it round."""
+    channel = hub.channels.get(fold(name)) or Channel(name)
+    if channel in session.channels:
+        return
+    if session.view.single:
+        for old in list(session.channels):
+            hub.part_locked(session, old, f"went to {name}")
+    if len(session.channels) >= SESSION_CHANNELS:
+        raise Refused(ERR_TOOMANYCHANNELS, name)
+    hub.channels[fold(name)] = channel
+    channel.add(session)
+    tags = {**hub.stamp_locked(), COUNT_TAG: str(len(channel))}
+    hub.send_locked(Message("JOIN", (channel.name,), session.prefix, tags), channel.roster)
+    if channel.topic:
+        tell_topic(hub, session, channel)
+    if not session.view.single:
+        tell_names(hub, session, channel)
+
+
+@command("PART", 1)
+def part(hub: Hub, session: Session, message: Message) -> None:
+    """PART <channel>{,<channel>} [:<reason>]"""
+    for name in message.params[0].split(","):
+        try:
+            channel = channel_of(hub, session, name)
+            if channel not in session.channels:
+                raise Refused(ERR_NOTONCHANNEL, name)
+            hub.part_locked(session, channel, cut(message.param(1), REASON_BYTES))
+        except Refused as refused:
+            refuse(hub, session, refused, message)
+
+
+@command("TOPIC", 1)
+def topic(hub: Hub, session: Session, message: Message) -> None:
+    """TOPIC <channel> [:<topic>]"""
+    channel = channel_of(hub, session, message.params[0])
+    if channel not in session.channels:
+        raise Refused(ERR_NOTONCHANNEL, channel.name)
+    if len(message.params) == 1:
+        tell_topic(hub, session, channel)
+        return
+    if len(message.params[1].encode()) > TOPIC_BYTES:
+        raise Refused(ERR_INPUTTOOLONG)
+    channel.topic, channel.topic_by, channel.topic_time = message.params[1], session.prefix, int(time.time())
+    change = Message("TOPIC", (channel.name, channel.topic), session.prefix, hub.stamp_locked())
+    hub.send_locked(change, channel.roster)
+
+
+def tell_topic(hub: Hub, session: Session, channel: Channel) -> None:
+    """331, or 332 and 333."""
+    if not channel.topic:
+        hub.reply_locked(session, RPL_NOTOPIC, channel.name)
+        return
+    hub.reply_locked(session, RPL_TOPIC, channel.name, text=channel.topic)
+    hub.reply_locked(session, RPL_TOPICWHOTIME, channel.name, channel.topic_by, str(channel.topic_time))
+
+
+@command("NAMES")
+def names(hub: Hub, session: Session, message: Message) -> None:
+    """NAMES <channel>{,<channel>}"""
+    for name in message.param(0).split(","):
+        try:
+            tell_names(hub, session, channel_of(hub, session, name))
+        except Refused:
+            hub.reply_locked(session, RPL_ENDOFNAMES, word(name))
+
+
+def tell_names(hub: Hub, session: Session, channel: Channel) -> None:
+    """353 for each chunk of the members, then 366."""
+    for chunk in channel.names():
+        hub.reply_locked(session, RPL_NAMREPLY, "=", channel.name, text=chunk)
+    hub.reply_locked(session, RPL_ENDOFNAMES, channel.name)
+
+
+@command("LIST")
+def list_(hub: Hub, session: Session, message: Message) -> None:
+    """LIST [<channel>{,<channel>}]"""
+    asked = {fold(name) for name in message.param(0).split(",") if name}
+    hub.reply_locked(session, RPL_LISTSTART, "Channel")
+    for key, channel in hub.channels.items():
+        if not asked or key in asked:
+            hub.reply_locked(session, RPL_LIST, channel.name, str(len(channel)), text=channel.topic)
+    hub.reply_locked(session, RPL_LISTEND)
+
+
+@command("MODE", 1)
+def mode(hub: Hub, session: Session, message: Message) -> None:
+    """MODE <channel> [b] | <name>: asking only"""
+    target, change = message.params[0], message.param(1)
+    if not target.startswith("#") and target != HERE:
+        if user_of(hub, target) is not session:
+            raise Refused(ERR_USERSDONTMATCH)
+        if change:
+            raise Refused(ERR_UMODEUNKNOWNFLAG)
+        hub.reply_locked(session, RPL_UMODEIS, "+")
+        return
+    channel = channel_of(hub, session, target)
+    if not change:
+        hub.reply_locked(session, RPL_CHANNELMODEIS, channel.name, "+n")
+        hub.reply_locked(session, RPL_CREATIONTIME, channel.name, str(channel.created))
+    elif change.lstrip("+") == "b" and len(message.params) == 2:
+        hub.reply_locked(session, RPL_ENDOFBANLIST, channel.name)
+    elif session.channels.get(channel) != "o":
+        raise Refused(ERR_CHANOPRIVSNEEDED, channel.name)
+    else:
+        raise Refused(ERR_UNKNOWNMODE, change)
+
+
+# Talking.
+
+
+def say(hub: Hub, session: Session, message: Message, target: str) -> None:
+    """Relays a message to one target; raises Refused."""
+    if target.startswith("#") or target == HERE:
+        channel = channel_of(hub, session, target)
+        if channel not in session.channels:
+            raise Refused(ERR_CANNOTSENDTOCHAN, target)
+        to, roster = channel.name, channel.roster
+    else:
+        other = user_of(hub, target)
+        to, roster = other.nick, other.alone
+        if other.away and message.command == "PRIVMSG":
+            hub.reply_locked(session, RPL_AWAY, other.nick, text=other.away)
+    tags = hub.stamp_locked()
+    if message.tags:
+        tags.update((key, value) for key, value in message.tags.items() if key.startswith("+"))
+    relay = Message(message.command, (to, *message.params[1:2]), session.prefix, tags)
+    check_length(relay)
+    session.spoke = time.time()
+    echo = "echo-message" in session.view.caps
+    if echo and roster is not session.alone and not to.startswith("#"):
+        roster = Roster([other, session])
+    hub.send_locked(relay, roster, None if echo or roster is session.alone else session)
+    if "label" in message.tags and "labeled-response" in session.view.caps:
+        hub.tell_locked(session, Message("ACK", (), hub.name, {**tags, "label": message.tags["label"]}))
+
+
+@command("PRIVMSG")
+def privmsg(hub: Hub, session: Session, message: Message) -> None:
+    """PRIVMSG <target>{,<target>} :<text>"""
+    if not message.param(0):
+        raise Refused(ERR_NORECIPIENT)
+    if not message.param(1):
+        raise Refused(ERR_NOTEXTTOSEND)
+    targets = message.params[0].split(",")
+    if len(targets) > MAX_TARGETS:
+        raise Refused(ERR_TOOMANYTARGETS)
+    for target in targets:
+        try:
+            say(hub, session, message, target)
+        except Refused as refused:
+            refuse(hub, session, refused, message)
+
+
+@command("NOTICE", 2)
+def notice(hub: Hub, session: Session, message: Message) -> None:
+    """NOTICE <target>{,<target>} :<text>; never answered, not even with an error: RFC 2812, section 3.3.2"""
+    for target in message.params[0].split(",")[:MAX_TARGETS]:
+        try:
+            say(hub, session, message, target)
+        except Refused:
+            continue
+
+
+@command("TAGMSG", 1)
+def tagmsg(hub: Hub, session: Session, message: Message) -> None:
+    """TAGMSG <target>{,<target>}: IRCv3 message-tags"""
+    for target in message.params[0].split(",")[:MAX_TARGETS]:
+        say(hub, session, message._replace(params=(target,)), target)
+
+
+@command("AWAY")
+def away(hub: Hub, session: Session, message: Message) -> None:
+    """AWAY [:<text>]"""
+    if len(message.param(0).encode()) > AWAY_BYTES:
+        raise Refused(ERR_INPUTTOOLONG)
+    session.away = message.param(0)
+    hub.reply_locked(session, RPL_NOWAWAY if session.away else RPL_UNAWAY)
+
+
+# Asking.
+
+
+@command("WHO")
+def who(hub: Hub, session: Session, message: Message) -> None:
+    """WHO <channel or name> [%<fields>[,<token>]]"""
+    mask = message.param(0)
+    channel = hub.channels.get(fold(mask))
+    other = hub.nicks.get(fold(mask))
+    members = channel.roster.present() if channel else [other] if other and other.registered else []
+    fields, _, token = message.param(1).partition("%")[2].partition(",")
+    for member in members:
+        values = who_fields(hub, member, channel)
+        if fields:  # WHOX: only what was asked for, in the order of its specification
+            values["t"] = token or "0"
+            hub.reply_locked(session, RPL_WHOSPCRPL, *(values[key] for key in "tcuihsnfdlaor" if key in fields))
+        else:
+            text = f"0 {member.realname}"
+            hub.reply_locked(session, RPL_WHOREPLY, *(values[key] for key in "cuhsnf"), text=text)
+    hub.reply_locked(session, RPL_ENDOFWHO, word(mask))
+
+
+def who_fields(hub: Hub, member: Session, channel: Optional[Channel]) -> Dict[str, str]:
+    """What WHO tells of a member, under the letters of WHOX."""
+    rank = "@" if channel and member.channels.get(channel) else ""
+    return {
+        "c": channel.name if channel else "*",
+        "u": member.user,
+        "i": "255.255.255.255",  # WHOX: an address that is not told
+        "h": member.host,
+        "s": hub.name,
+        "n": member.nick,
+        "f": ("G" if member.away else "H") + rank,
+        "d": "0",
+        "l": str(int(time.time() - member.spoke)),
+        "a": "0",
+        "o": "n/a",
+        "r": member.realname,
+    }
+
+
+@command("WHOIS", 1)
+def whois(hub: Hub, session: Session, message: Message) -> None:
+    """WHOIS [<server>] <name>"""
+    other = user_of(hub, message.params[-1])
+    hub.reply_locked(session, RPL_WHOISUSER, other.nick, other.user, other.host, "*", text=other.realname)
+    titles = [("@" if rank else "") + channel.name for channel, rank in other.channels.items()]
+    for start in range(0, len(titles), 4):  # so many fit in a line, however long they are
+        hub.reply_locked(session, RPL_WHOISCHANNELS, other.nick, text=" ".join(titles[start : start + 4]))
+    hub.reply_locked(session, RPL_WHOISSERVER, other.nick, hub.name, text=VERSION)
+    if other.away:
+        hub.reply_locked(session, RPL_AWAY, other.nick, text=other.away)
+    idle, signon = str(int(time.time() - other.spoke)), str(int(other.signon))
+    hub.reply_locked(session, RPL_WHOISIDLE, other.nick, idle, signon)
+    hub.reply_locked(session, RPL_ENDOFWHOIS, other.nick)
+
+
+@command("LUSERS")
+def lusers(hub: Hub, session: Session, message: Message) -> None:
+    """LUSERS"""
+    unnamed = len(hub.sessions) - len(hub.nicks)
+    hub.reply_locked(session, RPL_LUSERCLIENT, text=RPL_LUSERCLIENT.text.format(len(hub.nicks)))
+    hub.reply_locked(session, RPL_LUSEROP, "0")
+    hub.reply_locked(session, RPL_LUSERUNKNOWN, str(unnamed))
+    hub.reply_locked(session, RPL_LUSERCHANNELS, str(len(hub.channels)))
+    hub.reply_locked(session, RPL_LUSERME, text=RPL_LUSERME.text.format(len(hub.sessions)))
+
+
+@command("MOTD")
+def motd(hub: Hub, session: Session, message: Message) -> None:
+    """MOTD"""
+    hub.reply_locked(session, RPL_MOTDSTART, text=RPL_MOTDSTART.text.format(hub.name))
+    hub.reply_locked(session, RPL_MOTD, text=f"- Everybody meets in {DEFAULT_CHANNEL}.")
+    hub.reply_locked(session, RPL_ENDOFMOTD)
+
+
+@command("ISON", 1)
+def ison(hub: Hub, session: Session, message: Message) -> None:
+    """ISON <name>{ <name>}"""
+    asked = " ".join(message.params).split()
+    here = [hub.nicks[fold(name)].nick for name in asked if fold(name) in hub.nicks]
+    hub.reply_locked(session, RPL_ISON, text=cut(" ".join(here), NAMES_BYTES))
+
+
+@command("USERHOST", 1)
+def userhost(hub: Hub, session: Session, message: Message) -> None:
+    """USERHOST <name>{ <name>}"""
+    found = [hub.nicks[fold(name)] for name in message.params[:5] if fold(name) in hub.nicks]
+    items = [f"{other.nick}={'-' if other.away else '+'}{other.user}@{other.host}" for other in found]
+    hub.reply_locked(session, RPL_USERHOST, text=cut(" ".join(items), NAMES_BYTES))
+
+
+@command("HELP")
+def help_(hub: Hub, session: Session, message: Message) -> None:
+    """HELP"""
+    for line in help_lines():
+        hub.reply_locked(session, RPL_HELPTXT, "*", text=line)
+    hub.reply_locked(session, RPL_ENDOFHELP, "*")
+
+
+# -----------------------------------------------------------------------------
+# server
+# -----------------------------------------------------------------------------
+
+log = logging.getLogger("chat")
+
+# POSIX makes one call non-blocking on a blocking socket. Where that is missing (Windows) the socket itself is
+# non-blocking, and readers wait in short steps, which they must there anyway: shutdown does not wake them.
+DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+FULL = b"ERROR :This server is full; try again later\r\n"  # readable in every dialect
+
+
+class Connection:
+    """A session's socket. Its reader receives, the mailer alone sends, shuts down and closes."""
+
+    __slots__ = ("closing", "ended", "outbox", "send", "session", "shut", "sock")
+
+    def __init__(self, sock: socket.socket, session: Session) -> None:
+        self.sock = sock
+        self.session = session
+        self.send = sock.send
+        self.outbox = bytearray()  # what the socket did not take
+        self.closing = False  # nothing more will be sent after the outbox
+        self.shut = False  # no longer written to
+        self.ended = False  # its reader has returned
+
+    def receive(self) -> bytes:
+        """The next bytes; b'' at the end; raises OSError. Reader only."""
+        while not DONTWAIT and not select.select([self.sock], [], [], TICK_S)[0]:
+            if self.shut:
+                return b""
+        return self.sock.recv(RECV_BYTES)
+
+
+class Mailer:
+    """Writes everything that is sent, in a thread of its own.
+
+    Other threads may call add, end, wake and stop. The thread ends when it was stopped and all connections
+    are closed, or STOP_S later.
+    """
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        hub.wake = self.wake
+        self._connections: Dict[Session, Connection] = {}
+        self._ended: Deque[Connection] = collections.deque()
+        self._lingering: Dict[Connection, float] = {}  # closing ones -> when they are cut
+        self._stop_at = 0.0
+        self._alarm, self._bell = socket.socketpair()  # a byte rung in ends the mailer's sleep
+        self._alarm.setblocking(False)
+        self._bell.setblocking(False)
+        self._selector = selectors.DefaultSelector()  # the alarm, and sockets with an outbox
+        self._selector.register(self._alarm, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="mailer", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def add(self, connection: Connection) -> None:
+        """Takes charge of a connection; before its session is known to the hub."""
+        self._connections[connection.session] = connection
+
+    def end(self, connection: Connection) -> None:
+        """A reader has returned; its session has left the hub."""
+        self._ended.append(connection)
+        self.wake()
+
+    def wake(self) -> None:
+        """Ends the mailer's sleep."""
+        with contextlib.suppress(OSError):  # full: it is awake; or closed
+            self._bell.send(b"!")
+
+    def stop(self) -> None:
+        """Delivers what can be delivered within STOP_S, closes all connections and waits for that."""
+        self._stop_at = time.monotonic() + STOP_S
+        self.wake()
+        self._thread.join(STOP_S + 1)
+
+    def _run(self) -> None:
+        while True:
+            ended = [self._ended.popleft() for _ in range(len(self._ended))]
+            batch, closing = self._hub.take()
+            self._deliver(batch)
+            for session in closing:
+                self._finish(self._connections.get(session))
+            for connection in ended:
+                connection.ended = True
+                self._finish(connection)
+            self._wait(bool(batch or closing or ended))
+            if self._stop_at and (not self._connections or time.monotonic() > self._stop_at):
+                break
+        self._hub.take()  # lets go of readers that wait for room
+        for connection in list(self._connections.values()):
+            self._close(connection)
+        self._selector.close()
+        self._alarm.close()
+        self._bell.close()
+
+    def _deliver(self, batch: List[Delivery]) -> None:
+        connections = self._connections
+        for session, data in fan_out(batch):
+            connection = connections.get(session)
+            if connection is None or connection.shut or not data:
+                continue
+            if connection.outbox:
+                self._keep(connection, data)
+                continue
+            try:
+                sent = connection.send(data, DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            except OSError:  # its reader finds out, too
+                self._shut(connection)
+                continue
+            if sent < len(data):
+                self._keep(connection, data[sent:])
+
+    def _keep(self, connection: Connection, data: bytes) -> None:
+        if not connection.outbox:
+            self._selector.register(connection.sock, selectors.EVENT_WRITE, connection)
+        connection.outbox += data
+        if len(connection.outbox) > OUTBOX_BYTES:
+            log.warning("%s reads too slowly and is dropped", connection.session.nick or "someone without a name")
+            self._shut(connection)
+            self._hub.leave(connection.session, "Reads too slowly")
+
+    def _wait(self, busy: bool) -> None:
+        """Waits for the alarm, a writable socket or the end of somebody's linger; not at all when busy."""
+        if busy and len(self._selector.get_map()) == 1:
+            return
+        events = self._selector.select(0 if busy else TICK_S if self._lingering or self._stop_at else None)
+        for key, _ in events:
+            if key.data is None:
+                self._alarm.recv(4096)
+            else:
+                self._flush(key.data)
+        if self._lingering:
+            now = time.monotonic()
+            for connection in [connection for connection, until in self._lingering.items() if until < now]:
+                self._shut(connection)
+                self._finish(connection)
+
+    def _flush(self, connection: Connection) -> None:
+        try:
+            sent = connection.send(connection.outbox, DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._shut(connection)
+            return
+        del connection.outbox[:sent]
+        if connection in self._lingering:
+            self._lingering[connection] = time.monotonic() + LINGER_S
+        if not connection.outbox:
+            self._selector.unregister(connection.sock)
+            if connection.closing:
+                self._finish(connection)
+
+    def _finish(self, connection: Optional[Connection]) -> None:
+        """Half-closes a connection once its outbox is empty; closes it once its reader has returned, too."""
+        if connection is None or connection.session not in self._connections:
+            return
+        connection.closing = True
+        self._lingering.setdefault(connection, time.monotonic() + LINGER_S)
+        if connection.outbox:
+            return
+        if connection.ended:
+            self._close(connection)
+        elif not connection.shut:
+            self._shut(connection, socket.SHUT_WR)
+
+    def _shut(self, connection: Connection, how: int = socket.SHUT_RDWR) -> None:
+        """Sends no more, and unless only writing ends, makes its reader return."""
+        connection.shut = True
+        if connection.outbox:
+            connection.outbox.clear()
+            self._selector.unregister(connection.sock)
+        with contextlib.suppress(OSError):  # the other side was faster
+            connection.sock.shutdown(how)
+
+    def _close(self, connection: Connection) -> None:
+        self._shut(connection)
+        connection.sock.close()
+        self._lingering.pop(connection, None)
+        del self._connections[connection.session]
+
+
+class Server:
+    """Listens on `host` and `port` (0: a free one); raises OSError where that cannot be done.
+
+    `serve` runs until `stop` is called from another thread or a signal handler, and cleans up.
+    """
+
+    def __init__(self, host: str, port: int, name: str = "chat.local", max_clients: int = MAX_CLIENTS) -> None:
+        self.listener = listen(host, port)
+        self.address: Tuple[str, int] = self.listener.getsockname()[:2]
+        self.max_clients = max_clients
+        self.hub = Hub(name)
+        self._mailer = Mailer(self.hub)
+        self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
+        self._alarm, self.bell = socket.socketpair()  # a byte rung in stops the server
+        self.bell.setblocking(False)
+        self._reserve = os.open(os.devnull, os.O_RDONLY)  # a descriptor to refuse a client with, when all are used
+
+    def stop(self) -> None:
+        """Makes `serve` return."""
+        with contextlib.suppress(OSError):  # it has stopped
+            self.bell.send(b"!")
+
+    def serve(self) -> None:
+        """Accepts until stopped, then tells everybody, and returns within 5 s."""
+        stack = threading.stack_size(STACK_BYTES)
+        # The C library loads a file when a thread first ends, and aborts without a descriptor for it: let one end now.
+        threading.Thread(target=bool).start()
+        self._mailer.start()
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.listener, selectors.EVENT_READ)
+                selector.register(self._alarm, selectors.EVENT_READ)
+                stopped = False
+                while not stopped:
+                    for key, _ in selector.select(self.hub.tick()):
+                        if key.fileobj is self._alarm:
+                            stopped = True
+                        else:
+                            self._accept()
+        finally:
+            threading.stack_size(stack)
+            self.listener.close()
+            self.hub.stop("Server is shutting down")
+            self._mailer.stop()
+            if self._reserve >= 0:
+                os.close(self._reserve)
+            self._alarm.close()
+            self.bell.close()
+
+    def _accept(self) -> None:
+        try:
+            sock, address = self.listener.accept()
+        except OSError as error:
+            if error.errno in NO_DESCRIPTORS:
+                self._refuse_without_descriptor()
+            return  # or it has gone already
+        if len(self.hub.sessions) >= self.max_clients:
+            log.warning("refused a client: %d are connected", self.max_clients)
+            turn_away(sock)
+            return
+        session = Session(self._host(address[0]), time.monotonic())
+        connection = Connection(sock, session)
+        try:
+            prepare(sock)
+            self._mailer.add(connection)
+            self.hub.enter(session)
+            threading.Thread(target=self._read, args=(connection,), daemon=True).start()
+        except (OSError, RuntimeError) as error:  # it has gone already; can't start new thread
+            log.warning("refused a client: %s", error)
+            self.hub.leave(session, "This server is full")
+            self._mailer.end(connection)
+
+    def _refuse_without_descriptor(self) -> None:
+        """Accepts one client with the descriptor kept in reserve, tells it and lets it go."""
+        log.warning("refused a client: out of descriptors (ulimit -n)")
+        with contextlib.suppress(OSError):
+            os.close(self._reserve)
+            turn_away(self.listener.accept()[0])
+        self._reserve = -1
+        with contextlib.suppress(OSError):
+            self._reserve = os.open(os.devnull, os.O_RDONLY)
+        if self._reserve < 0:
+            time.sleep(0.05)  # none to be had even so: no use in asking again at once
+
+    def _host(self, address: str) -> str:
+        if address.startswith(("127.", "::1", "::ffff:127.")):
+            return "localhost"
+        return hmac.new(self._secret, address.encode(), hashlib.sha256).hexdigest()[:10]
+
+    def _read(self, connection: Connection) -> None:
+        """A reader thread: ends when its connection does."""
+        session, lines = connection.session, LineBuffer(CLIENT_INPUT_BYTES)
+        reason = ""
+        try:
+            data = connection.receive()
+            if data[:1] == bytes([TLS_HANDSHAKE]):
+                log.warning("refused a client: it speaks TLS, which is not set up here")
+                return
+            fresh = True
+            while data:
+                session.heard = time.monotonic()
+                for line in lines.feed(data):
+                    if fresh:
+                        session.view, fresh = dialect_of(line or b""), False
+                    perform(self.hub, session, line)
+                data = connection.receive()
+            rest = lines.end()
+            if rest and session.view.unended:
+                perform(self.hub, session, rest)
+        except OSError as error:  # reset, timed out
+            reason = "Connection lost"
+            log.debug("%s: %s", session.nick or "someone without a name", error)
+        except Exception:  # a defect of ours must end one connection only
+            log.exception("a reader failed")
+            reason = "Internal error"
+        finally:
+            self.hub.leave(session, reason)
+            self._mailer.end(connection)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket that no other program can take over."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        if sys.platform == "win32":  # SO_REUSEADDR there means that anybody may share the port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(address)
+        sock.listen(4096)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def prepare(sock: socket.socket) -> None:
+    """Sets up an accepted socket: blocking where a call can be told not to be, no delay, probing a silent peer."""
+    sock.setblocking(bool(DONTWAIT))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "win32":
+        sock.ioctl(socket.SIO_KEEPALIVE_VALS, (1, int(PING_S * 1000), int(PONG_S * 250)))
+        return
+    idle = getattr(socket, "TCP_KEEPIDLE", None) or getattr(socket, "TCP_KEEPALIVE", None)  # the latter on macOS
+    for option, seconds in ((idle, PING_S), (getattr(socket, "TCP_KEEPINTVL", None), PONG_S / 4)):
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, max(1, int(seconds)))
+
+
+def turn_away(sock: socket.socket) -> None:
+    """Tells a client that there is no room and lets it go, without waiting for it."""
+    with sock, contextlib.suppress(OSError):
+        sock.setblocking(False)
+        sock.send(FULL)
+        sock.shutdown(socket.SHUT_WR)
+        sock.recv(RECV_BYTES)  # unread input would turn the close into a reset, which may overtake the line
+
+
+def raise_descriptor_limit() -> None:
+    """Lets the process open as many descriptors as the system permits it."""
+    if sys.platform != "win32":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):  # macOS says unlimited and means less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# -----------------------------------------------------------------------------
+# client
+# -----------------------------------------------------------------------------
+
+
+class Failed(Exception):
+    """Something that ends the program with exit code 1; its text says what and what to do."""
+
+
+Events = queue.Queue  # of (kind, item); Client has a function _on_<kind> for each
+
+
+def receive(sock: socket.socket, events: Events[Tuple[str, Any]]) -> None:
+    """A thread: ("message", Message) for each that arrives, and ("closed", None) at the end."""
+    lines = LineBuffer(SERVER_INPUT_BYTES)
+    with contextlib.suppress(OSError):
+        while True:
+            data = sock.recv(65536)
+            if not data:
+                break
+            for line in lines.feed(data):
+                if line is not None:
+                    events.put(("message", parse(line.decode(errors="replace"))))
+    events.put(("closed", None))
+
+
+def read_input(events: Events[Tuple[str, Any]], window: threading.Semaphore) -> None:
+    """A thread: ("line", bytes) for each line of standard input that `window` admits, and ("line", b"") at its end.
+
+    Reads below the buffer, whose lock a thread that is still there when the program ends must not hold.
+    """
+    lines, data = LineBuffer(SERVER_INPUT_BYTES), b"\n"
+    source: Any = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+    while data:
+        data = source.read(RECV_BYTES) or b""
+        for line in lines.feed(data or b"\n"):
+            window.acquire()
+            events.put(("line", line))
+    events.put(("line", b""))
+
+
+class Client:
+    """One person's, or one pipe's, connection to an IRC server.
+
+    `run` owns all state and does all sending. Two threads feed its queue: one with the messages that arrive
+    (None at the end of the connection), one with the lines of standard input (None at its end).
+    """
+
+    WANTED = ("echo-message", "message-tags", "server-time")
+
+    def __init__(self, host: str, port: int, nick: str, channel: str) -> None:
+        self.host, self.port = host, port
+        self.nick = self.wanted = nick
+        self.channel = channel
+        self.person = sys.stdin.isatty()
+        self.source = ""  # our own prefix, as the server writes it
+        self.caps: List[str] = []
+        self.status: Optional[int] = None  # exit code, once known
+        self.joined = self.leaving = self.input_ended = False
+        self.unechoed = 0  # lines that were sent and whose echo has not come
+        self.events: Events[Tuple[str, Any]] = queue.Queue()
+        self.window = threading.Semaphore(UNECHOED_LINES)
+
+    def run(self) -> int:
+        """Talks until one side ends; returns the exit code, raises Failed."""
+        try:
+            self.sock = socket.create_connection((self.host, self.port), CONNECT_S)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise Failed(
+                f"cannot connect to {self.host}:{self.port}: {reason}; is the server running, and there?"
+            ) from None
+        self.sock.settimeout(None)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.send("CAP", "LS", "302")
+        self.send("NICK", self.nick)
+        self.send("USER", re.sub("[^A-Za-z0-9._-]", "", self.nick)[:USER_CHARS] or "user", "0", "*", self.nick)
+        threading.Thread(target=receive, args=(self.sock, self.events), daemon=True).start()
+        with self.sock:
+            while self.status is None:
+                try:
+                    kind, item = self.events.get(timeout=TICK_S)  # in steps: Windows does not interrupt a wait
+                except queue.Empty:
+                    continue
+                getattr(self, f"_on_{kind}")(item)
+        return self.status
+
+    def leave(self) -> None:
+        """Says good-bye, if that is still possible."""
+        with contextlib.suppress(OSError, AttributeError):
+            self.send("QUIT")
+
+    def send(self, command: str, *params: str, tags: Mapping[str, str] = NO_TAGS) -> None:
+        """Sends one message to the server."""
+        line = format_tags(tags.items()) + format_line(Message(command, params))
+        self.sock.sendall(f"{line}\r\n".encode())
+
+    # What happens, one function per event.
+
+    def _on_closed(self, _: object) -> None:
+        if not self.leaving:
+            raise Failed(f"the connection to {self.host}:{self.port} was lost")
+        self.status = 0
+
+    def _on_line(self, line: Optional[bytes]) -> None:
+        if line is None:
+            raise Failed("a line of the input is too long")
+        if not line:
+            self.input_ended = True
+            self._end_input()
+            return
+        text = line.decode(errors="replace").replace("\0", "")
+        try:
+            message = typed(text, self.channel) if self.person else Message("PRIVMSG", (self.channel, text))
+            self._say(message)
+        except Refused as refused:
+            self.show(f"*** Error: {refused.params[0]}")
+        if not (self.unechoed and "echo-message" in self.caps):
+            self.window.release()
+
+    def _say(self, message: Message) -> None:
+        if message.command == "HELP":
+            for line in help_lines():
+                self.show(f"*** {line}")
+            return
+        self.leaving = self.leaving or message.command == "QUIT"
+        if message.command != "PRIVMSG":
+            self.send(message.command, *message.params)
+            return
+        target, text = message.params
+        room = LINE_BYTES - 2 - len(f":{self.source} PRIVMSG {target} :".encode())
+        doing = message.action
+        for piece in split_text(text if doing is None else doing, room if doing is None else room - len(action(""))):
+            self.send("PRIVMSG", target, piece if doing is None else action(piece))
+            self.unechoed += 1
+
+    def _end_input(self) -> None:
+        """After the last line of the input: leaves as soon as the server has confirmed all of it."""
+        if self.leaving or not self.input_ended:
+            return
+        if "echo-message" not in self.caps:
+            self.send("PING", "end-of-input")
+        elif not self.unechoed:
+            self._leave()
+
+    def _leave(self) -> None:
+        self.leaving = True
+        self.send("QUIT")
+
+    def _on_message(self, message: Message) -> None:
+        handler = getattr(self, f"_on_{message.command.lower()}", None)
+        if message.nick == self.nick and "!" in message.source:
+            self.source = message.source
+            if message.command in ("PRIVMSG", "NOTICE"):
+                self._on_echo()
+                return
+        if handler is not None and handler(message):
+            return
+        text = text_form(message)
+        if text:
+            self.show(text)
+        if not self.person and self.unechoed and text.startswith("*** Error: "):
+            raise Failed("a line was not delivered")
+
+    def _on_echo(self) -> None:
+        self.unechoed -= 1
+        if not self.unechoed or self.unechoed < UNECHOED_LINES:
+            self.window.release()
+        self._end_input()
+
+    def show(self, line: str) -> None:
+        """One line for the reader."""
+        print(line, flush=True)
+
+    # Messages that mean something to the client; True: there is nothing to show.
+
+    def _on_cap(self, message: Message) -> bool:
+        verb, offered = message.param(1), message.text.split()
+        if verb == "LS":
+            self.caps += [cap for cap in (item.partition("=")[0] for item in offered) if cap in self.WANTED]
+            if message.param(2) != "*":
+                self.send("CAP", "REQ", " ".join(self.caps)) if self.caps else self.send("CAP", "END")
+        elif verb in ("ACK", "NAK"):
+            self.caps = offered if verb == "ACK" else []
+            self.send("CAP", "END")
+        return True
+
+    def _on_ping(self, message: Message) -> bool:
+        self.send("PONG", *message.params)
+        return True
+
+    def _on_pong(self, message: Message) -> bool:
+        if message.text == "end-of-input":
+            self._leave()
+        return True
+
+    def _on_001(self, message: Message) -> bool:
+        self.nick = message.param(0) or self.nick
+        if self.nick != self.wanted:
+            self.show(f"*** {self.wanted} is taken; you are {self.nick}")
+        self.send("JOIN", self.channel)
+        return True
+
+    def _on_433(self, message: Message) -> bool:
+        if self.joined:
+            return False
+        self.nick = next_nick(self.nick)
+        self.send("NICK", self.nick)
+        return True
+
+    def _on_432(self, message: Message) -> bool:
+        if self.joined:
+            return False
+        raise Failed(f"the server refuses the name {self.nick}: {harmless(message.text)}; choose another with --name")
+
+    def _on_join(self, message: Message) -> bool:
+        if message.nick == self.nick:
+            self.channel = message.param(0)
+            if not self.joined:
+                self.joined = True
+                threading.Thread(target=read_input, args=(self.events, self.window), daemon=True).start()
+        return False
+
+    def _on_nick(self, message: Message) -> bool:
+        if message.nick == self.nick:
+            self.nick = message.param(0)
+            self.source = f"{self.nick}!{message.source.partition('!')[2]}"
+        return False
+
+    def _on_error(self, message: Message) -> bool:
+        return self.leaving
+
+
+# -----------------------------------------------------------------------------
+# command line
+# -----------------------------------------------------------------------------
+
+
+def run_server(args: argparse.Namespace) -> int:
+    """chat.py server"""
+    logging.basicConfig(
+        filename=args.log,
+        level=logging.DEBUG if args.verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    raise_descriptor_limit()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        server = Server(args.host, args.port, args.server_name, args.max_clients)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
+        raise Failed(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: server.stop())
+    host, port = server.address
+    print(f"listening on {host}:{port}", flush=True)
+    print(invitation(host, port), flush=True)
+    server.serve()
+    return 0
+
+
+def invitation(host: str, port: int) -> str:
+    """How to join, ready to paste."""
+    lines = []
+    addresses = own_addresses() if host in ("0.0.0.0", "::") else [host]
+    if host.startswith("127.") or host == "::1":
+        lines.append("only this machine can join; --host 0.0.0.0 opens the chat to the network")
+    for address in addresses:
+        lines.append(f"  python chat.py client --host {address} --port {port}")
+        lines.append(f"  nc {address} {port}")
+    lines.append(f"  any IRC client: server {addresses[0]}, port {port}, no TLS, then /join {DEFAULT_CHANNEL}")
+    return "\n".join(lines)
+
+
+def own_addresses() -> List[str]:
+    """The addresses under which others may reach this machine. Sends nothing: a datagram socket only picks a route."""
+    found = []
+    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # RFC 5737, 3849
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((elsewhere, 9))
+                found.append(probe.getsockname()[0])
+        except OSError:
+            continue
+    return found or ["127.0.0.1"]
+
+
+def run_client(args: argparse.Namespace) -> int:
+    """chat.py client"""
+    try:
+        nick = check_nick(args.name)
+        channel = check_channel(args.channel)
+    except Refused as refused:
+        raise Failed(refused.numeric.text.format().replace("; send another", "")) from None
+    client = Client(args.host, args.port, nick, channel)
+    try:
+        return client.run()
+    except KeyboardInterrupt:
+        client.leave()
+        return 130
+    except BrokenPipeError:
+        raise Failed("the connection was lost, or nobody reads the output") from None
+
+
+def login_name() -> str:
+    """The login name as far as it can be a nick."""
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        name = ""
+    name = re.sub(r"[^\w-]", "", name).lstrip("-0123456789")[:NICK_CHARS]
+    try:
+        return check_nick(name)
+    except Refused:
+        return "guest"
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def port_number(text: str) -> int:
+    """An argument that is a TCP port, or 0."""
+    value = int(text)
+    if not 0 <= value < 1 << 16:
+        raise ValueError
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="chat.py", description="A small chat that is one file.")
+    modes = top.add_subparsers(metavar="server | client", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--host", default="127.0.0.1", help="address (default %(default)s)")
+    shared.add_argument("--port", type=port_number, default=DEFAULT_PORT, help="TCP port (default %(default)s)")
+
+    server = modes.add_parser("server", parents=[shared], help="let people join", description="Lets people join.")
+    server.add_argument("--server-name", default="chat.local", metavar="NAME", help="in IRC replies (%(default)s)")
+    server.add_argument("--max-clients", type=positive, default=MAX_CLIENTS, metavar="N", help="(default %(default)s)")
+    server.add_argument("--log", metavar="FILE", help="log to FILE instead of standard error")
+    server.add_argument("-v", "--verbose", action="store_true", help="log more")
+    server.set_defaults(run=run_server)
+
+    client = modes.add_parser("client", parents=[shared], help="join a chat", description="Joins a chat.")
+    client.add_argument("--name", default=login_name(), help="what others call you (default: the login name)")
+    client.add_argument("--channel", default=DEFAULT_CHANNEL, help="where to talk (default %(default)s)")
+    client.set_defaults(run=run_client)
+    return top
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs one command; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        return status
+    except Failed as failed:
+        print(f"chat.py: {failed}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
