@@ -38,6 +38,7 @@ import getpass
 import hashlib
 import heapq
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -77,8 +78,12 @@ RECV_BYTES = 4096  # one read; held while a reader waits, so it counts once per 
 NICK_CHARS, NICK_BYTES = 24, 64
 USER_CHARS = 10
 CHANNEL_CHARS, CHANNEL_BYTES = 50, 64
-REALNAME_CHARS = 50
-TOPIC_BYTES, AWAY_BYTES, REASON_BYTES = 300, 200, 200  # with any prefix, a line and its numeric stay within 512
+TOPIC_BYTES, AWAY_BYTES, REASON_BYTES, REALNAME_BYTES = (
+    300,
+    200,
+    200,
+    100,
+)  # with any prefix, a line and its numeric stay within 512
 NAMES_BYTES = 300  # names in one 353 line, for the same reason
 
 # How many, per server or per session.
@@ -97,13 +102,14 @@ STACK_BYTES = 256 << 10  # of a reader thread; the default of 8 MiB would forbid
 PROMPT_S = 1.0  # of silence before a person is asked for a name; IRC clients speak first
 REGISTER_S = 20.0  # to give a name: a person types it, and an attacker holds a thread no longer
 PING_S, PONG_S = 90.0, 60.0  # silence before we ask, and then before we give up
+REFUSED_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
 PROBE_S = 10.0  # for the holder of a name that somebody else asks for: a ghost does not answer
 TICK_S = 0.5  # longest sleep of the timers
 LINGER_S = 3.0  # for the last line to be read before a closed connection is cut
 STOP_S = 3.0  # for the last lines to be delivered when the server stops; it is gone within 5
-# Thread switch interval: each of N threads that want to run wakes this often, for nothing, and ours give way within
-# a millisecond by themselves. When 9,000 clients spoke at once, they had joined after 19 s with 1 ms, 10 s with 50 ms.
-SWITCH_S = 0.05
+# Thread switch interval. Each of N threads that want to run wakes once in it, for nothing, so it grows with N: when
+# 9,000 clients spoke at once, they had joined after 19 s with 1 ms, after 10 s with 50 ms.
+SWITCH_S, SWITCH_CLIENT_S = 0.005, 5e-6
 
 # The client.
 CONNECT_S = 10.0
@@ -125,19 +131,20 @@ class Refused(Exception):
         super().__init__(numeric, *params)
         self.numeric = numeric
         self.params = params
+        self.label = ""  # of the command, where decoding it failed
 
 
-RPL_WELCOME = Numeric("001", "welcome", "Welcome to the chat, {0}")
-RPL_YOURHOST = Numeric("002", "your-host", "Your host is {0}, running {1}")
-RPL_CREATED = Numeric("003", "created", "This server was started {0}")
+RPL_WELCOME = Numeric("001", "welcome")
+RPL_YOURHOST = Numeric("002", "your-host")
+RPL_CREATED = Numeric("003", "created")
 RPL_MYINFO = Numeric("004", "my-info")
 RPL_ISUPPORT = Numeric("005", "isupport", "are supported by this server")
 RPL_UMODEIS = Numeric("221", "user-mode")
-RPL_LUSERCLIENT = Numeric("251", "users", "There are {0} users on 1 server")
+RPL_LUSERCLIENT = Numeric("251", "users")
 RPL_LUSEROP = Numeric("252", "operators", "operators online")
 RPL_LUSERUNKNOWN = Numeric("253", "unregistered", "connections without a name yet")
 RPL_LUSERCHANNELS = Numeric("254", "channel-count", "channels formed")
-RPL_LUSERME = Numeric("255", "local-users", "I have {0} clients and 0 servers")
+RPL_LUSERME = Numeric("255", "local-users")
 RPL_AWAY = Numeric("301", "away")
 RPL_USERHOST = Numeric("302", "userhost")
 RPL_ISON = Numeric("303", "ison")
@@ -162,8 +169,9 @@ RPL_NAMREPLY = Numeric("353", "names")
 RPL_WHOSPCRPL = Numeric("354", "whox")
 RPL_ENDOFNAMES = Numeric("366", "end-of-names", "End of NAMES list")
 RPL_ENDOFBANLIST = Numeric("368", "end-of-bans", "End of channel ban list")
+RPL_ENDOFWHOWAS = Numeric("369", "end-of-whowas", "End of WHOWAS")
 RPL_MOTD = Numeric("372", "motd")
-RPL_MOTDSTART = Numeric("375", "motd-start", "- {0} Message of the day -")
+RPL_MOTDSTART = Numeric("375", "motd-start")
 RPL_ENDOFMOTD = Numeric("376", "motd-end", "End of MOTD")
 RPL_HELPTXT = Numeric("705", "help")
 RPL_ENDOFHELP = Numeric("706", "end-of-help", "End of HELP")
@@ -173,6 +181,7 @@ ERR_NOSUCHSERVER = Numeric("402", "no-such-server", "there is no server {0}")
 ERR_NOSUCHCHANNEL = Numeric("403", "no-such-channel", "there is no channel {0}")
 ERR_CANNOTSENDTOCHAN = Numeric("404", "cannot-send", "only members may write to {0}")
 ERR_TOOMANYCHANNELS = Numeric("405", "too-many-channels", f"nobody may be in more than {SESSION_CHANNELS} channels")
+ERR_WASNOSUCHNICK = Numeric("406", "was-no-such-user", "nothing is known of {0}")
 ERR_TOOMANYTARGETS = Numeric("407", "too-many-targets", f"a message has at most {MAX_TARGETS} recipients")
 ERR_NOORIGIN = Numeric("409", "no-origin", "PING needs a token")
 ERR_INVALIDCAPCMD = Numeric("410", "invalid-cap", "CAP knows LS, LIST, REQ and END")
@@ -241,18 +250,17 @@ def check_nick(nick: str) -> str:
     """The NFC form of `nick`; raises Refused where it is none (DESIGN: one script, 24 characters, 64 bytes)."""
     nick = unicodedata.normalize("NFC", nick)
     scripts = {script(char) for char in nick} - {""}
-    right = (
+    if not (
         0 < len(nick) <= NICK_CHARS
-        and len(nick.encode()) <= NICK_BYTES
         and (nick[0].isalpha() or nick[0] in NICK_SYMBOLS)
         and all(
             c.isalpha() or c.isdecimal() or c in NICK_SYMBOLS + "-" or unicodedata.category(c)[0] == "M" for c in nick
         )
+        and len(nick.encode()) <= NICK_BYTES
         and not INVISIBLE.search(nick)
         and (len(scripts) <= 1 or any(scripts <= mixed for mixed in MIXED_SCRIPTS))
-    )
-    if not right:
-        raise Refused(ERR_ERRONEUSNICKNAME, (nick if nick.isprintable() else "").replace(" ", "_")[:NICK_CHARS] or "*")
+    ):
+        raise Refused(ERR_ERRONEUSNICKNAME, nick)
     return nick
 
 
@@ -261,21 +269,22 @@ def check_channel(name: str) -> str:
     name = unicodedata.normalize("NFC", name)
     if not (
         name.startswith("#")
+        and name.isprintable()
         and len(name) <= CHANNEL_CHARS
         and len(name.encode()) <= CHANNEL_BYTES
-        and name.isprintable()
         and not INVISIBLE.search(name)
         and not set(name) & set(" ,")
     ):
-        raise Refused(ERR_BADCHANMASK, "*")
+        raise Refused(ERR_BADCHANMASK, name)
     return name
 
 
 def next_nick(nick: str) -> str:
     """The name to try when `nick` is taken: bob, bob2, bob3 ..."""
     stem = nick.rstrip("0123456789")
-    number = int(nick[len(stem) :] or 1) + 1
-    return f"{stem[: NICK_CHARS - len(str(number))]}{number}"
+    number = str(int(nick[len(stem) :] or 1) + 1)
+    room = NICK_CHARS - len(number), NICK_BYTES - len(number)
+    return stem[: room[0]].encode()[: room[1]].decode(errors="ignore") + number
 
 
 # -----------------------------------------------------------------------------
@@ -471,15 +480,18 @@ EVENT_FORMS = {
 }
 
 
+OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats (direction, zero width), separators
+
+
 def harmless(text: str) -> str:
-    """`text` with every character that a terminal could obey, or that hides, made visible; never fails."""
+    """`text` with all that a terminal could obey, or that hides, made visible: \\x1b, <U+202E>. Never fails."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else visible(char) for char in text)
+    return "".join(visible(char) if unicodedata.category(char) in OBEYED else char for char in text)
 
 
 def visible(char: str) -> str:
-    """How a character that must not be shown as itself is shown: \\x1b, <U+202E>."""
+    """How a character is shown that must not be shown as itself."""
     return f"\\x{ord(char):02x}" if ord(char) < 0x100 else f"<U+{ord(char):04X}>"
 
 
@@ -500,7 +512,7 @@ def event_of(message: Message) -> Tuple[str, str]:
         *values,
         nick=harmless(message.nick),
         text=harmless(message.text),
-        here=f" ({message.tags[COUNT_TAG]} here)" if COUNT_TAG in message.tags else "",
+        here=f" ({harmless(message.tags[COUNT_TAG])} here)" if COUNT_TAG in message.tags else "",
         reason=f": {harmless(reason)}" if reason else "",
     )
 
@@ -530,16 +542,12 @@ class Slash(NamedTuple):
 SLASHES = {
     "help": Slash("", "shows this", 0, 1, lambda here, words: Message("HELP")),
     "nick": Slash("NAME", "takes another name", 1, 1, lambda here, words: Message("NICK", (words[0],))),
-    "msg": Slash(
-        "NAME TEXT", "says something to one person", 2, 2, lambda here, words: Message("PRIVMSG", tuple(words))
-    ),
+    "msg": Slash("NAME TEXT", "speaks to one person", 2, 2, lambda here, words: Message("PRIVMSG", tuple(words))),
     "me": Slash("TEXT", "says what you do", 1, 1, lambda here, words: Message("PRIVMSG", (here, action(words[0])))),
     "who": Slash("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
     "join": Slash("#CHANNEL", "goes to another channel", 1, 1, lambda here, words: Message("JOIN", (words[0],))),
     "topic": Slash("[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))),
-    "quit": Slash(
-        "[TEXT]", "leaves; so does exit on a line of its own", 0, 1, lambda here, words: Message("QUIT", tuple(words))
-    ),
+    "quit": Slash("[TEXT]", "leaves, as does exit alone", 0, 1, lambda here, words: Message("QUIT", tuple(words))),
 }
 
 
@@ -569,29 +577,24 @@ def help_lines() -> list[str]:
 # -----------------------------------------------------------------------------
 
 # What telnet programs put between the text: IAC with an option, a subnegotiation or a single byte (RFC 854).
-TELNET = re.compile(rb"\xff(?:[\xfb-\xfe].|\xfa.*?\xff\xf0|[^\xfa-\xfe])", re.DOTALL)
+TELNET = re.compile(rb"\xff(?:[\xfb-\xfe].|\xfa[^\xff]*\xff\xf0|[^\xfa-\xfe])", re.DOTALL)
 IRC_FIRST = re.compile(rb"(CAP|NICK|USER|PASS|PING) +[^ ]", re.IGNORECASE)
 HTTP_FIRST = re.compile(rb"[A-Z]+ \S+ HTTP/\d")
-JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?')  # also one without an end, lest the search begin anew within it
 TLS_HANDSHAKE = 0x16  # first byte of a TLS ClientHello: RFC 8446, section 5.1
 
 CAPABILITIES = ("echo-message", "message-tags", "multi-prefix", "server-time")
 
 
 def decode_text(line: bytes) -> str:
-    """The text of a line; raises Refused where it is not text."""
+    """The text of a line; raises Refused where it is none, or would be broken in two somewhere on its way."""
     try:
         text = line.decode()
     except UnicodeDecodeError:
         raise Refused(FAIL_INVALID_UTF8) from None
-    check_text(text)
-    return text
-
-
-def check_text(text: str) -> None:
-    """Raises Refused for what would break a line in two somewhere on its way."""
     if "\0" in text or "\r" in text or "\n" in text:
         raise Refused(FAIL_BAD_CHARACTER)
+    return text
 
 
 class Dialect:
@@ -642,11 +645,12 @@ class Json(Dialect):
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
         item = self._load(decode_text(line))
-        for value in item.values():
-            if isinstance(value, str):
-                check_text(value)
-        messages = self._messages(item, registered)
         ref = self._field(item, "ref", "")
+        try:
+            messages = self._messages(item, registered)
+        except Refused as refused:
+            refused.label = ref
+            raise
         return [message._replace(tags={"label": ref}) for message in messages] if ref else messages
 
     def encode(self, message: Message) -> bytes:
@@ -666,9 +670,8 @@ class Json(Dialect):
                 raise Refused(FAIL_BAD_JSON)
         try:
             item = json.loads(text)
-            text.encode() if "\\" not in text else json.dumps(item, ensure_ascii=False).encode()
-        except ValueError:  # JSONDecodeError, a number of too many digits, half of a surrogate pair
-            raise Refused(FAIL_BAD_JSON) from None
+        except ValueError:  # JSONDecodeError, or a number of too many digits
+            item = None
         if not isinstance(item, dict):
             raise Refused(FAIL_BAD_JSON)
         return item
@@ -678,15 +681,13 @@ class Json(Dialect):
         value = item.get(key, default)
         if not isinstance(value, str):
             raise Refused(FAIL_BAD_FIELD, key)
-        return value
+        return decode_text(value.encode(errors="surrogatepass"))  # half of a surrogate pair is not UTF-8
 
     def _messages(self, item: dict[str, Any], registered: bool) -> list[Message]:
         kind = item.get("type")
         if kind == "join":
-            nick, channel = self._field(item, "user", ""), self._field(item, "channel", DEFAULT_CHANNEL)
-            if registered:
-                return [Message("JOIN", (channel,))]
-            return entry(nick, "json", channel)
+            steps = entry(self._field(item, "user", ""), "json", self._field(item, "channel", DEFAULT_CHANNEL))
+            return steps[-1:] if registered else steps
         if kind == "chat":
             return [Message("PRIVMSG", (HERE, self._field(item, "text")))]
         if kind == "private":
@@ -848,25 +849,27 @@ def union(rosters: List[Roster]) -> Roster:
 
 
 class Session:
-    """Somebody connected, named or not yet. Guarded by Hub.lock, but for `heard` and `view`, which its reader sets."""
+    """Somebody connected, named or not yet. Guarded by the hub's lock, but for what its reader alone sets."""
 
     __slots__ = (
-        "alone", "answer_by", "asked", "away", "channels", "due", "gone", "heard", "host", "negotiating", "nick",
-        "nick_changes", "prefix", "prompted", "realname", "registered", "signon", "since", "spoke", "user", "view",
+        "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard", "host", "negotiating",
+        "nick", "nick_changes", "prefix", "realname", "registered", "signon", "silent", "since", "spoke", "user",
+        "view",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float) -> None:
         self.host = host  # shown to others, so not the address
-        self.view: Dialect = PLAIN  # until the first line tells
+        self.view: Dialect = PLAIN  # until the first line tells; the reader's
+        self.fresh = True  # has sent no line yet; the reader's
         self.nick = self.user = self.realname = self.away = ""
         self.prefix = ""  # nick!user@host, once registered
         self.registered = False
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
-        self.prompted = False
+        self.silent = True  # has sent nothing, nor been asked for a name
         self.gone = False  # no longer in the hub: what it still sends is ignored
         self.channels: Dict[Channel, str] = {}  # channel -> '' or 'o'
         self.alone = Roster([self])  # of what is for it alone
-        self.since = self.heard = now  # monotonic seconds: connected, last bytes received
+        self.since = self.heard = now  # monotonic seconds: connected; last bytes received (the reader's)
         self.spoke = self.signon = time.time()  # Unix seconds: last said something, registered
         self.due = 0.0  # when Hub.tick looks at it next
         self.asked = self.answer_by = 0.0  # when the last PING went out, and until when it must be answered
@@ -981,10 +984,10 @@ class Hub:
             self.sessions[session] = None
             self.due_locked(session, session.since + PROMPT_S)
 
-    def leave(self, session: Session, reason: str) -> None:
+    def leave(self, session: Session, reason: str, farewell: str = "") -> None:
         """A connection broke or ended. Any thread; only the first call for a session counts."""
         with self:
-            self.quit_locked(session, reason, "")
+            self.quit_locked(session, reason, farewell)
 
     def stop(self, reason: str) -> None:
         """Tells everybody and lets nobody stay."""
@@ -1045,10 +1048,6 @@ class Hub:
         words = (session.nick or "*", *params) if text is None else (session.nick or "*", *params, text)
         self.tell_locked(session, Message(numeric.code, words, self.name))
 
-    def neighbours_locked(self, session: Session) -> Roster:
-        """Everybody who shares a channel with a session, and itself, once each."""
-        return union([channel.roster for channel in session.channels] or [session.alone])
-
     def due_locked(self, session: Session, when: float) -> None:
         """Lets `tick` look at a session at the monotonic time `when`, and not as planned before."""
         session.due = when
@@ -1057,7 +1056,7 @@ class Hub:
     def probe_locked(self, session: Session) -> None:
         """Asks whether somebody is still there, because a ghost may hold a name."""
         now = time.monotonic()
-        if session.view.pings and session.heard > session.asked and now > session.heard + PROBE_S:
+        if session.view.pings and session.heard >= session.asked and now > session.heard + PROBE_S:
             self._ping_locked(session, now, PROBE_S)
             self.due_locked(session, session.answer_by)
 
@@ -1105,11 +1104,11 @@ class Hub:
         if not session.registered:
             if now >= session.since + REGISTER_S:
                 self.quit_locked(session, "", f"No name within {REGISTER_S:.0f} seconds")
-            elif session.view is PLAIN and not session.prompted:
-                session.prompted = True
+            elif session.silent:
+                session.silent = False
                 self.tell_locked(session, PROMPT)
             return session.since + REGISTER_S
-        if session.heard <= session.asked:
+        if session.heard < session.asked:
             if now < session.answer_by:
                 return session.answer_by
             self.quit_locked(session, "Ping timeout", "Ping timeout")
@@ -1238,17 +1237,20 @@ def command(name: str, least: int = 0, early: bool = False) -> Callable[[Run], R
 
 def perform(hub: Hub, session: Session, line: Optional[bytes]) -> None:
     """Does what a line from a session says; None stands for one that was too long. Its reader, without the lock."""
+    refusal: Optional[Refused] = None
+    if session.fresh:
+        session.view, session.fresh = dialect_of(line or b""), False
     try:
         if line is None:
             raise Refused(ERR_INPUTTOOLONG)
         messages = session.view.decode(line, session.registered)
     except Refused as refused:
-        with hub:
-            if not session.gone:
-                refuse(hub, session, refused)
-        return
+        messages, refusal = [], refused
+        time.sleep(REFUSED_S)
     with hub:
         hub.wait_for_room_locked()
+        if refusal and not session.gone:
+            refuse(hub, session, refusal)
         for message in messages:
             if session.gone or not run(hub, session, message):
                 return
@@ -1275,21 +1277,31 @@ def refuse(hub: Hub, session: Session, refused: Refused, message: Message = PROM
     """Tells a session why its message was refused."""
     params = [word(param) for param in refused.params]
     numeric = refused.numeric
-    words: Tuple[str, ...] = (session.nick or "*", *params, numeric.text.format(*refused.params))
+    words: Tuple[str, ...] = (session.nick or "*", *params, numeric.text.format(*params))
     if numeric.code == "FAIL":  # IRCv3 standard-replies: FAIL <command> <code> :<text>
         words = (message.command, numeric.name.upper().replace("-", "_"), words[-1])
-    tags = {"label": message.tags["label"]} if "label" in message.tags else NO_TAGS
+    label = refused.label or message.tags.get("label", "")
+    tags = {"label": label} if label and "labeled-response" in session.view.caps else NO_TAGS
     hub.tell_locked(session, Message(numeric.code, words, hub.name, tags))
 
 
 def word(text: str) -> str:
     """`text` as a parameter that is not the last: one word, not empty, short."""
-    return cut(text.lstrip(" :").partition(" ")[0], NICK_BYTES) or "*"
+    return cut(harmless(text.lstrip(" :").partition(" ")[0]), NICK_BYTES) or "*"
+
+
+def each(hub: Hub, session: Session, message: Message, act: Callable[[str], None]) -> None:
+    """Does something for every item of the first parameter's list; a refusal does not stop the rest."""
+    for item in dict.fromkeys(message.params[0].split(",")):
+        try:
+            act(item)
+        except Refused as refused:
+            refuse(hub, session, refused, message)
 
 
 def channel_of(hub: Hub, session: Session, name: str) -> Channel:
     """The channel that a parameter names; raises Refused."""
-    if name == HERE and session.channels:
+    if name == HERE and session.view.single and session.channels:
         return next(iter(session.channels))
     channel = hub.channels.get(fold(name))
     if channel is None:
@@ -1324,6 +1336,7 @@ def cap(hub: Hub, session: Session, message: Message) -> None:
         text = message.param(1)
         names = text.split()
         known = all(name.lstrip("-") in CAPABILITIES for name in names)
+        check_length(Message("CAP", (session.nick, "NAK", text), hub.name))
         answer = "ACK" if known else "NAK"
         if known:
             dropped = {name[1:] for name in names if name[0] == "-"}
@@ -1356,7 +1369,7 @@ def nick(hub: Hub, session: Session, message: Message) -> None:
     hub.nicks[fold(name)] = session
     if session.registered:
         change = Message("NICK", (name,), session.prefix, hub.stamp_locked())
-        hub.send_locked(change, hub.neighbours_locked(session))
+        hub.send_locked(change, union([channel.roster for channel in session.channels] or [session.alone]))
         for channel in session.channels:
             channel.names_changed()
     session.nick = name
@@ -1367,6 +1380,8 @@ def nick(hub: Hub, session: Session, message: Message) -> None:
 @command("GUEST", early=True)
 def guest(hub: Hub, session: Session, message: Message) -> None:
     """GUEST: the server chooses a name; what a JSON join without a user stands for"""
+    if session.registered:
+        raise Refused(ERR_ALREADYREGISTERED)
     name = next(name for name in (f"guest{number}" for number in hub.guests) if name not in hub.nicks)
     nick(hub, session, Message("NICK", (name,)))
 
@@ -1377,7 +1392,7 @@ def user(hub: Hub, session: Session, message: Message) -> None:
     if session.registered:
         raise Refused(ERR_ALREADYREGISTERED)
     session.user = re.sub("[^A-Za-z0-9._-]", "", message.params[0])[:USER_CHARS] or "user"
-    session.realname = message.params[3][:REALNAME_CHARS]
+    session.realname = cut(message.params[3], REALNAME_BYTES)
     session.prefix = f"{session.nick}!{session.user}@{session.host}"
     register(hub, session)
 
@@ -1389,9 +1404,9 @@ def register(hub: Hub, session: Session) -> None:
     session.registered = True
     session.signon = session.spoke = time.time()
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(hub.started))
-    hub.reply_locked(session, RPL_WELCOME, text=RPL_WELCOME.text.format(session.prefix))
-    hub.reply_locked(session, RPL_YOURHOST, text=RPL_YOURHOST.text.format(hub.name, VERSION))
-    hub.reply_locked(session, RPL_CREATED, text=RPL_CREATED.text.format(started))
+    hub.reply_locked(session, RPL_WELCOME, text=f"Welcome to the chat, {session.prefix}")
+    hub.reply_locked(session, RPL_YOURHOST, text=f"Your host is {hub.name}, running {VERSION}")
+    hub.reply_locked(session, RPL_CREATED, text=f"This server was started {started}")
     hub.reply_locked(session, RPL_MYINFO, hub.name, VERSION, "i", "biklmnotv")
     for tokens in ISUPPORT:
         hub.reply_locked(session, RPL_ISUPPORT, *tokens)
@@ -1413,7 +1428,9 @@ def ping(hub: Hub, session: Session, message: Message) -> None:
     """PING <token>"""
     if not message.params[0]:
         raise Refused(ERR_NOORIGIN)
-    hub.tell_locked(session, Message("PONG", (hub.name, message.params[0]), hub.name))
+    answer = Message("PONG", (hub.name, message.params[0]), hub.name)
+    check_length(answer)
+    hub.tell_locked(session, answer)
 
 
 @command("PONG", early=True)
@@ -1433,16 +1450,11 @@ def quit_(hub: Hub, session: Session, message: Message) -> None:
 @command("JOIN", 1)
 def join(hub: Hub, session: Session, message: Message) -> None:
     """JOIN <channel>{,<channel>} [<key>{,<key>}]"""
-    if message.params[0] == "0":
-        leaving = list(session.channels)
-        for channel in leaving:
+    if message.params[0] == "0" and not session.view.single:  # RFC 2812, section 3.2.1: leave all
+        for channel in list(session.channels):
             hub.part_locked(session, channel, "")
         return
-    for name in message.params[0].split(","):
-        try:
-            enter(hub, session, check_channel(name))
-        except Refused as refused:
-            refuse(hub, session, refused, message)
+    each(hub, session, message, lambda name: enter(hub, session, check_channel(name)))
 
 
 def enter(hub: Hub, session: Session, name: str) -> None:
@@ -1468,14 +1480,14 @@ def enter(hub: Hub, session: Session, name: str) -> None:
 @command("PART", 1)
 def part(hub: Hub, session: Session, message: Message) -> None:
     """PART <channel>{,<channel>} [:<reason>]"""
-    for name in message.params[0].split(","):
-        try:
-            channel = channel_of(hub, session, name)
-            if channel not in session.channels:
-                raise Refused(ERR_NOTONCHANNEL, name)
-            hub.part_locked(session, channel, cut(message.param(1), REASON_BYTES))
-        except Refused as refused:
-            refuse(hub, session, refused, message)
+
+    def leave(name: str) -> None:
+        channel = channel_of(hub, session, name)
+        if channel not in session.channels:
+            raise Refused(ERR_NOTONCHANNEL, name)
+        hub.part_locked(session, channel, cut(message.param(1), REASON_BYTES))
+
+    each(hub, session, message, leave)
 
 
 @command("TOPIC", 1)
@@ -1538,7 +1550,7 @@ def mode(hub: Hub, session: Session, message: Message) -> None:
     if not target.startswith("#") and target != HERE:
         if user_of(hub, target) is not session:
             raise Refused(ERR_USERSDONTMATCH)
-        if change:
+        if change not in ("", "+i", "-i"):  # i, asked for by every client, hides from nothing here
             raise Refused(ERR_UMODEUNKNOWNFLAG)
         hub.reply_locked(session, RPL_UMODEIS, "+")
         return
@@ -1590,24 +1602,17 @@ def privmsg(hub: Hub, session: Session, message: Message) -> None:
         raise Refused(ERR_NORECIPIENT)
     if not message.param(1):
         raise Refused(ERR_NOTEXTTOSEND)
-    targets = message.params[0].split(",")
-    if len(targets) > MAX_TARGETS:
+    if message.params[0].count(",") >= MAX_TARGETS:
         raise Refused(ERR_TOOMANYTARGETS)
-    for target in targets:
-        try:
-            say(hub, session, message, target)
-        except Refused as refused:
-            refuse(hub, session, refused, message)
+    each(hub, session, message, lambda target: say(hub, session, message, target))
 
 
 @command("NOTICE", 2)
 def notice(hub: Hub, session: Session, message: Message) -> None:
     """NOTICE <target>{,<target>} :<text>; never answered, not even with an error: RFC 2812, section 3.3.2"""
     for target in message.params[0].split(",")[:MAX_TARGETS]:
-        try:
+        with contextlib.suppress(Refused):
             say(hub, session, message, target)
-        except Refused:
-            continue
 
 
 @command("TAGMSG", 1)
@@ -1640,7 +1645,7 @@ def who(hub: Hub, session: Session, message: Message) -> None:
     for member in members:
         values = who_fields(hub, member, channel)
         if fields:  # WHOX: only what was asked for, in the order of its specification
-            values["t"] = token or "0"
+            values["t"] = token[:3] or "0"
             hub.reply_locked(session, RPL_WHOSPCRPL, *(values[key] for key in "tcuihsnfdlaor" if key in fields))
         else:
             text = f"0 {member.realname}"
@@ -1670,7 +1675,12 @@ def who_fields(hub: Hub, member: Session, channel: Optional[Channel]) -> Dict[st
 @command("WHOIS", 1)
 def whois(hub: Hub, session: Session, message: Message) -> None:
     """WHOIS [<server>] <name>"""
-    other = user_of(hub, message.params[-1])
+    try:
+        other = user_of(hub, message.params[-1])
+    except Refused as refused:
+        refuse(hub, session, refused, message)
+        hub.reply_locked(session, RPL_ENDOFWHOIS, word(message.params[-1]))
+        return
     hub.reply_locked(session, RPL_WHOISUSER, other.nick, other.user, other.host, "*", text=other.realname)
     titles = [("@" if rank else "") + channel.name for channel, rank in other.channels.items()]
     for start in range(0, len(titles), 4):  # so many fit in a line, however long they are
@@ -1683,21 +1693,28 @@ def whois(hub: Hub, session: Session, message: Message) -> None:
     hub.reply_locked(session, RPL_ENDOFWHOIS, other.nick)
 
 
+@command("WHOWAS", 1)
+def whowas(hub: Hub, session: Session, message: Message) -> None:
+    """WHOWAS <name>: those who left are not remembered"""
+    refuse(hub, session, Refused(ERR_WASNOSUCHNICK, message.params[0]), message)
+    hub.reply_locked(session, RPL_ENDOFWHOWAS, word(message.params[0]))
+
+
 @command("LUSERS")
 def lusers(hub: Hub, session: Session, message: Message) -> None:
     """LUSERS"""
-    unnamed = len(hub.sessions) - len(hub.nicks)
-    hub.reply_locked(session, RPL_LUSERCLIENT, text=RPL_LUSERCLIENT.text.format(len(hub.nicks)))
+    named, connected = len(hub.nicks), len(hub.sessions)
+    hub.reply_locked(session, RPL_LUSERCLIENT, text=f"There are {named} users on 1 server")
     hub.reply_locked(session, RPL_LUSEROP, "0")
-    hub.reply_locked(session, RPL_LUSERUNKNOWN, str(unnamed))
+    hub.reply_locked(session, RPL_LUSERUNKNOWN, str(connected - named))
     hub.reply_locked(session, RPL_LUSERCHANNELS, str(len(hub.channels)))
-    hub.reply_locked(session, RPL_LUSERME, text=RPL_LUSERME.text.format(len(hub.sessions)))
+    hub.reply_locked(session, RPL_LUSERME, text=f"I have {connected} clients and 0 servers")
 
 
 @command("MOTD")
 def motd(hub: Hub, session: Session, message: Message) -> None:
     """MOTD"""
-    hub.reply_locked(session, RPL_MOTDSTART, text=RPL_MOTDSTART.text.format(hub.name))
+    hub.reply_locked(session, RPL_MOTDSTART, text=f"- {hub.name} message of the day -")
     hub.reply_locked(session, RPL_MOTD, text=f"- Everybody meets in {DEFAULT_CHANNEL}.")
     hub.reply_locked(session, RPL_ENDOFMOTD)
 
@@ -1735,8 +1752,9 @@ log = logging.getLogger("chat")
 # POSIX makes one call non-blocking on a blocking socket. Where that is missing (Windows) the socket itself is
 # non-blocking, and readers wait in short steps, which they must there anyway: shutdown does not wake them.
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+MAX_WATCHED = 500 if sys.platform == "win32" else 1 << 20  # select there takes 512 sockets
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-FULL = b"ERROR :This server is full; try again later\r\n"  # readable in every dialect
+FULL = "This server is full; try again later"
 
 
 class Connection:
@@ -1765,11 +1783,14 @@ class Mailer:
     """Writes everything that is sent, in a thread of its own.
 
     Other threads may call add, end, wake and stop. The thread ends when it was stopped and all connections
-    are closed, or STOP_S later.
+    are closed, or STOP_S later; and by a defect, which it tells by `failed` and `on_failure`, for nobody would
+    hear anything any more.
     """
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, on_failure: Callable[[], None]) -> None:
         self._hub = hub
+        self._on_failure = on_failure
+        self.failed = False
         hub.wake = self.wake
         self._connections: Dict[Session, Connection] = {}
         self._ended: Deque[Connection] = collections.deque()
@@ -1807,6 +1828,20 @@ class Mailer:
         self._thread.join(STOP_S + 1)
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:
+            log.exception("the mailer failed")
+            self.failed = True
+            self._on_failure()
+        self._hub.take()  # lets go of readers that wait for room
+        for connection in list(self._connections.values()):
+            self._close(connection)
+        self._selector.close()
+        self._alarm.close()
+        self._bell.close()
+
+    def _work(self) -> None:
         while True:
             ended = [self._ended.popleft() for _ in range(len(self._ended))]
             batch, closing = self._hub.take()
@@ -1818,13 +1853,7 @@ class Mailer:
                 self._finish(connection)
             self._wait(bool(batch or closing or ended))
             if self._stop_at and (not self._connections or time.monotonic() > self._stop_at):
-                break
-        self._hub.take()  # lets go of readers that wait for room
-        for connection in list(self._connections.values()):
-            self._close(connection)
-        self._selector.close()
-        self._alarm.close()
-        self._bell.close()
+                return
 
     def _deliver(self, batch: List[Delivery]) -> None:
         connections = self._connections
@@ -1846,13 +1875,15 @@ class Mailer:
                 self._keep(connection, data[sent:])
 
     def _keep(self, connection: Connection, data: bytes) -> None:
-        if not connection.outbox:
+        """Puts into the outbox what the socket did not take; drops who owes too much."""
+        if not connection.outbox and len(self._selector.get_map()) < MAX_WATCHED:
             self._selector.register(connection.sock, selectors.EVENT_WRITE, connection)
-        connection.outbox += data
-        if len(connection.outbox) > OUTBOX_BYTES:
+        elif not connection.outbox or len(connection.outbox) + len(data) > OUTBOX_BYTES:
             log.warning("%s reads too slowly and is dropped", connection.session.nick or "someone without a name")
             self._shut(connection)
             self._hub.leave(connection.session, "Reads too slowly")
+            return
+        connection.outbox += data
 
     def _wait(self, busy: bool) -> None:
         """Waits for the alarm, a writable socket or the end of somebody's linger; not at all when busy."""
@@ -1916,7 +1947,7 @@ class Mailer:
 
 
 class Server:
-    """Listens on `host` and `port` (0: a free one); raises OSError where that cannot be done.
+    """Listens on `host` and `port` (0: a free one); raises OSError or UnicodeError where that cannot be done.
 
     `serve` runs until `stop` is called from another thread or a signal handler, and cleans up.
     """
@@ -1926,7 +1957,7 @@ class Server:
         self.address: Tuple[str, int] = self.listener.getsockname()[:2]
         self.max_clients = max_clients
         self.hub = Hub(name)
-        self._mailer = Mailer(self.hub)
+        self._mailer = Mailer(self.hub, self.stop)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
         self._alarm, self.bell = socket.socketpair()  # a byte rung in stops the server
         self.bell.setblocking(False)
@@ -1937,8 +1968,8 @@ class Server:
         with contextlib.suppress(OSError):  # it has stopped
             self.bell.send(b"!")
 
-    def serve(self) -> None:
-        """Accepts until stopped, then tells everybody, and returns within 5 s."""
+    def serve(self) -> bool:
+        """Accepts until stopped, then tells everybody, and returns within 5 s; False after a defect."""
         stack = threading.stack_size(STACK_BYTES)
         # The C library loads a file when a thread first ends, and aborts without a descriptor for it: let one end now.
         threading.Thread(target=bool).start()
@@ -1949,6 +1980,7 @@ class Server:
                 selector.register(self._alarm, selectors.EVENT_READ)
                 stopped = False
                 while not stopped:
+                    sys.setswitchinterval(max(SWITCH_S, len(self.hub.sessions) * SWITCH_CLIENT_S))
                     for key, _ in selector.select(self.hub.tick()):
                         if key.fileobj is self._alarm:
                             stopped = True
@@ -1963,6 +1995,7 @@ class Server:
                 os.close(self._reserve)
             self._alarm.close()
             self.bell.close()
+        return not self._mailer.failed
 
     def _accept(self) -> None:
         try:
@@ -1975,16 +2008,20 @@ class Server:
             log.warning("refused a client: %d are connected", self.max_clients)
             turn_away(sock)
             return
-        session = Session(self._host(address[0]), time.monotonic())
-        connection = Connection(sock, session)
         try:
             prepare(sock)
-            self._mailer.add(connection)
-            self.hub.enter(session)
+        except OSError:  # it has gone already
+            sock.close()
+            return
+        session = Session(self._host(address[0]), time.monotonic())
+        connection = Connection(sock, session)
+        self._mailer.add(connection)
+        self.hub.enter(session)
+        try:
             threading.Thread(target=self._read, args=(connection,), daemon=True).start()
-        except (OSError, RuntimeError) as error:  # it has gone already; can't start new thread
+        except RuntimeError as error:  # can't start new thread
             log.warning("refused a client: %s", error)
-            self.hub.leave(session, "This server is full")
+            self.hub.leave(session, "", FULL)
             self._mailer.end(connection)
 
     def _refuse_without_descriptor(self) -> None:
@@ -2013,12 +2050,11 @@ class Server:
             if data[:1] == bytes([TLS_HANDSHAKE]):
                 log.warning("refused a client: it speaks TLS, which is not set up here")
                 return
-            fresh = True
             while data:
                 session.heard = time.monotonic()
-                for line in lines.feed(data):
-                    if fresh:
-                        session.view, fresh = dialect_of(line or b""), False
+                if data[:1] != b"\xff":  # telnet programs introduce themselves, and say nothing by that
+                    session.silent = False
+                for line in lines.feed(data) if not session.gone else ():
                     perform(self.hub, session, line)
                 data = connection.receive()
             rest = lines.end()
@@ -2075,7 +2111,7 @@ def turn_away(sock: socket.socket) -> None:
     """Tells a client that there is no room and lets it go, without waiting for it."""
     with sock, contextlib.suppress(OSError):
         sock.setblocking(False)
-        sock.send(FULL)
+        sock.send(f"ERROR :{FULL}\r\n".encode())  # readable in every dialect
         sock.shutdown(socket.SHUT_WR)
         sock.recv(RECV_BYTES)  # unread input would turn the close into a reset, which may overtake the line
 
@@ -2099,20 +2135,18 @@ class Failed(Exception):
     """Something that ends the program with exit code 1; its text says what and what to do."""
 
 
-Events = queue.Queue  # of (kind, item); Client has a function _on_<kind> for each
+Events = queue.Queue  # of (kind, item), for each of which Client has a function _on_<kind>
 
 
 def receive(sock: socket.socket, events: Events[Tuple[str, Any]]) -> None:
     """A thread: ("message", Message) for each that arrives, and ("closed", None) at the end."""
-    lines = LineBuffer(SERVER_INPUT_BYTES)
+    lines, data = LineBuffer(SERVER_INPUT_BYTES), b"\n"
     with contextlib.suppress(OSError):
-        while True:
-            data = sock.recv(65536)
-            if not data:
-                break
+        while data:
             for line in lines.feed(data):
                 if line is not None:
                     events.put(("message", parse(line.decode(errors="replace"))))
+            data = sock.recv(1 << 16)
     events.put(("closed", None))
 
 
@@ -2122,8 +2156,8 @@ def read_input(events: Events[Tuple[str, Any]], window: threading.Semaphore) -> 
     Reads below the buffer, whose lock a thread that is still there when the program ends must not hold.
     """
     lines, data = LineBuffer(SERVER_INPUT_BYTES), b"\n"
-    source: Any = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
-    while data:
+    source: Any = sys.stdin and getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+    while data and source:
         data = source.read(RECV_BYTES) or b""
         for line in lines.feed(data or b"\n"):
             window.acquire()
@@ -2134,81 +2168,78 @@ def read_input(events: Events[Tuple[str, Any]], window: threading.Semaphore) -> 
 class Client:
     """One person's, or one pipe's, connection to an IRC server.
 
-    `run` owns all state and does all sending. Two threads feed its queue: one with the messages that arrive
-    (None at the end of the connection), one with the lines of standard input (None at its end).
+    `run` owns all state and does all sending. Two threads feed its queue: with the messages that arrive, and with
+    the lines of standard input.
     """
 
     WANTED = ("echo-message", "message-tags", "server-time")
 
     def __init__(self, host: str, port: int, nick: str, channel: str) -> None:
-        self.host, self.port = host, port
+        self.where = f"{host}:{port}"
         self.nick = self.wanted = nick
         self.channel = channel
-        self.person = sys.stdin.isatty()
+        self.person = bool(sys.stdin) and sys.stdin.isatty()
         self.source = ""  # our own prefix, as the server writes it
         self.caps: List[str] = []
         self.status: Optional[int] = None  # exit code, once known
         self.joined = self.leaving = self.input_ended = False
-        self.unechoed = 0  # lines that were sent and whose echo has not come
+        self.unechoed = 0  # messages that were sent and whose echo has not come
         self.events: Events[Tuple[str, Any]] = queue.Queue()
-        self.window = threading.Semaphore(UNECHOED_LINES)
+        self.window = threading.Semaphore(1)  # lines that may be read from standard input
+        try:
+            self.sock = socket.create_connection((host, port), CONNECT_S)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise Failed(f"cannot connect to {self.where}: {reason}; is the server running, and there?") from None
+        self.sock.settimeout(None)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def run(self) -> int:
         """Talks until one side ends; returns the exit code, raises Failed."""
-        try:
-            self.sock = socket.create_connection((self.host, self.port), CONNECT_S)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise Failed(
-                f"cannot connect to {self.host}:{self.port}: {reason}; is the server running, and there?"
-            ) from None
-        self.sock.settimeout(None)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=receive, args=(self.sock, self.events), daemon=True).start()
         self.send("CAP", "LS", "302")
         self.send("NICK", self.nick)
         self.send("USER", re.sub("[^A-Za-z0-9._-]", "", self.nick)[:USER_CHARS] or "user", "0", "*", self.nick)
-        threading.Thread(target=receive, args=(self.sock, self.events), daemon=True).start()
+        give_up = time.monotonic() + CONNECT_S
         with self.sock:
             while self.status is None:
                 try:
                     kind, item = self.events.get(timeout=TICK_S)  # in steps: Windows does not interrupt a wait
                 except queue.Empty:
+                    if not self.joined and time.monotonic() > give_up:
+                        raise Failed(f"{self.where} does not answer as a chat or IRC server does") from None
                     continue
                 getattr(self, f"_on_{kind}")(item)
         return self.status
 
-    def leave(self) -> None:
-        """Says good-bye, if that is still possible."""
-        with contextlib.suppress(OSError, AttributeError):
-            self.send("QUIT")
+    def send(self, command: str, *params: str) -> None:
+        """Sends one message. That it could not be sent shows when what had arrived before has been read."""
+        with contextlib.suppress(OSError):
+            self.sock.sendall(f"{format_line(Message(command, params))}\r\n".encode())
 
-    def send(self, command: str, *params: str, tags: Mapping[str, str] = NO_TAGS) -> None:
-        """Sends one message to the server."""
-        line = format_tags(tags.items()) + format_line(Message(command, params))
-        self.sock.sendall(f"{line}\r\n".encode())
+    def show(self, line: str) -> None:
+        """One line for the reader."""
+        if line:
+            print(line, flush=True)
 
-    # What happens, one function per event.
+    # What happens: one function per kind of event.
 
     def _on_closed(self, _: object) -> None:
         if not self.leaving:
-            raise Failed(f"the connection to {self.host}:{self.port} was lost")
+            raise Failed(f"the connection to {self.where} was lost")
         self.status = 0
 
     def _on_line(self, line: Optional[bytes]) -> None:
         if line is None:
             raise Failed("a line of the input is too long")
-        if not line:
-            self.input_ended = True
-            self._end_input()
-            return
-        text = line.decode(errors="replace").replace("\0", "")
-        try:
-            message = typed(text, self.channel) if self.person else Message("PRIVMSG", (self.channel, text))
-            self._say(message)
-        except Refused as refused:
-            self.show(f"*** Error: {refused.params[0]}")
-        if not (self.unechoed and "echo-message" in self.caps):
-            self.window.release()
+        self.input_ended = not line
+        text = re.sub("[\0\r]", " ", line.decode(errors="replace"))
+        if text:
+            try:
+                self._say(typed(text, self.channel) if self.person else Message("PRIVMSG", (self.channel, text)))
+            except Refused as refused:
+                self.show(f"*** Error: {refused.params[0]}")
+        self._go_on()
 
     def _say(self, message: Message) -> None:
         if message.command == "HELP":
@@ -2219,107 +2250,110 @@ class Client:
         if message.command != "PRIVMSG":
             self.send(message.command, *message.params)
             return
-        target, text = message.params
+        target, doing = message.params[0], message.action
         room = LINE_BYTES - 2 - len(f":{self.source} PRIVMSG {target} :".encode())
-        doing = message.action
-        for piece in split_text(text if doing is None else doing, room if doing is None else room - len(action(""))):
-            self.send("PRIVMSG", target, piece if doing is None else action(piece))
+        if doing is None:
+            pieces = split_text(message.text, room)
+        else:
+            pieces = [action(piece) for piece in split_text(doing, room - len(action("")))]
+        for piece in pieces:
+            self.send("PRIVMSG", target, piece)
             self.unechoed += 1
 
-    def _end_input(self) -> None:
-        """After the last line of the input: leaves as soon as the server has confirmed all of it."""
-        if self.leaving or not self.input_ended:
-            return
-        if "echo-message" not in self.caps:
+    def _go_on(self) -> None:
+        """Asks for the next line, or leaves after the last, as soon as enough has been confirmed."""
+        if "echo-message" not in self.caps or self.person:
+            self.unechoed = 0
+        if not self.input_ended:
+            if self.unechoed < UNECHOED_LINES:
+                self.window.release()
+        elif "echo-message" not in self.caps and not self.leaving:
             self.send("PING", "end-of-input")
-        elif not self.unechoed:
-            self._leave()
-
-    def _leave(self) -> None:
-        self.leaving = True
-        self.send("QUIT")
+        elif not self.unechoed and not self.leaving:
+            self.leaving = True
+            self.send("QUIT")
 
     def _on_message(self, message: Message) -> None:
-        handler = getattr(self, f"_on_{message.command.lower()}", None)
         if message.nick == self.nick and "!" in message.source:
             self.source = message.source
-            if message.command in ("PRIVMSG", "NOTICE"):
-                self._on_echo()
+            if message.command == "PRIVMSG":
+                self._got_echo(message)
                 return
+        handler = getattr(self, f"_got_{message.command.lower()}", None)
         if handler is not None and handler(message):
             return
         text = text_form(message)
-        if text:
-            self.show(text)
+        self.show(text)
         if not self.person and self.unechoed and text.startswith("*** Error: "):
             raise Failed("a line was not delivered")
 
-    def _on_echo(self) -> None:
-        self.unechoed -= 1
-        if not self.unechoed or self.unechoed < UNECHOED_LINES:
-            self.window.release()
-        self._end_input()
-
-    def show(self, line: str) -> None:
-        """One line for the reader."""
-        print(line, flush=True)
-
     # Messages that mean something to the client; True: there is nothing to show.
 
-    def _on_cap(self, message: Message) -> bool:
+    def _got_echo(self, message: Message) -> None:
+        if fold(message.param(0)) == fold(self.nick):  # said to oneself
+            self.show(text_form(message))
+        waited = self.unechoed == UNECHOED_LINES
+        self.unechoed = max(self.unechoed - 1, 0)
+        if waited or self.input_ended:
+            self._go_on()
+
+    def _got_cap(self, message: Message) -> bool:
         verb, offered = message.param(1), message.text.split()
         if verb == "LS":
             self.caps += [cap for cap in (item.partition("=")[0] for item in offered) if cap in self.WANTED]
-            if message.param(2) != "*":
-                self.send("CAP", "REQ", " ".join(self.caps)) if self.caps else self.send("CAP", "END")
+            if message.param(2) != "*":  # the last line of the list
+                self.send(*(("CAP", "REQ", " ".join(self.caps)) if self.caps else ("CAP", "END")))
         elif verb in ("ACK", "NAK"):
             self.caps = offered if verb == "ACK" else []
             self.send("CAP", "END")
         return True
 
-    def _on_ping(self, message: Message) -> bool:
+    def _got_ping(self, message: Message) -> bool:
         self.send("PONG", *message.params)
         return True
 
-    def _on_pong(self, message: Message) -> bool:
-        if message.text == "end-of-input":
-            self._leave()
+    def _got_pong(self, message: Message) -> bool:
+        if message.text == "end-of-input" and not self.leaving:
+            self.leaving = True
+            self.send("QUIT")
         return True
 
-    def _on_001(self, message: Message) -> bool:
+    def _got_001(self, message: Message) -> bool:
         self.nick = message.param(0) or self.nick
         if self.nick != self.wanted:
-            self.show(f"*** {self.wanted} is taken; you are {self.nick}")
+            self.show(f"*** {self.wanted} is taken; you are {harmless(self.nick)}")
         self.send("JOIN", self.channel)
         return True
 
-    def _on_433(self, message: Message) -> bool:
+    def _got_433(self, message: Message) -> bool:
         if self.joined:
             return False
         self.nick = next_nick(self.nick)
         self.send("NICK", self.nick)
         return True
 
-    def _on_432(self, message: Message) -> bool:
+    def _got_432(self, message: Message) -> bool:
         if self.joined:
             return False
         raise Failed(f"the server refuses the name {self.nick}: {harmless(message.text)}; choose another with --name")
 
-    def _on_join(self, message: Message) -> bool:
+    def _got_join(self, message: Message) -> bool:
         if message.nick == self.nick:
-            self.channel = message.param(0)
             if not self.joined:
                 self.joined = True
                 threading.Thread(target=read_input, args=(self.events, self.window), daemon=True).start()
+            elif message.param(0) != self.channel:
+                self.send("PART", self.channel)
+            self.channel = message.param(0)
         return False
 
-    def _on_nick(self, message: Message) -> bool:
+    def _got_nick(self, message: Message) -> bool:
         if message.nick == self.nick:
             self.nick = message.param(0)
             self.source = f"{self.nick}!{message.source.partition('!')[2]}"
         return False
 
-    def _on_error(self, message: Message) -> bool:
+    def _got_error(self, message: Message) -> bool:
         return self.leaving
 
 
@@ -2330,26 +2364,26 @@ class Client:
 
 def run_server(args: argparse.Namespace) -> int:
     """chat.py server"""
+    if not re.fullmatch(r"[A-Za-z0-9.-]{1,63}", args.server_name):
+        raise Failed("a --server-name is up to 63 letters, digits, dots and hyphens")
     logging.basicConfig(
         filename=args.log,
         level=logging.DEBUG if args.verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
     )
     raise_descriptor_limit()
-    sys.setswitchinterval(SWITCH_S)
     try:
         server = Server(args.host, args.port, args.server_name, args.max_clients)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, UnicodeError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
-        raise Failed(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Failed(f"cannot listen on {args.host}:{args.port}: {reason}") from None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.stop())
     host, port = server.address
-    print(f"listening on {host}:{port}", flush=True)
-    print(invitation(host, port), flush=True)
-    server.serve()
-    return 0
+    print(f"listening on {host}:{port}\n{invitation(host, port)}", flush=True)
+    return 0 if server.serve() else 1
 
 
 def invitation(host: str, port: int) -> str:
@@ -2389,10 +2423,8 @@ def run_client(args: argparse.Namespace) -> int:
     try:
         return client.run()
     except KeyboardInterrupt:
-        client.leave()
+        client.send("QUIT")
         return 130
-    except BrokenPipeError:
-        raise Failed("the connection was lost, or nobody reads the output") from None
 
 
 def login_name() -> str:
@@ -2408,20 +2440,15 @@ def login_name() -> str:
         return "guest"
 
 
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low` to `high`."""
 
+    def convert(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}")
+        return int(text)
 
-def port_number(text: str) -> int:
-    """An argument that is a TCP port, or 0."""
-    value = int(text)
-    if not 0 <= value < 1 << 16:
-        raise ValueError
-    return value
+    return convert
 
 
 def parser() -> argparse.ArgumentParser:
@@ -2430,11 +2457,13 @@ def parser() -> argparse.ArgumentParser:
     modes = top.add_subparsers(metavar="server | client", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--host", default="127.0.0.1", help="address (default %(default)s)")
-    shared.add_argument("--port", type=port_number, default=DEFAULT_PORT, help="TCP port (default %(default)s)")
+    shared.add_argument("--port", type=whole(0, 65535), default=DEFAULT_PORT, help="TCP port (default %(default)s)")
 
     server = modes.add_parser("server", parents=[shared], help="let people join", description="Lets people join.")
     server.add_argument("--server-name", default="chat.local", metavar="NAME", help="in IRC replies (%(default)s)")
-    server.add_argument("--max-clients", type=positive, default=MAX_CLIENTS, metavar="N", help="(default %(default)s)")
+    server.add_argument(
+        "--max-clients", type=whole(1, 1_000_000), default=MAX_CLIENTS, metavar="N", help="(default %(default)s)"
+    )
     server.add_argument("--log", metavar="FILE", help="log to FILE instead of standard error")
     server.add_argument("-v", "--verbose", action="store_true", help="log more")
     server.set_defaults(run=run_server)
@@ -2449,10 +2478,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs one command; returns the exit code."""
     args = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # no text may end the program because the terminal cannot show it
+            stream.reconfigure(errors="backslashreplace")
     try:
         status: int = args.run(args)
         return status
-    except Failed as failed:
+    except BrokenPipeError:  # nobody reads the output any more; nor may its last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (Failed, OSError) as failed:
         print(f"chat.py: {failed}", file=sys.stderr)
         return 1
 

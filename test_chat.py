@@ -81,8 +81,8 @@ class Shape(unittest.TestCase):
 
 class Names(unittest.TestCase):
     GOOD = ["bob", "Борис", "美咲", "José", "山田たろう", "홍길동", "_x", "`a", "[x]", "a-b", "x1", "दिल्ली", "ñ" * 24]
-    BAD = ["", "1bob", "-x", "a b", "a\x1b[31m", "bоb", "a\u202eb", "a\u200db", "bob\u034f", "\u3164", "a,b", "#a",
-           "x" * 25, "美" * 22, "a!b", "a@b", "*", "bob\ufe0f", "a\x00"]  # fmt: skip
+    BAD = ["", "1bob", "-x", "a b", "a\x1b[31m", "bоb", "a\u202eb", "a\u200db", "bob\u034f", "\u3164", "a,b",
+           "b\udcff", "x" * 25, "美" * 22, "a!b", "a@b", "*", "bob\ufe0f", "a\x00"]  # fmt: skip
 
     def test_good(self) -> None:
         for name in self.GOOD:
@@ -121,6 +121,7 @@ class Names(unittest.TestCase):
         self.assertEqual(chat.next_nick("bob"), "bob2")
         self.assertEqual(chat.next_nick("bob9"), "bob10")
         self.assertEqual(chat.next_nick("x" * 24), "x" * 23 + "2")
+        self.assertEqual(chat.next_nick("\U00020000" * 16), "\U00020000" * 15 + "2")
 
 
 class WireFormat(unittest.TestCase):
@@ -221,6 +222,11 @@ class TextForm(unittest.TestCase):
         (Message("001", ("ann", "Welcome"), "s"), ""),
         (Message("PONG", ("a", "b"), "s"), ""),
         (Message("PRIVMSG", ("#chat", "\x1b[31mred\x9b\u202e"), BOB), "bob: \\x1b[31mred\\x9b<U+202E>"),
+        (
+            Message("PRIVMSG", ("#chat", "你好\u3000世界\xa0\U0001fae8 a\u200db"), BOB),
+            "bob: 你好\u3000世界\xa0\U0001fae8 a<U+200D>b",
+        ),
+        (Message("JOIN", ("#chat",), BOB, {chat.COUNT_TAG: "\x1b[2J"}), "*** bob joined (\\x1b[2J here)"),
         (Message("QUIT", ("\x07\x7f",), BOB), "*** bob left: \\x07\\x7f"),
         (Message("PRIVMSG", ("#chat", "*** ann left {0}"), BOB), "bob: *** ann left {0}"),
     ]
@@ -327,6 +333,11 @@ class Dialects(unittest.TestCase):
         ):  # fmt: skip
             with self.subTest(line[:40]), self.assertRaises(chat.Refused):
                 chat.JSON.decode(line, True)
+
+    def test_patterns_take_linear_time(self) -> None:
+        size = 1 << 20  # would take minutes if a search began anew at every place
+        chat.JSON_STRING.sub("", '"' + '\\"' * size)
+        chat.TELNET.sub(b"", b"\xff\xfa" * size)
 
     def test_json_takes_brackets_in_text(self) -> None:
         text = "[{" * 100
@@ -469,6 +480,22 @@ class State(unittest.TestCase):
             hub.send_locked(Message("PRIVMSG", ("#a", str(number)), "x!y@z"), channel.roster, session)
         self.assertEqual(len(list(chat.fan_out(hub.take()[0]))), 50)
         self.assertEqual(view.encode.call_count, 3)
+
+    def test_an_answer_in_the_same_tick_of_the_clock_is_an_answer(self) -> None:
+        hub, session = chat.Hub("s"), chat.Session("h", 0.0)
+        session.registered, session.view = True, chat.irc()
+        with hub:
+            hub._ping_locked(session, 100.0, 60.0)
+            session.heard = 100.0
+            self.assertEqual(hub._examine_locked(session, 160.0), 190.0)
+        self.assertFalse(session.gone)
+
+    def test_refusals_wait_for_room_like_everything_else(self) -> None:
+        hub, session = chat.Hub("s"), chat.Session("h", 0.0)
+        with mock.patch.object(hub, "wait_for_room_locked") as wait:
+            for line in (None, b"\xff", b"bob"):
+                chat.perform(hub, session, line)
+        self.assertEqual(wait.call_count, 3)
 
     def test_names_are_kept_in_step(self) -> None:
         channel, sessions = chat.Channel("#a"), [chat.Session("h", 0.0) for _ in range(200)]
@@ -729,6 +756,18 @@ class JsonScripts(ServerCase):
         self.assertEqual(self.next(two)["code"], "not-joined")
         self.assertEqual(self.next(two)["code"], "bad-name")
 
+    def test_errors_carry_the_ref(self) -> None:
+        bot = self.script(
+            {"type": "join", "user": "bot"},
+            {"type": "command", "text": "/foo", "ref": "1"},
+            {"type": "foo", "ref": "2"},
+            {"type": "join", "channel": "0", "ref": "3"},
+            {"type": "chat", "text": "still here", "ref": "4"},
+        )
+        self.next(bot)
+        refs = [(item["type"], item["ref"]) for item in (self.next(bot) for _ in range(4))]
+        self.assertEqual(refs, [("error", "1"), ("error", "2"), ("error", "3"), ("ack", "4")])
+
     def test_bad_lines_get_one_error_each(self) -> None:
         bot = self.script({"type": "join", "user": "bot"})
         self.next(bot)
@@ -776,7 +815,12 @@ class IrcClients(ServerCase):
                 "318 ann bob :",
             ],
         ),
-        ("WHOIS nobody", ["401 ann nobody :nobody here is called nobody"]),
+        ("WHOIS nobody", ["401 ann nobody :nobody here is called nobody", "318 ann nobody :"]),
+        ("WHOWAS nobody", ["406 ann nobody :", "369 ann nobody :"]),
+        ("MODE ann +i", ["221 ann :+"]),
+        ("MODE ann +o", ["501 "]),
+        ("PRIVMSG * :x", ["403 "]),
+        ("GUEST", ["462 "]),
         ("LIST", ["321 ", "322 ann #chat 2 :", "322 ann #tea 1 :Earl Grey", "323 "]),
         ("LIST #tea", ["321 ", "322 ann #tea 1 :Earl Grey", "323 "]),
         ("NAMES #tea", ["353 ann = #tea :@bob", "366 ann #tea :"]),
@@ -875,6 +919,28 @@ class IrcClients(ServerCase):
         self.assertEqual(len((ann.line() or "").encode()) + 2, chat.LINE_BYTES)
         self.assertEqual(ann.line(), ":bob!bob@localhost PRIVMSG #chat :after")
         self.assertIn(" 417 bob ", bob.line() or "")
+
+    def test_no_answer_is_longer_than_a_line(self) -> None:
+        ann = self.irc("ann")
+        heads = "|PING |PART #|WHOIS |CAP REQ :|CAP |JOIN #|NICK |NAMES #|WHO |ISON |WHO #chat %t,|PRIVMSG |MODE "
+        for head in (heads + "|MODE #chat |USERHOST |WHOWAS ").split("|"):
+            ann.send(head + "x" * (chat.LINE_BYTES - 2 - len(head)) + "\r\n")
+        for line in ann.sync():
+            self.assertLessEqual(len(line.encode()) + 2, chat.LINE_BYTES, line)
+
+    def test_a_target_named_twice_gets_one_copy(self) -> None:
+        ann, bob = self.irc("ann"), self.irc("bob")
+        ann.sync()
+        bob.send("PRIVMSG #chat,#chat :x\r\n")
+        bob.sync()
+        self.assertEqual(ann.sync(), [":bob!bob@localhost PRIVMSG #chat :x"])
+
+    def test_no_prompt_for_who_has_begun_to_speak(self) -> None:
+        with mock.patch.object(chat, "PROMPT_S", 0.2):
+            slow, quiet = self.peer("CAP LS 3"), self.peer()
+            self.assertEqual(quiet.sock.recv(100), b"Enter your name: ")
+            slow.send("02\r\n")
+            self.assertRegex(slow.line() or "", "^:chat.local CAP ")
 
     def test_bad_bytes_and_endless_lines(self) -> None:
         ann, bob = self.irc("ann"), self.irc("bob")
@@ -1031,12 +1097,18 @@ class Pressure(ServerCase):
         self.server.max_clients = 1
         self.plain("ann")
         with self.assertLogs("chat", "WARNING"):
-            self.assertEqual(self.peer().rest(), [chat.FULL.decode().strip()])
+            self.assertEqual(self.peer().rest(), [f"ERROR :{chat.FULL}"])
 
     def test_threads_that_cannot_be_started(self) -> None:
         self.plain("bob")
         broken = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
         with broken, self.assertLogs("chat", "WARNING"):
+            self.assertEqual(self.peer().rest(), [f"*** {chat.FULL}"])
+        self.plain("ann")
+
+    def test_a_socket_that_is_gone_before_it_is_set_up(self) -> None:
+        self.plain("bob")
+        with mock.patch.object(chat, "prepare", side_effect=OSError(22, "Invalid argument")):
             self.assertEqual(self.peer().rest(), [])
         self.plain("ann")
 
@@ -1121,7 +1193,7 @@ class Fuzz(ServerCase):
         return Watch()
 
 
-class Programs(unittest.TestCase):
+class ProgramCase(unittest.TestCase):
     """Whole programs as a user starts them."""
 
     def start(self, *args: str, stdin: Any = subprocess.DEVNULL, **more: Any) -> subprocess.Popen[str]:
@@ -1149,6 +1221,8 @@ class Programs(unittest.TestCase):
         out, err = program.communicate(text, timeout=PATIENCE)
         return program.returncode, out, err
 
+
+class ServerProgram(ProgramCase):
     def test_server_tells_how_to_join_and_stops_on_sigterm(self) -> None:
         program, port = self.server()
         peer = Peer(port, "ann\n")
@@ -1183,6 +1257,61 @@ class Programs(unittest.TestCase):
             self.assertEqual(program.returncode, 2)
             self.assertTrue(err.startswith("usage:"), err)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "needs ulimit")
+    def test_out_of_descriptors(self) -> None:
+        import resource
+
+        program, port = self.server(
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
+        )
+        peers = [Peer(port) for _ in range(60)]
+        for peer in peers:
+            self.addCleanup(peer.close)
+        refused = [peer for peer in peers[-10:] if peer.line() == f"ERROR :{chat.FULL}"]
+        self.assertEqual(len(refused), 10)
+        for peer in peers:
+            peer.close()
+        end = time.monotonic() + PATIENCE
+        while True:
+            late = Peer(port, "ann\n")
+            self.addCleanup(late.close)
+            if late.line() == "*** ann joined (1 here)":
+                break
+            self.assertLess(time.monotonic(), end, "the server did not recover")
+        program.terminate()
+        _, err = program.communicate(timeout=PATIENCE)
+        self.assertEqual(program.returncode, 0)
+        self.assertNotIn("Traceback", err)
+
+    @unittest.skipUnless(shutil.which("nc"), "needs nc")
+    def test_printf_into_nc(self) -> None:
+        _, port = self.server()
+        ann = Peer(port, "ann\n")
+        self.addCleanup(ann.close)
+        ann.until("joined")
+        subprocess.run(
+            ["nc", "-N", "127.0.0.1", str(port)],
+            input=b"bob\nhello",
+            stdout=subprocess.DEVNULL,
+            timeout=PATIENCE,
+            check=True,
+        )
+        ann.until("bob: hello")
+
+    def test_log_file(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "log")
+            program, port = self.server("--log", str(path), "-v")
+            peer = Peer(port)
+            peer.sock.sendall(b"\x16\x03")
+            peer.rest()
+            peer.close()
+            program.terminate()
+            program.communicate(timeout=PATIENCE)
+            self.assertIn("TLS", path.read_text(encoding="utf-8"))
+
+
+class ClientProgram(ProgramCase):
     def test_a_pipe_sends_and_confirms_every_line(self) -> None:
         _, port = self.server()
         ann = Peer(port, "ann\n")
@@ -1205,6 +1334,53 @@ class Programs(unittest.TestCase):
         self.assertEqual(status, 0)
         self.assertEqual(out.splitlines()[0], "*** bob is taken; you are bob2")
         bob.until("bob2: hi")
+
+    def test_one_line_errors(self) -> None:
+        for args, text in (
+            (["client", "--name", "b\udcff"], "a name is a letter, "),
+            (["client", "--channel", "#\udcff"], "a channel is # and "),
+            (["client", "--host", "a..b"], "cannot connect to a..b:"),
+            (["server", "--host", "a..b"], "cannot listen on a..b:"),
+            (["server", "--server-name", "my chat"], "a --server-name is "),
+            (["server", "--log", str(HERE / "no" / "such")], "[Errno 2] "),
+        ):
+            with self.subTest(args):
+                program = self.start(*args)
+                out, err = program.communicate(timeout=PATIENCE)
+                self.assertEqual((program.returncode, out), (1, ""), err)
+                self.assertRegex(err, rf"^chat\.py: {re.escape(text)}[^\n]*\n$")
+
+    def test_a_pipe_without_input_or_with_odd_bytes(self) -> None:
+        _, port = self.server()
+        ann = Peer(port, "ann\n")
+        self.addCleanup(ann.close)
+        ann.until("joined")
+        self.assertEqual(self.run_client(port, "10%\r20%\nnext\0\n", "--name", "ci")[0], 0)
+        self.assertEqual([ann.until("ci:") for _ in range(2)], ["ci: 10% 20%", "ci: next "])
+        self.assertEqual(self.run_client(port, "", "--name", "ci")[0], 0)
+        command = f'exec "{sys.executable}" "{HERE / "chat.py"}" client --port {port} --name nobody <&-'
+        if os.name == "posix":
+            subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL, timeout=PATIENCE, check=True)
+
+    def test_what_a_strange_server_sends_is_shown_or_ignored(self) -> None:
+        fake = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(fake.close)
+        client = self.start("client", "--port", str(fake.getsockname()[1]), "--name", "bob", stdin=subprocess.PIPE)
+        sock, _ = fake.accept()
+        with sock:
+            sock.sendall(
+                b":x LINE foo\r\nMESSAGE x\r\n:x ECHO\r\nCLOSED\r\nJOIN\r\n:bob!b@h PRIVMSG\r\nPING\r\n353\r\n\xff\r\n"
+                b":s 001 bo\x1b[31mb\r\n:a!b@c PRIVMSG #chat :\x1b]0;x\x07\r\n:s 999 x :y\r\n"
+                + b"x" * 20000
+                + b"\r\nERROR :bye\r\n"
+            )
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(4096):
+                pass
+        out, err = client.communicate(timeout=PATIENCE)
+        self.assertRegex(err, r"^chat\.py: the connection to \S+ was lost\n$")
+        shown = "***  joined\n*** In : \n*** bob is taken; you are bo\\x1b[31mb\na: \\x1b]0;x\\x07\n*** bye\n"
+        self.assertEqual(out, shown)
 
     def test_client_without_a_server(self) -> None:
         with socket.socket() as unused:
@@ -1258,59 +1434,6 @@ class Programs(unittest.TestCase):
             out, err = client.communicate(timeout=PATIENCE)
         self.assertEqual((client.returncode, err), (1, "chat.py: a line was not delivered\n"))
         self.assertIn("*** Error: Cannot send to channel\n", out)
-
-    @unittest.skipUnless(hasattr(os, "fork"), "needs ulimit")
-    def test_out_of_descriptors(self) -> None:
-        import resource
-
-        program, port = self.server(
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
-        )
-        peers = [Peer(port) for _ in range(60)]
-        for peer in peers:
-            self.addCleanup(peer.close)
-        refused = [peer for peer in peers[-10:] if peer.line() == chat.FULL.decode().strip()]
-        self.assertEqual(len(refused), 10)
-        for peer in peers:
-            peer.close()
-        end = time.monotonic() + PATIENCE
-        while True:
-            late = Peer(port, "ann\n")
-            self.addCleanup(late.close)
-            if late.line() == "*** ann joined (1 here)":
-                break
-            self.assertLess(time.monotonic(), end, "the server did not recover")
-        program.terminate()
-        _, err = program.communicate(timeout=PATIENCE)
-        self.assertEqual(program.returncode, 0)
-        self.assertNotIn("Traceback", err)
-
-    @unittest.skipUnless(shutil.which("nc"), "needs nc")
-    def test_printf_into_nc(self) -> None:
-        _, port = self.server()
-        ann = Peer(port, "ann\n")
-        self.addCleanup(ann.close)
-        ann.until("joined")
-        subprocess.run(
-            ["nc", "-N", "127.0.0.1", str(port)],
-            input=b"bob\nhello",
-            stdout=subprocess.DEVNULL,
-            timeout=PATIENCE,
-            check=True,
-        )
-        ann.until("bob: hello")
-
-    def test_log_file(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder, "log")
-            program, port = self.server("--log", str(path), "-v")
-            peer = Peer(port)
-            peer.sock.sendall(b"\x16\x03")
-            peer.rest()
-            peer.close()
-            program.terminate()
-            program.communicate(timeout=PATIENCE)
-            self.assertIn("TLS", path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
