@@ -1,10 +1,15 @@
 #!/usr/bin/env python3
-"""Tests of chat.py, in its order: pure parts, real sockets, whole programs. Run: python test_chat.py"""
+"""Tests of chat.py and loadtest.py, in their order: pure parts, real sockets, whole programs.
+
+Run: python test_chat.py
+"""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import copy
+import io
 import json
 import os
 import pathlib
@@ -19,31 +24,39 @@ import tempfile
 import threading
 import time
 import unittest
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+import xml.etree.ElementTree as ElementTree
+from array import array
+from fractions import Fraction
+from itertools import combinations
+from math import ceil
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
 
 import chat
+import loadtest
 from chat import Message
+from loadtest import CHECKS, Finding, History, Sent
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATIENCE = 20.0  # seconds before a test gives up; never a measure of speed
-SOURCE = (HERE / "chat.py").read_text(encoding="utf-8")
+SOURCES = {module: (HERE / f"{module.__name__}.py").read_text(encoding="utf-8") for module in (chat, loadtest)}
 
 
 class Shape(unittest.TestCase):
     """The file itself: its map, its layers, the size of its pieces."""
 
-    def sections(self) -> Dict[str, Tuple[int, int]]:
-        lines = SOURCE.splitlines()
+    def sections(self, source: str) -> Dict[str, Tuple[int, int]]:
+        lines = source.splitlines()
         bar = "# " + "-" * 77
         starts = [i for i in range(1, len(lines) - 1) if lines[i - 1] == lines[i + 1] == bar]
         ends = [*starts[1:], len(lines) + 2]
         return {lines[start][2:]: (start + 1, end - 1) for start, end in zip(starts, ends)}
 
     def test_docstring_maps_the_sections(self) -> None:
-        listed = re.findall(r"^    (\w[\w ]*?)  +\S", chat.__doc__ or "", re.MULTILINE)
-        listed = [name for name in listed if not name.startswith("python")]
-        self.assertEqual(listed, list(self.sections()))
+        for module, source in SOURCES.items():
+            listed = re.findall(r"^    (\w[\w ]*?)  +\S", module.__doc__ or "", re.MULTILINE)
+            listed = [name for name in listed if not name.startswith("python")]
+            self.assertEqual(listed, list(self.sections(source)))
 
     def test_functions_and_classes_are_short(self) -> None:
         for path in HERE.glob("*.py"):
@@ -53,23 +66,28 @@ class Shape(unittest.TestCase):
                     self.assertLessEqual((node.end_lineno or 0) - node.lineno + 1, bound, f"{path.name}: {node.name}")
 
     def test_sections_use_only_what_they_may_know(self) -> None:
-        io = {"socket", "select", "selectors", "subprocess", "signal"}
-        forbidden = {name: io | {"threading"} for name in list(self.sections())[:5] + ["commands"]}
-        forbidden["chat state"] = io
-        tree = ast.parse(SOURCE)
-        for name, (first, last) in self.sections().items():
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Name) and first <= node.lineno <= last:
-                    self.assertNotIn(node.id, forbidden.get(name, set()), f"{name}, line {node.lineno}")
+        effects = {"socket", "select", "selectors", "subprocess", "signal", "open", "os"}
+        names = list(self.sections(SOURCES[chat]))
+        forbidden = {name: effects | {"threading"} for name in [*names[: names.index("chat state")], "commands"]}
+        forbidden["chat state"] = effects
+        names = list(self.sections(SOURCES[loadtest]))
+        forbidden.update((name, effects | {"threading"}) for name in names[1 : names.index("server under test")])
+        for source in SOURCES.values():
+            used = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+            for name, (first, last) in self.sections(source).items():
+                for node in used:
+                    if first <= node.lineno <= last:
+                        self.assertNotIn(node.id, forbidden.get(name, set()), f"{name}, line {node.lineno}")
 
     def test_only_the_standard_library(self) -> None:
-        for node in ast.walk(ast.parse(SOURCE)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            for name in names:
-                if hasattr(sys, "stdlib_module_names"):
-                    self.assertIn(name.partition(".")[0], sys.stdlib_module_names)
+        for source in SOURCES.values():
+            for node in ast.walk(ast.parse(source)):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                for name in names:
+                    if hasattr(sys, "stdlib_module_names"):
+                        self.assertIn(name.partition(".")[0], sys.stdlib_module_names)
 
     def test_limits_agree_with_each_other(self) -> None:
         prefix = 1 + chat.NICK_BYTES + 1 + chat.USER_CHARS + 1 + 10 + 1
@@ -1196,8 +1214,10 @@ class Fuzz(ServerCase):
 class ProgramCase(unittest.TestCase):
     """Whole programs as a user starts them."""
 
-    def start(self, *args: str, stdin: Any = subprocess.DEVNULL, **more: Any) -> subprocess.Popen[str]:
-        command = [sys.executable, str(HERE / "chat.py"), *args]
+    def start(
+        self, *args: str, stdin: Any = subprocess.DEVNULL, file: str = "chat.py", **more: Any
+    ) -> subprocess.Popen[str]:
+        command = [sys.executable, str(HERE / file), *args]
         program = subprocess.Popen(
             command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **more
         )
@@ -1434,6 +1454,1377 @@ class ClientProgram(ProgramCase):
             out, err = client.communicate(timeout=PATIENCE)
         self.assertEqual((client.returncode, err), (1, "chat.py: a line was not delivered\n"))
         self.assertIn("*** Error: Cannot send to channel\n", out)
+
+
+# The load tester: its checker, its statistics and report, then the whole program.
+
+ALL_PASS = {name: ("pass", 0, "") for name in CHECKS}
+SAW = re.compile(r"(\w+) saw (\d+) \(from s\d+\) before (\d+) \(from s\d+\), at (\d+) and (\d+)")
+OTHER_WAY = re.compile(r"; (\w+) saw them the other way, at (\d+) and (\d+)$")
+
+
+def sent(senders: Sequence[int], after: Optional[Sequence[int]] = None) -> Sent:
+    return Sent(array("i", senders), array("i", after or [-1] * len(senders)))
+
+
+def saw(name: str, order: Iterable[int], sender: int = -1, span: Tuple[int, int] = (0, 99), *strange: bytes) -> History:
+    return History(name, sender, array("I", order), list(strange), *span)
+
+
+def results(findings: Sequence[Finding]) -> Dict[str, Tuple[str, int, str]]:
+    return {name: (verdict, count, witness) for name, verdict, count, witness in findings}
+
+
+class Case(NamedTuple):
+    title: str
+    sent: Sent
+    histories: List[History]
+    failing: Dict[str, Tuple[int, str]]  # check -> count, witness; all others pass
+    echo: bool = True
+
+
+FOUR = sent([0, 1, 0, 1])  # messages 0 and 2 of s0, 1 and 3 of s1
+SIX = sent([0, 1, 2, 3, 4, 5])
+C0 = saw("c0", [0, 1, 2, 3])
+CASES = [
+    Case("all alike", FOUR, [C0, saw("c1", [0, 1, 2, 3])], {}),
+    Case("not in the order of the schedule", FOUR, [saw("c0", [1, 0, 3, 2]), saw("c1", [1, 0, 3, 2])], {}),
+    Case(
+        "one lost, that another one has",
+        FOUR,
+        [saw("c0", [1, 0, 2, 3]), saw("c1", [0, 2, 3])],
+        {"loss": (1, "c1 never got 1 (from s1); c0 did, at 0")},
+    ),
+    Case("the last lost", FOUR, [C0, saw("c1", [0, 1, 2])], {"loss": (1, "c1 never got 3 (from s1); c0 did, at 3")}),
+    Case(
+        "lost for all: the smallest is shown, all are counted",
+        FOUR,
+        [saw("c0", [0, 2]), saw("c1", [0, 2, 3])],
+        {"loss": (3, "c0 never got 1 (from s1), nor did anyone else")},
+    ),
+    Case(
+        "nothing at one receiver",
+        FOUR,
+        [saw("c0", []), saw("c1", [0, 1, 2, 3])],
+        {"loss": (4, "c0 never got 0 (from s0); c1 did, at 0")},
+    ),
+    Case("joined late and left early", FOUR, [C0, saw("c1", [1, 2], -1, (1, 3)), saw("c2", [], -1, (2, 2))], {}),
+    Case("a race of join and leave", FOUR, [C0, saw("c1", [0, 1, 2, 3], -1, (1, 3)), saw("c2", [0], -1, (4, 4))], {}),
+    Case(
+        "each bound of a stay",
+        FOUR,
+        [C0, saw("c1", [0, 3], -1, (1, 3))],
+        {"loss": (2, "c1 never got 1 (from s1); c0 did, at 1")},
+    ),
+    Case("alike, but not there for the same", FOUR, [C0, saw("c1", [0], -1, (0, 1)), saw("c2", [0], -1, (0, 1))], {}),
+    Case(
+        "alike, and one was there longer",
+        FOUR,
+        [C0, saw("c1", [0], -1, (0, 1)), saw("c2", [0], -1, (0, 2))],
+        {"loss": (1, "c2 never got 1 (from s1); c0 did, at 1")},
+    ),
+    Case("never sent, so not lost", sent([0, -1, 1]), [saw("c0", [0, 2])], {}),
+    Case("without echo", FOUR, [saw("c0", [1, 3], 0), saw("c1", [0, 2], 1), saw("c2", [0, 1, 2, 3])], {}, False),
+    Case("own ones although without echo", FOUR, [saw("c0", [0, 1, 2, 3], 0), saw("c1", [0, 1, 2], 1)], {}, False),
+    Case(
+        "with echo, own ones are demanded",
+        FOUR,
+        [saw("c0", [1, 3], 0), C0._replace(name="c1")],
+        {"loss": (2, "c0 never got 0 (from s0); c1 did, at 0")},
+    ),
+    Case(
+        "without echo, those of others are demanded",
+        FOUR,
+        [saw("c0", [1], 0), saw("c1", [0, 2], 1)],
+        {"loss": (1, "c0 never got 3 (from s1), nor did anyone else")},
+        False,
+    ),
+    Case(
+        "one doubled",
+        FOUR,
+        [C0, saw("c1", [0, 1, 2, 1, 3])],
+        {"duplicate": (1, "c1 got 1 (from s1) again at 3, first at 1")},
+    ),
+    Case(
+        "copies at two receivers alike and more at a third",
+        FOUR,
+        [saw("c0", [0, 1, 2, 3, 3]), saw("c1", [0, 1, 2, 3, 3]), saw("c2", [0, 0, 1, 0, 2, 3])],
+        {"duplicate": (4, "c2 got 0 (from s0) again at 1, first at 0")},
+    ),
+    Case(
+        "altered: strange, and lost",
+        FOUR,
+        [C0, saw("c1", [0, 1, 3], -1, (0, 4), b"2 Xello")],
+        {
+            "loss": (1, "c1 never got 2 (from s0); c0 did, at 2"),
+            "corruption": (1, "c1 got a line that nobody sent: b'2 Xello'"),
+        },
+    ),
+    Case(
+        "the same copy at two: the first receiver, and at the first place",
+        FOUR,
+        [saw("c0", [0, 1, 1, 2, 2, 3]), saw("c1", [0, 1, 1, 2, 3])],
+        {"duplicate": (3, "c0 got 1 (from s1) again at 2, first at 1")},
+    ),
+    Case(
+        "the longest line that is not cut",
+        FOUR,
+        [C0, saw("c1", C0.order, -1, (0, 4), b"x" * 80)],
+        {"corruption": (1, "c1 got a line that nobody sent: b'" + "x" * 80 + "'")},
+    ),
+    Case(
+        "the shortest strange line, cut",
+        FOUR,
+        [C0, saw("c1", C0.order, -1, (0, 4), b"y" * 99, b"\r" + b"x" * 80)],
+        {"corruption": (2, "c1 got a line that nobody sent: b'\\r" + "x" * 79 + "'...")},
+    ),
+    Case(
+        "a number out of range, twice, and with it a place further on",
+        FOUR,
+        [C0, saw("c1", [0, 4_000_000_000, 1, 3, 2, 4_000_000_000])],
+        {
+            "corruption": (2, "c1 got message 4000000000 at 1, which nobody sent"),
+            "order": (
+                1,
+                "c1 saw 3 (from s1) before 2 (from s0), at 3 and 4; c0 saw them the other way, at 3 and 2",
+            ),
+        },
+    ),
+    Case(
+        "a number that was never sent, at two",
+        sent([0, -1, 0]),
+        [saw("c0", [0, 2]), saw("c1", [0, 2, 1]), saw("c2", [0, 2, 1])],
+        {"corruption": (2, "c1 got message 1 at 2, which nobody sent")},
+    ),
+    Case(
+        "all saw one sender's messages backwards: the closest two",
+        FOUR,
+        [saw("c0", [2, 3, 1, 0]), saw("c1", [2, 3, 1, 0])],
+        {"fifo": (4, "c0 saw 3 (from s1) before 1 (from s1), at 1 and 2")},
+    ),
+    Case(
+        "a doubled one counts where it came first",
+        FOUR,
+        [C0, saw("c1", [0, 1, 2, 3, 0, 1])],
+        {"duplicate": (2, "c1 got 0 (from s0) again at 4, first at 0")},
+    ),
+    Case(
+        "places are those of the first arrival, duplicates included",
+        FOUR,
+        [C0, saw("c1", [0, 0, 2, 1, 2, 3])],
+        {
+            "duplicate": (2, "c1 got 0 (from s0) again at 1, first at 0"),
+            "order": (
+                1,
+                "c1 saw 2 (from s0) before 1 (from s1), at 2 and 3; c0 saw them the other way, at 2 and 1",
+            ),
+        },
+    ),
+    Case(
+        "two swapped at one receiver of three: the majority is right",
+        FOUR,
+        [saw("c0", [1, 0, 2, 3]), saw("c1", [0, 1, 2, 3]), saw("c2", [0, 1, 2, 3])],
+        {
+            "order": (
+                1,
+                "c0 saw 1 (from s1) before 0 (from s0), at 0 and 1; c1 saw them the other way, at 1 and 0",
+            )
+        },
+    ),
+    Case(
+        "the closest of several disagreements",
+        SIX,
+        [saw(name, range(6)) for name in ("c0", "c1")] + [saw("c2", [1, 2, 0, 3, 5, 4])],
+        {
+            "order": (
+                2,
+                "c2 saw 5 (from s5) before 4 (from s4), at 4 and 5; c0 saw them the other way, at 5 and 4",
+            )
+        },
+    ),
+    Case(
+        "the closest at any receiver, and of its opposites the first",
+        SIX,
+        [saw(f"c{n}", range(6 - n)) for n in range(3)] + [saw("c3", [3, 0, 1, 2, 4, 5]), saw("c4", [0, 2, 1, 3, 4, 5])],
+        {
+            "loss": (3, "c2 never got 4 (from s4); c0 did, at 4"),
+            "order": (
+                2,
+                "c4 saw 2 (from s2) before 1 (from s1), at 1 and 2; c0 saw them the other way, at 2 and 1",
+            ),
+        },
+    ),
+    Case(
+        "two of two swapped across a third: one step back",
+        FOUR,
+        [saw("c0", [2, 0, 1, 3]), saw("c1", [1, 2, 0, 3])],
+        {
+            "fifo": (2, "c0 saw 2 (from s0) before 0 (from s0), at 0 and 1"),
+            "order": (
+                1,
+                "c1 saw 1 (from s1) before 0 (from s0), at 0 and 2; c0 saw them the other way, at 2 and 1",
+            ),
+        },
+    ),
+    Case("no two share two messages", FOUR, [saw("c0", [3], -1, (3, 4)), saw("c1", [1, 0], -1, (0, 2))], {}),
+    Case(
+        "two agree where both were, through a third",
+        SIX,
+        [saw("c0", [0, 2], 1), saw("c1", [1, 0], 2), saw("c2", [1, 2], 0)],
+        {"loss": (9, "c0 never got 3 (from s3), nor did anyone else")},
+        False,
+    ),
+    Case(
+        "three that disagree only together",
+        sent([0, 1, 2]),
+        [saw("c0", [1, 2], 0), saw("c1", [2, 0], 1), saw("c2", [0, 1], 2)],
+        {
+            "order": (
+                1,
+                "3 receivers together fit no order: c2 saw 0 (from s0) before 1 (from s1), at 0 and 1; "
+                "c0 saw 1 (from s1) before 2 (from s2), at 0 and 1; "
+                "c1 saw 2 (from s2) before 0 (from s0), at 0 and 1",
+            )
+        },
+        False,
+    ),
+    Case(
+        "all saw the reply first",
+        sent([0, 1], [-1, 0]),
+        [saw("c0", [1, 0]), saw("c1", [1, 0])],
+        {"causality": (2, "c0 saw 1 (from s1) before 0 (from s0), at 0 and 1; s1 had received 0 before it sent 1")},
+    ),
+    Case("a reply without the question", sent([0, 1, 0], [-1, 0, -1]), [saw("c0", [1, 2], -1, (1, 3))], {}),
+    Case("a reply with a smaller number", sent([0, 1], [1, -1]), [saw("c0", [1, 0])], {}),
+    Case(
+        "the closest reply, of two that came first",
+        sent([0, 1, 2, 2], [3, 3, -1, -1]),
+        [saw("c0", [0, 2, 1, 3])],
+        {"causality": (2, "c0 saw 1 (from s1) before 3 (from s2), at 2 and 3; s1 had received 3 before it sent 1")},
+    ),
+]
+
+
+class CheckerTables(unittest.TestCase):
+    """Small histories with their exact findings."""
+
+    maxDiff = None
+
+    def test_cases(self) -> None:
+        for title, messages, histories, failing, echo in CASES:
+            with self.subTest(title):
+                fails = {name: ("FAIL", *found) for name, found in failing.items()}
+                found = loadtest.check(messages, histories, echo)
+                self.assertEqual(results(found), {**ALL_PASS, **fails})
+                self.assertEqual([finding.check for finding in found], list(CHECKS))
+
+    def test_nothing_to_judge_by_is_unknown(self) -> None:
+        cases: List[Tuple[str, Sent, List[History], Dict[str, Tuple[str, int, str]]]] = [
+            ("nobody", FOUR, [], {}),
+            ("nothing received", FOUR, [saw("c0", []), saw("c1", [])], {}),
+            ("nothing sent", sent([]), [saw("c0", [])], {}),
+            (
+                "only an invented number, nothing sent",
+                sent([-1]),
+                [saw("c0", [0])],
+                {"corruption": ("FAIL", 1, "c0 got message 0 at 0, which nobody sent")},
+            ),
+            (
+                "only a strange line",
+                sent([0]),
+                [saw("c0", [], -1, (0, 1), b"?")],
+                {
+                    "loss": ("FAIL", 1, "c0 never got 0 (from s0), nor did anyone else"),
+                    "corruption": ("FAIL", 1, "c0 got a line that nobody sent: b'?'"),
+                },
+            ),
+        ]
+        for title, messages, histories, failing in cases:
+            with self.subTest(title):
+                unknown = {name: ("unknown", 0, "") for name in CHECKS}
+                self.assertEqual(results(loadtest.check(messages, histories, True)), {**unknown, **failing})
+
+    def test_only_what_was_asked_for(self) -> None:
+        wrong = [C0, saw("c1", [5, 3, 1, 1], -1, (0, 4), b"?")]
+        everything = results(loadtest.check(sent(FOUR.senders, [1, -1, -1, 1]), wrong, True))
+        self.assertNotIn("pass", [verdict for verdict, _, _ in everything.values()])
+        for size in range(len(CHECKS) + 1):
+            for asked in combinations(CHECKS, size):
+                for histories, given in ((wrong, everything), ([], {name: ("unknown", 0, "") for name in CHECKS})):
+                    expected = {name: given[name] if name in asked else ("skipped", 0, "") for name in CHECKS}
+                    found = loadtest.check(sent(FOUR.senders, [1, -1, -1, 1]), histories, True, asked)
+                    self.assertEqual(results(found), expected, asked)
+
+
+class Played(NamedTuple):
+    sent: Sent
+    histories: List[History]
+    echo: bool
+
+
+def clean_run(rng: random.Random) -> Played:
+    """A run of a server without faults; its order is not the schedule's; some receivers come late or leave early."""
+    receivers, number, echo = rng.randint(7, 14), rng.randint(40, 90), rng.random() < 0.5
+    speakers = rng.choice([receivers, receivers, 2, 4])
+    senders = [rng.randrange(speakers) for _ in range(number)]
+    slots = sorted(range(number), key=lambda n: n + 4 * rng.random())
+    own = [iter([n for n in range(number) if senders[n] == s]) for s in range(speakers)]
+    order = [next(own[senders[n]]) for n in slots]
+    histories = []
+    for r in range(receivers):
+        start, stop = 0, number
+        if r >= 6 and rng.random() < 0.7:
+            start, stop = sorted(rng.sample(range(number + 1), 2))
+        sender = r if r < speakers else -1
+        got = [n for n in order[start:stop] if echo or senders[n] != sender]
+        span = max(order[:start], default=-1) + 1, min(order[stop:], default=number)
+        histories.append(saw(f"c{r}", got, sender, (span[0], max(span))))
+    rng.shuffle(histories)
+    received = {history.sender: set(history.order) for history in histories}
+    after = [-1] * number
+    for place, n in enumerate(order):
+        earlier = [m for m in order[:place] if m in received[senders[n]]]
+        after[n] = rng.choice([-1, *earlier[-5:]])
+    return Played(sent(senders, after), histories, echo)
+
+
+def late_causes(run: Played, order: Sequence[int]) -> int:
+    """How many messages of `order` come before what their sender had received, the slow way."""
+    return sum(run.sent.after[n] in order[place + 1 :] for place, n in enumerate(order))
+
+
+# A mutation changes the order that one receiver saw. It returns how many violations each check must find, or None where
+# it cannot be done there.
+Expected = Optional[Dict[str, int]]
+
+
+def demanded(run: Played, victim: History, message: int) -> bool:
+    return victim.first <= message < victim.last and (run.echo or run.sent.senders[message] != victim.sender)
+
+
+def swap(rng: random.Random, run: Played, victim: History) -> Expected:
+    place = rng.randrange(len(victim.order) - 1)
+    one, two = victim.order[place : place + 2]
+    if run.sent.senders[one] == run.sent.senders[two]:
+        return None
+    victim.order[place : place + 2] = array("I", [two, one])
+    return {"order": 1, "causality": int(run.sent.after[two] == one)}
+
+
+def drop(rng: random.Random, run: Played, victim: History) -> Expected:
+    return {"loss": int(demanded(run, victim, victim.order.pop(rng.randrange(len(victim.order)))))}
+
+
+def drop_last(rng: random.Random, run: Played, victim: History) -> Expected:
+    return {"loss": int(demanded(run, victim, victim.order.pop()))}
+
+
+def double(rng: random.Random, run: Played, victim: History) -> Expected:
+    place = rng.randrange(len(victim.order))
+    victim.order.insert(rng.randint(place + 1, len(victim.order)), victim.order[place])
+    return {"duplicate": 1}
+
+
+def alter(rng: random.Random, run: Played, victim: History) -> Expected:
+    message = victim.order.pop(rng.randrange(len(victim.order)))
+    victim.strange.append(b"%d altered" % message)
+    return {"loss": int(demanded(run, victim, message)), "corruption": 1}
+
+
+def invent(rng: random.Random, run: Played, victim: History) -> Expected:
+    number = len(run.sent.senders) + rng.choice([0, 1, 1 << 31])
+    victim.order.insert(rng.randint(0, len(victim.order)), number)
+    return {"corruption": 1}
+
+
+def delay(rng: random.Random, run: Played, victim: History) -> Expected:
+    place, by = rng.randrange(len(victim.order) - 1), rng.randint(1, 12)
+    message = victim.order.pop(place)
+    passing = victim.order[place : place + by]
+    victim.order.insert(place + by, message)
+    unfair = any(run.sent.senders[n] == run.sent.senders[message] for n in passing)
+    return {"order": 1, "fifo": int(unfair), "causality": sum(run.sent.after[n] == message for n in passing)}
+
+
+def swap_of_one_sender(rng: random.Random, run: Played, victim: History) -> Expected:
+    order, senders = victim.order, run.sent.senders
+    place = rng.randrange(len(order) - 1)
+    again = [n for n in range(place + 1, len(order)) if senders[order[n]] == senders[order[place]]]
+    if not again:
+        return None
+    order[place], order[again[0]] = order[again[0]], order[place]
+    return {"order": 1 if again[0] == place + 1 else 2, "fifo": 1, "causality": late_causes(run, order)}
+
+
+def reply_first(rng: random.Random, run: Played, victim: History) -> Expected:
+    place = rng.randrange(len(victim.order))
+    message = victim.order[place]
+    if run.sent.after[message] not in victim.order:
+        return None
+    question = victim.order.index(run.sent.after[message])
+    passed = victim.order[question:place]
+    victim.order.insert(question, victim.order.pop(place))
+    unfair = any(run.sent.senders[n] == run.sent.senders[message] for n in passed)
+    causality = late_causes(run, victim.order)
+    assert causality
+    return {"order": 1, "fifo": int(unfair), "causality": causality}
+
+
+MUTATIONS: List[Callable[[random.Random, Played, History], Expected]] = [
+    swap,
+    drop,
+    drop_last,
+    double,
+    alter,
+    invent,
+    delay,
+    swap_of_one_sender,
+    reply_first,
+]
+
+
+class WitnessTest(unittest.TestCase):
+    def assertTrueWitness(self, run: Played, witness: str) -> None:  # noqa: N802
+        """Every claim of `witness` holds in the histories."""
+        orders = {history.name: list(history.order) for history in run.histories}
+        claims = [(name, *map(int, numbers)) for name, *numbers in SAW.findall(witness)]
+        self.assertTrue(claims, witness)
+        if OTHER_WAY.search(witness):
+            name, one, two = OTHER_WAY.findall(witness)[0]
+            claims.append((name, claims[0][2], claims[0][1], int(two), int(one)))
+        else:
+            for (_, _, two, *_), (_, one, *_) in zip(claims, claims[1:]):
+                self.assertEqual(two, one, witness)
+        for name, first, second, at, then in claims:
+            self.assertEqual((orders[name].index(first), orders[name].index(second)), (at, then), witness)
+            self.assertLess(at, then, witness)
+        if not OTHER_WAY.search(witness) and "together" in witness:
+            self.assertEqual(claims[-1][2], claims[0][1], witness)
+
+
+class CheckerMutants(WitnessTest):
+    """Clean runs, and the same with one fault."""
+
+    def test_clean_runs_raise_no_alarm(self) -> None:
+        for seed in range(400):
+            run = clean_run(random.Random(seed))
+            self.assertEqual(results(loadtest.check(*run)), ALL_PASS, seed)
+
+    def test_every_mutant_is_caught(self) -> None:
+        for mutate in MUTATIONS:
+            with self.subTest(mutate.__name__):
+                done = 0
+                for seed in range(300):
+                    rng = random.Random(seed)
+                    run = clean_run(rng)
+                    victim = rng.choice([history for history in run.histories if len(history.order) > 1])
+                    expected = mutate(rng, run, victim)
+                    if expected is not None:
+                        done += any(expected.values())
+                        self.judge(run, victim, expected, f"{mutate.__name__} {seed}")
+                self.assertGreater(done, 100)
+
+    def judge(self, run: Played, victim: History, expected: Dict[str, int], title: str) -> None:
+        found = loadtest.check(*run)
+        wrong = {name: number for name, number in expected.items() if number}
+        self.assertEqual({f.check: f.count for f in found if f.verdict != "pass"}, wrong, title)
+        for name, verdict, _, witness in found:
+            self.assertEqual(bool(witness), verdict == "FAIL", title)
+            if witness:
+                self.assertRegex(witness, rf"\b{victim.name} ", title)
+            if witness and name in ("fifo", "order", "causality"):
+                self.assertTrueWitness(run, witness)
+        alone = {f.check: f for f in loadtest.check(*run, checks=("fifo", "causality"))}
+        self.assertEqual(
+            [alone[f.check].count for f in found if f.check in ("fifo", "causality")],
+            [f.count for f in found if f.check in ("fifo", "causality")],
+            title,
+        )
+
+    def test_exact_witnesses_of_mutants(self) -> None:
+        for seed in range(100):
+            run = clean_run(random.Random(seed))
+            victim = next(history for history in run.histories if history.last - history.first > 20)
+            message = next(n for n in victim.order if demanded(run, victim, n))
+            place, label = victim.order.index(message), f"{message} (from s{run.sent.senders[message]})"
+            victim.order.append(message)
+            last = len(victim.order) - 1
+            text = f"{victim.name} got {label} again at {last}, first at {place}"
+            self.assertEqual(results(loadtest.check(*run)), {**ALL_PASS, "duplicate": ("FAIL", 1, text)}, seed)
+            victim.order.remove(message)
+            victim.order.remove(message)
+            lucky = next(history for history in run.histories if message in history.order)
+            text = f"{victim.name} never got {label}; {lucky.name} did, at {lucky.order.index(message)}"
+            self.assertEqual(results(loadtest.check(*run)), {**ALL_PASS, "loss": ("FAIL", 1, text)}, seed)
+
+    def test_the_same_fault_at_many_counts_for_each(self) -> None:
+        for faulty in (1, 12, 40, 59):
+            orders = [[*range(20)] if n >= faulty else [*range(9), 10, 9, *range(11, 20)] for n in range(100)]
+            for n, order in enumerate(orders):  # no two alike
+                order.remove(n % 8)
+                order.remove(18 - n // 8 % 6)
+            run = Played(sent(range(20)), [saw(f"c{n}", order) for n, order in enumerate(orders)], True)
+            found = results(loadtest.check(*run, checks=["order"]))["order"]
+            with self.subTest(faulty):
+                self.assertEqual(found[:2], ("FAIL", min(faulty, 100 - faulty)))
+                self.assertTrueWitness(run, found[2])
+
+
+def tiny_run(rng: random.Random) -> Played:
+    """Few messages, each receiver with some of them, in an order that is or is not that of others."""
+    number, chaos, few = rng.randint(1, 6), rng.choice([0.0, 0.5, 2.0, 9.0]), rng.random() < 0.4
+    senders = [rng.randrange(-1 if rng.random() < 0.1 else 0, 3) for _ in range(number)]
+    after = [rng.randrange(-1, number) for _ in range(number)]
+    histories = []
+    for r in range(rng.randint(1, 9)):
+        order = [n for n in range(number) if rng.random() < rng.choice([0.5, 1.0])]
+        order.sort(key=lambda n: n * 0.7 + chaos * rng.random())
+        if few:  # so that no two need to disagree
+            order = rng.sample(range(number), min(number, 2))
+        if order and rng.random() < 0.2:
+            order.insert(rng.randint(0, len(order)), rng.choice([*order, number + 1]))
+        strange = [b"?"] * (rng.random() < 0.05)
+        first, last = sorted(rng.choices(range(number + 1), k=2))
+        histories.append(saw(f"c{r}", order, rng.randrange(-1, 3), (first, last), *strange))
+    return Played(sent(senders, after), histories, rng.random() < 0.5)
+
+
+def first_arrivals(run: Played, history: History) -> List[int]:
+    known = {n for n, sender in enumerate(run.sent.senders) if sender >= 0}
+    return [n for place, n in enumerate(history.order) if n in known and n not in history.order[:place]]
+
+
+def pairs(run: Played, history: History) -> List[Tuple[int, int]]:
+    """All pairs that a receiver saw in this order."""
+    return list(combinations(first_arrivals(run, history), 2))
+
+
+def counts(run: Played) -> Dict[str, int]:
+    """What each check must count, straight from its definition; for order 1 where there is none."""
+    senders, after, orders = run.sent.senders, run.sent.after, [first_arrivals(run, h) for h in run.histories]
+    known = [n for n, sender in enumerate(senders) if sender >= 0]
+    before = {pair for history in run.histories for pair in pairs(run, history)}
+    for middle in known:
+        before |= {(one, two) for one in known for two in known if {(one, middle), (middle, two)} <= before}
+    streams = [[n for n in order if senders[n] == s] for order in orders for s in range(3)]
+    return {
+        "loss": sum(demanded(run, h, n) and n not in h.order for h in run.histories for n in known),
+        "duplicate": sum(sum(n in known for n in h.order) - len(set(h.order) & set(known)) for h in run.histories),
+        "corruption": sum(len(h.strange) + sum(n not in known for n in h.order) for h in run.histories),
+        "fifo": sum(one > two for stream in streams for one, two in zip(stream, stream[1:])),
+        "order": int(any(one == two for one, two in before)),
+        "causality": sum(two == after[one] for h in run.histories for one, two in pairs(run, h)),
+    }
+
+
+class CheckerOracle(WitnessTest):
+    """Thousands of tiny random histories against the definitions."""
+
+    def test_findings_are_those_of_the_definitions(self) -> None:
+        seen: Dict[Tuple[str, str], int] = {}
+        for seed in range(6000):
+            run = tiny_run(random.Random(seed))
+            received = any(first_arrivals(run, history) for history in run.histories)
+            silent = not any(history.order or history.strange for history in run.histories)
+            expected = {name: 0 if silent else number for name, number in counts(run).items()}
+            for name, verdict, number, witness in loadtest.check(*run):
+                self.assertEqual(min(number, 1) if name == "order" else number, expected[name], (seed, name))
+                self.assertEqual(verdict, "FAIL" if number else "pass" if received else "unknown", (seed, name))
+                self.assertEqual(bool(witness), bool(number), (seed, name))
+                if number and name in ("fifo", "order", "causality"):
+                    self.assertTrueWitness(run, witness)
+                if number and name == "order":
+                    self.assertEqual(bool(OTHER_WAY.search(witness)), self.disagree(run), seed)
+                kind = "together" if "together" in witness else verdict
+                seen[name, kind] = seen.get((name, kind), 0) + 1
+        for name in CHECKS:
+            for kind in ("pass", "FAIL", *(["together"] if name == "order" else [])):
+                self.assertGreater(seen[name, kind], 50, f"too few to tell: {name} {kind}")
+
+    def disagree(self, run: Played) -> bool:
+        """Whether two receivers saw two messages in different orders."""
+        seen = {pair for history in run.histories for pair in pairs(run, history)}
+        return any((two, one) in seen for one, two in seen)
+
+    def test_a_long_ring_has_a_cycle_as_witness(self) -> None:
+        for size in (3, 4, 30):
+            ring = [saw(f"c{n}", [n, (n + 1) % size], -1, (0, 0)) for n in range(size)]
+            run = Played(sent(range(size)), ring, True)
+            found = results(loadtest.check(*run))
+            with self.subTest(size):
+                self.assertEqual(found["order"][:2], ("FAIL", 1))
+                self.assertTrue(found["order"][2].startswith(f"{size} receivers together fit no order: c"))
+                self.assertTrueWitness(run, found["order"][2])
+                self.assertEqual({**found, "order": ALL_PASS["order"]}, ALL_PASS)
+
+    def test_a_short_cut_makes_the_cycle_smaller(self) -> None:
+        ring = [saw(f"c{n}", [n, (n + 1) % 6], -1, (0, 0)) for n in range(6)]
+        run = Played(SIX, [*ring, saw("c6", [2, 5], -1, (0, 0))], True)
+        witness = results(loadtest.check(*run))["order"][2]
+        self.assertTrue(witness.startswith("4 receivers together fit no order: c"), witness)
+        self.assertTrueWitness(run, witness)
+
+
+class CheckerNames(unittest.TestCase):
+    def test_there_is_a_finder_for_each_check(self) -> None:
+        self.assertEqual(CHECKS, ("loss", "duplicate", "corruption", "fifo", "order", "causality"))
+        self.assertEqual(tuple(loadtest.FINDERS), CHECKS)
+
+
+EXAMPLE: Dict[str, Any] = {
+    "loadtest": "0.1",
+    "when": "2026-11-20T05:00:00Z",
+    "command": "python loadtest.py -n 200",
+    "machine": {"python": "CPython 3.11.7", "system": "Linux 6.1 x86_64", "cpus": 2},
+    "target": {"name": "chat.py", "host": "127.0.0.1", "port": 40123, "proto": "irc"},
+    "load": {"clients": 200, "senders": 20, "rate": 1000.0, "duration_s": 10.0, "warmup_s": 1.0, "size": 64, "seed": 1},
+    "join": {"connects_per_s": 2103.0, "all_joined_s": 0.21, "p50": 3.1, "p99": 20.4},
+    "sent": 10000,
+    "expected": 1990000,
+    "deliveries": 1990000,
+    "elapsed_s": 10.01,
+    "deliveries_per_s": 198801.0,
+    "messages_per_s": 999.0,
+    "latency": {
+        "corrected": {"samples": 1990000, "p50": 0.51, "p90": 1.2, "p99": 2.2, "p99.9": 5.1, "max": 8.0},
+        "uncorrected": {"samples": 1990000, "p50": 0.48, "p90": 0.9996, "p99": 2.0, "p99.9": 4.9, "max": 7.9},
+        "complete": {"samples": 10000, "p50": 0.72, "p90": 1.5, "p99": 3.1, "p99.9": 7.0, "max": 12345.0},
+    },
+    "histogram": [[0.25, 40], [0.315, 0], [0.4, 1], [0.5, 900000], [0.63, 600000], [0.8, 489959]],
+    "curve": [[0.0, 0.2], [0.5, 0.51], [0.9, 1.2], [0.99, 2.2], [0.999, 5.1], [1.0, 8.0]],
+    "over_time": [[0, 0.5, 2.1, 6.0], [1, 0.52, 2.3, 8.0], [2, None, None, None], [3, 0.5, 2.2, 5.5]],
+    "fairness": {"best": 0.44, "worst": 0.61, "ratio": 1.39, "slowest": "c17"},
+    "clock": "kernel (SO_TIMESTAMPNS)",
+    "generator": {
+        "late_p50": 0.06,
+        "late_p99": 0.4,
+        "late_max": 1.9,
+        "cpu_share": 0.43,
+        "floor": {"p50": 0.4, "p99": 1.9},
+        "limited": False,
+        "why": "",
+    },
+    "server": {"pid": 123, "cpu_s": 4.2, "cpu_ms_per_1000": 2.1, "rss_mb": 33.1, "threads": 202},
+    "checks": [{"check": name, "verdict": "pass", "count": 0, "witness": ""} for name in CHECKS],
+    "thresholds": [{"text": "p99>50ms", "value": 2.2, "exceeded": False}],
+    "verdict": "PASS",
+}
+EXAMPLE_TEXT = """\
+loadtest 0.1, 2026-11-20T05:00:00Z, CPython 3.11.7, Linux 6.1 x86_64, 2 CPUs
+
+command      python loadtest.py -n 200
+target       chat.py, 127.0.0.1:40123, irc
+load         200 clients, 20 senders, 1,000 messages/s, 64 bytes
+run          10 s after 1 s of warm-up, seed 1
+join         2,103 connects/s, all joined in 210 ms, p50 3.10 ms, p99 20.4 ms
+delivered    1,990,000 of 1,990,000, from 10,000 messages, in 10.0 s
+throughput   198,801 deliveries/s, 999 messages/s
+
+latency          p50      p90      p99    p99.9      max    samples
+corrected     510 us  1.20 ms  2.20 ms  5.10 ms  8.00 ms  1,990,000
+uncorrected   480 us  1.00 ms  2.00 ms  4.90 ms  7.90 ms  1,990,000
+complete      720 us  1.50 ms  3.10 ms  7.00 ms   12.3 s     10,000
+clock        kernel (SO_TIMESTAMPNS)
+
+ corrected <=   deliveries    share
+       250 us           40    0.00%  .
+       315 us            0    0.00%
+       400 us            1    0.00%  .
+       500 us      900,000   45.23%  ##########################################
+       630 us      600,000   30.15%  ############################
+       800 us      489,959   24.62%  #######################
+
+fairness     receivers' p50 440 us to 610 us, ratio 1.39, slowest c17
+server       2.10 ms CPU per 1,000 deliveries, 4.20 s CPU, 33.1 MB, 202 threads
+generator    sent late by p50 60.0 us, p99 400 us, max 1.90 ms, 43% of a core
+floor        p50 400 us, p99 1.90 ms for the same load against a bare reflector
+
+checks       pass: loss, duplicate, corruption, fifo, order, causality
+thresholds   p99>50ms not exceeded: 2.20 ms
+
+PASS  1,990,000 of 1,990,000 deliveries, once, unchanged, in one order"""
+SWEEP = {
+    "points": [[50, 0.2, 0.9, 1.9, 49000.0], [100, 0.3, None, None, 99000.0], [1000, 2.5, 12.0, 2.2, 398000.0]],
+    "exponent": 1.02,
+}
+
+
+def changed(**changes: Any) -> Dict[str, Any]:
+    """The example with other values; `generator__limited=True` reaches into a section."""
+    result = copy.deepcopy(EXAMPLE)
+    for path, value in changes.items():
+        section, _, key = path.rpartition("__")
+        (result[section] if section else result)[key] = value
+    return result
+
+
+def verdicts(**verdicts: Any) -> List[Dict[str, Any]]:
+    """The example's checks, with (verdict, count, witness) for some of them."""
+    passed = ("pass", 0, "")
+    return [dict(zip(("check", "verdict", "count", "witness"), (name, *verdicts.get(name, passed)))) for name in CHECKS]
+
+
+def nearest_rank(values: Sequence[float], quantile: Fraction) -> float:
+    """The definition, slowly: the least value that at least `quantile` of all values do not exceed."""
+    return min(v for v in values if sum(w <= v for w in values) >= max(1, ceil(quantile * len(values))))
+
+
+class StatisticsTest(unittest.TestCase):
+    def test_percentiles_are_those_of_the_definition(self) -> None:
+        quantiles = {"p50": "0.5", "p90": "0.9", "p99": "0.99", "p99.9": "0.999", "max": "1"}
+        dice = random.Random(3)
+        for size in (1, 2, 3, 10, 99, 100, 101, 300):
+            for values in (
+                array("d", (dice.lognormvariate(0, 2) for _ in range(size))),
+                array("I", (dice.randrange(50) for _ in range(size))),
+            ):
+                with self.subTest(size=size, typecode=values.typecode):
+                    slow = {name: nearest_rank(values, Fraction(q)) for name, q in quantiles.items()}
+                    self.assertEqual(loadtest.summarize(values), {"samples": size, **slow})
+
+    def test_percentiles_at_the_edges_of_ranks(self) -> None:
+        thousand = array("I", range(1000, 0, -1))
+        expected = {"samples": 1000, "p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
+        self.assertEqual(loadtest.summarize(thousand, per_ms=1000), expected)
+        self.assertEqual(thousand[0], 1000, "the caller's array is left as it was")
+        self.assertEqual(loadtest.summarize(array("d")), {"samples": 0})
+
+    def test_histogram(self) -> None:
+        cases: List[Any] = [
+            ("nothing", [], 1, []),
+            ("one", [1.0], 1, [[1.0, 1]]),
+            ("a bound belongs below it", [1.0, 1.25, 1.2500001], 1, [[1.0, 1], [1.25, 1], [1.6, 1]]),
+            ("empty ones between are kept", [1.1, 2.4], 1, [[1.25, 1], [1.6, 0], [2.0, 0], [2.5, 1]]),
+            ("zero and less", [-0.5, 0, 0.0005], 1, [[0.001, 3]]),
+            ("integers of microseconds", [315, 316], 1000, [[0.315, 1], [0.4, 1]]),
+            ("the first bounds in nanoseconds", [1250, 1251], 10**6, [[0.00125, 1], [0.0016, 1]]),
+        ]
+        for name, values, per_ms, expected in cases:
+            with self.subTest(name):
+                self.assertEqual(loadtest.histogram(values, per_ms), expected)
+
+    def test_histogram_counts_everything_once(self) -> None:
+        dice = random.Random(5)
+        values = sorted(array("d", (dice.lognormvariate(0, 3) for _ in range(5000))))
+        below = 0.0
+        for upper, number in loadtest.histogram(values):
+            self.assertEqual(number, sum(below < value <= upper for value in values))
+            below = upper
+        self.assertEqual(sum(number for _, number in loadtest.histogram(values)), 5000)
+
+    def test_curve(self) -> None:
+        dice = random.Random(7)
+        for size in (1, 2, 7, 99, 100, 1000):
+            values = sorted(dice.random() for _ in range(size))
+            with self.subTest(size=size):
+                points = loadtest.curve(values)
+                for quantile, value in points:
+                    exact = Fraction(quantile).limit_denominator(10**6)
+                    self.assertEqual(value, nearest_rank(values, exact), quantile)
+                self.assertEqual(points, sorted(points))
+                self.assertEqual(points[-1], [1.0, values[-1]])
+        self.assertEqual(loadtest.curve([]), [])
+        quantiles = [quantile for quantile, _ in loadtest.curve(range(1, 10001), 1000)]
+        for quantile in (0.0, 0.5, 0.75, 0.9, 0.99, 0.999, 0.9999):
+            self.assertIn(quantile, quantiles)
+        self.assertEqual(loadtest.curve([5, 8], 1000), [[q, 0.005] for q in (0.0, 0.2, 0.35, 0.5)] + [[1.0, 0.008]])
+
+    def test_statistics_of_sorted_values_touch_few_of_them(self) -> None:
+        class Counted(List[float]):
+            touched = 0
+
+            def __getitem__(self, index: Any) -> Any:
+                Counted.touched += 1
+                return super().__getitem__(index)
+
+            def __iter__(self) -> Any:
+                raise AssertionError("walked over all values")
+
+        values = Counted(range(100000))
+        self.assertTrue(loadtest.curve(values))
+        self.assertTrue(loadtest.histogram(values))
+        self.assertGreater(Counted.touched, 0)
+        self.assertLess(Counted.touched, 4000)
+
+    def test_exponent(self) -> None:
+        cases: List[Any] = [
+            ("linear", [(50, 100), (100, 200), (200, 400)], 1.0),
+            ("quadratic", [(1, 3), (2, 12), (5, 75)], 2.0),
+            ("flat", [(1, 7), (10, 7)], 0.0),
+            ("least squares of 0, 1, 0 at 0, 1, 2", [(1, 1), (10, 10), (100, 1)], 0.0),
+            ("zeros are skipped", [(0, 5), (5, 0), (1, 1), (10, 1000)], 3.0),
+            ("one point", [(50, 100)], None),
+            ("one x", [(50, 100), (50, 200)], None),
+            ("none", [], None),
+        ]
+        for name, points, expected in cases:
+            with self.subTest(name):
+                found = loadtest.fit_exponent(points)
+                self.assertEqual(found if found is None else round(found, 9), expected)
+
+
+class ThresholdTest(unittest.TestCase):
+    def test_parse(self) -> None:
+        cases = {
+            "p99>50ms": ("p99", ">", 50.0),
+            "p50>0.5ms": ("p50", ">", 0.5),
+            "max>=1s": ("max", ">=", 1000.0),
+            "lost>0": ("lost", ">", 0.0),
+            "p99.9>100us": ("p99.9", ">", 0.1),
+            "throughput<1000000": ("throughput", "<", 1000000.0),
+            " cpu <= 2 ": ("cpu", "<=", 2.0),
+        }
+        for text, expected in cases.items():
+            with self.subTest(text):
+                measure, comparison, limit = loadtest.parse_threshold(text)
+                self.assertEqual((measure, comparison, round(limit, 12)), expected)
+
+    def test_wrong(self) -> None:
+        form = "(write it like 'p99>50ms', 'lost>0' or 'throughput<1000000')"
+        known = "(known: p50, p90, p99, p99.9, max, throughput, cpu, lost)"
+        cases = {
+            "": f"not a threshold: '' {form}",
+            "p99": f"not a threshold: 'p99' {form}",
+            "p99=50ms": f"not a threshold: 'p99=50ms' {form}",
+            "p99>": f"not a threshold: 'p99>' {form}",
+            "p99>-1ms": f"not a threshold: 'p99>-1ms' {form}",
+            "p99>50ms\nx": f"not a threshold: 'p99>50ms\\nx' {form}",
+            "p98>50ms": f"unknown measure 'p98' in 'p98>50ms' {known}",
+            "p99>50": "p99 needs a unit, which in 'p99>50' must be one of us, ms, s",
+            "max>1min": "max needs a unit, which in 'max>1min' must be one of us, ms, s",
+            "lost>0ms": "lost takes no unit, but 'lost>0ms' has 'ms'",
+        }
+        for text, expected in cases.items():
+            with self.subTest(text), self.assertRaises(ValueError) as caught:
+                loadtest.parse_threshold(text)
+            self.assertEqual(str(caught.exception), expected)
+
+    def test_exceeded(self) -> None:
+        cases = {
+            "p99>2.2ms": False,
+            "p99>=2.2ms": True,
+            "p99>2.1ms": True,
+            "p99.9>5ms": True,
+            "p50<0.51ms": False,
+            "p50<=0.51ms": True,
+            "max>8s": False,
+            "throughput<198801": False,
+            "throughput<198802": True,
+            "cpu>2": True,
+            "cpu>2.1": False,
+            "lost>0": False,
+            "lost>=0": True,
+        }
+        for text, expected in cases.items():
+            with self.subTest(text):
+                self.assertIs(loadtest.exceeded(loadtest.parse_threshold(text), EXAMPLE), expected)
+
+    def test_lost_is_what_the_checker_counted(self) -> None:
+        cases: List[Any] = [
+            ("a duplicate does not make up for a loss", changed(checks=verdicts(loss=("FAIL", 3, ""))), 3),
+            ("without the check", changed(checks=verdicts(loss=("skipped", 0, "")), deliveries=1989990), 10),
+            ("without the check, with duplicates", changed(checks=None, deliveries=2000000), 0),
+            ("not known", changed(checks=None, expected=None), None),
+        ]
+        for name, result, expected in cases:
+            with self.subTest(name):
+                self.assertEqual(loadtest.measured("lost", result), expected)
+
+    def test_unknown_counts_as_exceeded(self) -> None:
+        for text in ("p99>1s", "p99<1s", "lost>1000000", "throughput<1", "cpu>1000000"):
+            with self.subTest(text):
+                self.assertTrue(loadtest.exceeded(loadtest.parse_threshold(text), {"latency": None, "server": None}))
+
+
+class TextTest(unittest.TestCase):
+    def assert_fits(self, text: str, lines: int = 40) -> None:
+        for line in text.split("\n"):
+            self.assertLessEqual(len(line), 80, line)
+            self.assertEqual(line, line.rstrip())
+        self.assertLessEqual(text.count("\n") + 1, lines)
+
+    def test_durations(self) -> None:
+        cases = {
+            0.51: "510 us",
+            0.0005: "0.50 us",
+            0.9994: "999 us",
+            0.9996: "1.00 ms",
+            1: "1.00 ms",
+            12.34: "12.3 ms",
+            99.96: "100 ms",
+            999.4: "999 ms",
+            999.6: "1.00 s",
+            12345: "12.3 s",
+            2e6: "2,000 s",
+            0: "0 ms",
+            -0.012: "-12.0 us",
+        }
+        for value, expected in cases.items():
+            with self.subTest(value):
+                self.assertEqual(loadtest.duration(value), expected)
+
+    def test_short_durations(self) -> None:
+        for value, expected in {0.001: "1 us", 0.5: "500 us", 2: "2 ms", 1000: "1 s", 20000: "20 s"}.items():
+            with self.subTest(value):
+                self.assertEqual(loadtest.duration(value, 0), expected)
+
+    def test_counts(self) -> None:
+        cases = {0: "0", 7: "7", 0.5: "0.5", 33.14: "33.1", 999.4: "999", 1234.6: "1,235", 1990000: "1,990,000"}
+        for value, expected in cases.items():
+            with self.subTest(value):
+                self.assertEqual(loadtest.count(value), expected)
+
+    def test_the_example(self) -> None:
+        self.assertEqual(loadtest.text_report(EXAMPLE), EXAMPLE_TEXT)
+        self.assert_fits(EXAMPLE_TEXT)
+
+    def test_the_example_survives_json(self) -> None:
+        self.assertEqual(loadtest.text_report(json.loads(json.dumps(EXAMPLE))), EXAMPLE_TEXT)
+
+    def test_every_value_may_be_unknown(self) -> None:
+        """Taking any one value away takes only what depends on it, and never shows a None."""
+        for key, value in EXAMPLE.items():
+            for path in [key, *(f"{key}__{inner}" for inner in (value if isinstance(value, dict) else ()))]:
+                with self.subTest(path):
+                    text = loadtest.text_report(changed(**{path: None}))
+                    self.assertNotIn("None", text)
+                    self.assertNotIn(", ,", text)
+                    self.assert_fits(text)
+
+    def test_unknown_values_are_left_out(self) -> None:
+        cases: List[Any] = [
+            ("server", changed(server=None), "\nserver"),
+            ("a figure of the server", changed(server__rss_mb=None), " MB"),
+            ("floor", changed(generator__floor=None), "floor"),
+            ("join", changed(join=None), "\njoin"),
+            ("join p99", changed(join__p99=None), ", p99 20.4 ms"),
+            ("latency", changed(latency=None), "\nlatency"),
+            ("one latency", changed(latency__complete=None), "\ncomplete"),
+            ("histogram", changed(histogram=[]), "deliveries    share"),
+            ("thresholds", changed(thresholds=[]), "thresholds"),
+        ]
+        for name, result, gone in cases:
+            with self.subTest(name):
+                self.assertIn(gone, EXAMPLE_TEXT)
+                self.assertNotIn(gone, loadtest.text_report(result))
+
+    def test_nothing_at_all(self) -> None:
+        self.assertEqual(loadtest.text_report({}), "UNKNOWN")
+        self.assertEqual(loadtest.text_report({"verdict": "UNKNOWN", "deliveries": 0}), "UNKNOWN  nothing was received")
+
+    def test_a_percentile_that_is_not_known_is_a_dash(self) -> None:
+        text = loadtest.text_report(changed(latency__complete={"samples": 0}))
+        self.assertIn("\ncomplete           -        -        -        -        -          0\n", text)
+
+    def test_as_fast_as_accepted(self) -> None:
+        self.assertIn(
+            "load         200 clients, 20 senders, as fast as the server accepts, 64 bytes\n",
+            loadtest.text_report(changed(load__rate=0)),
+        )
+
+    def test_a_limited_generator_is_marked(self) -> None:
+        text = loadtest.text_report(changed(generator__limited=True, generator__why="it used 97% of a core"))
+        self.assertIn(
+            """
+floor        p50 400 us, p99 1.90 ms for the same load against a bare reflector
+             LIMITED: these figures show the limits of the generator, not of the
+             server: it used 97% of a core
+""",
+            text,
+        )
+        self.assertIn("not of the\n             server\n", loadtest.text_report(changed(generator__limited=True)))
+
+    def test_failures_come_with_their_witness(self) -> None:
+        witness = "c17 has m1 (place 8) before m2 (place 9)\nc18 has m2 (place 8) before m1 (place 9)"
+        found = verdicts(order=("FAIL", 2, witness), causality=("skipped", 0, ""), fifo=("unknown", 0, ""))
+        over = [{"text": "p99>1ms", "value": 2.2, "exceeded": True}, {"text": "cpu>2", "value": None, "exceeded": True}]
+        text = loadtest.text_report(changed(checks=found, thresholds=over, verdict="FAIL"))
+        self.assertEqual(
+            text[text.index("checks") :],
+            """\
+checks       pass: loss, duplicate, corruption
+             skipped: causality
+             unknown: fifo
+             FAIL: order, 2 times
+               c17 has m1 (place 8) before m2 (place 9)
+               c18 has m2 (place 8) before m1 (place 9)
+thresholds   p99>1ms EXCEEDED: 2.20 ms
+             cpu>2 EXCEEDED: not known
+
+FAIL  1,990,000 of 1,990,000 deliveries, order 2, exceeded p99>1ms, exceeded ...""",
+        )
+        self.assert_fits(text)
+
+    def test_verdicts(self) -> None:
+        some = "1,990,000 of 1,990,000 deliveries"
+        over = [{"text": "lost>0", "value": 3, "exceeded": True}]
+        cases: List[Any] = [
+            (
+                changed(checks=verdicts(loss=("FAIL", 3, "")), deliveries=1989997, verdict="FAIL"),
+                "FAIL  1,989,997 of 1,990,000 deliveries, loss 3",
+            ),
+            (changed(thresholds=over), f"PASS  {some}, exceeded lost>0"),
+            (changed(checks=verdicts(order=("skipped", 0, ""))), f"PASS  {some}, once, unchanged"),
+            (changed(checks=verdicts(duplicate=("skipped", 0, ""))), f"PASS  {some}, unchanged, in one order"),
+            (
+                changed(checks=verdicts(order=("unknown", 0, "")), verdict="UNKNOWN"),
+                f"UNKNOWN  {some}, not known: order",
+            ),
+            (changed(deliveries=0, verdict="UNKNOWN"), "UNKNOWN  nothing was received"),
+            (changed(deliveries=None), "PASS  once, unchanged, in one order"),
+        ]
+        for result, expected in cases:
+            with self.subTest(expected):
+                self.assertEqual(loadtest.text_report(result).split("\n")[-1], expected)
+
+    def test_what_a_server_sent_does_not_reach_the_terminal_raw(self) -> None:
+        raw = "red \x1b[31m, bidi \u202e, half \ud800, \u043f\u0440\u0438"
+        found = verdicts(corruption=("FAIL", 1, raw))
+        text = loadtest.text_report(changed(checks=found, target__name="x\r\ny\x07", verdict="FAIL"))
+        self.assertIn("               red \\x1b[31m, bidi \\u202e, half \\ud800, \u043f\u0440\u0438\n", text)
+        self.assertIn("target       x\\r\\ny\\x07, 127.0.0.1:40123, irc\n", text)
+
+    def test_long_texts_are_wrapped(self) -> None:
+        text = loadtest.text_report(changed(command="python loadtest.py " + "--server-command x " * 4))
+        self.assert_fits(text)
+        wrapped = "command      python loadtest.py --server-command x --server-command x\n"
+        self.assertIn(wrapped + "             --server-command x --server-command x\n", text)
+        self.assert_fits(loadtest.text_report(changed(command="x" * 200)))
+
+    def test_a_long_histogram_is_merged(self) -> None:
+        text = loadtest.text_report({"histogram": [[bound, 10] for bound in loadtest.BOUNDS[:53]]})
+        rows = text.split("\n")[1:-2]
+        self.assertEqual(len(rows), 11)
+        self.assertEqual(rows[0], "      2.50 us           50    9.43%  " + "#" * 42)
+        self.assertEqual(rows[-1], "       160 ms           30    5.66%  " + "#" * 25)
+
+    def test_sweep(self) -> None:
+        self.assertEqual(
+            loadtest.sweep_text(SWEEP),
+            """\
+clients      p50      p99  CPU/1,000 deliveries  deliveries/s
+50        200 us   900 us               1.90 ms        49,000
+100       300 us        -                     -        99,000
+1,000    2.50 ms  12.0 ms               2.20 ms       398,000
+the server's CPU per message grows as clients^1.02""",
+        )
+        self.assertNotIn("cost", loadtest.sweep_text({**SWEEP, "exponent": None}))
+
+    def test_versus(self) -> None:
+        rounds = [(0.5, 1.0), (0.7, 3.0), (0.6, 2.0)]
+        results = []
+        for ours, theirs in rounds:
+            results.append(changed(latency={"corrected": {"p50": ours, "p99": 9.0}}))
+            results.append(changed(target__name="ngircd", latency={"corrected": {"p50": theirs}}, server=None))
+        versus = {"names": ["chat.py", "ngircd"], "rounds": 3, "ratios": {"p50": 0.3, "throughput": 1.0}}
+        self.assertEqual(
+            loadtest.versus_text({"results": results, "versus": versus}),
+            """\
+median        chat.py   ngircd  ratio
+p50            600 us  2.00 ms   0.30
+p99           9.00 ms        -      -
+deliveries/s  198,801  198,801   1.00
+CPU/1,000     2.10 ms        -      -
+ratio: chat.py / ngircd, medians of 3 rounds""",
+        )
+
+
+def figures(page: str) -> List[ElementTree.Element]:
+    """The charts of a page, parsed: what is not well-formed raises."""
+    return [ElementTree.fromstring(svg) for svg in re.findall("<svg.*?</svg>", page, re.DOTALL)]
+
+
+def lines_of(svg: ElementTree.Element) -> List[str]:
+    return [path.get("d", "") for path in svg.iter("path") if path.get("class") == "line"]
+
+
+class HtmlTest(unittest.TestCase):
+    def page(self, *results: Dict[str, Any], **more: Any) -> str:
+        return loadtest.html_report({"results": list(results), "sweep": None, "versus": None, **more})
+
+    def test_the_page_is_self_contained(self) -> None:
+        page = self.page(EXAMPLE, sweep=SWEEP)
+        self.assertTrue(page.startswith('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'))
+        for forbidden in ("<script", "http:", "https:", "src=", "href=", "@import", "url("):
+            self.assertNotIn(forbidden, page)
+        self.assertIn("prefers-color-scheme: dark", page)
+
+    def test_the_text_report_is_in_it(self) -> None:
+        text = EXAMPLE_TEXT.replace("'", "&#x27;").replace("<", "&lt;").replace(">", "&gt;")
+        self.assertIn(f"<pre>{text}</pre>", self.page(EXAMPLE))
+
+    def test_everything_is_escaped(self) -> None:
+        evil = '<script>alert("1")</script>&\''
+        found = verdicts(loss=("FAIL", 1, evil), order=("FAIL", 1, f"c1 {evil}"))
+        result = changed(target__name=evil, command=evil, checks=found, fairness__slowest=evil, clock=evil)
+        versus = {"names": [evil, "b"], "rounds": 1, "ratios": {}}
+        page = self.page(result, changed(target__name=evil), versus=versus, sweep=SWEEP)
+        self.assertNotIn("<script", page)
+        self.assertNotIn('alert("', page)
+        self.assertIn("<h2>&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&amp;&#x27; #1</h2>", page)
+        self.assertEqual(len(figures(page)), 4)
+
+    def test_charts_and_their_legends(self) -> None:
+        page = self.page(EXAMPLE, changed(target__name="ngircd"), sweep=SWEEP)
+        charts = [(svg.get("aria-label"), len(lines_of(svg))) for svg in figures(page)]
+        self.assertEqual(
+            charts,
+            [
+                ("Latency by percentile", 2),
+                ("Latency and cost by clients", 3),
+                ("Latency over time, chat.py", 3),
+                ("Latency over time, ngircd", 3),
+            ],
+        )
+        legends = [re.findall("</b>(.*?)</span>", legend) for legend in re.findall('"legend">(.*?)</div>', page)]
+        measures = ["p50", "p99", "max"]
+        expected = [["chat.py", "ngircd"], ["p50", "p99", "CPU per 1,000 deliveries"], measures, measures]
+        self.assertEqual(legends, expected)
+
+    def test_axes(self) -> None:
+        percentile, time = figures(self.page(EXAMPLE))
+        latencies = ["200 us", "500 us", "1 ms", "2 ms", "5 ms", "10 ms"]
+        labels = [text.text for text in percentile.iter("text")]
+        self.assertEqual(labels, ["50%", "90%", "99%", "99.9%", *latencies, "percentile of deliveries"])
+        labels = [text.text for text in time.iter("text")]
+        self.assertEqual(labels, ["0", "1", "2", "3", *latencies[1:], "time in seconds"])
+
+    def test_ticks_do_not_crowd(self) -> None:
+        def labels(svg: ElementTree.Element) -> List[Any]:
+            return [text.text for text in svg.iter("text") if text.get("text-anchor") == "middle"][:-1]
+
+        for seconds, expected in ((12, list(range(13))), (13, list(range(0, 13, 2))), (120, list(range(0, 121, 10)))):
+            with self.subTest(seconds=seconds):
+                rows = [[second, 1.0, 1.0, 1.0] for second in range(seconds + 1)]
+                (svg,) = figures(self.page(changed(curve=None, over_time=rows)))
+                self.assertEqual(labels(svg), [str(second) for second in expected])
+        points = [[clients, 0.002, 2000.0, 2.0, 1.0] for clients in (10, 11, 50, 1000, 60, 100)]
+        (svg,) = figures(self.page({}, sweep={"points": points, "exponent": None}))
+        self.assertEqual(labels(svg), ["10", "50", "100", "1,000"])
+        decades = ["10 us", "100 us", "1 ms", "10 ms", "100 ms", "1 s"]
+        self.assertEqual([text.text for text in svg.iter("text") if text.get("text-anchor") == "end"], decades)
+
+    def test_the_tail_is_logarithmic(self) -> None:
+        """From 90% to 99% is as far as from 99% to 99.9%, and everything lies within the axes."""
+        (svg, _) = figures(self.page(EXAMPLE))
+        numbers = [float(number) for number in re.findall(r"[0-9.]+", lines_of(svg)[0].replace("h0", ""))]
+        xs, ys = numbers[::2], numbers[1::2]
+        self.assertAlmostEqual(xs[3] - xs[2], xs[4] - xs[3], delta=0.2)
+        self.assertEqual((xs[0], xs[-1], xs), (60.0, 740.0, sorted(xs)))
+        self.assertEqual((ys[0], ys), (270.0, sorted(ys, reverse=True)))
+        self.assertGreater(ys[-1], 10.0)
+
+    def test_a_second_without_deliveries_is_a_gap(self) -> None:
+        (_, svg) = figures(self.page(EXAMPLE))
+        for line in lines_of(svg):
+            self.assertRegex(line, r"^M\S+ \S+h0L\S+ [0-9.]+M\S+ \S+h0$")
+
+    def test_results_are_told_apart(self) -> None:
+        more, other = changed(load__clients=1000), changed(target__name="ngircd")
+        cases: List[Any] = [
+            ([EXAMPLE], ["chat.py"]),
+            ([EXAMPLE, other], ["chat.py", "ngircd"]),
+            ([EXAMPLE, other, EXAMPLE, other], ["chat.py #1", "ngircd #1", "chat.py #2", "ngircd #2"]),
+            ([EXAMPLE, more], ["chat.py, 200 clients", "chat.py, 1,000 clients"]),
+            ([changed(target=None)], ["target"]),
+        ]
+        for results, expected in cases:
+            with self.subTest(expected):
+                page = self.page(*results)
+                self.assertEqual(re.findall("<h2>(.*?)</h2>", page), expected)
+        self.assertIn("<h1>loadtest: chat.py, ngircd</h1>", self.page(EXAMPLE, other, EXAMPLE))
+
+    def test_what_is_not_known_has_no_chart(self) -> None:
+        page = self.page(changed(curve=None, over_time=None))
+        self.assertEqual(figures(page), [])
+        self.assertNotIn("<figure", page)
+        self.assertEqual(figures(self.page({})), [])
+        self.assertEqual(figures(self.page(changed(curve=[], over_time=[[0, None, None, None]]))), [])
+
+    def test_one_point_is_enough_for_a_chart(self) -> None:
+        result = changed(curve=[[1.0, 0.0]], over_time=[[0, 1.0, 1.0, 1.0]])
+        for svg in figures(self.page(result, sweep={"points": [SWEEP["points"][0]], "exponent": None})):  # type: ignore
+            for line in lines_of(svg):
+                self.assertRegex(line, r"^M[0-9.]+ [0-9.]+h0$")
+
+
+class Proxy:
+    """Passes connections on to a server, but spoils what one client of a load test receives."""
+
+    AT = 20  # the message that is spoilt
+
+    def __init__(self, port: int, mutate: str, victim: str) -> None:
+        self.port_behind, self.mutate, self.victim = port, mutate, f"NICK {victim}\r\n".encode()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.seen = 0
+        self.held: List[bytes] = []
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = self.listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self.port_behind))
+                first = client.recv(4096)
+                server.sendall(first)
+                spoil = self.spoil if self.victim in first else None
+                threading.Thread(target=self.pump, args=(client, server, None), daemon=True).start()
+                threading.Thread(target=self.pump, args=(server, client, spoil), daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket, spoil: Optional[Callable[[bytes], List[bytes]]]) -> None:
+        lines, data = chat.LineBuffer(1 << 20), b"\n"
+        with contextlib.suppress(OSError), source, sink:
+            while data:
+                data = source.recv(65536)
+                for line in lines.feed(data):
+                    for out in spoil(line or b"") if spoil else [line or b""]:
+                        sink.sendall(out + b"\r\n")
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def spoil(self, line: bytes) -> List[bytes]:
+        if b" PRIVMSG " not in line:
+            return [line]
+        self.seen += 1
+        if self.mutate == "drop_last":  # which is the last shows only when none follows
+            self.held.append(line)
+            return [self.held.pop(0)] if len(self.held) > 1 else []
+        if self.seen < self.AT:
+            return [line]
+        if self.mutate in ("swap", "delay"):
+            self.held.append(line)
+            if len(self.held) < {"swap": 2, "delay": 8}[self.mutate]:
+                return []
+            self.mutate = ""
+            return [*self.held[1:], self.held[0]]
+        if self.seen > self.AT:
+            return [line]
+        digits = line.index(b":M") + 2
+        return {
+            "": [line],
+            "drop": [],
+            "double": [line, line],
+            "alter": [line[:digits] + b"f" + line[digits + 1 :]],
+            "invent": [line, line[:digits] + b"00ffffff-00ffffff" + line[digits + 17 :]],
+        }[self.mutate]
+
+
+class LoadTest(ProgramCase):
+    """loadtest.py as a program, against our own server, a spoiling proxy, and a foreign server."""
+
+    QUICK = ("-n", "8", "-S", "4", "-r", "200", "-d", "1", "-w", "0.2")
+
+    def loadtest(self, *args: str) -> subprocess.Popen[str]:
+        return self.start(*args, file="loadtest.py")
+
+    def done(self, program: subprocess.Popen[str]) -> Tuple[int, str, str]:
+        out, err = program.communicate(timeout=3 * PATIENCE)
+        return program.returncode, out, err
+
+    def test_clean_runs_pass_in_every_protocol(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            programs = {}
+            for protocol in ("irc", "plain", "json"):
+                files = ("--json", f"{folder}/{protocol}.json", "--html", f"{folder}/{protocol}.html")
+                programs[protocol] = self.loadtest(*self.QUICK, "--proto", protocol, *files)
+            for protocol, program in programs.items():
+                with self.subTest(protocol):
+                    status, out, err = self.done(program)
+                    self.assertEqual((status, err), (0, ""), out)
+                    self.assertRegex(out, r"\nPASS  1,680 of 1,680 deliveries, once, unchanged, in one order\n$")
+                    found = json.loads(pathlib.Path(folder, f"{protocol}.json").read_text(encoding="utf-8"))["results"][
+                        0
+                    ]
+                    self.assertEqual(found["deliveries"], found["expected"])
+                    self.assertGreater(found["latency"]["corrected"]["samples"], 1300)
+                    self.assertGreaterEqual(found["latency"]["corrected"]["p50"], 0)
+                    self.assertIn("<svg", pathlib.Path(folder, f"{protocol}.html").read_text(encoding="utf-8"))
+
+    def test_every_kind_of_damage_is_caught(self) -> None:
+        wanted = {
+            "swap": {"order"},
+            "delay": {"order"},
+            "drop": {"loss"},
+            "drop_last": {"loss"},
+            "double": {"duplicate"},
+            "alter": {"corruption", "loss"},
+            "invent": {"corruption"},
+            "": set(),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            programs = {}
+            for damage in wanted:
+                proxy = Proxy(self.server()[1], damage, "c7")
+                self.addCleanup(proxy.listener.close)
+                to = ("--port", str(proxy.port), "--json", f"{folder}/{damage}.json")
+                programs[damage] = self.loadtest(*self.QUICK, *to)
+            for damage, program in programs.items():
+                with self.subTest(damage):
+                    status, out, err = self.done(program)
+                    self.assertEqual((status, err), (1 if damage else 0, ""), out)
+                    found = json.loads(pathlib.Path(folder, f"{damage}.json").read_text(encoding="utf-8"))["results"][0]
+                    failed = {check["check"]: check for check in found["checks"] if check["verdict"] == "FAIL"}
+                    self.assertEqual(set(failed) - {"fifo", "causality"}, wanted[damage], out)
+                    for check in failed.values():
+                        self.assertRegex(check["witness"], r"\bc7\b")
+
+    def test_thresholds_and_errors(self) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = str(unused.getsockname()[1])
+            cases = (
+                ((*self.QUICK, "--fail-if", "p50>0us"), 99, "", "EXCEEDED"),
+                ((*self.QUICK, "--fail-if", "p50>10s", "--check", "loss,fifo"), 0, "", "skipped: duplicate"),
+                (("--port", port), 2, "could not join: Connection refused", ""),
+                (("--fail-if", "speed>3"), 2, "unknown measure 'speed'", ""),
+                (("-n", "1"), 2, "it takes two clients", ""),
+                (("--server-command", "/no/such/server"), 2, "cannot start /no/such/server", ""),
+                (("--server-command", f"{sys.executable} -c 0"), 2, "does not listen", ""),
+            )
+            programs = [self.loadtest(*args) for args, *_ in cases]
+            for program, (args, code, complaint, report) in zip(programs, cases):
+                with self.subTest(args):
+                    status, out, err = self.done(program)
+                    self.assertEqual(status, code, err + out)
+                    self.assertIn(complaint, err)
+                    self.assertIn(report, out)
+
+    @unittest.skipUnless(os.path.exists("/proc"), "needs /proc")
+    def test_interrupted_it_reports_and_leaves_no_server_behind(self) -> None:
+        program = self.loadtest(*self.QUICK, "-d", "30", "-q")
+        children = pathlib.Path(f"/proc/{program.pid}/task/{program.pid}/children")
+        end = time.monotonic() + PATIENCE
+        while not children.read_text(encoding="ascii"):
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.01)
+        server = children.read_text(encoding="ascii").split()[0]
+        threads = pathlib.Path(f"/proc/{program.pid}/task")
+        while len(list(threads.iterdir())) < 13:  # main, 8 clients and 4 senders
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.01)
+        time.sleep(0.5)  # let something be sent
+        program.send_signal(signal.SIGINT)
+        status, out, err = self.done(program)
+        self.assertEqual((status, err), (130, ""))
+        self.assertIn("skipped: loss", out)
+        self.assertFalse(os.path.exists(f"/proc/{server}"))
+
+    @unittest.skipUnless(shutil.which("ngircd"), "needs ngircd")
+    def test_a_foreign_server(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            config = pathlib.Path(folder, "ngircd.conf")
+            port = loadtest.free_port()
+            config.write_text(
+                f"[Global]\nName = irc.test\nInfo = test\nListen = 127.0.0.1\nPorts = {port}\n"
+                "[Limits]\nMaxConnectionsIP = 0\nMaxPenaltyTime = 0\n[Options]\nIdent = no\nPAM = no\nDNS = no\n",
+                encoding="ascii",
+            )
+            command = f"{shutil.which('ngircd')} -n -f {config}"
+            quiet = contextlib.redirect_stdout(io.StringIO())
+            with quiet, mock.patch.object(loadtest, "free_port", return_value=port):
+                status = loadtest.main(["-q", *self.QUICK, "--server-command", command, "--json", f"{folder}/out"])
+            found = json.loads(pathlib.Path(folder, "out").read_text(encoding="utf-8"))["results"][0]
+            self.assertEqual((status, found["verdict"], found["deliveries"]), (0, "PASS", 1680))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1882 @@
+#!/usr/bin/env python3
+"""Load tester for chat servers: how fast a broadcast reaches everybody, and whether all saw the same, in one order.
+
+    python loadtest.py -n 200                            against a chat.py server of its own
+    python loadtest.py -n 200 --port 6667                against any IRC server
+
+Sections, from pure to effectful; each uses only those above it:
+
+    limits               every bound with its reason
+    messages             what is sent, and the pattern that finds what arrives
+    checker              complete histories -> findings, each with its smallest witness
+    statistics           percentiles, histogram, thresholds
+    text report          a result as a page of text
+    HTML report          results as a page with charts
+    server under test    one that runs, or one that is started here
+    clients              a thread each: joins, and stores what arrives
+    run                  the schedule, the senders, progress
+    reflector            the least that a server can do, to calibrate
+    analysis             what a run left behind -> a result
+    command line         argparse, main
+
+A run stores numbers and times only; everything is judged afterwards. Latency counts from the moment at which the
+schedule wanted a message sent, so neither a stalled server nor a late load tester can hide its delay, up to the
+moment at which the kernel had it for the receiver, so a late thread here adds none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import binascii
+import collections
+import contextlib
+import html
+import itertools
+import json
+import math
+import operator
+import os
+import platform
+import random
+import re
+import selectors
+import shlex
+import socket
+import statistics
+import string
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from functools import cached_property
+from itertools import combinations, filterfalse, islice, repeat
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Pattern,
+    Sequence,
+    Set,
+    Tuple,
+    cast,
+)
+
+VERSION = "0.1"
+
+# -----------------------------------------------------------------------------
+# limits
+# -----------------------------------------------------------------------------
+
+TEXT_BYTES = 18  # M, a number in 8 digits, a dash, the number again
+RECV_BYTES = 1 << 16  # one chunk
+SWITCH_CLIENT_S = 25e-6  # thread switch interval per client: each that wants to run wakes once in it, for nothing
+STACK_BYTES = 256 << 10  # of a thread: the default of 8 MiB would forbid thousands of them
+START_S = 10.0  # for a server that we start to listen
+STOP_S = 5.0  # for it to end by itself
+JOIN_S = 30.0  # for one client to get in
+SETTLE_S = 0.5  # after the last join, for the notices of it to arrive
+QUIET_S = 3.0  # after the last send: when nothing has come for so long, nothing will
+TURN_S = 0.1  # how often progress is shown
+# A thread that wakes takes 10 us or more of a processor each time, from the server, too. So many may wake in a second
+# for a message each: if there are more, clients take turns in being watched. The others read so often in all.
+WAKEUPS, READS = 10_000, 5_000
+READ_EVERY_S = 0.05  # but each of them not oftener
+BEHIND = (
+    2_000  # messages that receivers here may be behind, when nothing else slows the senders: servers drop slow ones
+)
+FLOOD_RATE = 30_000  # messages/s to reckon with, when sending as fast as the server accepts
+SLACK_NS = 100_000  # sleeping ends late by about so much; the rest is waited for awake
+LATE_MS = 1.0  # a load tester whose sends are later than this, and a third of the p99, is marked as the limit
+KERNEL_CLOCK = sys.platform == "linux"
+SO_TIMESTAMPNS = 35  # <asm-generic/socket.h>: the kernel's own time of arrival; the socket module has no name for it
+LOAD_KEYS = ("clients", "senders", "rate", "duration_s", "warmup_s", "size", "seed")
+PER_ADDRESS = (
+    "its limit of connections; lift it: ngircd MaxConnectionsIP = 0, InspIRCd <connect localmax=...>,"
+    " Ergo ip-limits: count: false, chat.py --max-clients"
+)
+# What servers say when their own limits strike, and the settings that lift them.
+HINTS = {
+    "flood": "its flood control; lift it: ngircd MaxPenaltyTime = 0, InspIRCd <connect fakelag=no commandrate=...>,"
+    " Ergo fakelag: enabled: false",
+    "too many connections": PER_ADDRESS,
+    "connection was closed": PER_ADDRESS,
+    "connection reset": PER_ADDRESS,
+    "throttl": "its limit of connects; lift it: InspIRCd <connectban>, Ergo ip-limits: throttle: false",
+    "password": "it wants a password; give it by --password-file",
+}
+
+
+class Failed(Exception):
+    """Something that ends the program with exit code 2; its text says what and what to do."""
+
+
+# -----------------------------------------------------------------------------
+# messages
+# -----------------------------------------------------------------------------
+
+
+class Wire(NamedTuple):
+    """How messages of a run look in one protocol: `line(i)` is what is sent, `pattern` finds what arrives.
+
+    The text of message i is M, its number in 8 hexadecimal digits, a dash, the number again, and the same filler
+    in all. A single altered byte makes it another text; the pattern matches whole lines only, and its first
+    group is the number.
+    """
+
+    protocol: str
+    head: str
+    tail: str
+    pattern: Pattern[bytes]
+    said: Pattern[bytes]  # anything that somebody says in the channel; if the pattern did not take it, it is strange
+
+    def line(self, number: int) -> bytes:
+        """The bytes that send message `number`."""
+        return f"{self.head}M{number:08x}-{number:08x}{self.tail}".encode()
+
+
+def wire(protocol: str, channel: str, size: int, seed: int) -> Wire:
+    """The form of a run's messages, whose text has `size` bytes (at least 18)."""
+    filler = "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz ", k=max(size - TEXT_BYTES, 0)))
+    filler = filler.rstrip() + "." * (len(filler) - len(filler.rstrip()))  # a server may strip a line's end
+    text = rb"M([0-9a-f]{8})-\1" + re.escape(filler).encode()
+    if protocol == "irc":
+        pattern = rb"(?:@[^ \n]* )?:[^ \n]+ PRIVMSG " + re.escape(channel).encode() + rb" :?" + text + rb"\r?\n"
+        said = re.compile(rb" PRIVMSG " + re.escape(channel).encode() + rb" ")
+        return Wire(protocol, f"PRIVMSG {channel} :", f"{filler}\r\n", re.compile(pattern), said)
+    if protocol == "json":
+        pattern = rb'\{[^\n]*"text": ?"' + text + rb'"[^\n]*\}\n'
+        said = re.compile(rb'"type": ?"chat"')
+        return Wire(protocol, '{"type": "chat", "text": "', f'{filler}"}}\n', re.compile(pattern), said)
+    return Wire(protocol, "", f"{filler}\n", re.compile(rb"[^ \n]+: " + text + rb"\n"), re.compile(rb"^(?!\*\*\* )."))
+
+
+# -----------------------------------------------------------------------------
+# checker
+# -----------------------------------------------------------------------------
+
+SHOWN_BYTES = 80  # of an altered line in a witness: enough to recognise it, and still one line
+CHAINS = 5  # views merged at first: three clean ones that each miss one sender fix all, five outvote a faulty one
+TRIES = 10  # views out of order that are compared with all others for a witness; the first nearly always has one
+
+
+class Sent(NamedTuple):
+    """What was sent, by message number (typecode 'i' each)."""
+
+    senders: array[int]  # number of its sender; -1: never sent
+    after: array[int]  # the last message its sender had received before sending it, which it may answer; -1: none
+
+
+class History(NamedTuple):
+    """What one receiver saw."""
+
+    name: str
+    sender: int  # its own number as a sender, or -1
+    order: array[int]  # message numbers as they arrived, typecode 'I', unchecked
+    strange: List[bytes]  # lines that resemble a message of the run and are none
+    first: int  # it was joined for messages first..last-1: only these may be demanded of it
+    last: int
+
+
+class Finding(NamedTuple):
+    """The result of one check."""
+
+    check: str
+    verdict: str  # "pass", "FAIL", "unknown" (nothing to judge by) or "skipped"
+    count: int  # type: ignore[assignment]  # violations; nobody looks for tuple.count here
+    witness: str  # the smallest of them in one line, or ""
+
+
+class View(NamedTuple):
+    """What one or several receivers saw alike."""
+
+    receivers: List[History]
+    order: array[int]  # the first arrival of every message that was sent; no other numbers
+
+
+class Merged(NamedTuple):
+    """One order of all messages: that of all views where they agree, else one that most follow."""
+
+    order: List[int]
+    astray: List[Tuple[View, int, int]]  # views that do not follow it: how often they step back in it, how far at least
+    jam: List[Tuple[int, View]]  # where no message was first in all its views: the next message of each view
+
+
+class Evidence:
+    """All that the checks look at, the costly parts once."""
+
+    def __init__(self, sent: Sent, histories: Sequence[History], echo: bool, ordered: bool) -> None:
+        self.sent, self.histories, self.echo = sent, histories, echo
+        self.ordered = ordered  # an order of all is demanded, so finding it pays
+        self.numbers = {number for number, sender in enumerate(sent.senders) if sender >= 0}
+        alike: Dict[bytes, List[History]] = {}
+        for history in histories:
+            alike.setdefault(history.order.tobytes(), []).append(history)
+        self.views = [View(receivers, self.arrivals(receivers[0].order)) for receivers in alike.values()]
+
+    def arrivals(self, order: array[int]) -> array[int]:
+        seen = dict.fromkeys(order)
+        clean = len(seen) == len(order) and self.numbers.issuperset(seen)
+        return order if clean else array("I", filter(self.numbers.__contains__, seen))
+
+    @cached_property
+    def merged(self) -> Merged:
+        return merge(self.views, len(self.sent.senders))
+
+    def label(self, message: int) -> str:
+        return f"{message} (from s{self.sent.senders[message]})"
+
+    def saw(self, view: View, one: int, other: int) -> str:
+        saw = f"{view.receivers[0].name} saw {self.label(one)} before {self.label(other)}"
+        return f"{saw}, {places(view, one, other)}"
+
+
+def places(view: View, one: int, other: int) -> str:
+    order = view.receivers[0].order
+    return f"at {order.index(one)} and {order.index(other)}"
+
+
+# A finder returns how many violations there are, and the smallest in words.
+Found = Tuple[int, str]
+
+
+def find_loss(evidence: Evidence) -> Found:
+    losses, least = 0, (len(evidence.sent.senders), "")
+    for view in evidence.views:
+        absent: Dict[Tuple[int, int], Set[int]] = {}
+        for receiver in view.receivers:
+            span = receiver.first, receiver.last
+            if span not in absent:
+                absent[span] = evidence.numbers.intersection(range(*span)).difference(view.order)
+            lost = absent[span]
+            if not evidence.echo:
+                lost = {message for message in lost if evidence.sent.senders[message] != receiver.sender}
+            losses += len(lost)
+            if lost and min(lost) < least[0]:
+                least = min(lost), receiver.name
+    if not losses:
+        return 0, ""
+    lucky = next((history for history in evidence.histories if least[0] in history.order), None)
+    others = f"; {lucky.name} did, at {lucky.order.index(least[0])}" if lucky else ", nor did anyone else"
+    return losses, f"{least[1]} never got {evidence.label(least[0])}{others}"
+
+
+def find_duplicate(evidence: Evidence) -> Found:
+    copies, least = 0, (0, "")
+    for view in evidence.views:
+        order = view.receivers[0].order
+        if len(order) == len(view.order):
+            continue
+        first = dict(zip(reversed(order), reversed(range(len(order)))))
+        again = [place for place, n in enumerate(order) if first[n] != place and n in evidence.numbers]
+        copies += len(again) * len(view.receivers)
+        if again and (not least[1] or again[0] < least[0]):
+            message = order[again[0]]
+            text = (
+                f"{view.receivers[0].name} got {evidence.label(message)} again at {again[0]}, first at {first[message]}"
+            )
+            least = again[0], text
+    return copies, least[1]
+
+
+def find_corruption(evidence: Evidence) -> Found:
+    wrong, witness = 0, ""
+    for receiver in evidence.histories:
+        wrong += len(receiver.strange)
+        if receiver.strange and not witness:
+            line = min(receiver.strange, key=len)
+            cut = "..." if len(line) > SHOWN_BYTES else ""
+            witness = f"{receiver.name} got a line that nobody sent: {line[:SHOWN_BYTES]!r}{cut}"
+    for view in evidence.views:
+        order = view.receivers[0].order
+        # Only a view that had to be cleaned can hold an invented number.
+        invented = [n for n in order if n not in evidence.numbers] if len(order) > len(view.order) else []
+        wrong += len(invented) * len(view.receivers)
+        if invented and not witness:
+            place = order.index(invented[0])
+            witness = f"{view.receivers[0].name} got message {invented[0]} at {place}, which nobody sent"
+    return wrong, witness
+
+
+def find_fifo(evidence: Evidence) -> Found:
+    faults, view, one, other = judge(evidence, unfair)
+    return faults, evidence.saw(view, one, other) if view else ""
+
+
+def find_causality(evidence: Evidence) -> Found:
+    faults, view, one, other = judge(evidence, untimely)
+    if not view:
+        return 0, ""
+    sender = evidence.sent.senders[one]
+    return faults, f"{evidence.saw(view, one, other)}; s{sender} had received {other} before it sent {one}"
+
+
+def find_order(evidence: Evidence) -> Found:
+    astray = evidence.merged.astray
+    faults = sum(times * len(view.receivers) for view, times, _ in astray)
+    if not faults:
+        return 0, ""
+    for view, _, _ in sorted(astray, key=lambda found: found[2])[:TRIES]:
+        other, one, two = disagreement(view, evidence.views)
+        if other:
+            opposite = f"{other.receivers[0].name} saw them the other way, {places(other, one, two)}"
+            return faults, f"{evidence.saw(view, one, two)}; {opposite}"
+    cycle = smallest_cycle(sorted(knot(evidence.merged.jam)), evidence.views)
+    links = zip(cycle, [*cycle[1:], cycle[0]])
+    texts = [evidence.saw(view, one, other) for (one, view), (other, _) in links]
+    return faults, f"{len(cycle)} receivers together fit no order: {'; '.join(texts)}"
+
+
+def unfair(sent: Sent, order: Sequence[int]) -> List[Tuple[int, int]]:
+    """Places of a sender's messages next to each other in `order`, the later message first."""
+    found = []
+    last: Dict[int, int] = {}
+    senders = sent.senders
+    for place, message in enumerate(order):
+        before = last.get(senders[message], place)
+        if order[before] > message:
+            found.append((before, place))
+        last[senders[message]] = place
+    return found
+
+
+def untimely(sent: Sent, order: Sequence[int]) -> List[Tuple[int, int]]:
+    """Places of messages and of what their senders had received before, which comes later in `order`."""
+    place = dict(zip(order, itertools.count()))
+    causes = map(place.get, map(sent.after.__getitem__, order), repeat(-1))
+    return [(effect, cause) for effect, cause in enumerate(causes) if cause > effect]
+
+
+def judge(
+    evidence: Evidence, faults: Callable[[Sent, Sequence[int]], List[Tuple[int, int]]]
+) -> Tuple[int, Optional[View], int, int]:
+    """How many `faults` all views have, and the closest two messages, with the view that saw them in this order."""
+    suspects = evidence.views
+    # A view that follows an order without faults has none.
+    if evidence.ordered and not faults(evidence.sent, evidence.merged.order):
+        suspects = [view for view, _, _ in evidence.merged.astray]
+    total, closest = 0, 0
+    found: Tuple[Optional[View], int, int] = (None, 0, 0)
+    for view in suspects:
+        pairs = faults(evidence.sent, view.order)
+        total += len(pairs) * len(view.receivers)
+        gap, one, other = min(((q - p, p, q) for p, q in pairs), default=(0, 0, 0))
+        if gap and (not closest or gap < closest):
+            closest, found = gap, (view, view.order[one], view.order[other])
+    return (total, *found)
+
+
+def merge(views: Sequence[View], size: int) -> Merged:
+    """Find the common order of `views`, of messages numbered below `size`.
+
+    A few views normally fix it; views that do not follow it take part as well, until all others do. So it is exact, and
+    costly for a few views only.
+    """
+    views = sorted(views, key=lambda view: len(view.order), reverse=True)
+    rank = [-1] * size  # place in `order`, or -1
+    taken: List[int] = []
+    misfits = list(range(len(views)))
+    while misfits:
+        taken += misfits[: CHAINS + 4 * len(taken)]
+        order, jam = interleave([views[n] for n in taken])
+        for place, message in enumerate(order):
+            rank[message] = place
+        steps = [steps_back(view.order, rank) for view in views]
+        misfits = [n for n, (times, _) in enumerate(steps) if times and n not in taken]
+    return Merged(order, [(view, *back) for view, back in zip(views, steps) if back[0]], jam)
+
+
+def steps_back(order: Sequence[int], rank: List[int]) -> Tuple[int, int]:
+    """How often `order` steps back in rank, or to a message without rank; and how far at least."""
+    ranks = [-1, *map(rank.__getitem__, order)]
+    steps = [one - other for one, other in zip(ranks, islice(ranks, 1, None)) if one >= other]
+    return len(steps), min(steps, default=0)
+
+
+def interleave(views: Sequence[View]) -> Tuple[List[int], List[Tuple[int, View]]]:
+    """Topological sort of all messages of `views`; and where it jammed first (there is no such order), or [].
+
+    A message is ready when it stands at the head of all views that hold it. When none is, the one goes that fewest
+    receivers have further back: each of them will step back to it.
+    """
+    order: List[int] = []
+    jam: List[Tuple[int, View]] = []
+    forced: Set[int] = set()
+    feeds = [filterfalse(forced.__contains__, view.order) for view in views]
+    heads: Dict[int, List[int]] = {}  # message -> the views at whose head it is
+    behind: Dict[int, int] = defaultdict(int)  # message -> receivers that have it further back
+    for view in views:
+        for message in view.order:
+            behind[message] += len(view.receivers)
+    ready: List[int] = []
+    moving: Iterable[int] = reversed(range(len(views)))
+    while True:
+        for number in moving:
+            head = next(feeds[number], None)
+            if head is not None:
+                heads.setdefault(head, []).append(number)
+                behind[head] -= len(views[number].receivers)
+                if not behind[head]:
+                    ready.append(head)
+        if not heads:
+            return order, jam
+        if not ready:
+            jam = jam or [(message, views[number]) for message, numbers in heads.items() for number in numbers]
+            ready.append(min(reversed(heads), key=behind.__getitem__))  # of several the newest: it goes on in its view
+            forced.add(ready[0])
+        order.append(ready.pop())
+        moving = heads.pop(order[-1])
+
+
+def disagreement(view: View, others: Sequence[View]) -> Tuple[Optional[View], int, int]:
+    """One of `others` and two messages that `view` saw in this order and the other one in the opposite: the closest."""
+    place = dict(zip(view.order, itertools.count()))
+    closest = 0
+    found: Tuple[Optional[View], int, int] = (None, 0, 0)
+    for other in others:
+        shared = list(filter(place.__contains__, other.order))
+        at = list(map(place.__getitem__, shared))
+        back = [(p - q, two, one) for p, q, one, two in zip(at, at[1:], shared, shared[1:]) if p > q]
+        gap, one, two = min(back, default=(0, 0, 0))
+        if gap and (not closest or gap < closest):
+            closest, found = gap, (other, one, two)
+        if closest == 1:
+            break
+    return found
+
+
+def knot(jam: List[Tuple[int, View]]) -> List[int]:
+    """Some messages that block each other in a circle."""
+    blocks: Dict[int, int] = {}  # message -> one that a view saw before it
+    heads = {message for message, _ in jam}
+    for head, view in jam:
+        blocks.update((message, head) for message in heads.intersection(view.order) if message != head)
+    chased = [jam[0][0]]
+    while blocks[chased[-1]] not in chased:
+        chased.append(blocks[chased[-1]])
+    return chased[chased.index(blocks[chased[-1]]) :]
+
+
+def smallest_cycle(messages: Sequence[int], views: Sequence[View]) -> List[Tuple[int, View]]:
+    """Of `messages` the fewest, each with the view that saw it before the next one, the last one before the first."""
+    later: Dict[int, Dict[int, View]] = {message: {} for message in messages}
+    for view in views:
+        for one, other in combinations(filter(later.__contains__, view.order), 2):
+            later[one].setdefault(other, view)
+    cycles = [cycle_through(message, later) for message in messages]
+    return min(filter(None, cycles), key=len)
+
+
+def cycle_through(start: int, later: Dict[int, Dict[int, View]]) -> List[Tuple[int, View]]:
+    """The shortest way from `start` back to it, or []."""
+    came: Dict[int, Tuple[int, View]] = {}
+    queue = [start]
+    for message in queue:
+        for following, view in later[message].items():
+            if following not in came:
+                came[following] = message, view
+                queue.append(following)
+        if start in came:
+            break
+    cycle = [came[start]] if start in came else []
+    while cycle and cycle[-1][0] != start:
+        cycle.append(came[cycle[-1][0]])
+    return cycle[::-1]
+
+
+FINDERS: Dict[str, Callable[[Evidence], Found]] = {
+    "loss": find_loss,
+    "duplicate": find_duplicate,
+    "corruption": find_corruption,
+    "fifo": find_fifo,
+    "order": find_order,
+    "causality": find_causality,
+}
+CHECKS = tuple(FINDERS)
+
+
+def check(sent: Sent, histories: Sequence[History], echo: bool, checks: Collection[str] = CHECKS) -> List[Finding]:
+    """Judge a complete run: one Finding for each of CHECKS, in that order; those not in `checks` are skipped.
+
+    `echo`: senders get their own messages back; if not, these are not demanded of them. Ten million deliveries take
+    seconds and a few hundred MB, unless most receivers saw different orders.
+    """
+    evidence = Evidence(sent, histories, echo, "order" in checks)
+    arrived = any(view.order for view in evidence.views)
+    silent = not any(history.order or history.strange for history in histories)
+    findings = []
+    for name in CHECKS:
+        if name not in checks or silent:
+            findings.append(Finding(name, "unknown" if name in checks else "skipped", 0, ""))
+            continue
+        faults, witness = FINDERS[name](evidence)
+        findings.append(Finding(name, "FAIL" if faults else "pass" if arrived else "unknown", faults, witness))
+    return findings
+
+
+# -----------------------------------------------------------------------------
+# statistics
+# -----------------------------------------------------------------------------
+
+Result = Dict[str, Any]
+Threshold = Tuple[str, str, float]
+Points = List[Tuple[float, Optional[float]]]  # None is a gap in the line
+
+WIDTH = 80  # columns of a terminal
+LABEL = 13  # columns of a label at the left and the space after it, fits "uncorrected"
+HISTOGRAM_ROWS = 12  # so that a whole report fits on one screen
+BAR = 42  # columns of the longest bar
+# Renard's R10 series (ISO 3): ten steps a decade, evenly spaced in the logarithm and yet round. From 1 us to 80 days.
+BOUNDS = [float(f"{step}e{power}") for power in range(-3, 10) for step in (1, 1.25, 1.6, 2, 2.5, 3.15, 4, 5, 6.3, 8)]
+# Points of the curve in each decade of 1 - quantile, in percent of the decade.
+TAILS = (100, 80, 65, 50, 40, 32, 25, 20, 16, 13)
+PERMILLE = {"p50": 500, "p90": 900, "p99": 990, "p99.9": 999, "max": 1000}
+TIMES = {"us": 0.001, "ms": 1.0, "s": 1000.0}  # units of a threshold, in ms
+COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+MEASURES = (*PERMILLE, "throughput", "cpu", "lost")
+PROMISES = {"duplicate": "once", "corruption": "unchanged", "order": "in one order"}  # what a passed check proves
+
+
+def summarize(values: Sequence[float], per_ms: float = 1) -> Dict[str, float]:
+    """Exact nearest-rank percentiles in ms of `values`, of which `per_ms` make one ms; {"samples": 0} of none.
+
+    Quickest where the values are sorted already.
+    """
+    ordered, count = sorted(values), len(values)
+    if not count:
+        return {"samples": 0}
+    ranks = {name: -(-count * permille // 1000) for name, permille in PERMILLE.items()}
+    return {"samples": count, **{name: ordered[rank - 1] / per_ms for name, rank in ranks.items()}}
+
+
+def histogram(ordered: Sequence[float], per_ms: float = 1) -> List[List[float]]:
+    """[upper bound in ms, how many are at most that and above the one before] of sorted values, empty ends cut off."""
+    places = [0, *(bisect_right(ordered, round(bound * per_ms, 6)) for bound in BOUNDS)]
+    first, last = bisect_right(places, 0) - 1, bisect_right(places, len(ordered) - 1)
+    return [[BOUNDS[i], places[i + 1] - places[i]] for i in range(first, last)]
+
+
+def curve(ordered: Sequence[float], per_ms: float = 1) -> List[List[float]]:
+    """[quantile, ms] of sorted values, ten points for each further nine of the quantile, the last one [1, maximum]."""
+    count, points, whole = len(ordered), [], 100
+    while count * 100 >= whole:
+        for tail in TAILS:
+            beyond = count * tail // whole
+            if beyond:
+                points.append([(whole - tail) / whole, ordered[max(0, count - beyond - 1)] / per_ms])
+        whole *= 10
+    return [*points, [1.0, ordered[-1] / per_ms]] if count else []
+
+
+def fit_exponent(points: Sequence[Tuple[float, float]]) -> Optional[float]:
+    """The b of the least-squares fit y = a * x**b; None unless two different x > 0 have a y > 0."""
+    logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
+    if len({x for x, _ in logs}) < 2:
+        return None
+    mid_x, mid_y = (sum(axis) / len(logs) for axis in zip(*logs))
+    return float(sum((x - mid_x) * (y - mid_y) for x, y in logs) / sum((x - mid_x) ** 2 for x, _ in logs))
+
+
+def parse_threshold(text: str) -> Threshold:
+    """(measure, comparison, limit) of e.g. `p99>50ms`: limits in ms, a count, deliveries/s, or CPU ms per 1,000.
+
+    Raises ValueError with one line that says what is wrong.
+    """
+    match = re.fullmatch(r"\s*([a-z][a-z0-9.]*)\s*([<>]=?)\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", text)
+    if not match:
+        raise ValueError(f"not a threshold: {text!r} (write it like 'p99>50ms', 'lost>0' or 'throughput<1000000')")
+    measure, comparison, number, unit = match.groups()
+    if measure not in MEASURES:
+        raise ValueError(f"unknown measure {measure!r} in {text!r} (known: {', '.join(MEASURES)})")
+    if measure not in PERMILLE and unit:
+        raise ValueError(f"{measure} takes no unit, but {text!r} has {unit!r}")
+    if measure in PERMILLE and unit not in TIMES:
+        raise ValueError(f"{measure} needs a unit, which in {text!r} must be one of {', '.join(TIMES)}")
+    return measure, comparison, float(number) * TIMES.get(unit, 1.0)
+
+
+def measured(measure: str, result: Result) -> Optional[float]:
+    """What `result` has for one of MEASURES, in the unit of its thresholds; None where not known."""
+    value = _at(result, "latency", "corrected", measure)
+    if measure == "throughput":
+        value = result.get("deliveries_per_s")
+    elif measure == "cpu":
+        value = _at(result, "server", "cpu_ms_per_1000")
+    elif measure == "lost":  # as the checker counted it: a duplicate does not make up for a loss
+        value = next((check["count"] for check in _checks(result, "pass", "FAIL") if check["check"] == "loss"), None)
+        expected, deliveries = result.get("expected"), result.get("deliveries")
+        if value is None and expected is not None and deliveries is not None:
+            value = max(0, expected - deliveries)
+    return None if value is None else float(value)
+
+
+def exceeded(threshold: Threshold, result: Result) -> bool:
+    """Whether `result` is beyond the threshold. What is not known counts as exceeded: a gate must not open unseen."""
+    measure, comparison, limit = threshold
+    value = measured(measure, result)
+    return value is None or bool(COMPARE[comparison](value, limit))
+
+
+def _at(tree: Any, *path: str) -> Any:
+    """What is at the end of the path of keys; None where any of it is missing or None."""
+    for key in path:
+        tree = (tree or {}).get(key)
+    return tree
+
+
+def _checks(result: Result, *verdicts: str) -> List[Result]:
+    return [check for check in result.get("checks") or [] if check["verdict"] in verdicts]
+
+
+# -----------------------------------------------------------------------------
+# text report
+# -----------------------------------------------------------------------------
+
+
+def duration(ms: float, digits: int = 3) -> str:
+    """A time for people, e.g. '510 us', '2.20 ms', '12.5 s'; with 0 digits as short as it is exact: '2 ms'."""
+    rounded = float(f"{ms:.{digits or 6}g}")  # before the unit is chosen, so that 999.9 us is 1.00 ms
+    unit = "s" if abs(rounded) >= 1000 else "ms" if abs(rounded) >= 1 or not rounded else "us"
+    value = rounded / TIMES[unit]
+    places = 0 if abs(value) >= 100 or not value else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{places}f} {unit}" if digits else f"{value:g} {unit}"
+
+
+def count(number: float) -> str:
+    """A number for people: thousands separated, decimals only where they matter."""
+    return f"{number:,.0f}" if abs(number) >= 100 or number == int(number) else f"{number:.3g}"
+
+
+def harmless(text: str) -> str:
+    """`text` with what a terminal might obey made visible."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+FORMATS: Dict[str, Callable[[Any], str]] = {
+    "t": duration,
+    "s": lambda seconds: duration(seconds * 1000),
+    "n": count,
+    "rate": lambda rate: f"{count(rate)} messages/s" if rate else "as fast as the server accepts",
+    # What a server sent must not reach the terminal as it is.
+    "": lambda text: harmless(str(text)),
+}
+HEADING = "loadtest {loadtest}; {when}; {machine[python]}; {machine[system]}; {machine[cpus]} CPUs"
+# Label of an entry and its phrases: a phrase is left out where a value in it is not known, an entry where all are.
+FACTS = {
+    "command": "{command}",
+    "target": "{target[name]}; {target[host]}:{target[port]}; {target[proto]}",
+    "load": "{load[clients]:n} clients; {load[senders]:n} senders; {load[rate]:rate}; {load[size]:n} bytes",
+    "run": "{load[duration_s]:n} s after {load[warmup_s]:n} s of warm-up; seed {load[seed]}",
+    "join": "{join[connects_per_s]:n} connects/s; all joined in {join[all_joined_s]:s}; "
+    "p50 {join[p50]:t}; p99 {join[p99]:t}",
+    "delivered": "{deliveries:n} of {expected:n}; from {sent:n} messages; in {elapsed_s:s}",
+    "throughput": "{deliveries_per_s:n} deliveries/s; {messages_per_s:n} messages/s",
+}
+COSTS = {
+    "fairness": "receivers' p50 {fairness[best]:t} to {fairness[worst]:t}; ratio {fairness[ratio]:.2f}; "
+    "slowest {fairness[slowest]}",
+    "server": "{server[cpu_ms_per_1000]:t} CPU per 1,000 deliveries; {server[cpu_s]:s} CPU; "
+    "{server[rss_mb]:n} MB; {server[threads]:n} threads",
+    "generator": "sent late by p50 {generator[late_p50]:t}; p99 {generator[late_p99]:t}; max {generator[late_max]:t}; "
+    "{generator[cpu_share]:.0%} of a core",
+    "floor": "p50 {generator[floor][p50]:t}; p99 {generator[floor][p99]:t} for the same load against a bare reflector",
+}
+
+
+class _Phrases(string.Formatter):
+    """str.format with FORMATS; raises LookupError or TypeError where a value is not known."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None or value == "":
+            raise LookupError
+        return FORMATS[format_spec](value) if format_spec in FORMATS else format(value, format_spec)
+
+
+def _say(values: Result, phrases: str) -> str:
+    """Those of the phrases (between semicolons) of which all values are known, with commas between."""
+    said = []
+    for phrase in phrases.split("; "):
+        with contextlib.suppress(LookupError, TypeError):
+            said.append(_Phrases().vformat(phrase, (), values))
+    return ", ".join(said)
+
+
+def _entry(label: str, text: str) -> List[str]:
+    """`text` wrapped beside its label; nothing where there is no text."""
+    first, others = label.ljust(LABEL), " " * LABEL
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+
+
+def _known(text: Callable[[float], str], value: Any) -> str:
+    return "-" if value is None else text(value)
+
+
+def _table(*rows: Sequence[str]) -> List[str]:
+    """Columns as wide as their widest text, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+
+
+def text_report(result: Result) -> str:
+    """A result as one screen of text of at most 80 columns; its last line is the verdict, without a newline."""
+    facts, costs = ([_entry(label, _say(result, table[label])) for label in table] for table in (FACTS, COSTS))
+    limited = "LIMITED: these figures show the limits of the generator, not of the server"
+    if _at(result, "generator", "limited"):
+        costs.append(_entry("", limited + _say(result, ": {generator[why]}")))
+    blocks = [
+        textwrap.wrap(_say(result, HEADING), WIDTH),
+        sum(facts, []),
+        _latency_text(result),
+        _histogram_text(result.get("histogram") or []),
+        sum(costs, []),
+        _checks_text(result),
+        [_verdict_text(result)],
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _latency_text(result: Result) -> List[str]:
+    rows = [["latency", *PERMILLE, "samples"]]
+    for name in ("corrected", "uncorrected", "complete"):
+        summary = _at(result, "latency", name)
+        if summary:
+            times = [_known(duration, summary.get(percentile)).rjust(7) for percentile in PERMILLE]
+            rows.append([name, *times, _known(count, summary.get("samples"))])
+    return (_table(*rows) if rows[1:] else []) + _entry("clock", _say(result, "{clock}"))
+
+
+def _histogram_text(buckets: Sequence[Sequence[float]]) -> List[str]:
+    """A bar for each bucket, neighbours merged until they fit; a dot is something, but less than half a mark."""
+    step = -(-len(buckets) // HISTOGRAM_ROWS) or 1
+    groups = [buckets[i : i + step] for i in range(0, len(buckets), step)]
+    rows = [(group[-1][0], sum(bucket[1] for bucket in group)) for group in groups]
+    total, longest = sum(number for _, number in rows), max((number for _, number in rows), default=0)
+    lines = [f"{'corrected <=':>{LABEL}}{'deliveries':>13}{'share':>9}"] if total else []
+    for upper, number in rows if total else []:
+        bar = "#" * round(BAR * number / longest) or "." * bool(number)
+        lines.append(f"{duration(upper):>{LABEL}}{count(number):>13}{number / total:>9.2%}  {bar}".rstrip())
+    return lines
+
+
+def _checks_text(result: Result) -> List[str]:
+    """What passed in one line, every failure with its witness, and the thresholds."""
+    said = []
+    for verdict in ("pass", "skipped", "unknown"):
+        named = [_say(check, "{check}") for check in _checks(result, verdict)]
+        said += [f"{verdict}: {', '.join(named)}"] if named else []
+    for check in _checks(result, "FAIL"):
+        said.append("FAIL: " + _say(check, "{check}; {count:n} times"))
+        said += [_say({"line": line}, "  {line}") for line in (check.get("witness") or "").split("\n")]
+    lines = [line for i, text in enumerate(said) for line in _entry("" if i else "checks", text)]
+    for i, threshold in enumerate(result.get("thresholds") or []):
+        number = count if threshold["text"].strip().startswith(("throughput", "lost")) else duration
+        value = "not known" if threshold["value"] is None else number(threshold["value"])
+        verdict = "EXCEEDED" if threshold["exceeded"] else "not exceeded"
+        lines += _entry("" if i else "thresholds", f"{_say(threshold, '{text}')} {verdict}: {value}")
+    return lines
+
+
+def _verdict_text(result: Result) -> str:
+    """One line: the verdict, and what it rests on."""
+    verdict = result.get("verdict") or "UNKNOWN"
+    over = [threshold for threshold in result.get("thresholds") or [] if threshold["exceeded"]]
+    told = [_say(check, "{check} {count:n}") or _say(check, "{check}") for check in _checks(result, "FAIL")]
+    told += [_say(threshold, "exceeded {text}") for threshold in over]
+    if not told and verdict == "PASS":
+        passed = [check["check"] for check in _checks(result, "pass")]
+        told = [words for name, words in PROMISES.items() if name in passed]
+    elif not told:
+        told = [_say(check, "not known: {check}") for check in _checks(result, "unknown")]
+    if result.get("deliveries") == 0:
+        told = ["nothing was received"]
+    else:
+        told.insert(0, _say(result, "{deliveries:n} of {expected:n} deliveries"))
+    line = f"{verdict}  {', '.join(filter(None, told))}".rstrip()
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+
+
+def sweep_text(sweep: Result) -> str:
+    """How latency and cost grow with the number of clients, as a table."""
+    texts: Sequence[Callable[[float], str]] = (count, duration, duration, duration, count)
+    rows = [[_known(text, value) for text, value in zip(texts, point)] for point in sweep["points"]]
+    lines = _table(["clients", "p50", "p99", "CPU/1,000 deliveries", "deliveries/s"], *rows)
+    return "\n".join(
+        filter(None, [*lines, _say(sweep, "the server's CPU per message grows as clients^{exponent:.2f}")])
+    )
+
+
+def versus_text(document: Result) -> str:
+    """The medians of both targets over their rounds, and the ratio of the first to the second, as a table."""
+    versus = document["versus"]
+    names = [_say({"name": name}, "{name}") for name in versus["names"]]
+    rows = [["median", *names, "ratio"]]
+    for measure in MEASURES[:-1]:
+        label = {"throughput": "deliveries/s", "cpu": "CPU/1,000"}.get(measure, measure)
+        medians = [median_of(measure, name, document["results"]) for name in versus["names"]]
+        if medians != [None, None]:
+            texts = [_known(count if measure == "throughput" else duration, value) for value in medians]
+            rows.append([label, *texts, _known("{:.2f}".format, _at(versus, "ratios", measure))])
+    rounds = _say(versus, ", medians of {rounds:n} rounds")
+    return "\n".join([*_table(*rows), f"ratio: {' / '.join(names)}{rounds}"])
+
+
+def median_of(measure: str, name: str, results: Sequence[Result]) -> Optional[float]:
+    """The median of what is known of one target."""
+    values = [measured(measure, result) for result in results if _at(result, "target", "name") == name]
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+# -----------------------------------------------------------------------------
+# HTML report
+# -----------------------------------------------------------------------------
+
+CSS = """
+:root { color-scheme: light dark; --fg: #1c1e21; --bg: #fff; --grid: #d9dce0; --soft: #f4f5f7;
+  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b0568c; --c4: #b38600; --c5: #555b66;
+  --c6: #c1272d; --c7: #5b4fc4; }
+@media (prefers-color-scheme: dark) { :root { --fg: #e4e6ea; --bg: #15171a; --grid: #3a3e45; --soft: #1f2226;
+  --c0: #56b4e9; --c1: #ff8a3d; --c2: #2fc99a; --c3: #e79ac6; --c4: #f0c94a; --c5: #aab0bb;
+  --c6: #ff6b6b; --c7: #a79bff; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg); max-width: 50rem;
+  margin: 2rem auto; padding: 0 1rem; }
+pre { font: 13px/1.4 ui-monospace, monospace; background: var(--soft); padding: 1rem; overflow-x: auto; }
+figure { margin: 1.5rem 0; } svg { width: 100%; height: auto; }
+svg text { font: 12px system-ui, sans-serif; fill: var(--fg); }
+.grid { stroke: var(--grid); } .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
+.legend span { white-space: nowrap; margin-right: 1.2em; } .legend b { margin-right: .4em; }
+"""
+SIZE = (760, 320)  # of a chart, in its own units; the margins hold the labels of its axes
+LEFT, RIGHT, TOP, BOTTOM = 60, 20, 10, 50
+COLOURS = 8  # --c0 to --c7 above
+
+
+class _Axis(NamedTuple):
+    """One axis of a chart: values from `low` to `high` lie on units of the chart from `start` to `end`."""
+
+    title: str
+    low: float
+    high: float
+    ticks: Sequence[Tuple[float, str]]
+    start: float = LEFT
+    end: float = SIZE[0] - RIGHT
+
+    def at(self, value: float) -> float:
+        return self.start + (max(value, self.low) - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def html_report(document: Result) -> str:
+    """The whole document as one page that needs no network and no script, in light or dark as the reader has it."""
+    results, sweep = document["results"], document.get("sweep")
+    names = _names(results)
+    parts = [_curve_figure(names, results)]
+    if sweep:
+        parts += ["<h2>Sweep</h2>", _sweep_figure(sweep), _pre(sweep_text(sweep))]
+    if document.get("versus"):
+        parts += ["<h2>Versus</h2>", _pre(versus_text(document))]
+    for name, result in zip(names, results):
+        parts += [f"<h2>{html.escape(name)}</h2>", _pre(text_report(result)), _time_figure(name, result)]
+    title = html.escape("loadtest: " + ", ".join(dict.fromkeys(_say(result, "{target[name]}") for result in results)))
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    body = "\n".join(filter(None, [f"<h1>{title}</h1>", *parts]))
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{CSS}</style></head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _pre(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def _names(results: Sequence[Result]) -> List[str]:
+    """A name for each result that tells it from the others: target, clients where they differ, a number if need be."""
+    sizes = {_at(result, "load", "clients") for result in results}
+    phrases = "{target[name]}" + "; {load[clients]:n} clients" * (len(sizes) > 1)
+    names = [_say(result, phrases) or "target" for result in results]
+    return [name if names.count(name) == 1 else f"{name} #{names[: i + 1].count(name)}" for i, name in enumerate(names)]
+
+
+def _curve_figure(names: Sequence[str], results: Sequence[Result]) -> str:
+    lines = [(name, _tail_points(result.get("curve") or [])) for name, result in zip(names, results)]
+    nines = max((x for _, points in lines for x, _ in points), default=0.0)
+    labels = ((n, f"{100 - 100 / 10**n:.{max(0, n - 2)}f}%") for n in range(1, int(nines + 1e-9) + 1))
+    ticks = [(math.log10(2), "50%"), *labels]
+    return _figure("Latency by percentile", _Axis("percentile of deliveries", 0, max(1.0, nines), ticks), lines)
+
+
+def _tail_points(points: Sequence[Sequence[float]]) -> Points:
+    """Quantile q at -log10(1 - q), the number of nines. The maximum (q = 1) stands a little beyond the last of them."""
+    found: Points = [(-math.log10(1 - q), value) for q, value in points if q < 1]
+    beyond = max((x for x, _ in found), default=0.0) + 0.1
+    return found + [(beyond, value) for q, value in points if q >= 1]
+
+
+def _time_figure(name: str, result: Result) -> str:
+    rows = result.get("over_time") or [[0, None, None, None]]
+    lines: List[Tuple[str, Points]] = []
+    for i, measure in enumerate(("p50", "p99", "max"), 1):
+        lines.append((measure, [(row[0], row[i]) for row in rows]))
+    low, high = int(rows[0][0]), int(rows[-1][0])
+    step = next(n * 10**power for power in range(9) for n in (1, 2, 5) if n * 10**power * 12 >= high - low)
+    ticks = [(tick, count(tick)) for tick in range(low, high + 1) if tick % step == 0]
+    return _figure(f"Latency over time, {name}", _Axis("time in seconds", low, max(high, low + 1), ticks), lines)
+
+
+def _sweep_figure(sweep: Result) -> str:
+    points = sorted(sweep["points"], key=lambda point: float(point[0]))
+    xs = [math.log10(point[0]) for point in points]
+    labels = ("p50", "p99", "CPU per 1,000 deliveries")
+    lines = [(label, list(zip(xs, (point[i] for point in points)))) for i, label in enumerate(labels, 1)]
+    low, high = (xs[0], max(xs[-1], xs[0] + 0.1)) if xs else (0.0, 1.0)
+    ticks: List[Tuple[float, str]] = []
+    for x, point in zip(xs, points):
+        if not ticks or x - ticks[-1][0] >= (high - low) / 14:  # nearer ones would overlap
+            ticks.append((x, count(point[0])))
+    return _figure("Latency and cost by clients", _Axis("clients", low, high, ticks), lines)
+
+
+def _figure(title: str, x: _Axis, lines: Sequence[Tuple[str, Points]]) -> str:
+    """A chart of times in ms over `x` with its legend; nothing where there is nothing to draw."""
+    values = [value for _, points in lines for _, value in points if value is not None]
+    if not values:
+        return ""
+    y, name = _ms_axis(values), html.escape(title)
+    legend, paths = "", ""
+    for i, (label, points) in enumerate(lines):
+        colour = f"var(--c{i % COLOURS})"
+        legend += f'<span><b style="color: {colour}">&#9644;</b>{html.escape(label)}</span> '
+        paths += f'<path class="line" style="stroke: {colour}" d="{_path(points, x, y)}"/>'
+    caption = f'<figcaption><strong>{name}</strong><div class="legend">{legend}</div></figcaption>'
+    svg = f'<svg viewBox="0 0 {SIZE[0]} {SIZE[1]}" role="img" aria-label="{name}">{_grid(x, y)}{paths}</svg>'
+    return f"<figure>{caption}{svg}</figure>"
+
+
+def _ms_axis(values: Sequence[float]) -> _Axis:
+    """A logarithmic axis from and to a round number; what is below a microsecond is drawn at it."""
+    rounds = [float(f"{n}e{power}") for power in range(-3, 10) for n in (1, 2, 5)]
+    first = max(bisect_right(rounds, min(values)) - 1, 0)
+    shown = rounds[first : max(bisect_left(rounds, max(values)), first + 1) + 1]
+    labelled = [ms for ms in shown if len(shown) <= 9 or f"{ms:e}".startswith("1")]
+    ticks = [(math.log10(ms), duration(ms, 0)) for ms in labelled]
+    return _Axis("", math.log10(shown[0]), math.log10(shown[-1]), ticks, SIZE[1] - BOTTOM, TOP)
+
+
+def _path(points: Points, x: _Axis, y: _Axis) -> str:
+    """The points as SVG path data; the line is broken at a gap, and a point alone is a dot (h0 with round caps)."""
+    steps, pen = [], "M"
+    for across, value in points:
+        if value is not None:
+            steps.append(f"{pen}{x.at(across):.1f} {y.at(math.log10(max(value, 1e-9))):.1f}" + "h0" * (pen == "M"))
+        pen = "M" if value is None else "L"
+    return "".join(steps)
+
+
+def _grid(x: _Axis, y: _Axis) -> str:
+    """Grid lines with their labels; these texts are this program's own and need no escaping."""
+    parts = []
+    for at, label in ((x.at(tick), label) for tick, label in x.ticks):
+        parts.append(f'<path class="grid" d="M{at:.1f} {y.start}V{y.end}"/>')
+        parts.append(f'<text x="{at:.1f}" y="{y.start + 18}" text-anchor="middle">{label}</text>')
+    for at, label in ((y.at(tick), label) for tick, label in y.ticks):
+        parts.append(f'<path class="grid" d="M{x.start} {at:.1f}H{x.end}"/>')
+        parts.append(f'<text x="{x.start - 8}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
+    title = f'<text x="{(x.start + x.end) / 2}" y="{y.start + 40}" text-anchor="middle">{x.title}</text>'
+    return "".join(parts) + title
+
+
+# -----------------------------------------------------------------------------
+# server under test
+# -----------------------------------------------------------------------------
+
+
+class Target:
+    """A server to test: one that is there, or one that is started, and stopped by `stop`.
+
+    A command may hold {port}, for which a free port is put in; chat.py itself picks one and says which.
+    Raises Failed where nothing listens within START_S.
+    """
+
+    def __init__(self, host: str, port: int, command: Optional[List[str]] = None, pid: int = 0) -> None:
+        self.host, self.port, self.pid = host, port, pid
+        programs = [word for word in command or [] if word.endswith(".py")]
+        self.name = (programs or [os.path.basename(word) for word in command or []] or [f"{host}:{port}"])[0]
+        self._process: Optional[subprocess.Popen[bytes]] = None
+        if command:
+            self._start(command)
+
+    def _start(self, command: List[str]) -> None:
+        self.host = "127.0.0.1"
+        self.port = free_port()
+        filled = [word.replace("{port}", str(self.port)) for word in command]
+        try:
+            self._process = subprocess.Popen(
+                filled, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        except OSError as error:
+            raise Failed(f"cannot start {filled[0]}: {error.strerror}") from None
+        self.pid = self._process.pid
+        end = time.monotonic() + START_S
+        while time.monotonic() < end and self._process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), 1.0):
+                return
+            time.sleep(0.05)
+        self.stop()
+        raise Failed(f"{' '.join(filled)} does not listen on port {self.port}")
+
+    def stop(self) -> None:
+        """Ends the server, if it is ours."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def usage(self) -> Optional[Dict[str, float]]:
+        """CPU seconds so far, resident MB and threads of the server's process; None where that cannot be seen."""
+        if not self.pid or not os.path.exists(f"/proc/{self.pid}/stat"):
+            return None
+        with open(f"/proc/{self.pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()  # from field 3 of proc(5) on
+        ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+        return {
+            "cpu_s": (int(fields[11]) + int(fields[12])) / ticks,
+            "threads": int(fields[17]),
+            "rss_mb": int(fields[21]) * page / 1e6,
+        }
+
+
+def free_port() -> int:
+    """A port that nothing listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# -----------------------------------------------------------------------------
+# clients
+# -----------------------------------------------------------------------------
+
+
+class Client:
+    """One connection, in a thread of its own: joins, then stores what arrives, until it is told to stop.
+
+    Only the numbers of the messages and the time of each chunk are kept. While it `watches`, the thread wakes for
+    every chunk, so that the time belongs to the messages in it; otherwise it reads now and then, to leave the
+    processor to the server, and the times are not used.
+    """
+
+    def __init__(self, run: Run, number: int) -> None:
+        self.run = run
+        self.name = f"{run.prefix}{number}"
+        self.number = number
+        self.order = array("I")  # message numbers in the order of arrival, big-endian until the end
+        self.chunks: List[Tuple[int, int, int]] = []  # watched: (time in ns, from, to) in `order`
+        self.strange: List[bytes] = []
+        self.connected_s = self.joined_s = 0.0
+        self.failure = ""
+        self.sock = socket.socket(run.family, socket.SOCK_STREAM)
+        self.lock = threading.Lock()  # of sending: its sender and its answers to PING
+        self._rest = b""
+
+    def live(self) -> None:
+        """The thread."""
+        try:
+            self._connect()
+            self.run.ready(self)
+            self._receive()
+        except OSError as error:
+            self.failure = "" if self.run.stopping else self.failure or error.strerror or str(error)
+        finally:
+            self.run.gone(self)
+            self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        """Sends a line, whoever else sends."""
+        with self.lock:
+            self.sock.sendall(data)
+
+    def stop(self) -> None:
+        """Makes the thread end."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def _connect(self) -> None:
+        began = time.monotonic()
+        self.sock.settimeout(JOIN_S)
+        self.sock.connect(self.run.address)
+        self.connected_s = time.monotonic() - began
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if KERNEL_CLOCK:
+            self.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        self._rest = getattr(self, f"_join_{self.run.wire.protocol}")()
+        self.joined_s = time.monotonic() - began
+
+    def _join_irc(self) -> bytes:
+        password = f"PASS {self.run.password}\r\n" if self.run.password else ""
+        self.sock.sendall(f"{password}NICK {self.name}\r\nUSER {self.name} 0 * :{self.name}\r\n".encode())
+        rest = self._expect(rb"[^\n]* 001 [^\n]*\n", b"")
+        self.sock.sendall(f"JOIN {self.run.channel}\r\n".encode())
+        return self._expect(rb"[^\n]* 366 [^\n]*\n", rest)
+
+    def _join_plain(self) -> bytes:
+        self.sock.sendall(f"{self.name}\n".encode())
+        return self._expect(rb"\*\*\* " + self.name.encode() + rb" joined[^\n]*\n", b"")
+
+    def _join_json(self) -> bytes:
+        item = {"type": "join", "user": self.name, "channel": self.run.channel}
+        if self.run.password:
+            item["password"] = self.run.password
+        self.sock.sendall(f"{json.dumps(item)}\n".encode())
+        return self._expect(rb'[^\n]*"join"[^\n]*"' + self.name.encode() + rb'"[^\n]*\n', b"")
+
+    def _expect(self, wanted: bytes, data: bytes) -> bytes:
+        """Reads until a line comes that matches, and returns what follows it."""
+        found = None
+        while not found:
+            more = self.sock.recv(65536)
+            if not more:
+                raise OSError(refusal(data))
+            data += more
+            self._answer_pings(more)
+            found = re.search(rb"(?:^|\n)" + wanted, data)
+        return data[found.end() :]
+
+    def _answer_pings(self, data: bytes) -> None:
+        for token in re.findall(rb"(?:^|\n)PING ([^\r\n]*)", data):
+            self.send(b"PONG " + token + b"\r\n")
+
+    def _receive(self) -> None:
+        self.sock.settimeout(None)
+        run, group = self.run, self.number % self.run.groups
+        before, full = False, False
+        while not run.stopping:
+            watched = run.watched == group
+            if not watched and not full:
+                time.sleep(run.read_every)
+            data, moment = self._chunk()
+            if not data:
+                break
+            full = len(data) == RECV_BYTES
+            start = len(self.order)
+            self._store(data)
+            if watched and before and moment and len(self.order) > start:  # before: nothing had piled up
+                self.chunks.append((moment, start, len(self.order)))
+            before = watched
+
+    def _chunk(self) -> Tuple[bytes, int]:
+        """The next bytes, and when they arrived in ns; 0 where that is not known, as for the first of a connection."""
+        if not KERNEL_CLOCK:
+            return self.sock.recv(RECV_BYTES), time.time_ns()
+        data, ancillary, _, _ = self.sock.recvmsg(RECV_BYTES, 64)
+        if not ancillary:
+            return data, 0
+        seconds, nanoseconds = struct.unpack_from("@ll", ancillary[0][2])
+        return data, seconds * 1_000_000_000 + nanoseconds
+
+    def _store(self, data: bytes) -> None:
+        """Keeps the numbers of all messages in `data`; two passes in C, whatever their number."""
+        whole = data.rfind(b"\n") + 1
+        if not whole:
+            self._rest += data
+            return
+        parts = self.run.wire.pattern.split(self._rest + data[:whole])
+        self._rest = data[whole:]
+        self.order.frombytes(binascii.unhexlify(b"".join(parts[1::2])))
+        others = b"".join(parts[0::2])
+        if others:
+            self._answer_pings(others)
+            self.strange += [line for line in others.split(b"\n") if self.run.wire.said.search(line)]
+            if b"ERROR " in others and not self.run.stopping:
+                self.failure = refusal(others)
+
+
+def refusal(data: bytes) -> str:
+    """Why a server let nobody in, as far as it said."""
+    return (data.decode(errors="replace").strip().splitlines() or ["the connection was closed"])[-1]
+
+
+def hinted(reason: str) -> str:
+    """Why a server let somebody down, with the setting that lifts that, where one is known."""
+    hint = next((hint for word, hint in HINTS.items() if word in reason.lower()), "")
+    return f"{harmless(reason)} (perhaps {hint})" if hint else harmless(reason)
+
+
+# -----------------------------------------------------------------------------
+# run
+# -----------------------------------------------------------------------------
+
+
+class Load(NamedTuple):
+    """What is done to a server."""
+
+    clients: int
+    senders: int
+    rate: float  # messages/s over all senders; 0: as fast as the server accepts
+    duration_s: float
+    warmup_s: float
+    size: int  # bytes of a text
+    seed: int
+    protocol: str
+    channel: str
+    password: str
+    connect_rate: float
+
+
+def wait_until(due: int) -> int:
+    """Returns at `due` (Unix time in ns) or, where that has passed, at once; the time it is then."""
+    now = time.time_ns()
+    if due - now > SLACK_NS:
+        time.sleep((due - now - SLACK_NS) / 1e9)
+        now = time.time_ns()
+    while now < due:
+        now = time.time_ns()
+    return now
+
+
+class Sender:
+    """Sends its share of the schedule, in a thread of its own, and notes when, and after what it had received."""
+
+    def __init__(self, run: Run, client: Client) -> None:
+        self.run, self.client = run, client
+        self.numbers = array("i")
+        self.times = array("q")  # ns, at the call
+        self.after = array("i")  # place in client.order of the last message received before, or -1
+
+    def live(self) -> None:
+        """The thread: ends with the schedule, with the run, or with its connection."""
+        run, load = self.run, self.run.load
+        numbers = range(self.client.number, run.total, load.senders) if load.rate else run.counter
+        with contextlib.suppress(OSError):
+            for number in numbers:
+                while run.behind and not run.stopping:
+                    time.sleep(TURN_S / 10)
+                now = wait_until(run.due(number)) if load.rate else time.time_ns()
+                if run.stopping or now > run.end:
+                    return
+                self.numbers.append(number)
+                self.times.append(now)
+                self.after.append(len(self.client.order) - 1)
+                self.client.send(run.wire.line(number))
+
+
+class Run:
+    """One load against one server: `execute` does it; what happened is in the attributes afterwards."""
+
+    prefix = "c"
+
+    def __init__(self, load: Load, target: Target, progress: Callable[[Run], None]) -> None:
+        self.load, self.target, self.progress = load, target, progress
+        self.wire = wire(load.protocol, load.channel, load.size, load.seed)
+        self.channel, self.password = load.channel, load.password
+        try:
+            found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)[0]
+        except OSError as error:
+            raise Failed(f"{target.host}: {error.strerror or error}") from None
+        self.family, self.address = found[0], found[4]
+        arrivals = load.clients * (load.rate or FLOOD_RATE)
+        self.groups = min(load.clients, max(1, math.ceil(arrivals / WAKEUPS)))
+        self.read_every = max(READ_EVERY_S, load.clients / READS)
+        self.watched = 0  # the group of clients that wakes for every chunk
+        self.total = int(load.rate * (load.warmup_s + load.duration_s))
+        self.counter = itertools.count()
+        self.begin = self.end = 0  # ns: the schedule starts, nothing is sent any more
+        self.stopping = False
+        self.behind = self.held = False  # senders without a schedule wait for our receivers now; had to at all
+        self.interrupted = False
+        self.clients = [Client(self, number) for number in range(load.clients)]
+        self.senders = [Sender(self, client) for client in self.clients[: load.senders]]
+        self.joined = threading.Semaphore(0)
+        self.before: Optional[Dict[str, float]] = None  # of the server: Target.usage
+        self.afterwards: Optional[Dict[str, float]] = None
+        self.cpu_s = self.elapsed_s = self.joining_s = 0.0
+
+    def due(self, number: int) -> int:
+        """When message `number` is to be sent, in ns."""
+        return self.begin + int(number * 1e9 / self.load.rate)
+
+    def ready(self, client: Client) -> None:
+        """A client has joined. Its thread."""
+        self.joined.release()
+
+    def gone(self, client: Client) -> None:
+        """A client has ended. Its thread."""
+        if not client.joined_s:
+            self.joined.release()
+
+    def delivered(self) -> int:
+        """Deliveries so far."""
+        return sum(len(client.order) for client in self.clients)
+
+    def sent(self) -> int:
+        """Messages sent so far."""
+        return sum(len(sender.numbers) for sender in self.senders)
+
+    def execute(self) -> None:
+        """Joins, sends, waits for what is under way, stops. Raises Failed where not all could join."""
+        stack = threading.stack_size(STACK_BYTES)
+        sys.setswitchinterval(max(0.005, len(self.clients) * SWITCH_CLIENT_S))
+        try:
+            self._join()
+            self._send()
+        except KeyboardInterrupt:
+            self.interrupted = True
+        finally:
+            threading.stack_size(stack)
+            self.stopping = True
+            for client in self.clients:
+                client.stop()
+
+    def _join(self) -> None:
+        began = time.monotonic()
+        for number, client in enumerate(self.clients):
+            wait = began + number / self.load.connect_rate - time.monotonic()
+            if wait > 0:
+                time.sleep(wait)
+            threading.Thread(target=client.live, daemon=True).start()
+        for _ in self.clients:
+            if not self.joined.acquire(timeout=JOIN_S):
+                raise Failed(f"not everybody had joined within {JOIN_S:.0f} s")
+        self.joining_s = time.monotonic() - began
+        failed = [client for client in self.clients if not client.joined_s]
+        if failed:
+            raise Failed(f"{len(failed)} of {len(self.clients)} could not join: {hinted(failed[0].failure)}")
+        time.sleep(SETTLE_S)  # notices of joins are still under way
+
+    def _send(self) -> None:
+        load = self.load
+        self.before, cpu = self.target.usage(), time.process_time()
+        self.begin = time.time_ns() + 100_000_000
+        self.end = self.begin + int((load.warmup_s + load.duration_s) * 1e9)
+        threads = [threading.Thread(target=sender.live, daemon=True) for sender in self.senders]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) and time.time_ns() < self.end + int(QUIET_S * 1e9):
+            self._turn()
+        seen, quiet_since = self.delivered(), time.monotonic()
+        while seen < self.expected() and time.monotonic() < quiet_since + QUIET_S:
+            self._turn()
+            if self.delivered() > seen:
+                seen, quiet_since = self.delivered(), time.monotonic()
+        self.elapsed_s = (time.time_ns() - self.begin) / 1e9
+        self.cpu_s, self.afterwards = time.process_time() - cpu, self.target.usage()
+
+    def expected(self) -> int:
+        """Deliveries that there should be by now, if senders do not get their own."""
+        return self.sent() * (len(self.clients) - 1)
+
+    def _turn(self) -> None:
+        time.sleep(TURN_S)
+        slot = 2.5 * self.read_every  # long enough for all of a group to be awake most of it
+        if not self.load.rate:
+            self.behind = self.expected() - self.delivered() > BEHIND * (len(self.clients) - 1)
+            self.held = self.held or self.behind
+        self.watched = int((time.time_ns() - self.begin) / 1e9 / slot) % self.groups
+        self.progress(self)
+
+
+# -----------------------------------------------------------------------------
+# reflector
+# -----------------------------------------------------------------------------
+
+
+def reflect(port: int) -> None:
+    """The least that a broadcast server can do, for `--calibrate`: passes on what comes, and checks nothing."""
+    selector, listener = selectors.DefaultSelector(), socket.create_server(("127.0.0.1", port), backlog=1024)
+    selector.register(listener, selectors.EVENT_READ)
+    members: Dict[socket.socket, bytes] = {}  # -> its nick
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is listener:
+                sock = listener.accept()[0]
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                selector.register(sock, selectors.EVENT_READ)
+            else:
+                reflect_from(cast(socket.socket, key.fileobj), selector, members)
+
+
+def reflect_from(sock: socket.socket, selector: selectors.BaseSelector, members: Dict[socket.socket, bytes]) -> None:
+    """Answers or passes on what one socket sent; lines come whole, because our clients send them so."""
+    try:
+        data = sock.recv(65536)
+    except OSError:
+        data = b""
+    if not data:
+        selector.unregister(sock)
+        members.pop(sock, None)
+        sock.close()
+        return
+    said = []
+    for line in data.splitlines():
+        if line.startswith(b"PRIVMSG"):
+            said.append(b":%s!u@h %s\r\n" % (members[sock], line))
+        elif line.startswith(b"NICK"):
+            members[sock] = line[5:]
+        elif line.startswith(b"USER"):
+            sock.sendall(b":s 001 x :hi\r\n")
+        elif line.startswith(b"JOIN"):
+            sock.sendall(b":s 366 x #x :end\r\n")
+    for member in list(members) if said else []:
+        if member is not sock:
+            with contextlib.suppress(OSError):
+                member.sendall(b"".join(said))
+
+
+# -----------------------------------------------------------------------------
+# analysis
+# -----------------------------------------------------------------------------
+
+
+def gather(run: Run) -> Tuple[Sent, array[int]]:
+    """What was sent, and when (ns), by message number."""
+    total = 1 + max((max(sender.numbers) for sender in run.senders if sender.numbers), default=-1)
+    senders, after, times = array("i", [-1]) * total, array("i", [-1]) * total, array("q", [0]) * total
+    for sender in run.senders:
+        order = sender.client.order
+        for number, moment, place in zip(sender.numbers, sender.times, sender.after):
+            senders[number] = sender.client.number
+            times[number] = moment
+            after[number] = order[place] if place >= 0 else -1
+    return Sent(senders, after), times
+
+
+class Latencies:
+    """Latencies in ms of the deliveries that were watched, each from its own chunk's time of arrival."""
+
+    def __init__(self, run: Run, sent: Sent, times: array[int]) -> None:
+        self.corrected, self.uncorrected = array("d"), array("d")
+        self.seconds: Dict[int, array[float]] = collections.defaultdict(lambda: array("d"))
+        self.last: Dict[int, float] = {}  # message -> until its last watching receiver had it
+        self.medians: List[Tuple[float, str]] = []
+        start = run.begin + int(run.load.warmup_s * 1e9)
+        due = [run.due(number) if run.load.rate else moment for number, moment in enumerate(times)]
+        for client in run.clients:
+            own = array("d")
+            for moment, first, last in client.chunks:
+                for number in client.order[first:last]:
+                    if number < len(times) and start <= due[number] and sent.senders[number] not in (-1, client.number):
+                        latency = (moment - due[number]) / 1e6
+                        own.append(latency)
+                        self.uncorrected.append((moment - times[number]) / 1e6)
+                        self.last[number] = max(self.last.get(number, 0.0), latency)
+                        self.seconds[(due[number] - run.begin) // 1_000_000_000].append(latency)
+            self.corrected += own
+            if own:
+                self.medians.append((statistics.median(own), client.name))
+
+    def described(self) -> Dict[str, Any]:
+        """All that the result tells of latency."""
+        ordered = sorted(self.corrected)
+        complete = array("d", self.last.values())
+        return {
+            "latency": {
+                "corrected": summarize(ordered),
+                "uncorrected": summarize(self.uncorrected),
+                "complete": summarize(complete),
+            },
+            "histogram": histogram(ordered),
+            "curve": curve(ordered),
+            "over_time": self.over_time(),
+            "fairness": self.fairness(),
+        }
+
+    def over_time(self) -> List[List[float]]:
+        """[second, p50, p99, max] for each second."""
+        rows = []
+        for second, values in sorted(self.seconds.items()):
+            summary = summarize(values)
+            rows.append([second, summary["p50"], summary["p99"], summary["max"]])
+        return rows
+
+    def fairness(self) -> Optional[Dict[str, Any]]:
+        """How the medians of the receivers differ."""
+        if len(self.medians) < 2:
+            return None
+        (best, _), (worst, slowest) = min(self.medians), max(self.medians)
+        return {"best": best, "worst": worst, "ratio": worst / best if best > 0 else None, "slowest": slowest}
+
+
+def analyse(run: Run, args: argparse.Namespace, floor: Optional[Dict[str, float]] = None) -> Dict[str, Any]:
+    """The result of a run, in the form that the README documents for --json."""
+    if sys.byteorder == "little":
+        for client in run.clients:
+            client.order.byteswap()  # the digits on the wire are big-endian
+    sent, times = gather(run)
+    echo = any(not set(sender.numbers).isdisjoint(sender.client.order) for sender in run.senders)
+    findings = judgement(run, args, sent, echo)
+    verdicts = {finding.verdict for finding in findings}
+    latencies, delivered, sends = Latencies(run, sent, times), run.delivered(), run.sent()
+    seconds = max(run.elapsed_s, 1e-9)
+    result: Dict[str, Any] = {
+        **conditions(run, args),
+        "join": joining(run),
+        "sent": sends,
+        "expected": run.expected() + (sends if echo else 0),
+        "deliveries": delivered,
+        "elapsed_s": run.elapsed_s,
+        "deliveries_per_s": delivered / seconds,
+        "messages_per_s": sends / seconds,
+        **latencies.described(),
+        "clock": clock(run),
+        "generator": generator(run, times, floor, summarize(latencies.corrected)),
+        "server": cost(run, delivered),
+        "checks": [finding._asdict() for finding in findings],
+        "thresholds": [],
+        "failures": sorted({client.failure for client in run.clients if client.failure}),
+        "verdict": "FAIL" if "FAIL" in verdicts else "UNKNOWN" if "unknown" in verdicts else "PASS",
+    }
+    for text in args.fail_if:
+        limit = parse_threshold(text)
+        value = measured(limit[0], result)
+        result["thresholds"].append({"text": text, "value": value, "exceeded": exceeded(limit, result)})
+    return result
+
+
+def judgement(run: Run, args: argparse.Namespace, sent: Sent, echo: bool) -> List[Finding]:
+    """What the checker finds. Everybody was joined before the first message and until after the last."""
+    checks = set(args.check) - ({"loss"} if run.interrupted else set())  # what was under way is not lost
+    histories = []
+    for client in run.clients:
+        sender = client.number if client.number < len(run.senders) else -1
+        histories.append(History(client.name, sender, client.order, client.strange, 0, len(sent.senders)))
+    return check(sent, histories, echo, checks)
+
+
+def conditions(run: Run, args: argparse.Namespace) -> Dict[str, Any]:
+    """What was run, where, and against what."""
+    return {
+        "loadtest": VERSION,
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": " ".join(["loadtest.py", *map(shlex.quote, args.argv)]),
+        "machine": {
+            "python": f"{platform.python_implementation()} {platform.python_version()}",
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "cpus": os.cpu_count(),
+        },
+        "target": {**{key: getattr(run.target, key) for key in ("name", "host", "port")}, "proto": run.load.protocol},
+        "load": {key: getattr(run.load, key) for key in LOAD_KEYS},
+    }
+
+
+def clock(run: Run) -> str:
+    """How arrival was measured, and of how many receivers."""
+    source = "the kernel's (SO_TIMESTAMPNS)" if KERNEL_CLOCK else "that of recv"
+    return source if run.groups == 1 else f"{source}, of one receiver in {run.groups} at a time, in turn"
+
+
+def joining(run: Run) -> Dict[str, float]:
+    """How joining went."""
+    took = summarize(array("d", (client.joined_s * 1e3 for client in run.clients)))
+    rate = len(run.clients) / max(run.joining_s, 1e-9)
+    return {"connects_per_s": rate, "all_joined_s": run.joining_s, "p50": took["p50"], "p99": took["p99"]}
+
+
+def generator(
+    run: Run, times: array[int], floor: Optional[Dict[str, float]], found: Dict[str, float]
+) -> Dict[str, Any]:
+    """What the load tester itself adds: lateness of its sends (ms), its share of a core, and whether it limits."""
+    late = array("d", [0.0])
+    if run.load.rate:
+        late = array("d", ((moment - run.due(number)) / 1e6 for number, moment in enumerate(times) if moment)) or late
+    summary, share = summarize(late), run.cpu_s / max(run.elapsed_s, 1e-9)
+    why = []
+    if summary["p99"] > max(LATE_MS, found.get("p99", 0.0) / 3):
+        why.append(f"one send in a hundred was more than {summary['p99']:.1f} ms late, which p99 counts as well")
+    if run.held:
+        why.append("its receivers could not keep up, so its senders waited for them")
+    if share > 0.9 * (os.cpu_count() or 1):
+        why.append(f"it used {share:.1f} of {os.cpu_count()} cores")
+    if floor and found.get("p50", 0.0) < 1.2 * floor["p50"]:
+        why.append("a bare reflector does no better")
+    keys = {"late_p50": "p50", "late_p99": "p99", "late_max": "max"}
+    return {
+        **{key: summary[name] for key, name in keys.items()},
+        "cpu_share": share,
+        "floor": floor,
+        "limited": bool(why),
+        "why": "; ".join(why),
+    }
+
+
+def cost(run: Run, delivered: int) -> Optional[Dict[str, float]]:
+    """What the run cost the server, where its process can be seen."""
+    if not run.before or not run.afterwards:
+        return None
+    cpu_s = run.afterwards["cpu_s"] - run.before["cpu_s"]
+    return {
+        "pid": run.target.pid,
+        "cpu_s": cpu_s,
+        "cpu_ms_per_1000": cpu_s * 1e6 / max(delivered, 1),
+        "rss_mb": run.afterwards["rss_mb"],
+        "threads": run.afterwards["threads"],
+    }
+
+
+# -----------------------------------------------------------------------------
+# command line
+# -----------------------------------------------------------------------------
+
+
+def progress(run: Run) -> None:
+    """One line on a terminal that shows how it goes."""
+    elapsed = (time.time_ns() - run.begin) / 1e9
+    if not sys.stderr.isatty() or elapsed < 0:
+        return
+    sent, delivered = run.sent(), run.delivered()
+    recent = array("d")
+    for client in run.clients[:: max(1, len(run.clients) // 50)]:
+        for moment, first, _ in client.chunks[-5:]:
+            number = int.from_bytes(client.order[first : first + 1].tobytes(), "big")
+            if run.load.rate and number < run.total:
+                recent.append((moment - run.due(number)) / 1e6)
+    p99 = f", p99 {duration(summarize(recent)['p99'])}" if recent else ""
+    behind = run.expected() - delivered
+    line = f"{elapsed:5.1f} s, sent {sent:,}, delivered {delivered:,}{p99}, {max(behind, 0):,} under way or lost"
+    print(f"\r{line:<79.79}", end="", file=sys.stderr, flush=True)
+
+
+def one(
+    target: Target, load: Load, args: argparse.Namespace, floor: Optional[Dict[str, float]] = None
+) -> Dict[str, Any]:
+    """Runs a load against a target and analyses it."""
+    run = Run(load, target, (lambda _: None) if args.quiet else progress)
+    run.execute()
+    if sys.stderr.isatty() and not args.quiet:
+        print(f"\r{'checking ...':<79}\r", end="", file=sys.stderr, flush=True)
+    if run.interrupted:
+        args.interrupted = True
+    return analyse(run, args, floor)
+
+
+@contextlib.contextmanager
+def opened(kind: str, value: str, args: argparse.Namespace) -> Iterator[Target]:
+    """The target that an argument names, for as long as it is needed: ("command", ...) or ("address", HOST:PORT)."""
+    if kind == "command":
+        target = Target("", 0, shlex.split(value))
+    else:
+        host, _, port = value.rpartition(":")
+        target = Target(host.strip("[]") or "127.0.0.1", int(port), pid=args.pid)
+    try:
+        yield target
+    finally:
+        target.stop()
+
+
+def targets(args: argparse.Namespace) -> List[Tuple[str, str]]:
+    """What is to be tested, one or two."""
+    found = [("command", command) for command in args.server_command]
+    if args.port:
+        found.append(("address", f"{args.host}:{args.port}"))
+    if not found:
+        chat = os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat.py")
+        found.append(("command", shlex.join([sys.executable, os.path.relpath(chat), "server", "--port", "{port}"])))
+    if args.versus:
+        found.append(("address", args.versus))
+    return found[:2]
+
+
+def calibrate(load: Load, args: argparse.Namespace) -> Dict[str, float]:
+    """p50 and p99 in ms of the same load against the reflector: what nobody can go below here."""
+    command = shlex.join([sys.executable, os.path.abspath(__file__), "--reflect", "{port}"])
+    with opened("command", command, args) as target:
+        found = one(target, load, args)["latency"]["corrected"]
+    return {"p50": found["p50"], "p99": found["p99"]}
+
+
+def document(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
+    """All that the arguments ask for: one result, a sweep, or two targets in turn."""
+    floor = calibrate(load, args) if args.calibrate else None
+    found = targets(args)
+    sizes = args.sweep or [load.clients]
+    rounds = args.rounds if len(found) > 1 else 1
+    results = []
+    for _ in range(rounds):
+        for size in sizes:
+            for kind, value in found:
+                with opened(kind, value, args) as target:
+                    results.append(
+                        one(target, load._replace(clients=size, senders=min(load.senders, size)), args, floor)
+                    )
+                if args.interrupted:
+                    return {"results": results, "sweep": None, "versus": None}
+    names = list(dict.fromkeys(result["target"]["name"] for result in results))
+    return {
+        "results": results,
+        "sweep": swept(results) if args.sweep else None,
+        "versus": compared(names, results, rounds) if len(names) > 1 else None,
+    }
+
+
+def swept(results: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """How latency and cost grow with the number of clients; the exponent is that of the server's CPU per message."""
+    points = []
+    for result in results:
+        latency, cpu = result["latency"]["corrected"], (result["server"] or {}).get("cpu_ms_per_1000")
+        points.append([result["load"]["clients"], latency["p50"], latency["p99"], cpu, result["deliveries_per_s"]])
+    growth = [(point[0], point[0] * (point[3] or 0.0)) for point in points]
+    return {"points": points, "exponent": fit_exponent(growth)}
+
+
+def compared(names: List[str], results: List[Dict[str, Any]], rounds: int) -> Dict[str, Any]:
+    """Ratios, first to second, of the medians of two targets."""
+    ratios = {}
+    for measure in MEASURES[:-1]:
+        first, second = (median_of(measure, name, results) for name in names[:2])
+        if first is not None and second:
+            ratios[measure] = first / second
+    return {"names": names[:2], "rounds": rounds, "ratios": ratios}
+
+
+def exit_code(found: Dict[str, Any], args: argparse.Namespace) -> int:
+    """0 passed, 1 violation or nothing known, 3 the load tester was the limit (--strict), 99 threshold, 130 stopped."""
+    results = found["results"]
+    if any(result["verdict"] == "FAIL" for result in results):
+        return 1
+    if args.interrupted:
+        return 130
+    if any(result["verdict"] != "PASS" for result in results):
+        return 1
+    if any(threshold["exceeded"] for result in results for threshold in result["thresholds"]):
+        return 99
+    return 3 if args.strict and any(result["generator"]["limited"] for result in results) else 0
+
+
+def numbers(text: str) -> List[int]:
+    """The type of --sweep."""
+    return [int(item) for item in text.split(",")]
+
+
+def checks(text: str) -> List[str]:
+    """The type of --check."""
+    names = text.split(",")
+    if not set(names) <= set(CHECKS):
+        raise argparse.ArgumentTypeError(f"known are {', '.join(CHECKS)}")
+    return names
+
+
+def threshold(text: str) -> str:
+    """The type of --fail-if."""
+    try:
+        parse_threshold(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="loadtest.py", description=(__doc__ or "").splitlines()[0])
+    load = top.add_argument_group("load")
+    load.add_argument("-n", "--clients", type=int, default=100, help="clients, a thread each (%(default)s)")
+    load.add_argument("-S", "--senders", type=int, default=20, help="how many of them send (%(default)s)")
+    load.add_argument("-r", "--rate", type=float, default=100.0, help="messages/s in all; 0: as accepted (%(default)s)")
+    load.add_argument("-d", "--duration", type=float, default=8.0, help="seconds measured (%(default)s)")
+    load.add_argument("-w", "--warmup", type=float, default=1.0, help="seconds sent before, not measured (%(default)s)")
+    load.add_argument("-s", "--size", type=int, default=64, help="bytes of a text (%(default)s)")
+    load.add_argument("--seed", type=int, default=1, help="of the texts (%(default)s)")
+    load.add_argument("--proto", choices=("irc", "plain", "json"), default="irc", help="(%(default)s)")
+    load.add_argument("--channel", default="#chat", help="(%(default)s)")
+    load.add_argument("--connect-rate", type=float, default=2000.0, help="connects/s at most (%(default)s)")
+    load.add_argument("--sweep", type=numbers, metavar="N,N,...", help="one run for each number of clients")
+    where = top.add_argument_group("target (a chat.py server of its own, when none is given)")
+    where.add_argument("--host", default="127.0.0.1", help="address of a server that runs (%(default)s)")
+    where.add_argument("--port", type=int, help="its port")
+    where.add_argument("--pid", type=int, default=0, help="its process, to see what it uses")
+    where.add_argument("--password-file", metavar="FILE", help="its password is the first line of FILE")
+    where.add_argument(
+        "--server-command", action="append", default=[], metavar="COMMAND", help="start and test this; {port} is put in"
+    )
+    where.add_argument(
+        "--versus", metavar="HOST:PORT", help="a second target; both in turn (or --server-command twice)"
+    )
+    where.add_argument("--rounds", type=int, default=3, help="with two targets (%(default)s)")
+    out = top.add_argument_group("result")
+    out.add_argument("--check", type=checks, default=list(CHECKS), metavar="NAME,...", help=f"of {','.join(CHECKS)}")
+    out.add_argument("--calibrate", action="store_true", help="first measure what a bare reflector does")
+    out.add_argument(
+        "--fail-if", action="append", default=[], type=threshold, metavar="'p99>50ms'", help="exit 99 then"
+    )
+    out.add_argument("--strict", action="store_true", help="exit 3 when the load tester itself was the limit")
+    out.add_argument("--json", metavar="FILE", help="everything")
+    out.add_argument("--html", metavar="FILE", help="one page with charts")
+    out.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    top.add_argument("--reflect", type=int, help=argparse.SUPPRESS)
+    return top
+
+
+def the_load(args: argparse.Namespace) -> Load:
+    """The load that the arguments describe; raises Failed for one that cannot be."""
+    most = max(args.sweep or [args.clients])
+    if min(args.sweep or [args.clients]) < 2 or args.senders < 1 or args.rate < 0 or args.duration <= 0:
+        raise Failed("it takes two clients, a sender, and some time")
+    if args.rate and args.rate * (args.warmup + args.duration) >= 1 << 31:
+        raise Failed("that are too many messages")
+    password = os.environ.get("CHAT_PASSWORD", "")
+    if args.password_file:
+        with open(args.password_file, encoding="utf-8") as file:
+            password = file.readline().strip()
+    raise_descriptor_limit(most + 64)
+    return Load(
+        args.clients, min(args.senders, args.clients), args.rate, args.duration, max(args.warmup, 0.0), args.size,
+        args.seed, args.proto, args.channel, password, args.connect_rate,
+    )  # fmt: skip
+
+
+def raise_descriptor_limit(needed: int) -> None:
+    """Lets the process, and the server that it starts, open as many descriptors as the system permits."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            raise Failed(f"{needed} descriptors are needed and {soft} allowed; raise that with ulimit -n {needed}")
+
+
+def publish(found: Dict[str, Any], args: argparse.Namespace) -> None:
+    """Prints the report, and writes the files that were asked for."""
+    for result in found["results"] if not found["versus"] else found["results"][-2:]:
+        print(text_report(result), end="\n\n" if len(found["results"]) > 1 else "\n")
+        for failure in result["failures"][:3]:
+            print(f"loadtest.py: a client was disconnected: {hinted(failure)}", file=sys.stderr)
+    for key, text in (("sweep", sweep_text), ("versus", lambda _: versus_text(found))):
+        if found[key]:
+            print(text(found[key]))
+    for path, content in ((args.json, json.dumps(found, indent=1)), (args.html, html_report(found))):
+        if path:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(content)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs what the arguments ask for; returns the exit code."""
+    args = parser().parse_args(argv)
+    args.argv, args.interrupted = sys.argv[1:] if argv is None else argv, False
+    if args.reflect:
+        reflect(args.reflect)
+    try:
+        found = document(the_load(args), args)
+        publish(found, args)
+        return exit_code(found, args)
+    except KeyboardInterrupt:
+        return 130
+    except (Failed, OSError) as failed:
+        print(f"loadtest.py: {failed}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
