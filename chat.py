@@ -1795,7 +1795,7 @@ class Mailer:
         self._connections: Dict[Session, Connection] = {}
         self._ended: Deque[Connection] = collections.deque()
         self._lingering: Dict[Connection, float] = {}  # closing ones -> when they are cut
-        self._stop_at = 0.0
+        self._cut_at = self._stop_at = 0.0
         self._alarm, self._bell = socket.socketpair()  # a byte rung in ends the mailer's sleep
         self._alarm.setblocking(False)
         self._bell.setblocking(False)
@@ -1852,6 +1852,8 @@ class Mailer:
                 connection.ended = True
                 self._finish(connection)
             self._wait(bool(batch or closing or ended))
+            if self._lingering:
+                self._cut()
             if self._stop_at and (not self._connections or time.monotonic() > self._stop_at):
                 return
 
@@ -1886,7 +1888,7 @@ class Mailer:
         connection.outbox += data
 
     def _wait(self, busy: bool) -> None:
-        """Waits for the alarm, a writable socket or the end of somebody's linger; not at all when busy."""
+        """Waits for the alarm, a writable socket or the time to cut who lingers; not at all when busy."""
         if busy and len(self._selector.get_map()) == 1:
             return
         events = self._selector.select(0 if busy else TICK_S if self._lingering or self._stop_at else None)
@@ -1895,11 +1897,16 @@ class Mailer:
                 self._alarm.recv(4096)
             else:
                 self._flush(key.data)
-        if self._lingering:
-            now = time.monotonic()
-            for connection in [connection for connection, until in self._lingering.items() if until < now]:
-                self._shut(connection)
-                self._finish(connection)
+
+    def _cut(self) -> None:
+        """Ends the connections that have lingered for too long; looks at them every TICK_S."""
+        now = time.monotonic()
+        if now < self._cut_at:
+            return
+        self._cut_at = now + TICK_S
+        for connection in [connection for connection, until in self._lingering.items() if until < now]:
+            self._shut(connection)
+            self._finish(connection)
 
     def _flush(self, connection: Connection) -> None:
         try:

@@ -1057,7 +1057,7 @@ class Pressure(ServerCase):
         self.eventually(lambda: not self.server.hub.sessions, "sessions were left")
 
     def test_pings_keep_the_living_and_end_the_dead(self) -> None:
-        with mock.patch.multiple(chat, PING_S=0.2, PONG_S=0.5, REGISTER_S=0.2):
+        with mock.patch.multiple(chat, PING_S=0.2, PONG_S=1.0):
             dead, alive = self.irc("dead"), self.irc("alive")
             while " QUIT " not in (alive.line() or self.fail("the living was dropped, too")):
                 if alive.seen[-1].startswith("PING"):
