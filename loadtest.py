@@ -42,6 +42,7 @@ import re
 import selectors
 import shlex
 import socket
+import ssl
 import statistics
 import string
 import struct
@@ -53,7 +54,7 @@ import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations, filterfalse, islice, repeat
 from typing import (
     Any,
@@ -69,6 +70,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    TypeVar,
     cast,
 )
 
@@ -84,6 +86,7 @@ SWITCH_CLIENT_S = 25e-6  # thread switch interval per client: each that wants to
 STACK_BYTES = 256 << 10  # of a thread: the default of 8 MiB would forbid thousands of them
 START_S = 10.0  # for a server that we start to listen
 STOP_S = 5.0  # for it to end by itself
+TLS_WAIT_S = 0.5  # longest wait within a TLS connection before its thread looks whether it is to stop
 JOIN_S = 30.0  # for one client to get in
 SETTLE_S = 0.5  # after the last join, for the notices of it to arrive
 QUIET_S = 3.0  # after the last send: when nothing has come for so long, nothing will
@@ -1069,6 +1072,9 @@ def free_port() -> int:
 # -----------------------------------------------------------------------------
 
 
+T = TypeVar("T")
+
+
 class Client:
     """One connection, in a thread of its own: joins, then stores what arrives, until it is told to stop.
 
@@ -1118,10 +1124,13 @@ class Client:
         self.sock.connect(self.run.address)
         self.connected_s = time.monotonic() - began
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if KERNEL_CLOCK:
-            self.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        self._set_up()
         self._rest = getattr(self, f"_join_{self.run.wire.protocol}")()
         self.joined_s = time.monotonic() - began
+
+    def _set_up(self) -> None:
+        if KERNEL_CLOCK:
+            self.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
 
     def _join_irc(self) -> bytes:
         password = f"PASS {self.run.password}\r\n" if self.run.password else ""
@@ -1202,6 +1211,49 @@ class Client:
                 self.failure = refusal(others)
 
 
+class TlsClient(Client):
+    """A client whose connection is encrypted, so that the clock is that of recv. The certificate is not verified.
+
+    Two threads must not use one TLS connection at once: calls are non-blocking and under the lock, waiting is not.
+    """
+
+    def send(self, data: bytes) -> None:
+        """Sends a line, whoever else sends or receives."""
+        while data:
+            sent = self._try(partial(self.sock.send, data))
+            data = data[sent or 0 :]
+
+    def stop(self) -> None:
+        """Makes the thread end, within TLS_WAIT_S."""
+
+    def _set_up(self) -> None:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        self.sock = context.wrap_socket(self.sock)
+
+    def _chunk(self) -> Tuple[bytes, int]:
+        self.sock.setblocking(False)
+        while not self.run.stopping:
+            data = self._try(partial(self.sock.recv, RECV_BYTES))
+            if data is not None:
+                return data, time.time_ns()
+        return b"", 0
+
+    def _try(self, call: Callable[[], T]) -> Optional[T]:
+        """What the call returns; None after some waiting when it could not be done yet."""
+        try:
+            with self.lock:
+                return call()
+        except ssl.SSLWantReadError:
+            writing = False
+        except ssl.SSLWantWriteError:
+            writing = True
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ)
+            selector.select(TLS_WAIT_S)
+        return None
+
+
 def refusal(data: bytes) -> str:
     """Why a server let nobody in, as far as it said."""
     return (data.decode(errors="replace").strip().splitlines() or ["the connection was closed"])[-1]
@@ -1232,6 +1284,7 @@ class Load(NamedTuple):
     channel: str
     password: str
     connect_rate: float
+    tls: bool
 
 
 def wait_until(due: int) -> int:
@@ -1295,7 +1348,7 @@ class Run:
         self.stopping = False
         self.behind = self.held = False  # senders without a schedule wait for our receivers now; had to at all
         self.interrupted = False
-        self.clients = [Client(self, number) for number in range(load.clients)]
+        self.clients = [(TlsClient if load.tls else Client)(self, number) for number in range(load.clients)]
         self.senders = [Sender(self, client) for client in self.clients[: load.senders]]
         self.joined = threading.Semaphore(0)
         self.before: Optional[Dict[str, float]] = None  # of the server: Target.usage
@@ -1571,7 +1624,7 @@ def conditions(run: Run, args: argparse.Namespace) -> Dict[str, Any]:
 
 def clock(run: Run) -> str:
     """How arrival was measured, and of how many receivers."""
-    source = "the kernel's (SO_TIMESTAMPNS)" if KERNEL_CLOCK else "that of recv"
+    source = "the kernel's (SO_TIMESTAMPNS)" if KERNEL_CLOCK and not run.load.tls else "that of recv"
     return source if run.groups == 1 else f"{source}, of one receiver in {run.groups} at a time, in turn"
 
 
@@ -1793,6 +1846,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--host", default="127.0.0.1", help="address of a server that runs (%(default)s)")
     where.add_argument("--port", type=int, help="its port")
     where.add_argument("--pid", type=int, default=0, help="its process, to see what it uses")
+    where.add_argument("--tls", action="store_true", help="encrypted; its certificate is not verified")
     where.add_argument("--password-file", metavar="FILE", help="its password is the first line of FILE")
     where.add_argument(
         "--server-command", action="append", default=[], metavar="COMMAND", help="start and test this; {port} is put in"
@@ -1829,7 +1883,7 @@ def the_load(args: argparse.Namespace) -> Load:
     raise_descriptor_limit(most + 64)
     return Load(
         args.clients, min(args.senders, args.clients), args.rate, args.duration, max(args.warmup, 0.0), args.size,
-        args.seed, args.proto, args.channel, password, args.connect_rate,
+        args.seed, args.proto, args.channel, password, args.connect_rate, args.tls,
     )  # fmt: skip
 
 

@@ -2809,22 +2809,38 @@ class LoadTest(ProgramCase):
         self.assertIn("skipped: loss", out)
         self.assertFalse(os.path.exists(f"/proc/{server}"))
 
-    @unittest.skipUnless(shutil.which("ngircd"), "needs ngircd")
-    def test_a_foreign_server(self) -> None:
+    def against_ngircd(self, extra: str, *args: str) -> Dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            config = pathlib.Path(folder, "ngircd.conf")
-            port = loadtest.free_port()
+            config, port = pathlib.Path(folder, "ngircd.conf"), loadtest.free_port()
+            plain = loadtest.free_port() if extra else port
             config.write_text(
-                f"[Global]\nName = irc.test\nInfo = test\nListen = 127.0.0.1\nPorts = {port}\n"
-                "[Limits]\nMaxConnectionsIP = 0\nMaxPenaltyTime = 0\n[Options]\nIdent = no\nPAM = no\nDNS = no\n",
+                f"[Global]\nName = irc.test\nInfo = test\nListen = 127.0.0.1\nPorts = {plain}\nPassword = secret\n"
+                "[Limits]\nMaxConnectionsIP = 0\nMaxPenaltyTime = 0\n[Options]\nIdent = no\nPAM = no\nDNS = no\n"
+                + extra.format(folder=folder, port=port),
                 encoding="ascii",
             )
+            if extra:
+                names = ["-keyout", f"{folder}/key", "-out", f"{folder}/cert", "-subj", "/CN=irc.test"]
+                make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
+                subprocess.run(make, check=True, stderr=subprocess.DEVNULL, timeout=PATIENCE)
+            pathlib.Path(folder, "password").write_text("secret\n", encoding="ascii")
             command = f"{shutil.which('ngircd')} -n -f {config}"
+            args = ("-q", *self.QUICK, *args, "--password-file", f"{folder}/password", "--json", f"{folder}/out")
             quiet = contextlib.redirect_stdout(io.StringIO())
             with quiet, mock.patch.object(loadtest, "free_port", return_value=port):
-                status = loadtest.main(["-q", *self.QUICK, "--server-command", command, "--json", f"{folder}/out"])
+                self.assertEqual(loadtest.main([*args, "--server-command", command]), 0)
             found = json.loads(pathlib.Path(folder, "out").read_text(encoding="utf-8"))["results"][0]
-            self.assertEqual((status, found["verdict"], found["deliveries"]), (0, "PASS", 1680))
+            self.assertEqual((found["verdict"], found["deliveries"]), ("PASS", 1680))
+            return dict(found)
+
+    @unittest.skipUnless(shutil.which("ngircd"), "needs ngircd")
+    def test_a_foreign_server(self) -> None:
+        self.against_ngircd("")
+
+    @unittest.skipUnless(shutil.which("ngircd") and shutil.which("openssl"), "needs ngircd and openssl")
+    def test_a_foreign_server_over_tls(self) -> None:
+        ports = "[SSL]\nCertFile = {folder}/cert\nKeyFile = {folder}/key\nPorts = {port}\n"
+        self.assertEqual(self.against_ngircd(ports, "--tls")["clock"], "that of recv")
 
 
 if __name__ == "__main__":
