@@ -117,11 +117,15 @@ UNECHOED_LINES = 50  # a pipe sends so many ahead of their echo: fills no buffer
 
 
 class Numeric(NamedTuple):
-    """A reply: its code on IRC, its name in JSON, its text (with {0}, {1} ... for parameters)."""
+    """A reply: its code on IRC, its name in JSON, its text (with {0}, {1} ... for parameters), and how people read it.
+
+    In `form`, {0} is the recipient and {text} the last parameter; a reply without one says nothing to a person.
+    """
 
     code: str
     name: str
     text: str = ""
+    form: str = ""
 
 
 class Refused(Exception):
@@ -145,27 +149,27 @@ RPL_LUSEROP = Numeric("252", "operators", "operators online")
 RPL_LUSERUNKNOWN = Numeric("253", "unregistered", "connections without a name yet")
 RPL_LUSERCHANNELS = Numeric("254", "channel-count", "channels formed")
 RPL_LUSERME = Numeric("255", "local-users")
-RPL_AWAY = Numeric("301", "away")
+RPL_AWAY = Numeric("301", "away", form="{1} is away: {text}")
 RPL_USERHOST = Numeric("302", "userhost")
 RPL_ISON = Numeric("303", "ison")
-RPL_UNAWAY = Numeric("305", "back", "You are no longer marked as away")
-RPL_NOWAWAY = Numeric("306", "now-away", "You are marked as away")
-RPL_WHOISUSER = Numeric("311", "whois-user")
+RPL_UNAWAY = Numeric("305", "back", "You are no longer marked as away", form="{text}")
+RPL_NOWAWAY = Numeric("306", "now-away", "You are marked as away", form="{text}")
+RPL_WHOISUSER = Numeric("311", "whois-user", form="{1} is {1}!{2}@{3}: {text}")
 RPL_WHOISSERVER = Numeric("312", "whois-server")
 RPL_ENDOFWHO = Numeric("315", "end-of-who", "End of WHO list")
 RPL_WHOISIDLE = Numeric("317", "whois-idle", "seconds idle, signon time")
 RPL_ENDOFWHOIS = Numeric("318", "end-of-whois", "End of WHOIS list")
-RPL_WHOISCHANNELS = Numeric("319", "whois-channels")
+RPL_WHOISCHANNELS = Numeric("319", "whois-channels", form="{1} is in {text}")
 RPL_LISTSTART = Numeric("321", "list-start", "Users  Name")
-RPL_LIST = Numeric("322", "list")
+RPL_LIST = Numeric("322", "list", form="{1}: {2} here. {text}")
 RPL_LISTEND = Numeric("323", "list-end", "End of LIST")
 RPL_CHANNELMODEIS = Numeric("324", "channel-mode")
 RPL_CREATIONTIME = Numeric("329", "channel-created")
-RPL_NOTOPIC = Numeric("331", "no-topic", "No topic is set")
-RPL_TOPIC = Numeric("332", "topic")
+RPL_NOTOPIC = Numeric("331", "no-topic", "No topic is set", form="{1} has no topic")
+RPL_TOPIC = Numeric("332", "topic", form="The topic of {1} is: {text}")
 RPL_TOPICWHOTIME = Numeric("333", "topic-by")
 RPL_WHOREPLY = Numeric("352", "who")
-RPL_NAMREPLY = Numeric("353", "names")
+RPL_NAMREPLY = Numeric("353", "names", form="In {2}: {text}")
 RPL_WHOSPCRPL = Numeric("354", "whox")
 RPL_ENDOFNAMES = Numeric("366", "end-of-names", "End of NAMES list")
 RPL_ENDOFBANLIST = Numeric("368", "end-of-bans", "End of channel ban list")
@@ -173,7 +177,7 @@ RPL_ENDOFWHOWAS = Numeric("369", "end-of-whowas", "End of WHOWAS")
 RPL_MOTD = Numeric("372", "motd")
 RPL_MOTDSTART = Numeric("375", "motd-start")
 RPL_ENDOFMOTD = Numeric("376", "motd-end", "End of MOTD")
-RPL_HELPTXT = Numeric("705", "help")
+RPL_HELPTXT = Numeric("705", "help", form="{text}")
 RPL_ENDOFHELP = Numeric("706", "end-of-help", "End of HELP")
 
 ERR_NOSUCHNICK = Numeric("401", "no-such-user", "nobody here is called {0}")
@@ -455,19 +459,7 @@ def server_time(moment: float) -> str:
 # -----------------------------------------------------------------------------
 
 PROMPT = Message("PROMPT")  # asks a plain user for a name; other dialects do not show it
-# How replies read; those that are not here say nothing to a person. {0} is the recipient, {text} the last parameter.
-REPLY_FORMS = {
-    RPL_AWAY: "{1} is away: {text}",
-    RPL_UNAWAY: "{text}",
-    RPL_NOWAWAY: "{text}",
-    RPL_WHOISUSER: "{1} is {1}!{2}@{3}: {text}",
-    RPL_WHOISCHANNELS: "{1} is in {text}",
-    RPL_LIST: "{1}: {2} here. {text}",
-    RPL_NOTOPIC: "{1} has no topic",
-    RPL_TOPIC: "The topic of {1} is: {text}",
-    RPL_NAMREPLY: "In {2}: {text}",
-    RPL_HELPTXT: "{text}",
-}
+# How events read: their name in JSON, and a text of {nick}, {text} (the last parameter), {here} and {reason}.
 EVENT_FORMS = {
     "JOIN": ("join", "{nick} joined{here}"),
     "PART": ("leave", "{nick} left{reason}"),
@@ -505,7 +497,7 @@ def event_of(message: Message) -> Tuple[str, str]:
     numeric = NUMERICS.get(message.command)
     if numeric and numeric.code >= "400" and numeric.code < "700":
         return numeric.name, "Error: " + harmless(message.text)
-    name, form = (numeric.name, REPLY_FORMS.get(numeric, "")) if numeric else EVENT_FORMS.get(message.command, ("", ""))
+    name, form = (numeric.name, numeric.form) if numeric else EVENT_FORMS.get(message.command, ("", ""))
     reason = message.param(0 if message.command == "QUIT" else 1)
     values = [harmless(param) for param in message.params] + [""] * MAX_PARAMS
     return name, form.format(
