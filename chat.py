@@ -1874,8 +1874,8 @@ class Mailer:
             self._selector.register(connection.sock, selectors.EVENT_WRITE, connection)
         elif not connection.outbox or len(connection.outbox) + len(data) > OUTBOX_BYTES:
             log.warning("%s reads too slowly and is dropped", connection.session.nick or "someone without a name")
+            self._hub.leave(connection.session, "Reads too slowly")  # before its reader can say otherwise
             self._shut(connection)
-            self._hub.leave(connection.session, "Reads too slowly")
             return
         connection.outbox += data
 

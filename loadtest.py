@@ -41,6 +41,7 @@ import random
 import re
 import selectors
 import shlex
+import signal
 import socket
 import ssl
 import statistics
@@ -93,8 +94,13 @@ QUIET_S = 3.0  # after the last send: when nothing has come for so long, nothing
 TURN_S = 0.1  # how often progress is shown
 # A thread that wakes takes 10 us or more of a processor each time, from the server, too. So many may wake in a second
 # for a message each: if there are more, clients take turns in being watched. The others read so often in all.
-WAKEUPS, READS = 10_000, 5_000
+WAKEUPS, READS = 8_000, 5_000
 READ_EVERY_S = 0.05  # but each of them not oftener
+LATE_S = 5.0  # so long after its turn a client still waits for the messages of it
+DRAIN_S = 20.0  # after the last send, however slowly the rest trickles in
+PAUSE_S = 0.5  # without an arrival, when all has come that is expected: senders may get their own
+MIN_SIZE, MAX_SIZE = TEXT_BYTES, 400  # bytes of a text: a line of IRC has 512
+DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 BEHIND = (
     2_000  # messages that receivers here may be behind, when nothing else slows the senders: servers drop slow ones
 )
@@ -104,20 +110,22 @@ LATE_MS = 1.0  # a load tester whose sends are later than this, and a third of t
 KERNEL_CLOCK = sys.platform == "linux"
 SO_TIMESTAMPNS = 35  # <asm-generic/socket.h>: the kernel's own time of arrival; the socket module has no name for it
 LOAD_KEYS = ("clients", "senders", "rate", "duration_s", "warmup_s", "size", "seed")
+FLOOD_CONTROL = (
+    "its flood control; lift it: ngircd MaxPenaltyTime = 0, InspIRCd <connect fakelag=no commandrate=... recvq=...>,"
+    " Ergo fakelag: enabled: false"
+)
 PER_ADDRESS = (
     "its limit of connections; lift it: ngircd MaxConnectionsIP = 0, InspIRCd <connect localmax=...>,"
     " Ergo ip-limits: count: false, chat.py --max-clients"
 )
-# What servers say when their own limits strike, and the settings that lift them.
-HINTS = {
-    "flood": "its flood control; lift it: ngircd MaxPenaltyTime = 0, InspIRCd <connect fakelag=no commandrate=...>,"
-    " Ergo fakelag: enabled: false",
+HINTS = {  # what servers say when their own limits strike, and the settings that lift them
+    "flood": FLOOD_CONTROL,
+    "recvq": FLOOD_CONTROL,
     "too many connections": PER_ADDRESS,
-    "connection was closed": PER_ADDRESS,
-    "connection reset": PER_ADDRESS,
     "throttl": "its limit of connects; lift it: InspIRCd <connectban>, Ergo ip-limits: throttle: false",
     "password": "it wants a password; give it by --password-file",
 }
+JOIN_HINTS = {"connection was closed": PER_ADDRESS, "connection reset": PER_ADDRESS}  # while joining only
 
 
 class Failed(Exception):
@@ -1009,11 +1017,16 @@ class Target:
 
     def __init__(self, host: str, port: int, command: Optional[List[str]] = None, pid: int = 0) -> None:
         self.host, self.port, self.pid = host, port, pid
-        programs = [word for word in command or [] if word.endswith(".py")]
+        here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+        programs = [word.replace(here, "") for word in command or [] if word.endswith(".py")]
         self.name = (programs or [os.path.basename(word) for word in command or []] or [f"{host}:{port}"])[0]
         self._process: Optional[subprocess.Popen[bytes]] = None
         if command:
-            self._start(command)
+            try:
+                self._start(command)
+            except BaseException:
+                self.stop()
+                raise
 
     def _start(self, command: List[str]) -> None:
         self.host = "127.0.0.1"
@@ -1021,7 +1034,11 @@ class Target:
         filled = [word.replace("{port}", str(self.port)) for word in command]
         try:
             self._process = subprocess.Popen(
-                filled, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                filled,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
         except OSError as error:
             raise Failed(f"cannot start {filled[0]}: {error.strerror}") from None
@@ -1031,19 +1048,28 @@ class Target:
             with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), 1.0):
                 return
             time.sleep(0.05)
-        self.stop()
-        raise Failed(f"{' '.join(filled)} does not listen on port {self.port}")
+        code = self._process.poll()
+        ended = "" if code is None else f"; it ended with {code}"
+        raise Failed(f"{' '.join(filled)} does not listen on port {self.port} (as {{port}} in the command says){ended}")
 
     def stop(self) -> None:
         """Ends the server, if it is ours."""
         if self._process is None:
             return
-        self._process.terminate()
+        self._signal(signal.SIGTERM)
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._signal(getattr(signal, "SIGKILL", signal.SIGTERM))
             self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        """Ends the server and what it started: it is the leader of a process group, where there are such."""
+        with contextlib.suppress(OSError):
+            if sys.platform != "win32":
+                os.killpg(self.pid, number)
+            elif self._process:
+                self._process.terminate()
 
     def usage(self) -> Optional[Dict[str, float]]:
         """CPU seconds so far, resident MB and threads of the server's process; None where that cannot be seen."""
@@ -1092,6 +1118,7 @@ class Client:
         self.strange: List[bytes] = []
         self.connected_s = self.joined_s = 0.0
         self.failure = ""
+        self.until = 0  # end of its last turn to watch, in ns
         self.sock = socket.socket(run.family, socket.SOCK_STREAM)
         self.lock = threading.Lock()  # of sending: its sender and its answers to PING
         self._rest = b""
@@ -1135,9 +1162,9 @@ class Client:
     def _join_irc(self) -> bytes:
         password = f"PASS {self.run.password}\r\n" if self.run.password else ""
         self.sock.sendall(f"{password}NICK {self.name}\r\nUSER {self.name} 0 * :{self.name}\r\n".encode())
-        rest = self._expect(rb"[^\n]* 001 [^\n]*\n", b"")
+        rest = self._expect(rb"(?:@[^ ]* )?:[^ ]+ 001 [^\n]*\n", b"")
         self.sock.sendall(f"JOIN {self.run.channel}\r\n".encode())
-        return self._expect(rb"[^\n]* 366 [^\n]*\n", rest)
+        return self._expect(rb"(?:@[^ ]* )?:[^ ]+ 366 [^\n]*\n", rest)
 
     def _join_plain(self) -> bytes:
         self.sock.sendall(f"{self.name}\n".encode())
@@ -1151,15 +1178,22 @@ class Client:
         return self._expect(rb'[^\n]*"join"[^\n]*"' + self.name.encode() + rb'"[^\n]*\n', b"")
 
     def _expect(self, wanted: bytes, data: bytes) -> bytes:
-        """Reads until a line comes that matches, and returns what follows it."""
-        found = None
+        """Reads until a line comes that matches, and returns what follows it; raises OSError for a refusal."""
+        found, answered = None, 0
         while not found:
             more = self.sock.recv(65536)
             if not more:
                 raise OSError(refusal(data))
             data += more
-            self._answer_pings(more)
+            whole = data.rfind(b"\n") + 1
+            self._answer_pings(data[answered:whole])
+            answered = whole
             found = re.search(rb"(?:^|\n)" + wanted, data)
+            refused = re.search(
+                rb"(?:^|\n)(?::[^ ]+ (?:43[237]|40[35]|46[45]|47\d) |ERROR |\*\*\* Error)[^\n]*\n", data
+            )
+            if refused and not found:
+                raise OSError(refusal(refused[0]))
         return data[found.end() :]
 
     def _answer_pings(self, data: bytes) -> None:
@@ -1168,28 +1202,36 @@ class Client:
 
     def _receive(self) -> None:
         self.sock.settimeout(None)
-        run, group = self.run, self.number % self.run.groups
-        before, full = False, False
+        run, awake, full = self.run, False, False
         while not run.stopping:
-            watched = run.watched == group
+            watched = run.watches(self)
             if not watched and not full:
                 time.sleep(run.read_every)
-            data, moment = self._chunk()
-            if not data:
+            # A client that begins to watch first takes what has piled up. From then on it waits with nothing to
+            # read, and the time of a chunk is that of the messages in it.
+            data, moment = self._chunk(wait=watched and awake)
+            if run.stopping or data == b"":
                 break
-            full = len(data) == RECV_BYTES
+            awake = watched and (awake or not data)
+            full = data is not None and len(data) == RECV_BYTES
+            if not data:
+                continue
             start = len(self.order)
             self._store(data)
-            if watched and before and moment and len(self.order) > start:  # before: nothing had piled up
+            if awake and moment and len(self.order) > start:
                 self.chunks.append((moment, start, len(self.order)))
-            before = watched
+        if not run.stopping:
+            self.failure = self.failure or "the connection was closed"
 
-    def _chunk(self) -> Tuple[bytes, int]:
-        """The next bytes, and when they arrived in ns; 0 where that is not known, as for the first of a connection."""
-        if not KERNEL_CLOCK:
-            return self.sock.recv(RECV_BYTES), time.time_ns()
-        data, ancillary, _, _ = self.sock.recvmsg(RECV_BYTES, 64)
-        if not ancillary:
+    def _chunk(self, wait: bool) -> Tuple[Optional[bytes], int]:
+        """The next bytes (b'' at the end), and when they arrived in ns or 0; None when nothing is there to wait for."""
+        try:
+            if not KERNEL_CLOCK:
+                return self.sock.recv(RECV_BYTES, 0 if wait else DONTWAIT), time.time_ns()
+            data, ancillary, _, _ = self.sock.recvmsg(RECV_BYTES, 64, 0 if wait else DONTWAIT)
+        except BlockingIOError:
+            return None, 0
+        if not ancillary:  # as for the first chunk of a connection
             return data, 0
         seconds, nanoseconds = struct.unpack_from("@ll", ancillary[0][2])
         return data, seconds * 1_000_000_000 + nanoseconds
@@ -1207,8 +1249,9 @@ class Client:
         if others:
             self._answer_pings(others)
             self.strange += [line for line in others.split(b"\n") if self.run.wire.said.search(line)]
-            if b"ERROR " in others and not self.run.stopping:
-                self.failure = refusal(others)
+            error = re.search(rb"(?:^|\n)ERROR [^\n]*", others)
+            if error:
+                self.failure = refusal(error[0])
 
 
 class TlsClient(Client):
@@ -1231,13 +1274,9 @@ class TlsClient(Client):
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         self.sock = context.wrap_socket(self.sock)
 
-    def _chunk(self) -> Tuple[bytes, int]:
+    def _chunk(self, wait: bool) -> Tuple[Optional[bytes], int]:
         self.sock.setblocking(False)
-        while not self.run.stopping:
-            data = self._try(partial(self.sock.recv, RECV_BYTES))
-            if data is not None:
-                return data, time.time_ns()
-        return b"", 0
+        return self._try(partial(self.sock.recv, RECV_BYTES)), time.time_ns()
 
     def _try(self, call: Callable[[], T]) -> Optional[T]:
         """What the call returns; None after some waiting when it could not be done yet."""
@@ -1259,9 +1298,9 @@ def refusal(data: bytes) -> str:
     return (data.decode(errors="replace").strip().splitlines() or ["the connection was closed"])[-1]
 
 
-def hinted(reason: str) -> str:
+def hinted(reason: str, hints: Dict[str, str] = HINTS) -> str:
     """Why a server let somebody down, with the setting that lifts that, where one is known."""
-    hint = next((hint for word, hint in HINTS.items() if word in reason.lower()), "")
+    hint = next((hint for word, hint in hints.items() if word in reason.lower()), "")
     return f"{harmless(reason)} (perhaps {hint})" if hint else harmless(reason)
 
 
@@ -1341,19 +1380,43 @@ class Run:
         arrivals = load.clients * (load.rate or FLOOD_RATE)
         self.groups = min(load.clients, max(1, math.ceil(arrivals / WAKEUPS)))
         self.read_every = max(READ_EVERY_S, load.clients / READS)
-        self.watched = 0  # the group of clients that wakes for every chunk
+        self.slot_ns = int(self.read_every * 2.5e9)  # one group of clients watches for so long, then the next
         self.total = int(load.rate * (load.warmup_s + load.duration_s))
         self.counter = itertools.count()
         self.begin = self.end = 0  # ns: the schedule starts, nothing is sent any more
+        self.last_arrival = 0  # ns, once all is sent
         self.stopping = False
         self.behind = self.held = False  # senders without a schedule wait for our receivers now; had to at all
         self.interrupted = False
         self.clients = [(TlsClient if load.tls else Client)(self, number) for number in range(load.clients)]
         self.senders = [Sender(self, client) for client in self.clients[: load.senders]]
         self.joined = threading.Semaphore(0)
+        self.threads: List[threading.Thread] = []
+        self.throttled = False  # the server still trickled out messages when we stopped waiting
         self.before: Optional[Dict[str, float]] = None  # of the server: Target.usage
         self.afterwards: Optional[Dict[str, float]] = None
         self.cpu_s = self.elapsed_s = self.joining_s = 0.0
+
+    def turn(self, moment: int) -> int:
+        """Which group of clients watches what is due at `moment` (ns)."""
+        return (moment - self.begin) // self.slot_ns % self.groups
+
+    def watches(self, client: Client) -> bool:
+        """Whether a client is to wake for each message: from shortly before its turn until all of the turn has come.
+
+        What counts is when a message was due, not when it came: a slow one must not escape by being slow.
+        """
+        if self.groups == 1:
+            return True
+        now = time.time_ns()
+        ahead = now + int(self.read_every * 1e9)
+        if self.turn(ahead) == client.number % self.groups:
+            client.until = ahead - (ahead - self.begin) % self.slot_ns + self.slot_ns
+            return True
+        if now > client.until + int(LATE_S * 1e9):
+            return False
+        last = int.from_bytes(client.order[-1:].tobytes(), "big")
+        return now < client.until or bool(self.load.rate) and self.due(last) < client.until
 
     def due(self, number: int) -> int:
         """When message `number` is to be sent, in ns."""
@@ -1390,6 +1453,8 @@ class Run:
             self.stopping = True
             for client in self.clients:
                 client.stop()
+            for thread in self.threads:  # what they still store must not change under the analysis
+                thread.join(STOP_S)
 
     def _join(self) -> None:
         began = time.monotonic()
@@ -1397,14 +1462,20 @@ class Run:
             wait = began + number / self.load.connect_rate - time.monotonic()
             if wait > 0:
                 time.sleep(wait)
-            threading.Thread(target=client.live, daemon=True).start()
+            self.threads.append(threading.Thread(target=client.live, daemon=True))
+            try:
+                self.threads[-1].start()
+            except RuntimeError as error:
+                self.threads.pop()
+                raise Failed(f"{number} clients are all that this system lets start: {error}") from None
         for _ in self.clients:
             if not self.joined.acquire(timeout=JOIN_S):
                 raise Failed(f"not everybody had joined within {JOIN_S:.0f} s")
         self.joining_s = time.monotonic() - began
         failed = [client for client in self.clients if not client.joined_s]
         if failed:
-            raise Failed(f"{len(failed)} of {len(self.clients)} could not join: {hinted(failed[0].failure)}")
+            reason = hinted(failed[0].failure, {**HINTS, **JOIN_HINTS})
+            raise Failed(f"{len(failed)} of {len(self.clients)} could not join: {reason}")
         time.sleep(SETTLE_S)  # notices of joins are still under way
 
     def _send(self) -> None:
@@ -1413,17 +1484,28 @@ class Run:
         self.begin = time.time_ns() + 100_000_000
         self.end = self.begin + int((load.warmup_s + load.duration_s) * 1e9)
         threads = [threading.Thread(target=sender.live, daemon=True) for sender in self.senders]
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads) and time.time_ns() < self.end + int(QUIET_S * 1e9):
-            self._turn()
-        seen, quiet_since = self.delivered(), time.monotonic()
-        while seen < self.expected() and time.monotonic() < quiet_since + QUIET_S:
-            self._turn()
+        try:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads) and time.time_ns() < self.end + int(QUIET_S * 1e9):
+                self._turn()
+            self._drain()
+        finally:
+            self.elapsed_s = ((self.last_arrival or time.time_ns()) - self.begin) / 1e9
+            self.cpu_s, self.afterwards = time.process_time() - cpu, self.target.usage()
+
+    def _drain(self) -> None:
+        """Waits for what is under way."""
+        seen, quiet_since, end = -1, 0.0, time.monotonic() + DRAIN_S
+        while True:
             if self.delivered() > seen:
-                seen, quiet_since = self.delivered(), time.monotonic()
-        self.elapsed_s = (time.time_ns() - self.begin) / 1e9
-        self.cpu_s, self.afterwards = time.process_time() - cpu, self.target.usage()
+                seen, quiet_since, self.last_arrival = self.delivered(), time.monotonic(), time.time_ns()
+            if time.monotonic() > quiet_since + (QUIET_S if seen < self.expected() else PAUSE_S):
+                return
+            self._turn()
+            if time.monotonic() > end:
+                self.throttled = True
+                return
 
     def expected(self) -> int:
         """Deliveries that there should be by now, if senders do not get their own."""
@@ -1431,11 +1513,9 @@ class Run:
 
     def _turn(self) -> None:
         time.sleep(TURN_S)
-        slot = 2.5 * self.read_every  # long enough for all of a group to be awake most of it
         if not self.load.rate:
             self.behind = self.expected() - self.delivered() > BEHIND * (len(self.clients) - 1)
             self.held = self.held or self.behind
-        self.watched = int((time.time_ns() - self.begin) / 1e9 / slot) % self.groups
         self.progress(self)
 
 
@@ -1518,7 +1598,9 @@ class Latencies:
             own = array("d")
             for moment, first, last in client.chunks:
                 for number in client.order[first:last]:
-                    if number < len(times) and start <= due[number] and sent.senders[number] not in (-1, client.number):
+                    if number >= len(times) or sent.senders[number] in (-1, client.number):
+                        continue
+                    if start <= due[number] and run.turn(due[number]) == client.number % run.groups:
                         latency = (moment - due[number]) / 1e6
                         own.append(latency)
                         self.uncorrected.append((moment - times[number]) / 1e6)
@@ -1586,7 +1668,7 @@ def analyse(run: Run, args: argparse.Namespace, floor: Optional[Dict[str, float]
         "server": cost(run, delivered),
         "checks": [finding._asdict() for finding in findings],
         "thresholds": [],
-        "failures": sorted({client.failure for client in run.clients if client.failure}),
+        "failures": failures(run),
         "verdict": "FAIL" if "FAIL" in verdicts else "UNKNOWN" if "unknown" in verdicts else "PASS",
     }
     for text in args.fail_if:
@@ -1626,6 +1708,15 @@ def clock(run: Run) -> str:
     """How arrival was measured, and of how many receivers."""
     source = "the kernel's (SO_TIMESTAMPNS)" if KERNEL_CLOCK and not run.load.tls else "that of recv"
     return source if run.groups == 1 else f"{source}, of one receiver in {run.groups} at a time, in turn"
+
+
+def failures(run: Run) -> List[str]:
+    """Why clients were thrown out, and what else went wrong."""
+    found = sorted({hinted(client.failure) for client in run.clients if client.failure})
+    thrown = [f"a client was disconnected: {failure}" for failure in found]
+    if run.throttled:
+        thrown.append(f"messages were still trickling in {DRAIN_S:.0f} s after the last send; perhaps {FLOOD_CONTROL}")
+    return thrown
 
 
 def joining(run: Run) -> Dict[str, float]:
@@ -1706,7 +1797,7 @@ def one(
     run = Run(load, target, (lambda _: None) if args.quiet else progress)
     run.execute()
     if sys.stderr.isatty() and not args.quiet:
-        print(f"\r{'checking ...':<79}\r", end="", file=sys.stderr, flush=True)
+        print(f"\r{'':79}\r", end="", file=sys.stderr, flush=True)
     if run.interrupted:
         args.interrupted = True
     return analyse(run, args, floor)
@@ -1716,53 +1807,68 @@ def one(
 def opened(kind: str, value: str, args: argparse.Namespace) -> Iterator[Target]:
     """The target that an argument names, for as long as it is needed: ("command", ...) or ("address", HOST:PORT)."""
     if kind == "command":
-        target = Target("", 0, shlex.split(value))
+        target = Target("", 0, split(value))
     else:
         host, _, port = value.rpartition(":")
-        target = Target(host.strip("[]") or "127.0.0.1", int(port), pid=args.pid)
+        target = Target(host.strip("[]"), int(port), pid=args.pid)
     try:
         yield target
     finally:
         target.stop()
 
 
+def split(command: str) -> List[str]:
+    """A command in words; raises Failed."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise Failed(f"--server-command {command!r}: {error}") from None
+    if not words:
+        raise Failed("--server-command is empty")
+    return words
+
+
 def targets(args: argparse.Namespace) -> List[Tuple[str, str]]:
-    """What is to be tested, one or two."""
+    """What is to be tested, one or two; raises Failed."""
     found = [("command", command) for command in args.server_command]
     if args.port:
         found.append(("address", f"{args.host}:{args.port}"))
+    elif args.host != "127.0.0.1":
+        raise Failed("--host needs --port")
     if not found:
         chat = os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat.py")
-        found.append(("command", shlex.join([sys.executable, os.path.relpath(chat), "server", "--port", "{port}"])))
+        found.append(("command", shlex.join([sys.executable, chat, "server", "--port", "{port}"])))
     if args.versus:
         found.append(("address", args.versus))
-    return found[:2]
+    if len(found) > (1 if args.sweep else 2) or args.pid and found[0][0] != "address":
+        raise Failed("one target can be swept, two can be compared, and --pid goes with --port")
+    return found
 
 
-def calibrate(load: Load, args: argparse.Namespace) -> Dict[str, float]:
+def calibrate(load: Load, args: argparse.Namespace) -> Optional[Dict[str, float]]:
     """p50 and p99 in ms of the same load against the reflector: what nobody can go below here."""
     command = shlex.join([sys.executable, os.path.abspath(__file__), "--reflect", "{port}"])
     with opened("command", command, args) as target:
-        found = one(target, load, args)["latency"]["corrected"]
-    return {"p50": found["p50"], "p99": found["p99"]}
+        found = one(target, load._replace(protocol="irc", tls=False), args)["latency"]["corrected"]
+    return {key: found[key] for key in ("p50", "p99")} if found["samples"] else None
 
 
 def document(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
     """All that the arguments ask for: one result, a sweep, or two targets in turn."""
-    floor = calibrate(load, args) if args.calibrate else None
     found = targets(args)
-    sizes = args.sweep or [load.clients]
     rounds = args.rounds if len(found) > 1 else 1
-    results = []
+    results: List[Dict[str, Any]] = []
     for _ in range(rounds):
-        for size in sizes:
-            for kind, value in found:
+        for size in args.sweep or [load.clients]:
+            this = load._replace(clients=size, senders=min(load.senders, size))
+            floor = calibrate(this, args) if args.calibrate and not args.interrupted else None
+            for kind, value in found if not args.interrupted else ():
                 with opened(kind, value, args) as target:
-                    results.append(
-                        one(target, load._replace(clients=size, senders=min(load.senders, size)), args, floor)
-                    )
-                if args.interrupted:
-                    return {"results": results, "sweep": None, "versus": None}
+                    results.append(one(target, this, args, floor))
+                if len(found) > 1 and kind == found[1][0] and value == found[1][1]:
+                    tell_apart(results[-2:])
+    if args.interrupted:
+        return {"results": results, "sweep": None, "versus": None}
     names = list(dict.fromkeys(result["target"]["name"] for result in results))
     return {
         "results": results,
@@ -1771,12 +1877,19 @@ def document(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
     }
 
 
+def tell_apart(pair: List[Dict[str, Any]]) -> None:
+    """Gives the second of two results another name if it has the first's."""
+    if len(pair) == 2 and pair[0]["target"]["name"] == pair[1]["target"]["name"]:
+        pair[1]["target"]["name"] += " (2)"
+
+
 def swept(results: List[Dict[str, Any]]) -> Dict[str, Any]:
     """How latency and cost grow with the number of clients; the exponent is that of the server's CPU per message."""
     points = []
     for result in results:
         latency, cpu = result["latency"]["corrected"], (result["server"] or {}).get("cpu_ms_per_1000")
-        points.append([result["load"]["clients"], latency["p50"], latency["p99"], cpu, result["deliveries_per_s"]])
+        speed = result["deliveries_per_s"]
+        points.append([result["load"]["clients"], latency.get("p50"), latency.get("p99"), cpu, speed])
     growth = [(point[0], point[0] * (point[3] or 0.0)) for point in points]
     return {"points": points, "exponent": fit_exponent(growth)}
 
@@ -1805,9 +1918,37 @@ def exit_code(found: Dict[str, Any], args: argparse.Namespace) -> int:
     return 3 if args.strict and any(result["generator"]["limited"] for result in results) else 0
 
 
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low` to `high`."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return convert
+
+
+def amount(text: str) -> float:
+    """The type of a rate or a time: not negative, and finite."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1e9:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
+
+
+def address(text: str) -> str:
+    """The type of --versus."""
+    host, _, port = text.rpartition(":")
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    whole(1, 65535)(port)
+    return text
+
+
 def numbers(text: str) -> List[int]:
     """The type of --sweep."""
-    return [int(item) for item in text.split(",")]
+    return [whole(2, 100_000)(item) for item in text.split(",")]
 
 
 def checks(text: str) -> List[str]:
@@ -1830,55 +1971,56 @@ def threshold(text: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="loadtest.py", description=(__doc__ or "").splitlines()[0])
-    load = top.add_argument_group("load")
-    load.add_argument("-n", "--clients", type=int, default=100, help="clients, a thread each (%(default)s)")
-    load.add_argument("-S", "--senders", type=int, default=20, help="how many of them send (%(default)s)")
-    load.add_argument("-r", "--rate", type=float, default=100.0, help="messages/s in all; 0: as accepted (%(default)s)")
-    load.add_argument("-d", "--duration", type=float, default=8.0, help="seconds measured (%(default)s)")
-    load.add_argument("-w", "--warmup", type=float, default=1.0, help="seconds sent before, not measured (%(default)s)")
-    load.add_argument("-s", "--size", type=int, default=64, help="bytes of a text (%(default)s)")
-    load.add_argument("--seed", type=int, default=1, help="of the texts (%(default)s)")
-    load.add_argument("--proto", choices=("irc", "plain", "json"), default="irc", help="(%(default)s)")
-    load.add_argument("--channel", default="#chat", help="(%(default)s)")
-    load.add_argument("--connect-rate", type=float, default=2000.0, help="connects/s at most (%(default)s)")
-    load.add_argument("--sweep", type=numbers, metavar="N,N,...", help="one run for each number of clients")
-    where = top.add_argument_group("target (a chat.py server of its own, when none is given)")
-    where.add_argument("--host", default="127.0.0.1", help="address of a server that runs (%(default)s)")
-    where.add_argument("--port", type=int, help="its port")
-    where.add_argument("--pid", type=int, default=0, help="its process, to see what it uses")
-    where.add_argument("--tls", action="store_true", help="encrypted; its certificate is not verified")
-    where.add_argument("--password-file", metavar="FILE", help="its password is the first line of FILE")
-    where.add_argument(
-        "--server-command", action="append", default=[], metavar="COMMAND", help="start and test this; {port} is put in"
-    )
-    where.add_argument(
-        "--versus", metavar="HOST:PORT", help="a second target; both in turn (or --server-command twice)"
-    )
-    where.add_argument("--rounds", type=int, default=3, help="with two targets (%(default)s)")
-    out = top.add_argument_group("result")
-    out.add_argument("--check", type=checks, default=list(CHECKS), metavar="NAME,...", help=f"of {','.join(CHECKS)}")
-    out.add_argument("--calibrate", action="store_true", help="first measure what a bare reflector does")
-    out.add_argument(
-        "--fail-if", action="append", default=[], type=threshold, metavar="'p99>50ms'", help="exit 99 then"
-    )
-    out.add_argument("--strict", action="store_true", help="exit 3 when the load tester itself was the limit")
-    out.add_argument("--json", metavar="FILE", help="everything")
-    out.add_argument("--html", metavar="FILE", help="one page with charts")
-    out.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    load = top.add_argument_group("load").add_argument
+    load("-n", "--clients", type=whole(2, 100_000), metavar="N", default=100, help="a thread each (%(default)s)")
+    load("-S", "--senders", type=whole(1, 100_000), metavar="N", default=20, help="of the clients (%(default)s)")
+    load("-r", "--rate", type=amount, default=100.0, help="messages/s in all; 0: as accepted (%(default)s)")
+    load("-d", "--duration", type=amount, default=8.0, help="seconds measured (%(default)s)")
+    load("-w", "--warmup", type=amount, default=1.0, help="seconds before that, not measured (%(default)s)")
+    load("-s", "--size", type=whole(MIN_SIZE, MAX_SIZE), metavar="BYTES", default=64, help="of a text (%(default)s)")
+    load("--seed", type=int, default=1, help="of the texts (%(default)s)")
+    load("--proto", choices=("irc", "plain", "json"), default="irc", help="(%(default)s)")
+    load("--channel", default="#chat", help="(%(default)s)")
+    load("--connect-rate", type=amount, default=2000.0, help="connects/s at most (%(default)s)")
+    load("--sweep", type=numbers, metavar="N,N,...", help="one run for each number of clients")
+    add_target(top)
+    out = top.add_argument_group("result").add_argument
+    out("--check", type=checks, default=list(CHECKS), metavar="NAME,...", help=f"of {','.join(CHECKS)}")
+    out("--calibrate", action="store_true", help="first measure what a bare reflector does")
+    out("--fail-if", action="append", default=[], type=threshold, metavar="'p99>50ms'", help="exit 99 then")
+    out("--strict", action="store_true", help="exit 3 when the load tester itself was the limit")
+    out("--json", metavar="FILE", help="everything")
+    out("--html", metavar="FILE", help="one page with charts")
+    out("-q", "--quiet", action="store_true", help="no progress")
     top.add_argument("--reflect", type=int, help=argparse.SUPPRESS)
     return top
+
+
+def add_target(top: argparse.ArgumentParser) -> None:
+    """The arguments that tell what is tested."""
+    where = top.add_argument_group("target (a chat.py server of its own, when none is given)").add_argument
+    where("--host", default="127.0.0.1", help="address of a server that runs (%(default)s)")
+    where("--port", type=whole(1, 65535), metavar="PORT", help="its port")
+    where("--pid", type=int, default=0, help="its process, to see what it uses")
+    where("--tls", action="store_true", help="encrypted; its certificate is not verified")
+    where("--password-file", metavar="FILE", help="its password is the first line of FILE")
+    where(
+        "--server-command", action="append", default=[], metavar="COMMAND", help="start and test this; {port} is put in"
+    )
+    where("--versus", type=address, metavar="HOST:PORT", help="a second target, in turn (or a second --server-command)")
+    where("--rounds", type=whole(1, 1000), metavar="N", default=3, help="with two targets (%(default)s)")
 
 
 def the_load(args: argparse.Namespace) -> Load:
     """The load that the arguments describe; raises Failed for one that cannot be."""
     most = max(args.sweep or [args.clients])
-    if min(args.sweep or [args.clients]) < 2 or args.senders < 1 or args.rate < 0 or args.duration <= 0:
-        raise Failed("it takes two clients, a sender, and some time")
+    if not args.duration or not args.connect_rate:
+        raise Failed("--duration and --connect-rate must be more than 0")
     if args.rate and args.rate * (args.warmup + args.duration) >= 1 << 31:
         raise Failed("that are too many messages")
-    password = os.environ.get("CHAT_PASSWORD", "")
+    password = ""
     if args.password_file:
-        with open(args.password_file, encoding="utf-8") as file:
+        with open(args.password_file, encoding="utf-8", errors="surrogateescape") as file:
             password = file.readline().strip()
     raise_descriptor_limit(most + 64)
     return Load(
@@ -1894,25 +2036,26 @@ def raise_descriptor_limit(needed: int) -> None:
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
+            wanted = hard if hard != resource.RLIM_INFINITY else max(soft, needed)  # macOS takes no infinity
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
         if soft != resource.RLIM_INFINITY and soft < needed:
             raise Failed(f"{needed} descriptors are needed and {soft} allowed; raise that with ulimit -n {needed}")
 
 
 def publish(found: Dict[str, Any], args: argparse.Namespace) -> None:
     """Prints the report, and writes the files that were asked for."""
-    for result in found["results"] if not found["versus"] else found["results"][-2:]:
-        print(text_report(result), end="\n\n" if len(found["results"]) > 1 else "\n")
-        for failure in result["failures"][:3]:
-            print(f"loadtest.py: a client was disconnected: {hinted(failure)}", file=sys.stderr)
-    for key, text in (("sweep", sweep_text), ("versus", lambda _: versus_text(found))):
-        if found[key]:
-            print(text(found[key]))
     for path, content in ((args.json, json.dumps(found, indent=1)), (args.html, html_report(found))):
         if path:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(content)
+    for result in found["results"] if not found["versus"] else found["results"][-2:]:
+        print(text_report(result), end="\n\n" if len(found["results"]) > 1 else "\n")
+        for failure in result["failures"][:3]:
+            print(f"loadtest.py: {failure}", file=sys.stderr)
+    for key, text in (("sweep", sweep_text), ("versus", lambda _: versus_text(found))):
+        if found[key]:
+            print(text(found[key]))
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -1921,7 +2064,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     args.argv, args.interrupted = sys.argv[1:] if argv is None else argv, False
     if args.reflect:
         reflect(args.reflect)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave no server behind
     try:
+        for path in filter(None, (args.json, args.html)):
+            open(path, "a", encoding="utf-8").close()  # better now than after the run
         found = document(the_load(args), args)
         publish(found, args)
         return exit_code(found, args)

@@ -2777,7 +2777,12 @@ class LoadTest(ProgramCase):
                 ((*self.QUICK, "--fail-if", "p50>10s", "--check", "loss,fifo"), 0, "", "skipped: duplicate"),
                 (("--port", port), 2, "could not join: Connection refused", ""),
                 (("--fail-if", "speed>3"), 2, "unknown measure 'speed'", ""),
-                (("-n", "1"), 2, "it takes two clients", ""),
+                (("-n", "1"), 2, "'1' is not a whole number from 2", ""),
+                (("--host", "192.0.2.1"), 2, "--host needs --port", ""),
+                (("--versus", "foo"), 2, "'foo' is not HOST:PORT", ""),
+                (("-d", "nan"), 2, "'nan' is not a number from 0 up", ""),
+                (("--json", "/no/such/file"), 2, "No such file", ""),
+                (("--server-command", "'"), 2, "No closing quotation", ""),
                 (("--server-command", "/no/such/server"), 2, "cannot start /no/such/server", ""),
                 (("--server-command", f"{sys.executable} -c 0"), 2, "does not listen", ""),
             )
