@@ -181,7 +181,6 @@ RPL_HELPTXT = Numeric("705", "help", form="{text}")
 RPL_ENDOFHELP = Numeric("706", "end-of-help", "End of HELP")
 
 ERR_NOSUCHNICK = Numeric("401", "no-such-user", "nobody here is called {0}")
-ERR_NOSUCHSERVER = Numeric("402", "no-such-server", "there is no server {0}")
 ERR_NOSUCHCHANNEL = Numeric("403", "no-such-channel", "there is no channel {0}")
 ERR_CANNOTSENDTOCHAN = Numeric("404", "cannot-send", "only members may write to {0}")
 ERR_TOOMANYCHANNELS = Numeric("405", "too-many-channels", f"nobody may be in more than {SESSION_CHANNELS} channels")

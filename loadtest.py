@@ -1104,9 +1104,9 @@ T = TypeVar("T")
 class Client:
     """One connection, in a thread of its own: joins, then stores what arrives, until it is told to stop.
 
-    Only the numbers of the messages and the time of each chunk are kept. While it `watches`, the thread wakes for
-    every chunk, so that the time belongs to the messages in it; otherwise it reads now and then, to leave the
-    processor to the server, and the times are not used.
+    Only the numbers of the messages and the time of each chunk are kept. While the run says that it watches, the
+    thread wakes for every chunk, so that the time belongs to the messages in it; otherwise it reads now and then, to
+    leave the processor to the server, and keeps no times.
     """
 
     def __init__(self, run: Run, number: int) -> None:
@@ -1116,7 +1116,7 @@ class Client:
         self.order = array("I")  # message numbers in the order of arrival, big-endian until the end
         self.chunks: List[Tuple[int, int, int]] = []  # watched: (time in ns, from, to) in `order`
         self.strange: List[bytes] = []
-        self.connected_s = self.joined_s = 0.0
+        self.joined_s = 0.0
         self.failure = ""
         self.until = 0  # end of its last turn to watch, in ns
         self.sock = socket.socket(run.family, socket.SOCK_STREAM)
@@ -1149,7 +1149,6 @@ class Client:
         began = time.monotonic()
         self.sock.settimeout(JOIN_S)
         self.sock.connect(self.run.address)
-        self.connected_s = time.monotonic() - began
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._set_up()
         self._rest = getattr(self, f"_join_{self.run.wire.protocol}")()

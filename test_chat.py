@@ -2721,6 +2721,20 @@ class LoadTest(ProgramCase):
         out, err = program.communicate(timeout=3 * PATIENCE)
         return program.returncode, out, err
 
+    def test_what_arrives_is_kept_in_order_however_it_is_cut(self) -> None:
+        wire = loadtest.wire("irc", "#chat", 64, 1)
+        lines = [b":c1!c1@h " + wire.line(number) for number in (3, 1, 2)]
+        data = b":s NOTICE * :x\r\n" + b"".join(lines) + lines[0].replace(b"M0", b"Mf") + lines[1]
+        for size in (1, 7, len(data)):
+            client = loadtest.Client(mock.Mock(wire=wire, prefix="c", family=socket.AF_INET), 0)
+            self.addCleanup(client.sock.close)
+            for start in range(0, len(data), size):
+                client._store(data[start : start + size])
+            if sys.byteorder == "little":
+                client.order.byteswap()
+            self.assertEqual(list(client.order), [3, 1, 2, 1])
+            self.assertEqual(len(client.strange), 1)
+
     def test_clean_runs_pass_in_every_protocol(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             programs = {}
