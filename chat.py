@@ -14,6 +14,7 @@ Sections, from pure to effectful; each uses only those above it:
     chat state             Session, Channel, Hub: who is here, who is where; the log
     commands               one function per command, in a table with its minimum parameters
     server                 connections and their readers, the mailer, the listener
+    terminal               line editor and screen, for people
     client                 connection to a server, for a terminal or a pipe
     command line           argparse, main
 
@@ -30,6 +31,8 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import calendar
+import codecs
 import collections
 import contextlib
 import errno
@@ -42,8 +45,10 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import queue
+import random
 import re
 import secrets
 import select
@@ -54,6 +59,7 @@ import sys
 import threading
 import time
 import unicodedata
+import zlib
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 VERSION = "chat.py-0.1"
@@ -112,8 +118,22 @@ STOP_S = 3.0  # for the last lines to be delivered when the server stops; it is 
 SWITCH_S, SWITCH_CLIENT_S = 0.005, 5e-6
 
 # The client.
-CONNECT_S = 10.0
+CONNECT_S = 10.0  # for a connection, and then for being let in
+ASK_S = 30.0  # of silence before the client asks whether the server is there, and again before it gives up
+RETRY_S, RETRY_MAX_S = (
+    0.5,
+    30.0,
+)  # pause before the first attempt to connect again, and the longest, each at random less
+GIVE_UP_S = 60.0  # without connection, for a pipe that ended: whoever waits for it wants an answer
+FRAME_S = 0.05  # between two drawings while much arrives
 UNECHOED_LINES = 50  # a pipe sends so many ahead of their echo: fills no buffer, hides the round trip
+HISTORY_LINES = 500  # typed lines that can be called back
+PASTE_CHARS = 1 << 16  # at most, of one paste
+WAITING_ROWS = 5  # shown of our lines that are not confirmed
+GREETED = 20  # names that are told on entering a channel
+# Looks: parameters of Select Graphic Rendition (ECMA-48, 8.3.117); names in colours seen on dark and light ground.
+BOLD, DIM, REVERSE, RED, MAGENTA = 1, 2, 7, 31, 35
+NAME_COLOURS = (32, 33, 34, 35, 36, 91, 92, 94, 95, 96)
 
 
 class Numeric(NamedTuple):
@@ -298,6 +318,7 @@ NO_TAGS: Mapping[str, str] = {}
 TAG_ESCAPES = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n"}  # IRCv3 message-tags, "Escaping values"
 TAG_UNESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n"}
 HERE = "*"  # as a target: the one channel that the sender is in
+ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msgid
 COUNT_TAG = "chat.py/here"  # on JOIN: how many are in the channel now
 
 
@@ -472,13 +493,20 @@ EVENT_FORMS = {
 
 
 OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats (direction, zero width), separators
+MARKS = 8  # combining marks that one letter may carry: real writing needs 4, and more of them cover other lines
 
 
 def harmless(text: str) -> str:
     """`text` with all that a terminal could obey, or that hides, made visible: \\x1b, <U+202E>. Never fails."""
-    if text.isprintable():
+    if text.isascii() and text.isprintable():
         return text
-    return "".join(visible(char) if unicodedata.category(char) in OBEYED else char for char in text)
+    shown, marks = [], 0
+    for char in text:
+        category = unicodedata.category(char)
+        marks = marks + 1 if category[0] == "M" else 0
+        hides = INVISIBLE.match(char) and char not in "\ufe0e\ufe0f"  # those two only choose how an emoji looks
+        shown.append(visible(char) if category in OBEYED or hides or marks > MARKS else char)
+    return "".join(shown)
 
 
 def visible(char: str) -> str:
@@ -508,16 +536,19 @@ def event_of(message: Message) -> Tuple[str, str]:
     )
 
 
-def text_form(message: Message) -> str:
-    """The line in which a person reads a message, '' for none. What the network sent is made harmless."""
+def text_form(message: Message, name: Callable[[str], str] = harmless) -> str:
+    """The line in which a person reads a message, '' for none. What the network sent is made harmless.
+
+    `name` makes the sender's name so, and may colour it.
+    """
     if is_system(message):
         text = event_of(message)[1]
         return text and f"*** {text}"
     private = "" if message.param(0).startswith("#") else "[private] "
-    nick, doing = harmless(message.nick), message.action
+    doing = message.action
     if doing is not None:
-        return f"{private}* {nick} {harmless(doing)}"
-    return f"{private}{nick}: {harmless(message.text)}"
+        return f"{private}* {name(message.nick)} {harmless(doing)}"
+    return f"{private}{name(message.nick)}: {harmless(message.text)}"
 
 
 class Slash(NamedTuple):
@@ -528,21 +559,36 @@ class Slash(NamedTuple):
     least: int
     words: int  # the last word takes the rest of the line
     message: Callable[[str, List[str]], Message]
+    local: bool = False  # done by the bundled client itself, so unknown to the plain dialect
 
 
 SLASHES = {
     "help": Slash("", "shows this", 0, 1, lambda here, words: Message("HELP")),
     "nick": Slash("NAME", "takes another name", 1, 1, lambda here, words: Message("NICK", (words[0],))),
     "msg": Slash("NAME TEXT", "speaks to one person", 2, 2, lambda here, words: Message("PRIVMSG", tuple(words))),
+    "reply": Slash(
+        "TEXT", "answers the last private message", 1, 1, lambda here, words: Message("REPLY", (words[0],)), True
+    ),
     "me": Slash("TEXT", "says what you do", 1, 1, lambda here, words: Message("PRIVMSG", (here, action(words[0])))),
     "who": Slash("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
+    "whois": Slash("NAME", "tells more about somebody", 1, 1, lambda here, words: Message("WHOIS", (words[0],))),
     "join": Slash("#CHANNEL", "goes to another channel", 1, 1, lambda here, words: Message("JOIN", (words[0],))),
     "topic": Slash("[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))),
+    "away": Slash("[TEXT]", "says why you do not answer", 0, 1, lambda here, words: Message("AWAY", tuple(words))),
+    "ignore": Slash(
+        "[NAME]",
+        "hides somebody's messages, or no more",
+        0,
+        1,
+        lambda here, words: Message("IGNORE", tuple(words)),
+        True,
+    ),
+    "clear": Slash("", "clears the screen", 0, 1, lambda here, words: Message("CLEAR"), True),
     "quit": Slash("[TEXT]", "leaves, as does exit alone", 0, 1, lambda here, words: Message("QUIT", tuple(words))),
 }
 
 
-def typed(line: str, here: str) -> Message:
+def typed(line: str, here: str, local: bool = False) -> Message:
     """The message that a line typed by a person in channel `here` stands for; raises Refused for a wrong command."""
     if line.strip() == "exit":
         return Message("QUIT")
@@ -550,7 +596,7 @@ def typed(line: str, here: str) -> Message:
         return Message("PRIVMSG", (here, line[1:] if line.startswith("/") else line))
     name, _, rest = line[1:].partition(" ")
     slash = SLASHES.get(name.lower())
-    if slash is None:
+    if slash is None or (slash.local and not local):
         raise Refused(FAIL_BAD_SLASH, f"/{name} is not a command; /help lists them (//text sends a line with a slash)")
     words = rest.split(None, slash.words - 1) if rest.strip() else []
     if len(words) < slash.least:
@@ -558,9 +604,11 @@ def typed(line: str, here: str) -> Message:
     return slash.message(here, words)
 
 
-def help_lines() -> list[str]:
+def help_lines(local: bool = False) -> list[str]:
     """What /help says, a line each."""
-    return [f"{f'/{name} {slash.grammar}':18}{slash.help}" for name, slash in SLASHES.items()]
+    return [
+        f"{f'/{name} {slash.grammar}':18}{slash.help}" for name, slash in SLASHES.items() if local or not slash.local
+    ]
 
 
 # -----------------------------------------------------------------------------
@@ -574,7 +622,7 @@ HTTP_FIRST = re.compile(rb"[A-Z]+ \S+ HTTP/\d")
 JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?')  # also one without an end, lest the search begin anew within it
 TLS_HANDSHAKE = 0x16  # first byte of a TLS ClientHello: RFC 8446, section 5.1
 
-CAPABILITIES = ("echo-message", "message-tags", "multi-prefix", "server-time")
+CAPABILITIES = ("echo-message", "message-tags", "multi-prefix", "server-time", "standard-replies")
 
 
 def decode_text(line: bytes) -> str:
@@ -746,7 +794,7 @@ class Irc(Dialect):
     def encode(self, message: Message) -> bytes:
         if message is PROMPT or (message.command == "TAGMSG" and not self._tags):
             return b""
-        if message.command == "FAIL":  # for clients without standard-replies
+        if message.command == "FAIL" and "standard-replies" not in self.caps:
             message = Message("NOTICE", ("*", message.text), message.source, message.tags)
         tags = ""
         if message.tags and (self._tags or self._time):
@@ -1270,7 +1318,8 @@ def refuse(hub: Hub, session: Session, refused: Refused, message: Message = PROM
     numeric = refused.numeric
     words: Tuple[str, ...] = (session.nick or "*", *params, numeric.text.format(*params))
     if numeric.code == "FAIL":  # IRCv3 standard-replies: FAIL <command> <code> :<text>
-        words = (message.command, numeric.name.upper().replace("-", "_"), words[-1])
+        command = "*" if message is PROMPT else message.command  # * where the line was no command
+        words = (command, numeric.name.upper().replace("-", "_"), words[-1])
     label = refused.label or message.tags.get("label", "")
     tags = {"label": label} if label and "labeled-response" in session.view.caps else NO_TAGS
     hub.tell_locked(session, Message(numeric.code, words, hub.name, tags))
@@ -2125,6 +2174,458 @@ def raise_descriptor_limit() -> None:
 
 
 # -----------------------------------------------------------------------------
+# terminal
+# -----------------------------------------------------------------------------
+# A key is what a terminal sends for it: "a", "\x01" (Ctrl-A), "\x1b[A" (up), "\x1bb" (Alt-B): ECMA-48 and xterm.
+
+PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"  # bracketed paste, as xterm has it
+KEY = re.compile(
+    r"\x1b\[200~.*?\x1b\[201~"  # a paste, whole
+    r"|\x1b\[(?!200~)[0-?]*[ -/]*[@-~]"  # CSI sequences
+    r"|\x1bO."  # SS3: arrows in application mode
+    r"|\x1b(?=\x1b)|\x1b[^\[O\x1b]"  # Alt and a key
+    r"|[^\x1b]",
+    re.DOTALL,
+)
+CANCEL = "\x07"  # Ctrl-G
+# The second code of a special key, as msvcrt.getwch has it, and what a terminal would send.
+WINDOWS_KEYS = {
+    "H": "\x1b[A", "P": "\x1b[B", "M": "\x1b[C", "K": "\x1b[D", "G": "\x1b[H", "O": "\x1b[F", "S": "\x1b[3~",
+    "s": "\x1b[1;5D", "t": "\x1b[1;5C",
+}  # fmt: skip
+
+
+class Keys:
+    """What is read from a terminal in, single keys out; the beginning of one waits for its rest."""
+
+    def __init__(self) -> None:
+        self._tail = ""
+
+    def feed(self, text: str) -> List[str]:
+        """The keys that are complete with `text`."""
+        text, self._tail = self._tail + text, ""
+        keys, at = [], 0
+        while at < len(text):
+            match = KEY.match(text, at)
+            if match is None:
+                if len(text) - at <= PASTE_CHARS:  # otherwise a paste without an end: whatever it is, it is not kept
+                    self._tail = text[at:]
+                break
+            keys.append(match[0])
+            at = match.end()
+        return keys
+
+
+class Entered(NamedTuple):
+    """What was entered: a line, or the lines of a paste, among which there are no slash commands."""
+
+    lines: List[str]
+    pasted: bool = False
+
+
+class Editor:
+    """The line that is being typed: keys in, text and cursor out. Knows nothing of screens.
+
+    `complete` gets the text before the cursor and returns where the word to complete begins, and what could
+    stand there.
+    """
+
+    def __init__(self, complete: Callable[[str], Tuple[int, List[str]]]) -> None:
+        self.text = ""
+        self.cursor = 0  # in characters
+        self._complete = complete
+        self._choices: List[str] = []  # what Tab puts before the cursor, one after the other
+        self._asked: List[str] = []  # pasted lines, while we ask about them
+        self._query: Optional[str] = None  # while the history is searched
+        self._history: List[str] = []
+        self._at = 0  # place in the history; its length for what is being typed
+        self._draft = ""  # what was being typed, while something older is shown
+        self._killed = ""
+        self._kills = self._killing = False  # this key kills; so did the last one
+
+    def view(self) -> Tuple[str, str, int]:
+        """(question that must be answered before typing goes on, or ''; text; cursor in characters)."""
+        if self._asked:
+            return f"send {len(self._asked)} pasted lines? y/n ", "", 0
+        return "" if self._query is None else f"search '{harmless(self._query)}': ", self.text, self.cursor
+
+    def press(self, key: str) -> Optional[Entered]:
+        """Does what a key means; returns what it entered."""
+        if self._asked:
+            lines, self._asked = self._asked, []
+            return Entered(lines, True) if key in ("y", "Y") else None
+        if self._query is not None and self._searched(key, self._query):
+            return None
+        self._killing, self._kills = self._kills, False
+        if key not in ("\t", "\x1b[Z"):
+            self._choices = []
+        if key in BINDINGS:
+            return BINDINGS[key](self)
+        if key.startswith(PASTE_BEGIN):
+            self._paste(key[len(PASTE_BEGIN) : -len(PASTE_END)])
+        elif len(key) == 1 and unicodedata.category(key) != "Cc":
+            self._insert(key)
+        return None
+
+    def _enter(self) -> Optional[Entered]:
+        line, self.text, self.cursor = self.text, "", 0
+        if line.strip() and self._history[-1:] != [line]:
+            self._history = [*self._history, line][-HISTORY_LINES:]
+        self._at = len(self._history)
+        return Entered([line]) if line.strip() else None
+
+    def _quit_or_delete(self) -> Optional[Entered]:
+        if not self.text:
+            return Entered(["/quit"])
+        self._delete()
+        return None
+
+    def _clear(self) -> Optional[Entered]:
+        return Entered(["/clear"])
+
+    # Moving: by letters with the marks upon them, and by words.
+
+    def _left(self) -> None:
+        self.cursor = max(self.cursor - 1, 0)
+        while self.cursor and not columns(self.text[self.cursor]):
+            self.cursor -= 1
+
+    def _right(self) -> None:
+        self.cursor = min(self.cursor + 1, len(self.text))
+        while self.cursor < len(self.text) and not columns(self.text[self.cursor]):
+            self.cursor += 1
+
+    def _home(self) -> None:
+        self.cursor = 0
+
+    def _end(self) -> None:
+        self.cursor = len(self.text)
+
+    def _skip(self, step: int, wanted: Callable[[str], bool]) -> None:
+        """Goes on, to the left (-1) or right (1), as long as the next character is wanted."""
+        side = min(step, 0)
+        while 0 <= self.cursor + side < len(self.text) and wanted(self.text[self.cursor + side]):
+            self.cursor += step
+
+    def _word_left(self) -> None:
+        self._skip(-1, lambda char: not char.isalnum())
+        self._skip(-1, str.isalnum)
+
+    def _word_right(self) -> None:
+        self._skip(1, lambda char: not char.isalnum())
+        self._skip(1, str.isalnum)
+
+    def _space_left(self) -> None:
+        self._skip(-1, str.isspace)
+        self._skip(-1, lambda char: not char.isspace())
+
+    # Changing.
+
+    def _insert(self, text: str) -> None:
+        self.text = self.text[: self.cursor] + text + self.text[self.cursor :]
+        self.cursor += len(text)
+
+    def _remove(self, move: Callable[[Editor], None]) -> str:
+        """Takes out what `move` passes."""
+        before = self.cursor
+        move(self)
+        start, end = sorted((before, self.cursor))
+        gone, self.text, self.cursor = self.text[start:end], self.text[:start] + self.text[end:], start
+        return gone
+
+    def _kill(self, move: Callable[[Editor], None]) -> None:
+        """Takes out what `move` passes, and keeps it for yank, together with what the key before killed."""
+        before, known = self.cursor, self._killed if self._killing else ""
+        gone = self._remove(move)
+        self._killed = gone + known if self.cursor < before else known + gone
+        self._kills = True
+
+    def _backspace(self) -> None:
+        self._remove(Editor._left)
+
+    def _delete(self) -> None:
+        self._remove(Editor._right)
+
+    def _yank(self) -> None:
+        self._insert(self._killed)
+
+    def _paste(self, text: str) -> None:
+        text = text.replace("\t", "    ").replace("\r", "\n")
+        lines = [line for line in text.split("\n") if line.strip()]
+        if len(lines) > 1:
+            self._asked = lines
+        else:
+            self._insert("".join(lines) or text.strip("\n"))
+
+    def _tab(self, step: int = 1) -> None:
+        head, rest = self.text[: self.cursor], self.text[self.cursor :]
+        if not self._choices:
+            start, words = self._complete(head)
+            self._choices = [head[:start] + word for word in words]
+        if self._choices:
+            at = self._choices.index(head) + step if head in self._choices else min(step, 0)
+            head = self._choices[at % len(self._choices)]
+            self.text, self.cursor = head + rest, len(head)
+
+    # History.
+
+    def _show(self, at: int) -> None:
+        if not 0 <= at <= len(self._history):
+            return
+        if self._at == len(self._history):
+            self._draft = self.text
+        self._at = at
+        self.text = self._draft if at == len(self._history) else self._history[at]
+        self.cursor = len(self.text)
+
+    def _older(self) -> None:
+        self._show(self._at - 1)
+
+    def _newer(self) -> None:
+        self._show(self._at + 1)
+
+    def _search(self) -> None:
+        self._query = ""
+
+    def _searched(self, key: str, query: str) -> bool:
+        """Takes a key while the history is searched; False where it ends the search and means something itself."""
+        at = self._at
+        if key == CANCEL:
+            self._show(len(self._history))
+            self._query = None
+            return True
+        if key == "\x12":
+            at -= 1
+        elif key in ("\x7f", "\x08"):
+            query, at = query[:-1], len(self._history) - 1
+        elif len(key) == 1 and unicodedata.category(key) != "Cc":
+            query += key
+        else:
+            self._query = None
+            return False
+        self._query = query
+        for index in range(min(at, len(self._history) - 1), -1, -1):
+            if query and query in self._history[index]:
+                self._show(index)
+                self.cursor = self.text.index(query)
+                break
+        return True
+
+
+# What keys do.
+BINDINGS: Dict[str, Callable[[Editor], Optional[Entered]]] = {
+    **dict.fromkeys(("\r", "\n"), Editor._enter),
+    **dict.fromkeys(("\x7f", "\x08"), Editor._backspace),
+    **dict.fromkeys(("\x01", "\x1b[H", "\x1bOH", "\x1b[1~", "\x1b[7~"), Editor._home),
+    **dict.fromkeys(("\x05", "\x1b[F", "\x1bOF", "\x1b[4~", "\x1b[8~"), Editor._end),
+    **dict.fromkeys(("\x02", "\x1b[D", "\x1bOD"), Editor._left),
+    **dict.fromkeys(("\x06", "\x1b[C", "\x1bOC"), Editor._right),
+    **dict.fromkeys(("\x1bb", "\x1b[1;5D", "\x1b[1;3D", "\x1bOd"), Editor._word_left),
+    **dict.fromkeys(("\x1bf", "\x1b[1;5C", "\x1b[1;3C", "\x1bOc"), Editor._word_right),
+    **dict.fromkeys(("\x10", "\x1b[A", "\x1bOA"), Editor._older),
+    **dict.fromkeys(("\x0e", "\x1b[B", "\x1bOB"), Editor._newer),
+    "\x1b[3~": Editor._delete,
+    "\x04": Editor._quit_or_delete,
+    "\x0b": lambda self: self._kill(Editor._end),
+    "\x15": lambda self: self._kill(Editor._home),
+    "\x17": lambda self: self._kill(Editor._space_left),
+    "\x1b\x7f": lambda self: self._kill(Editor._word_left),
+    "\x1bd": lambda self: self._kill(Editor._word_right),
+    "\x19": Editor._yank,
+    "\t": Editor._tab,
+    "\x1b[Z": lambda self: self._tab(-1),
+    "\x12": Editor._search,
+    "\x0c": Editor._clear,
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def columns(char: str) -> int:
+    """How many columns of a terminal a character takes: 0, 1 or 2 (Unicode Standard Annex 11)."""
+    if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff":  # marks; Hangul vowels and finals
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def width(text: str) -> int:
+    """How many columns a harmless text takes."""
+    return sum(map(columns, text))
+
+
+def fit(text: str, room: int) -> str:
+    """The beginning of a harmless text that takes at most `room` columns; where it is cut, it ends in dots."""
+    if width(text) <= room:
+        return text
+    ends = list(itertools.accumulate(map(columns, text)))
+    return text[: bisect.bisect_right(ends, max(room - 3, 0))] + "..."[:room]
+
+
+def height(text: str, room: int) -> int:
+    """How many rows of so many columns a harmless text takes; a wide character is not broken."""
+    rows, column = 1, 0
+    for size in map(columns, text):
+        if column + size > room:
+            rows, column = rows + 1, 0
+        column += size
+    return rows
+
+
+def input_row(prompt: str, text: str, cursor: int, room: int) -> Tuple[str, str, str]:
+    """What is shown of the prompt and of a text: what is before the cursor, and after it.
+
+    All together take at most `room` columns. What does not fit is turned like pages, half of what fits at a time.
+    """
+    if width(prompt) > room // 2:
+        prompt = "> " if room > 4 else ""
+    space = max(room - width(prompt), 2)
+    shown = [harmless(char) for char in text]
+    starts = [0, *itertools.accumulate(map(width, shown))]
+    first = 0
+    if starts[cursor] > space:
+        half = space // 2
+        first = bisect.bisect_left(starts, -(-(starts[cursor] - space) // half) * half)
+        while first < cursor and starts[first] == starts[first + 1]:  # marks belong to the letter before
+            first += 1
+    last = bisect.bisect_right(starts, starts[first] + space) - 1
+    return prompt, "".join(shown[first:cursor]), "".join(shown[cursor:last])
+
+
+class Screen:
+    """A terminal. Its bottom rows are ours and drawn again and again; what is printed scrolls away above them.
+
+    Used by one thread. Within `with`, keys come singly and are not echoed.
+    """
+
+    def __init__(self) -> None:
+        self.colours = not os.environ.get("NO_COLOR")
+        self._printed: List[str] = []  # since the last draw
+        self._rows = [""]  # ours, as drawn, the last one up to the character under the cursor
+        self._shown: Any = None  # what was drawn last
+        self._modes: Any = None
+
+    def __enter__(self) -> Screen:
+        self._modes = raw_mode()
+        self._write("\x1b[?2004h")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._write(f"{self._erased()}{''.join(self._printed)}\x1b[?2004l")
+        self._rows, self._shown, self._printed = [""], None, []
+        restore_mode(self._modes)
+
+    def paint(self, text: str, *codes: int) -> str:
+        """`text` in a look (ECMA-48, Select Graphic Rendition), if colours are wanted."""
+        return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self.colours and text else text
+
+    def print(self, line: str) -> None:
+        """A line that stays, above our rows, at the next draw."""
+        self._printed.append(f"{line}\n")
+
+    def bell(self) -> None:
+        """Calls the person, at the next draw."""
+        if "\a" not in self._printed:
+            self._printed.append("\a")
+
+    def clear(self) -> None:
+        """Empties the screen, at the next draw."""
+        self._printed = ["\x1b[H\x1b[2J"]
+
+    def draw(self, waiting: List[str], prompt: str, text: str, cursor: int) -> None:
+        """Draws our rows anew where something changed: lines that wait, cut to a row each, and the line being typed."""
+        size = self._size()
+        shown = (waiting, prompt, text, cursor, size)
+        if shown == self._shown and not self._printed:
+            return
+        room = max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
+        rows = [fit(line, room) for line in waiting[: max(min(size.lines - 2, WAITING_ROWS), 0)]]
+        prompt, before, after = input_row(prompt, text, cursor, room)
+        dim = [self.paint(line, DIM) + "\n" for line in rows]
+        typing = self.paint(prompt, BOLD) + before + (f"{after}\x1b[{width(after)}D" if after else "")
+        self._write("".join([self._erased(), *self._printed, *dim, typing]))
+        self._rows, self._shown, self._printed = [*rows, prompt + before + after[:1]], shown, []
+
+    def _erased(self) -> str:
+        """What takes our rows away. Where the window has become narrower, terminals have broken them into several."""
+        room = self._size().columns
+        above = sum(height(row, room) for row in self._rows) - 1
+        return f"\r\x1b[{above}A\x1b[J" if above else "\r\x1b[K"
+
+    @staticmethod
+    def _size() -> os.terminal_size:
+        size = os.get_terminal_size(sys.stdout.fileno())
+        return os.terminal_size((size.columns or 80, size.lines or 24))  # a terminal may not know its own
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+if sys.platform == "win32":
+    import ctypes
+    import msvcrt
+
+    def can_draw() -> bool:
+        """Whether the console understands VT sequences, which it is asked to do; not before Windows 10."""
+        kernel32, mode = ctypes.windll.kernel32, ctypes.c_uint32()
+        console = kernel32.GetStdHandle(-11)
+        return bool(
+            kernel32.GetConsoleMode(console, ctypes.byref(mode)) and kernel32.SetConsoleMode(console, mode.value | 4)
+        )
+
+    def raw_mode() -> Any:
+        """Nothing to be done: getwch reads single keys without echo."""
+
+    def restore_mode(modes: Any) -> None:
+        """Nothing to be undone."""
+
+    def read_keys() -> str:
+        """Waits for keys; '' when there will be no more."""
+        char = msvcrt.getwch()
+        if char == "\0" or (char == "\xe0" and msvcrt.kbhit()):  # alone, it is a letter
+            return WINDOWS_KEYS.get(msvcrt.getwch(), "\0")
+        if "\ud800" <= char < "\udc00":  # the first half of a pair
+            char = (char + msvcrt.getwch()).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return char
+
+else:
+    import termios
+
+    DECODER = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def can_draw() -> bool:
+        """Whether the terminal understands VT sequences."""
+        return os.environ.get("TERM", "dumb") != "dumb"
+
+    def raw_mode() -> Any:
+        """Keys come singly, unchanged and without echo, but for those that interrupt; returns what to restore."""
+        saved = termios.tcgetattr(sys.stdin.fileno())
+        modes = termios.tcgetattr(sys.stdin.fileno())
+        modes[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR | termios.IXON | termios.ISTRIP)
+        modes[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
+        modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, modes)
+        return saved
+
+    def restore_mode(modes: Any) -> None:
+        """Gives the terminal back as it was."""
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, modes)
+
+    def read_keys() -> str:
+        """Waits for keys; '' when there will be no more."""
+        text = ""
+        while not text:
+            try:
+                data = os.read(sys.stdin.fileno(), RECV_BYTES)
+            except OSError:  # hung up
+                return ""
+            text = DECODER.decode(data)
+            if not data:
+                return ""
+        return text
+
+
+# -----------------------------------------------------------------------------
 # client
 # -----------------------------------------------------------------------------
 
@@ -2133,226 +2634,765 @@ class Failed(Exception):
     """Something that ends the program with exit code 1; its text says what and what to do."""
 
 
-Events = queue.Queue  # of (kind, item), for each of which Client has a function _on_<kind>
+class PasswordWanted(Failed):
+    """The server asks for a password that was not given."""
 
 
-def receive(sock: socket.socket, events: Events[Tuple[str, Any]]) -> None:
-    """A thread: ("message", Message) for each that arrives, and ("closed", None) at the end."""
-    lines, data = LineBuffer(SERVER_INPUT_BYTES), b"\n"
-    with contextlib.suppress(OSError):
-        while data:
-            for line in lines.feed(data):
-                if line is not None:
-                    events.put(("message", parse(line.decode(errors="replace"))))
-            data = sock.recv(1 << 16)
-    events.put(("closed", None))
+Events = queue.Queue  # of (kind, item); Client has a method _on_<kind> for each
 
 
-def read_input(events: Events[Tuple[str, Any]], window: threading.Semaphore) -> None:
-    """A thread: ("line", bytes) for each line of standard input that `window` admits, and ("line", b"") at its end.
+class Link:
+    """A connection to a server. One thread connects and writes what was given to `send`, another one reads.
 
-    Reads below the buffer, whose lock a thread that is still there when the program ends must not hold.
+    `events` gets ("messages", (link, messages)), and once ("closed", (link, whether it was open, reason)).
     """
-    lines, data = LineBuffer(SERVER_INPUT_BYTES), b"\n"
-    source: Any = sys.stdin and getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
-    while data and source:
-        data = source.read(RECV_BYTES) or b""
-        for line in lines.feed(data or b"\n"):
-            window.acquire()
-            events.put(("line", line))
-    events.put(("line", b""))
+
+    def __init__(self, host: str, port: int, events: Events[Tuple[str, Any]]) -> None:
+        self._address = host, port
+        self._events = events
+        self._lines: queue.Queue[bytes] = queue.Queue()
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
+
+    def send(self, message: Message) -> None:
+        """Sends a message, in its turn. That it could not be sent shows when what had arrived has been read."""
+        self._lines.put(f"{format_tags(message.tags.items())}{format_line(message)}\r\n".encode())
+
+    def close(self, patience: float = 0) -> None:
+        """Ends the connection after what was sent; waits for that at most `patience` seconds."""
+        self._lines.put(b"")
+        self._writer.join(patience)
+
+    def _write(self) -> None:
+        try:
+            sock = socket.create_connection(self._address, CONNECT_S)
+        except (OSError, UnicodeError) as error:
+            self._events.put(("closed", (self, False, getattr(error, "strerror", None) or str(error))))
+            return
+        with sock, contextlib.suppress(OSError):
+            sock.settimeout(None)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self._read, args=(sock,), daemon=True).start()
+            for data in iter(self._lines.get, b""):
+                sock.sendall(data)
+            sock.shutdown(socket.SHUT_RDWR)
+
+    def _read(self, sock: socket.socket) -> None:
+        lines, data, reason = LineBuffer(SERVER_INPUT_BYTES), b"\n", ""
+        try:
+            while data:
+                found = [parse(line.decode(errors="replace")) for line in lines.feed(data) if line is not None]
+                if found:
+                    self._events.put(("messages", (self, found)))
+                data = sock.recv(1 << 16)
+        except OSError as error:
+            reason = error.strerror or ""
+        self._events.put(("closed", (self, True, reason)))
+
+
+class Line(NamedTuple):
+    """A message of ours, as long as nothing tells that it arrived."""
+
+    id: str
+    target: str
+    text: str
+
+
+class Outgoing:
+    """Our messages on their way: what waits, the first `sent` of which this server has; what cannot be known.
+
+    A server with echo-message confirms each. Of one without, we only know that what was sent before an answered
+    PING has arrived.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: List[Line] = []
+        self.sent = 0
+        self.unsure: List[Line] = []
+        self._ids = map(f"{secrets.token_hex(4)}-{{:x}}".format, itertools.count(1))
+
+    def add(self, target: str, text: str) -> None:
+        """One more."""
+        self.waiting.append(Line(next(self._ids), target, text))
+
+    def next(self, echoed: bool) -> Optional[Line]:
+        """The next one to send to a server that echoes, or does not."""
+        if self.sent == len(self.waiting):
+            return None
+        line = self.waiting[self.sent]
+        if echoed:
+            self.sent += 1
+        else:
+            del self.waiting[self.sent]
+            self.unsure.append(line)
+        return line
+
+    def settle(self, target: str, line_id: str = "") -> bool:
+        """Something came of a line: of the one with this id; without, of the first to the target or to anybody."""
+        for index, line in enumerate(self.waiting[: self.sent]):
+            if line.id == line_id if line_id else fold(target) in (fold(line.target), ""):
+                del self.waiting[index]
+                self.sent -= 1
+                return True
+        return False
+
+    def answered(self, token: str) -> bool:
+        """A PING with the id of a line was answered; whether it was."""
+        for index, line in enumerate(self.unsure):
+            if line.id == token:
+                del self.unsure[: index + 1]
+                return True
+        return False
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.unsure)
+
+
+class View:
+    """What a client shows, and where it gets its lines from. All methods are called by the client's thread."""
+
+    pause = TICK_S  # seconds that may pass until update is called again
+    patient = True  # goes on when a line is refused
+    ended = False  # no more lines will come
+
+    def start(self, client: Client) -> None:
+        """Begins to feed client.events with ("input", item); once, after a server has welcomed us."""
+        raise NotImplementedError
+
+    def input(self, client: Client, item: Any) -> None:
+        """Takes what came from there."""
+        raise NotImplementedError
+
+    def show(self, message: Message, mine: bool) -> None:
+        """A message that arrived; `mine`: a receipt, from ourselves."""
+        raise NotImplementedError
+
+    def remark(self, text: str) -> None:
+        """Something that the client itself has to say."""
+        raise NotImplementedError
+
+    def update(self, client: Client) -> None:
+        """Something may have happened."""
+        raise NotImplementedError
+
+    def greet(self, client: Client) -> None:
+        """We are in a channel, and know who is there."""
+
+    def clear(self) -> None:
+        """Empties the screen."""
 
 
 class Client:
-    """One person's, or one pipe's, connection to an IRC server.
+    """One person's, or one pipe's, place in a chat.
 
-    `run` owns all state and does all sending. Two threads feed its queue: with the messages that arrive, and with
-    the lines of standard input.
+    `run` owns all state. The threads of a Link and of a View feed its queue, which is bounded: who is not read waits.
     """
 
-    WANTED = ("echo-message", "message-tags", "server-time")
-
-    def __init__(self, host: str, port: int, nick: str, channel: str) -> None:
-        self.where = f"{host}:{port}"
+    def __init__(self, host: str, port: int, nick: str, channel: str, view: View) -> None:
+        self.address, self.where = (host, port), f"{host}:{port}"
         self.nick = self.wanted = nick
         self.channel = channel
-        self.person = bool(sys.stdin) and sys.stdin.isatty()
-        self.source = ""  # our own prefix, as the server writes it
-        self.caps: List[str] = []
+        self.view = view
+        self.password = ""
+        self.reconnects = True
+        self.events: Events[Tuple[str, Any]] = queue.Queue(100)
         self.status: Optional[int] = None  # exit code, once known
-        self.joined = self.leaving = self.input_ended = False
-        self.unechoed = 0  # messages that were sent and whose echo has not come
-        self.events: Events[Tuple[str, Any]] = queue.Queue()
-        self.window = threading.Semaphore(1)  # lines that may be read from standard input
-        try:
-            self.sock = socket.create_connection((host, port), CONNECT_S)
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise Failed(f"cannot connect to {self.where}: {reason}; is the server running, and there?") from None
-        self.sock.settimeout(None)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.outgoing = Outgoing()
+        self.people: Dict[str, str] = {}  # folded name -> name of who is in the channel; who spoke last, last
+        self.ignored: Dict[str, str] = {}  # the same for those whose messages are not shown
+        self.partner = ""  # who spoke to us alone
+        self.asking = False  # for names, because we were told to
+        self.welcomed = self.entered = self.leaving = False  # by a server; has been in the chat; wants to leave it
+        self.link: Optional[Link] = None
+        self.joined = False  # over this link
+        self.source = ""  # our own prefix, as the server writes it
+        self.caps: List[str] = []  # granted; before that, offered
+        self.why = ""  # the server's last words
+        self.attempts = 0  # to connect, in vain
+        # Monotonic seconds: link begun, joined or lost; something heard; PING sent; when to connect or to leave.
+        self.since = self.heard = self.asked = self.deadline = 0.0
 
     def run(self) -> int:
         """Talks until one side ends; returns the exit code, raises Failed."""
-        threading.Thread(target=receive, args=(self.sock, self.events), daemon=True).start()
+        self.connect()
+        try:
+            while self.status is None:
+                with contextlib.suppress(queue.Empty):
+                    kind, item = self.events.get(timeout=self.view.pause)  # in steps: Windows interrupts no wait
+                    getattr(self, f"_on_{kind}")(item)
+                self._tick(time.monotonic())
+                if self.status is None:
+                    self.view.update(self)
+            return self.status
+        except KeyboardInterrupt:
+            self.send("QUIT")
+            return 130
+        finally:
+            if self.link:
+                self.link.close(TICK_S)
+
+    def connect(self) -> None:
+        """Begins a new connection."""
+        self.link = Link(*self.address, self.events)
+        self.caps, self.why, self.nick = [], "", self.wanted
+        self.since = self.heard = time.monotonic()
         self.send("CAP", "LS", "302")
+        if self.password:
+            self.send("PASS", self.password)
         self.send("NICK", self.nick)
         self.send("USER", re.sub("[^A-Za-z0-9._-]", "", self.nick)[:USER_CHARS] or "user", "0", "*", self.nick)
-        give_up = time.monotonic() + CONNECT_S
-        with self.sock:
-            while self.status is None:
-                try:
-                    kind, item = self.events.get(timeout=TICK_S)  # in steps: Windows does not interrupt a wait
-                except queue.Empty:
-                    if not self.joined and time.monotonic() > give_up:
-                        raise Failed(f"{self.where} does not answer as a chat or IRC server does") from None
-                    continue
-                getattr(self, f"_on_{kind}")(item)
-        return self.status
 
     def send(self, command: str, *params: str) -> None:
-        """Sends one message. That it could not be sent shows when what had arrived before has been read."""
-        with contextlib.suppress(OSError):
-            self.sock.sendall(f"{format_line(Message(command, params))}\r\n".encode())
+        """Sends a message, if there is a connection."""
+        if self.link:
+            self.link.send(Message(command, params))
 
-    def show(self, line: str) -> None:
-        """One line for the reader."""
-        if line:
-            print(line, flush=True)
-
-    # What happens: one function per kind of event.
-
-    def _on_closed(self, _: object) -> None:
-        if not self.leaving:
-            raise Failed(f"the connection to {self.where} was lost")
-        self.status = 0
-
-    def _on_line(self, line: Optional[bytes]) -> None:
-        if line is None:
-            raise Failed("a line of the input is too long")
-        self.input_ended = not line
-        text = re.sub("[\0\r]", " ", line.decode(errors="replace"))
-        if text:
-            try:
-                self._say(typed(text, self.channel) if self.person else Message("PRIVMSG", (self.channel, text)))
-            except Refused as refused:
-                self.show(f"*** Error: {refused.params[0]}")
-        self._go_on()
-
-    def _say(self, message: Message) -> None:
-        if message.command == "HELP":
-            for line in help_lines():
-                self.show(f"*** {line}")
-            return
-        self.leaving = self.leaving or message.command == "QUIT"
-        if message.command != "PRIVMSG":
-            self.send(message.command, *message.params)
-            return
+    def say(self, message: Message) -> None:
+        """Sends a PRIVMSG, as several if need be, now or when the connection is back."""
         target, doing = message.params[0], message.action
-        room = LINE_BYTES - 2 - len(f":{self.source} PRIVMSG {target} :".encode())
+        source = self.source or f"{self.nick}!{'u' * USER_CHARS}@{'h' * 63}"
+        room = LINE_BYTES - 2 - len(f":{source} PRIVMSG {target} :".encode())
         if doing is None:
             pieces = split_text(message.text, room)
         else:
             pieces = [action(piece) for piece in split_text(doing, room - len(action("")))]
         for piece in pieces:
-            self.send("PRIVMSG", target, piece)
-            self.unechoed += 1
+            self.outgoing.add(target, piece)
+        self.flush()
 
-    def _go_on(self) -> None:
-        """Asks for the next line, or leaves after the last, as soon as enough has been confirmed."""
-        if "echo-message" not in self.caps or self.person:
-            self.unechoed = 0
-        if not self.input_ended:
-            if self.unechoed < UNECHOED_LINES:
-                self.window.release()
-        elif "echo-message" not in self.caps and not self.leaving:
-            self.send("PING", "end-of-input")
-        elif not self.unechoed and not self.leaving:
-            self.leaving = True
-            self.send("QUIT")
-
-    def _on_message(self, message: Message) -> None:
-        if message.nick == self.nick and "!" in message.source:
-            self.source = message.source
-            if message.command == "PRIVMSG":
-                self._got_echo(message)
+    def flush(self) -> None:
+        """Sends what waits, once we are in the chat."""
+        echoed, tagged = "echo-message" in self.caps, "message-tags" in self.caps
+        while self.link and self.joined:
+            line = self.outgoing.next(echoed)
+            if line is None:
                 return
-        handler = getattr(self, f"_got_{message.command.lower()}", None)
-        if handler is not None and handler(message):
+            self.link.send(Message("PRIVMSG", line[1:], "", {ID_TAG: line.id} if tagged else NO_TAGS))
+            if not echoed:
+                if len(self.outgoing.unsure) == 1:
+                    self.send("PING", line.id)
+                self.view.show(Message("PRIVMSG", line[1:], self.source), True)
+
+    def leave(self, reason: str = "") -> None:
+        """Ends the chat, as soon as the server has said goodbye."""
+        self.leaving, self.deadline = True, time.monotonic() + LINGER_S
+        self.send("QUIT", *([reason] if reason else []))
+        if not self.joined:
+            self._end()
+
+    def _end(self) -> None:
+        if self.outgoing:
+            raise Failed(f"not delivered: {len(self.outgoing)} line(s)")
+        self.status = 0
+
+    def _lose(self, reason: str) -> None:
+        """The connection is no more."""
+        if self.link:
+            self.link.close()
+        joined, self.link, self.joined = self.joined, None, False
+        if self.leaving:
+            self._end()
             return
-        text = text_form(message)
-        self.show(text)
-        if not self.person and self.unechoed and text.startswith("*** Error: "):
-            raise Failed("a line was not delivered")
+        if not self.entered or not self.reconnects:
+            raise Failed(reason)
+        now = time.monotonic()
+        if joined:
+            self.view.remark(f"{reason}; trying again")
+            if now > self.since + RETRY_MAX_S:
+                self.attempts = 0
+            self.since = now
+        self.outgoing.sent = 0
+        if self.outgoing.unsure:
+            self.view.remark(f"your last {len(self.outgoing.unsure)} line(s) may be lost: this server confirms nothing")
+            self.outgoing.unsure = []
+            if not self.view.patient:
+                raise Failed("it is not known whether all lines were delivered")
+        self.deadline = now + min(RETRY_S * 2**self.attempts, RETRY_MAX_S) * random.uniform(0.7, 1)
+        self.attempts = min(self.attempts + 1, 10)
 
-    # Messages that mean something to the client; True: there is nothing to show.
+    def _tick(self, now: float) -> None:
+        """Does what is due."""
+        if self.leaving:
+            if now > self.deadline and self.status is None:
+                self._end()
+        elif not self.link:
+            if self.view.ended and now > self.since + GIVE_UP_S:
+                raise Failed(f"{self.where} cannot be reached any more; not delivered: {len(self.outgoing)} line(s)")
+            if now > self.deadline:
+                self.connect()
+        elif not self.joined:
+            if now > self.since + CONNECT_S:
+                self._lose(f"{self.where} does not answer as a chat or IRC server does; is --port right?")
+        elif now > max(self.heard, self.asked) + ASK_S:
+            if self.asked > self.heard:
+                self._lose(f"{self.where} does not answer any more")
+            else:
+                self.send("PING", "are-you-there")
+                self.asked = now
 
-    def _got_echo(self, message: Message) -> None:
-        if fold(message.param(0)) == fold(self.nick):  # said to oneself
-            self.show(text_form(message))
-        waited = self.unechoed == UNECHOED_LINES
-        self.unechoed = max(self.unechoed - 1, 0)
-        if waited or self.input_ended:
-            self._go_on()
+    # What happens: a method for each kind of event.
 
-    def _got_cap(self, message: Message) -> bool:
-        verb, offered = message.param(1), message.text.split()
-        if verb == "LS":
-            self.caps += [cap for cap in (item.partition("=")[0] for item in offered) if cap in self.WANTED]
-            if message.param(2) != "*":  # the last line of the list
-                self.send(*(("CAP", "REQ", " ".join(self.caps)) if self.caps else ("CAP", "END")))
-        elif verb in ("ACK", "NAK"):
-            self.caps = offered if verb == "ACK" else []
-            self.send("CAP", "END")
-        return True
+    def _on_closed(self, item: Tuple[Link, bool, str]) -> None:
+        link, opened, reason = item
+        if link is not self.link:
+            return
+        if not opened:
+            hint = "is the server running, and there? (python chat.py server)"
+            self._lose(f"cannot connect to {self.where}: {reason}; {hint}")
+        elif self.entered:
+            self._lose(f"the connection to {self.where} was lost: {self.why or reason or 'it was closed'}")
+        else:
+            self._lose(f"{self.where} closed the connection: {self.why or reason or 'is it a chat server?'}")
 
-    def _got_ping(self, message: Message) -> bool:
-        self.send("PONG", *message.params)
-        return True
+    def _on_messages(self, item: Tuple[Link, List[Message]]) -> None:
+        link, messages = item
+        for message in messages if link is self.link else ():
+            self.heard = time.monotonic()
+            handler = ARRIVALS.get(message.command)
+            if not (handler and handler(self, message)):
+                self.view.show(message, False)
 
-    def _got_pong(self, message: Message) -> bool:
-        if message.text == "end-of-input" and not self.leaving:
-            self.leaving = True
-            self.send("QUIT")
-        return True
+    def _on_input(self, item: Any) -> None:
+        self.view.input(self, item)
 
-    def _got_001(self, message: Message) -> bool:
-        self.nick = message.param(0) or self.nick
-        if self.nick != self.wanted:
-            self.show(f"*** {self.wanted} is taken; you are {harmless(self.nick)}")
-        self.send("JOIN", self.channel)
-        return True
+    def enter(self, text: str, commands: bool) -> None:
+        """A line of input, in which slash commands may be meant as such."""
+        text = re.sub("[\0\r\n]", " ", text)
+        try:
+            message = typed(text, self.channel, True) if commands else Message("PRIVMSG", (self.channel, text))
+        except Refused as refused:
+            self.view.remark(f"Error: {harmless(refused.params[0])}")
+            return
+        ENTRIES.get(message.command, forward)(self, message)
 
-    def _got_433(self, message: Message) -> bool:
-        if self.joined:
-            return False
-        self.nick = next_nick(self.nick)
-        self.send("NICK", self.nick)
-        return True
 
-    def _got_432(self, message: Message) -> bool:
-        if self.joined:
-            return False
-        raise Failed(f"the server refuses the name {self.nick}: {harmless(message.text)}; choose another with --name")
+# What a message means to the client, by its command. True: there is nothing to show.
 
-    def _got_join(self, message: Message) -> bool:
-        if message.nick == self.nick:
-            if not self.joined:
-                self.joined = True
-                threading.Thread(target=read_input, args=(self.events, self.window), daemon=True).start()
-            elif message.param(0) != self.channel:
-                self.send("PART", self.channel)
-            self.channel = message.param(0)
+Arrival = Callable[[Client, Message], bool]
+ARRIVALS: Dict[str, Arrival] = {}
+WANTED = ("echo-message", "message-tags", "server-time", "standard-replies")
+JOIN_ERRORS = ("403", "405", "437", "471", "473", "474", "475", "476", "477")
+
+
+def arrival(*commands: str) -> Callable[[Arrival], Arrival]:
+    """Enters a function in the table."""
+
+    def enter(arrived: Arrival) -> Arrival:
+        ARRIVALS.update(dict.fromkeys(commands, arrived))
+        return arrived
+
+    return enter
+
+
+@arrival("CAP")
+def cap_arrived(client: Client, message: Message) -> bool:
+    """CAP <name> LS [*] :<capabilities> | ACK :<capabilities> | NAK :<capabilities>"""
+    verb, offered = message.param(1), message.text.split()
+    if verb == "LS":
+        client.caps += [cap for cap in (item.partition("=")[0] for item in offered) if cap in WANTED]
+        if message.param(2) != "*":  # the last line of the list
+            client.send(*(("CAP", "REQ", " ".join(client.caps)) if client.caps else ("CAP", "END")))
+    elif verb in ("ACK", "NAK"):
+        client.caps = offered if verb == "ACK" else []
+        client.send("CAP", "END")
+    return True
+
+
+@arrival("PING")
+def ping_arrived(client: Client, message: Message) -> bool:
+    """PING <token>"""
+    client.send("PONG", *message.params)
+    return True
+
+
+@arrival("PONG")
+def pong_arrived(client: Client, message: Message) -> bool:
+    """PONG <server> <token>: what was sent before the PING has arrived"""
+    if client.outgoing.answered(message.text) and client.outgoing.unsure:
+        client.send("PING", client.outgoing.unsure[-1].id)
+    return True
+
+
+@arrival("001")
+def welcome_arrived(client: Client, message: Message) -> bool:
+    """001 <name> :<welcome>"""
+    client.nick = message.param(0) or client.nick
+    if client.nick != client.wanted:
+        client.view.remark(f"{client.wanted} is taken; you are {harmless(client.nick)}")
+    if not client.welcomed:
+        client.view.start(client)
+    client.welcomed = True
+    client.send("JOIN", client.channel)
+    return True
+
+
+@arrival("433")
+def taken_arrived(client: Client, message: Message) -> bool:
+    """433 <name> <wanted> :<text>"""
+    if client.joined:
         return False
+    client.nick = next_nick(client.nick)
+    client.send("NICK", client.nick)
+    return True
 
-    def _got_nick(self, message: Message) -> bool:
-        if message.nick == self.nick:
-            self.nick = message.param(0)
-            self.source = f"{self.nick}!{message.source.partition('!')[2]}"
+
+@arrival("432", "464", "465", *JOIN_ERRORS)
+def refusal_arrived(client: Client, message: Message) -> bool:
+    """<numeric> <name> ... :<text>, which ends all hope unless we are in"""
+    if client.joined:
+        return refused_arrived(client, message)
+    text, code = harmless(message.text), message.command
+    if code == "464" and not client.password:
+        raise PasswordWanted(f"{client.where} wants a password: give it in CHAT_PASSWORD or with --password-file")
+    if code == "464":
+        raise Failed(f"{client.where} does not accept this password")
+    if code == "465":
+        raise Failed(f"{client.where} does not let you in: {text}")
+    if code == "432":
+        raise Failed(f"the server refuses the name {client.nick}: {text}; choose another with --name")
+    raise Failed(f"cannot join {client.channel}: {text}; choose another with --channel")
+
+
+@arrival("401", "404", "407", "411", "412", "417", "FAIL")
+def refused_arrived(client: Client, message: Message) -> bool:
+    """<numeric> <name> [<target>] :<text>, or FAIL <command> <code> :<text>: about a line of ours, perhaps"""
+    target = message.param(1) if message.command in ("401", "404") else ""
+    if client.outgoing.settle(target) and not client.view.patient:
+        raise Failed(f"a line was not delivered: {harmless(message.text)}")
+    return False
+
+
+@arrival("JOIN")
+def join_arrived(client: Client, message: Message) -> bool:
+    """JOIN <channel>"""
+    if message.nick != client.nick:
+        client.people[fold(message.nick)] = message.nick
         return False
+    again = client.entered and not client.joined
+    if client.joined and fold(message.param(0)) != fold(client.channel):
+        client.send("PART", client.channel)
+    client.channel, client.source, client.people = message.param(0), message.source, {}
+    if not client.joined:
+        client.joined = client.entered = True
+        client.since = time.monotonic()
+    if again:
+        client.view.remark("connected again")
+    client.flush()
+    return again
 
-    def _got_error(self, message: Message) -> bool:
-        return self.leaving
+
+@arrival("PART", "KICK", "QUIT")
+def gone_arrived(client: Client, message: Message) -> bool:
+    """PART <channel> [:<reason>] | KICK <channel> <name> [:<reason>] | QUIT [:<reason>]"""
+    nick = message.param(1) if message.command == "KICK" else message.nick
+    if message.command == "QUIT" or fold(message.param(0)) == fold(client.channel):
+        client.people.pop(fold(nick), None)
+        return False
+    return nick == client.nick  # our leaving of the channel that we come from
+
+
+@arrival("NICK")
+def nick_arrived(client: Client, message: Message) -> bool:
+    """NICK <new name>"""
+    for names in (client.people, client.ignored):
+        if names.pop(fold(message.nick), None):
+            names[fold(message.param(0))] = message.param(0)
+    if message.nick == client.nick:
+        client.nick = client.wanted = message.param(0)
+        client.source = f"{client.nick}!{message.source.partition('!')[2]}"
+    return False
+
+
+@arrival("353")
+def names_arrived(client: Client, message: Message) -> bool:
+    """353 <name> = <channel> :[@+]<name>{ [@+]<name>}"""
+    if fold(message.param(2)) == fold(client.channel):
+        names = [name.lstrip("~&@%+").partition("!")[0] for name in message.text.split()]
+        client.people.update((fold(name), name) for name in names if fold(name) not in client.people)
+    return not client.asking
+
+
+@arrival("366")
+def names_end_arrived(client: Client, message: Message) -> bool:
+    """366 <name> <channel> :<text>"""
+    if not client.asking:
+        client.view.greet(client)
+    client.asking = False
+    return True
+
+
+@arrival("PRIVMSG", "NOTICE")
+def said_arrived(client: Client, message: Message) -> bool:
+    """PRIVMSG <target> :<text>; our own is a receipt"""
+    if "!" not in message.source:
+        return False
+    key = fold(message.nick)
+    if message.nick == client.nick:
+        client.source = message.source
+        client.outgoing.settle(message.param(0), message.tags.get(ID_TAG, ""))
+        client.view.show(message, True)
+        return True
+    if key in client.people:
+        client.people[key] = client.people.pop(key)
+    if key not in client.ignored and fold(message.param(0)) == fold(client.nick):
+        client.partner = message.nick
+    return key in client.ignored
+
+
+@arrival("ERROR")
+def error_arrived(client: Client, message: Message) -> bool:
+    """ERROR :<text>: the server's last words"""
+    client.why = harmless(message.text)
+    return True
+
+
+# What a line that was typed does, by the command it stands for; any other is sent to the server.
+
+Entry = Callable[[Client, Message], None]
+
+
+def forward(client: Client, message: Message) -> None:
+    """A command for the server."""
+    client.asking = client.asking or message.command == "NAMES"
+    if client.joined:
+        client.send(message.command, *message.params)
+    else:
+        client.view.remark("Error: not connected; only messages wait until we are")
+
+
+def enter_reply(client: Client, message: Message) -> None:
+    """/reply TEXT"""
+    if client.partner:
+        client.say(Message("PRIVMSG", (client.partner, message.text)))
+    else:
+        client.view.remark("Error: nobody has spoken to you alone yet; it is /msg NAME TEXT")
+
+
+def enter_ignore(client: Client, message: Message) -> None:
+    """/ignore [NAME]"""
+    name, key = message.text, fold(message.text)
+    if not name:
+        client.view.remark(f"ignored: {harmless(', '.join(client.ignored.values()) or 'nobody')}")
+    elif client.ignored.pop(key, None):
+        client.view.remark(f"{harmless(name)} is shown again")
+    else:
+        client.ignored[key] = client.people.get(key, name)
+        client.view.remark(f"{harmless(name)} is ignored; the same again shows their messages")
+
+
+def enter_help(client: Client, message: Message) -> None:
+    """/help"""
+    for line in help_lines(True):
+        client.view.remark(line)
+
+
+ENTRIES: Dict[str, Entry] = {
+    "PRIVMSG": Client.say,
+    "QUIT": lambda client, message: client.leave(message.text),
+    "REPLY": enter_reply,
+    "IGNORE": enter_ignore,
+    "HELP": enter_help,
+    "CLEAR": lambda client, message: client.view.clear(),
+}
+
+
+# Views.
+
+
+class Pipe(View):
+    """Lines in from `source`; lines, or JSON objects, on standard output. Remarks go to standard error.
+
+    Leaves when all lines are delivered. Where `commands` are looked for, there is a person, at a simple terminal.
+    """
+
+    def __init__(self, source: Any, commands: bool = False, as_json: bool = False, quiet: bool = False) -> None:
+        self.patient = self._commands = commands
+        self._source = source
+        self._json = as_json
+        self._quiet = quiet
+        self._window = threading.Semaphore(0)  # lines that may be read
+        self._asked = False  # for one that has not come yet
+
+    def start(self, client: Client) -> None:
+        threading.Thread(target=self._read, args=(client.events,), daemon=True).start()
+
+    def _read(self, events: Events[Tuple[str, Any]]) -> None:
+        """A thread: each line that the window admits, and b"" at the end.
+
+        Reads below the buffer, whose lock a thread that is still there when the program ends must not hold.
+        """
+        lines, data = LineBuffer(SERVER_INPUT_BYTES), b"\n"
+        while data and self._source:
+            data = self._source.read(RECV_BYTES) or b""
+            for line in lines.feed(data or b"\n"):
+                self._window.acquire()
+                events.put(("input", line))
+        self._window.acquire()
+        events.put(("input", b""))
+
+    def input(self, client: Client, item: Optional[bytes]) -> None:
+        self._asked = False
+        if item is None:
+            raise Failed("a line of the input is too long")
+        self.ended = not item
+        if item:
+            client.enter(item.decode(errors="replace"), self._commands)
+
+    def show(self, message: Message, mine: bool) -> None:
+        if self._json:
+            shown = JSON.encode(message._replace(command="ACK") if mine else message).decode()
+        else:
+            hidden = mine and fold(message.param(0)) != fold(message.nick)
+            shown = "" if hidden or self._quiet else text_form(message) + "\n"
+        if shown.strip():
+            print(shown, end="", flush=True)
+
+    def remark(self, text: str) -> None:
+        print(f"*** {text}", file=sys.stderr, flush=True)
+
+    def update(self, client: Client) -> None:
+        """Asks for the next line, or leaves after the last, as soon as enough is confirmed."""
+        if self.ended:
+            if not client.leaving and (self.patient or not client.outgoing):
+                client.leave()
+        elif client.entered and not self._asked and len(client.outgoing) < UNECHOED_LINES:
+            self._asked = True
+            self._window.release()
+
+
+class Person(View):
+    """Somebody at a terminal."""
+
+    pause = 0.1
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self._keys = Keys()
+        self._editor = Editor(lambda head: (0, []))
+        self._nick = ""
+        self._greeted = ""  # the channel
+        self._day = time.localtime()[:3]  # of what was shown last
+        self._drawn = 0.0  # monotonic
+        self.stopping = False  # as soon as possible; the terminal is the shell's meanwhile
+
+    def start(self, client: Client) -> None:
+        self._editor = Editor(functools.partial(completions, client))
+        threading.Thread(target=self._read, args=(client.events,), daemon=True).start()
+
+    @staticmethod
+    def _read(events: Events[Tuple[str, Any]]) -> None:
+        """A thread: what is typed, and '' when the terminal is gone."""
+        text = "?"
+        while text:
+            text = read_keys()
+            events.put(("input", text))
+
+    def input(self, client: Client, item: str) -> None:
+        if not item:
+            client.leave()
+        for key in self._keys.feed(item):
+            if key == "\x03":  # where the terminal does not make a signal of it
+                raise KeyboardInterrupt
+            entered = self._editor.press(key) or Entered([])
+            for line in entered.lines:
+                client.enter(line, not entered.pasted)
+
+    def show(self, message: Message, mine: bool) -> None:
+        system, paint = is_system(message), self._screen.paint
+        private = not system and not message.param(0).startswith("#")
+        mentioned = not (system or mine) and mentions(message.text, self._nick)
+        text = text_form(message, functools.partial(self._name, mentioned) if not system else harmless)
+        if not text:
+            return
+        if system:
+            text = paint(text, RED if text.startswith("*** Error: ") else DIM)
+        elif private:
+            to = f"[private to {harmless(message.param(0))}]" if mine else "[private]"
+            text = paint(to, MAGENTA) + text[len("[private]") :]
+        if mentioned or (private and not mine):
+            self._screen.bell()
+        self._print(text, local_time(message.tags.get("time", "")))
+
+    def _name(self, mentioned: bool, nick: str) -> str:
+        """A sender's name, in the colour that it always has."""
+        colour = NAME_COLOURS[zlib.crc32(fold(nick).encode()) % len(NAME_COLOURS)]
+        return self._screen.paint(harmless(nick), *((BOLD, REVERSE) if mentioned else ()), colour)
+
+    def _print(self, text: str, moment: time.struct_time) -> None:
+        if moment[:3] != self._day:
+            self._day = moment[:3]
+            self._screen.print(self._screen.paint(time.strftime("--- %A, %d %B %Y ---", moment), DIM))
+        if text:
+            self._screen.print(f"{self._screen.paint(time.strftime('%H:%M', moment), DIM)} {text}")
+
+    def remark(self, text: str) -> None:
+        look = RED if text.startswith("Error: ") else DIM
+        self._print(self._screen.paint(f"*** {text}", look), time.localtime())
+
+    def greet(self, client: Client) -> None:
+        others = [harmless(nick) for nick in client.people.values() if nick != client.nick]
+        if self._greeted == client.channel:
+            return
+        who = f"{len(others)} others" if len(others) > GREETED else ", ".join(others) or "nobody else yet"
+        hint = "" if self._greeted else "; /help tells what you can do, /quit leaves"
+        self.remark(f"here: {who}{hint}")
+        self._greeted = client.channel
+
+    def clear(self) -> None:
+        self._screen.clear()
+
+    def update(self, client: Client) -> None:
+        """Draws what changes, at most every FRAME_S while much is happening."""
+        self._nick = client.nick
+        if self.stopping:
+            self._stop()
+        now = time.monotonic()
+        if not client.events.empty() and now < self._drawn + FRAME_S:
+            return
+        self._drawn = now
+        self._print("", time.localtime())
+        if client.joined:
+            state = f"{harmless(client.channel)} {len(client.people)}"
+        else:
+            state = (
+                "connecting"
+                if client.link
+                else f"no connection; next try in {math.ceil(max(client.deadline - now, 0))} s"
+            )
+        lines = [Message("PRIVMSG", line[1:], f"{client.nick}!") for line in client.outgoing.waiting[-WAITING_ROWS:]]
+        waiting = [f"  ... {text_form(line)}" for line in lines]
+        question, text, cursor = self._editor.view()
+        self._screen.draw(waiting, question or f"[{state}] {harmless(client.nick)}> ", text, cursor)
+
+    def _stop(self) -> None:
+        """Lets the shell have the terminal until it lets us go on."""
+        self.stopping = False
+        self._screen.__exit__()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._screen.__enter__()
+
+
+def mentions(text: str, nick: str) -> bool:
+    """Whether a text contains a name as a word."""
+    return bool(re.search(rf"(?<!\w){re.escape(fold(nick))}(?!\w)", fold(text)))
+
+
+def local_time(stamp: str) -> time.struct_time:
+    """The local time of an IRCv3 server-time; now, where that is none."""
+    try:
+        return time.localtime(calendar.timegm(time.strptime(stamp[:19], "%Y-%m-%dT%H:%M:%S")))
+    except (ValueError, OverflowError, OSError):
+        return time.localtime()
+
+
+def completions(client: Client, head: str) -> Tuple[int, List[str]]:
+    """Where the word at the end of `head` begins, and what it may become: a slash command, or whom we heard last."""
+    start = head.rfind(" ") + 1
+    word = head[start:]
+    if start == 0 and word.startswith("/"):
+        return 0, [f"/{name} " for name in SLASHES if name.startswith(word[1:].lower())]
+    names = [nick for key, nick in reversed(list(client.people.items())) if key.startswith(fold(word))]
+    return start, [nick + (" " if start else ": ") for nick in names if nick != client.nick]
 
 
 # -----------------------------------------------------------------------------
@@ -2417,12 +3457,43 @@ def run_client(args: argparse.Namespace) -> int:
         channel = check_channel(args.channel)
     except Refused as refused:
         raise Failed(refused.numeric.text.format().replace("; send another", "")) from None
-    client = Client(args.host, args.port, nick, channel)
-    try:
-        return client.run()
-    except KeyboardInterrupt:
-        client.send("QUIT")
-        return 130
+    password = read_password(args.password_file)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+    with contextlib.ExitStack() as stack:
+        while True:
+            client = Client(args.host, args.port, nick, channel, view_of(args, stack))
+            client.password, client.reconnects = password, args.reconnect
+            try:
+                return client.run()
+            except PasswordWanted:
+                stack.close()
+                if not sys.stdin.isatty():
+                    raise
+                password = getpass.getpass(f"password for {client.where}: ")
+
+
+def view_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> View:
+    """A line editor for a person at a terminal; otherwise lines."""
+    if args.message is not None:
+        return Pipe(io.BytesIO("\n".join(args.message).encode()), as_json=args.json, quiet=True)
+    person = bool(sys.stdin) and sys.stdin.isatty()
+    if not (person and sys.stdout.isatty() and can_draw()) or args.json:
+        source = sys.stdin and getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+        return Pipe(source, commands=person, as_json=args.json)
+    view = Person(stack.enter_context(Screen()))
+    if hasattr(signal, "SIGTSTP"):
+        signal.signal(signal.SIGTSTP, lambda *_: setattr(view, "stopping", True))
+    return view
+
+
+def read_password(path: Optional[str]) -> str:
+    """The first line of a file, or CHAT_PASSWORD, or ''. Never an argument: other users of a machine can read those."""
+    if path is None:
+        return os.environ.get("CHAT_PASSWORD", "")
+    with open(path, encoding="utf-8") as file:
+        return file.readline().rstrip("\r\n")
 
 
 def login_name() -> str:
@@ -2469,6 +3540,12 @@ def parser() -> argparse.ArgumentParser:
     client = modes.add_parser("client", parents=[shared], help="join a chat", description="Joins a chat.")
     client.add_argument("--name", default=login_name(), help="what others call you (default: the login name)")
     client.add_argument("--channel", default=DEFAULT_CHANNEL, help="where to talk (default %(default)s)")
+    client.add_argument("--password-file", metavar="FILE", help="its first line is the password (or set CHAT_PASSWORD)")
+    client.add_argument("-m", "--message", action="append", metavar="TEXT", help="send this and leave")
+    client.add_argument("--json", action="store_true", help="print events as JSON objects, one a line")
+    client.add_argument(
+        "--no-reconnect", dest="reconnect", action="store_false", help="end when the connection is lost"
+    )
     client.set_defaults(run=run_client)
     return top
 

@@ -7,6 +7,7 @@ Run: python test_chat.py
 from __future__ import annotations
 
 import ast
+import codecs
 import contextlib
 import copy
 import io
@@ -15,6 +16,7 @@ import os
 import pathlib
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -23,6 +25,8 @@ import sys
 import tempfile
 import threading
 import time
+import types
+import unicodedata
 import unittest
 import xml.etree.ElementTree as ElementTree
 from array import array
@@ -541,8 +545,9 @@ class State(unittest.TestCase):
 class Peer:
     """A raw connection to a server under test."""
 
-    def __init__(self, port: int, data: str = "") -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
+    def __init__(self, port: int, data: str = "", sock: Optional[socket.socket] = None) -> None:
+        self.sock = sock or socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self.sock.settimeout(PATIENCE)
         self.buffer = b""
         self.seen: List[str] = []
         if data:
@@ -1211,6 +1216,401 @@ class Fuzz(ServerCase):
         return Watch()
 
 
+LEFT, RIGHT, UP, DOWN, DELETE = "\x1b[D", "\x1b[C", "\x1b[A", "\x1b[B", "\x1b[3~"
+
+
+class LineEditor(unittest.TestCase):
+    """Keys in, text and cursor out."""
+
+    def editor(self) -> chat.Editor:
+        return chat.Editor(lambda head: (0, []))
+
+    def press(self, editor: chat.Editor, keys: str) -> List[str]:
+        entered = [editor.press(key) for key in chat.Keys().feed(keys)]
+        return [line for item in entered if item for line in item.lines]
+
+    def test_keys(self) -> None:
+        for text, keys in (
+            ("aé你", ["a", "é", "你"]),
+            ("\x1b[A\x1bOD\x1bb\x01", ["\x1b[A", "\x1bOD", "\x1bb", "\x01"]),
+            ("\x1b[1;5C\x1b[3~x", ["\x1b[1;5C", "\x1b[3~", "x"]),
+            ("\x1b\x1b[A", ["\x1b", "\x1b[A"]),
+            ("\x1b[200~a\r\x1b[Ab\x1b[201~c", ["\x1b[200~a\r\x1b[Ab\x1b[201~", "c"]),
+        ):
+            with self.subTest(text):
+                self.assertEqual(chat.Keys().feed(text), keys)
+                single = chat.Keys()
+                self.assertEqual([key for char in text for key in single.feed(char)], keys)
+
+    def test_a_paste_without_an_end_is_not_kept(self) -> None:
+        keys = chat.Keys()
+        self.assertEqual(keys.feed("\x1b[200~"), [])
+        for _ in range(chat.PASTE_CHARS // 1000 + 1):
+            self.assertEqual(keys.feed("x" * 1000), [])
+        self.assertEqual(keys.feed("\x1b[A"), ["\x1b[A"])
+
+    def test_editing(self) -> None:
+        for keys, shown in (
+            ("hello", "hello|"),
+            ("hello" + LEFT * 2, "hel|lo"),
+            ("hello" + LEFT * 9 + RIGHT, "h|ello"),
+            ("hello\x02\x02\x06", "hell|o"),
+            ("hello\x01X\x05Y", "XhelloY|"),
+            ("hello\x1b[HX\x1b[FY", "XhelloY|"),
+            ("hello\x7f\x08", "hel|"),
+            ("\x7fa" + LEFT + "\x7f", "|a"),
+            ("hello\x01" + DELETE + "\x04", "|llo"),
+            ("e\u0301x" + LEFT * 2 + DELETE, "|x"),  # marks go with their letter
+            ("xe\u0301" + "\x7f", "x|"),
+            ("one two-three\x1bbX", "one two-X|three"),
+            ("one two\x1b[1;5D\x1b[1;5D\x1b[1;5C", "one| two"),
+            ("one two\x01\x1bf\x1bf", "one two|"),
+            ("one two\x17", "one |"),
+            ("one two \x17\x17\x19", "one two |"),  # kills in a row are one kill
+            ("one two-three\x1b\x7f", "one two-|"),
+            ("one two\x01\x1bd", "| two"),
+            ("one two\x01\x1bd\x1bd\x19!", "one two!|"),
+            ("one two" + LEFT * 3 + "\x0b", "one |"),
+            ("one two" + LEFT * 3 + "\x15", "|two"),
+            ("one two" + LEFT * 3 + "\x15\x05 \x19", "two one |"),
+            ("a\x17b\x17\x19", "b|"),
+            ("\x1b[99~a\x1bz\x00\x1b[200~b\tc\x1b[201~", "ab    c|"),
+            ("x\x1b[200~one line\r\n\x1b[201~", "xone line|"),
+        ):
+            with self.subTest(keys):
+                editor = self.editor()
+                self.assertEqual(self.press(editor, keys), [])
+                _, text, cursor = editor.view()
+                self.assertEqual(f"{text[:cursor]}|{text[cursor:]}", shown)
+
+    def test_enter_and_history(self) -> None:
+        editor = self.editor()
+        self.assertEqual(self.press(editor, "one\rtwo\rtwo\r   \r\r"), ["one", "two", "two"])
+        for keys, text in (("draft" + UP, "two"), (UP, "one"), (UP, "one"), (DOWN * 2, "draft"), (DOWN, "draft")):
+            self.press(editor, keys)
+            self.assertEqual(editor.view()[1], text)
+        self.assertEqual(self.press(editor, "\x15" + UP + UP + "!\r" + UP), ["one!"])
+        self.assertEqual(editor.view()[1], "one!")
+
+    def test_search(self) -> None:
+        editor = self.editor()
+        self.press(editor, "make tea\rtake coffee\rmake toast\rdraft\x12mak")
+        self.assertEqual(editor.view(), ("search 'mak': ", "make toast", 0))
+        self.press(editor, "\x12")
+        self.assertEqual(editor.view()[1], "make tea")
+        self.press(editor, "\x7f\x7f\x7fcoff")
+        self.assertEqual(editor.view(), ("search 'coff': ", "take coffee", 5))
+        self.press(editor, "\x07")
+        self.assertEqual(editor.view(), ("", "draft", 5))
+        self.assertEqual(self.press(editor, "\x12tea\r"), ["make tea"])
+        self.press(editor, "\x12no such")
+        self.assertEqual(editor.view()[1], "")
+
+    def test_completion(self) -> None:
+        names = {"a": ["ann: ", "abe: "], "say a": ["ann ", "abe "], "/": ["/help "]}
+        editor = chat.Editor(lambda head: (4 if head.startswith("say") else 0, names.get(head, [])))
+        for keys, text in (
+            ("a\t", "ann: "),
+            ("\t", "abe: "),
+            ("\t", "ann: "),
+            ("\x1b[Z", "abe: "),
+            ("hi" + LEFT * 2 + "\t", "abe: hi"),
+            ("\x15\x0bsay a\x1b[Z", "say abe "),
+            ("\x15/\t\t", "/help "),
+            ("\x15nobody\t", "nobody"),
+        ):
+            self.press(editor, keys)
+            self.assertEqual(editor.view()[1], text, keys)
+
+    def test_several_pasted_lines_are_asked_about(self) -> None:
+        for answer, lines in (("y", ["/quit", "  two", "exit"]), ("n", []), ("\r", []), ("\x1b[A", [])):
+            editor = self.editor()
+            self.press(editor, "typed\x1b[200~/quit\r\n\r\n  two\nexit\x1b[201~")
+            self.assertEqual(editor.view(), ("send 3 pasted lines? y/n ", "", 0))
+            entered = editor.press(answer)
+            self.assertEqual(entered or chat.Entered([]), chat.Entered(lines, bool(lines)))
+            self.assertEqual(editor.view(), ("", "typed", 5))
+
+    def test_clear_and_leave(self) -> None:
+        editor = self.editor()
+        self.assertEqual(self.press(editor, "typed\x0c"), ["/clear"])
+        self.assertEqual(editor.view()[1], "typed")
+        self.assertEqual(self.press(editor, "\x15\x04"), ["/quit"])
+
+
+class Rows(unittest.TestCase):
+    """What a row of the screen shows of a text, and how many columns it takes."""
+
+    def test_columns(self) -> None:
+        for char, count in (
+            ("a", 1),
+            ("é", 1),
+            ("\u0301", 0),
+            ("你", 2),
+            ("😀", 2),
+            ("ｱ", 1),
+            ("한", 2),
+            ("\u1161", 0),
+        ):
+            self.assertEqual(chat.columns(char), count, char)
+
+    def test_fit(self) -> None:
+        for text, room, shown in (
+            ("hello", 5, "hello"),
+            ("hello!", 5, "he..."),
+            ("你好吗", 5, "你..."),
+            ("abc", 2, ".."),
+        ):
+            self.assertEqual(chat.fit(text, room), shown)
+
+    def test_input_row(self) -> None:
+        for text, cursor, shown in (
+            ("hello", 5, ("> ", "hello", "")),
+            ("0123456789abcdefgh", 18, ("> ", "0123456789abcdefgh", "")),
+            ("0123456789abcdefghi", 19, ("> ", "9abcdefghi", "")),
+            ("0123456789abcdefghi", 3, ("> ", "012", "3456789abcdefgh")),
+            ("a\x1bb", 2, ("> ", "a\\x1b", "b")),
+        ):
+            self.assertEqual(chat.input_row("[#chat] bob> ", text, cursor, 20), shown)
+
+    def test_height(self) -> None:
+        for text, room, rows in (
+            ("", 5, 1),
+            ("hello", 5, 1),
+            ("hello!", 5, 2),
+            ("你好吗", 5, 2),
+            ("e\u0301" * 5, 5, 1),
+        ):
+            self.assertEqual(chat.height(text, room), rows)
+
+    def test_the_cursor_is_always_in_what_is_shown(self) -> None:
+        rng = random.Random(4)
+        for _ in range(500):
+            text = "".join(rng.choice("ab 你😀\u0301\x1b") for _ in range(rng.randrange(60)))
+            room, prompt = rng.randrange(12, 50), "[#chat 3] bob> "[rng.randrange(16) :]
+            for cursor in range(len(text) + 1):
+                shown, before, after = chat.input_row(prompt, text, cursor, room)
+                self.assertLessEqual(chat.width(shown + before + after), room)
+                self.assertTrue("".join(map(chat.harmless, text[:cursor])).endswith(before))
+                self.assertTrue("".join(map(chat.harmless, text[cursor:])).startswith(after))
+                self.assertTrue(before or not cursor or not chat.columns(text[cursor - 1]), (text, cursor, room))
+
+
+class FakeScreen(chat.Screen):
+    """A screen that writes into a string."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = ""
+
+    def _write(self, text: str) -> None:  # type: ignore[override]
+        self.written += text
+
+    def _size(self) -> os.terminal_size:  # type: ignore[override]
+        return os.terminal_size((80, 24))
+
+
+class ForPeople(unittest.TestCase):
+    """How messages look on a terminal, and what a client makes of them, without a server."""
+
+    def setUp(self) -> None:
+        self.screen = FakeScreen()
+        self.view = chat.Person(self.screen)
+        self.client = chat.Client("host", 1, "bob", "#chat", self.view)
+        self.client.joined = self.client.entered = True
+        self.client.people = {"bob": "bob", "ann": "ann"}
+        self.lines: List[str] = []
+        self.client.send = lambda *words: self.lines.append(" ".join(words))  # type: ignore[method-assign]
+        self.view.update(self.client)
+
+    def arrive(self, *lines: str) -> str:
+        self.screen.written = ""
+        self.client._on_messages((None, [chat.parse(line) for line in lines]))  # type: ignore[arg-type]
+        self.view.update(self.client)
+        return self.screen.written
+
+    def type(self, line: str) -> str:
+        self.screen.written = ""
+        self.client.enter(line, True)
+        self.view.update(self.client)
+        return self.screen.written
+
+    def test_looks(self) -> None:
+        ann = chat.NAME_COLOURS[chat.zlib.crc32(b"ann") % len(chat.NAME_COLOURS)]  # type: ignore[attr-defined]
+        for line, look in (
+            (":ann!a@b PRIVMSG #chat :hello bobby", f" \x1b[{ann}mann\x1b[0m: hello bobby\n"),
+            (":ANN!a@b PRIVMSG #chat :same colour", f" \x1b[{ann}mANN\x1b[0m: same colour\n"),
+            (":ann!a@b PRIVMSG #chat :hello BOB!", f"\x1b[1;7;{ann}mann\x1b[0m: hello BOB!\n"),
+            (":ann!a@b PRIVMSG bob :psst", f"\x1b[35m[private]\x1b[0m \x1b[{ann}mann\x1b[0m: psst\n"),
+            (":ann!a@b PRIVMSG #chat :\x01ACTION waves\x01", f" * \x1b[{ann}mann\x1b[0m waves\n"),
+            (":ann!a@b JOIN #chat", "\x1b[2m*** ann joined\x1b[0m\n"),
+            (
+                ":s 401 bob nobody :nobody here is called nobody",
+                "\x1b[31m*** Error: nobody here is called nobody\x1b[0m\n",
+            ),
+        ):
+            with self.subTest(line):
+                written = self.arrive(line)
+                self.assertIn(look, written)
+                self.assertEqual("\a" in written, "BOB" in line or "psst" in line)
+        self.screen.colours = False
+        self.assertRegex(
+            self.arrive(":ann!a@b PRIVMSG #chat :bob"), r"^\r\x1b\[K\x07\d\d:\d\d ann: bob\n\[#chat 2\] bob> $"
+        )
+
+    def test_times_and_days(self) -> None:
+        self.screen.colours = False
+        now = time.time()
+        clock = time.strftime("%H:%M ann: now", time.localtime(now))
+        self.assertIn(clock, self.arrive(f"@time={chat.server_time(now)} :ann!a@b PRIVMSG #chat :now"))
+        day = now - 7 * 86400
+        written = self.arrive(f"@time={chat.server_time(day)} :ann!a@b PRIVMSG #chat :old")
+        self.assertIn(time.strftime("--- %A, %d %B %Y ---\n%H:%M ann: old\n", time.localtime(day)), written)
+        self.assertIn(time.strftime("--- %A, %d %B %Y ---\n"), written)  # and back to today
+        for odd in ("x", "", "9999-99-99T00:00:00.000Z", "0001-01-01T00:00:00.000Z", "99999-01-01T00:00:00"):
+            self.assertIn("ann: odd", self.arrive(f"@time={odd} :ann!a@b PRIVMSG #chat :odd"))
+
+    def test_midnight_is_told_once(self) -> None:
+        tomorrow = time.localtime(time.time() + 86400)
+        self.screen.written = ""
+        with mock.patch.object(chat.time, "localtime", lambda *_: tomorrow):  # type: ignore[attr-defined]
+            for _ in range(3):
+                self.view.update(self.client)
+        self.assertEqual(self.screen.written.count(time.strftime("--- %A, %d %B %Y ---", tomorrow)), 1)
+
+    def test_lines_wait_for_their_echo(self) -> None:
+        self.client.caps = ["echo-message", "message-tags"]
+        self.client.link = mock.Mock()
+        written = self.type("hello")
+        self.assertIn("\x1b[2m  ... bob: hello\x1b[0m\n", written)
+        line = self.client.link.send.call_args[0][0]
+        self.assertEqual(line.params, ("#chat", "hello"))
+        echo = f"@{chat.ID_TAG}={line.tags[chat.ID_TAG]} :bob!b@h PRIVMSG #chat :hello"
+        self.client.link = None
+        written = self.arrive(echo)
+        self.assertNotIn("...", written)
+        self.assertRegex(written, "m\\d\\d:\\d\\d\x1b\\[0m \x1b\\[\\d+mbob\x1b\\[0m: hello\n")
+
+    def test_completions(self) -> None:
+        self.client.people = {"abe": "Abe", "ann": "ann", "amy": "amy", "bob": "bob"}
+        self.arrive(":ann!a@b PRIVMSG #chat :hi")
+        for head, found in (
+            ("a", (0, ["ann: ", "amy: ", "Abe: "])),
+            ("AB", (0, ["Abe: "])),
+            ("bo", (0, [])),
+            ("ask am", (4, ["amy "])),
+            ("/he", (0, ["/help "])),
+            ("/w", (0, ["/who ", "/whois "])),
+            ("/msg an", (5, ["ann "])),
+            ("/zzz", (0, [])),
+        ):
+            self.assertEqual(chat.completions(self.client, head), found)
+
+    def test_who_is_here(self) -> None:
+        for line, people in (
+            (":s 353 bob = #chat :@bob ann +cat", "bob ann cat"),
+            (":s 353 bob = #other :dan", "bob ann cat"),
+            (":dan!a@b JOIN #chat", "bob ann cat dan"),
+            (":ann!a@b NICK amy", "bob cat dan amy"),
+            (":cat!a@b PART #chat :bye", "bob dan amy"),
+            (":dan!a@b QUIT :bye", "bob amy"),
+            (":amy!a@b KICK #chat bob :out", "amy"),
+        ):
+            self.arrive(line)
+            self.assertEqual(list(self.client.people.values()), people.split(), line)
+
+    def test_commands_of_the_client_itself(self) -> None:
+        self.assertIn("Error: nobody has spoken to you alone yet", self.type("/reply hi"))
+        self.arrive(":ann!a@b PRIVMSG bob :psst")
+        self.type("/reply hi there")
+        self.assertEqual(self.client.outgoing.waiting[-1][1:], ("ann", "hi there"))
+        self.assertIn("ignored: nobody", self.type("/ignore"))
+        self.assertIn("ANN is ignored", self.type("/ignore ANN"))
+        self.assertNotIn("spam", self.arrive(":ann!a@b PRIVMSG #chat :spam"))
+        self.arrive(":ann!a@b NICK amy")
+        self.assertNotIn("spam", self.arrive(":amy!a@b PRIVMSG bob :spam"))
+        self.assertIn("ignored: amy", self.type("/ignore"))
+        self.assertIn("amy is shown again", self.type("/ignore amy"))
+        self.assertIn("ham", self.arrive(":amy!a@b PRIVMSG #chat :ham"))
+        self.assertIn("/dance is not a command; /help lists them", self.type("/dance"))
+        self.assertEqual(self.lines, [])
+        for name in chat.SLASHES:
+            self.assertIn(f"*** /{name}", self.type("/help"))
+        self.assertIn("\x1b[H\x1b[2J", self.type("/clear"))
+        self.type("/whois ann")
+        self.type("/who")
+        self.assertEqual(self.lines, ["WHOIS ann", "NAMES #chat"])
+        self.assertIn("In #chat: ann bob", self.arrive(":s 353 bob = #chat :ann bob", ":s 366 bob #chat :end"))
+        self.client.joined = False
+        self.assertIn("Error: not connected", self.type("/nick rob"))
+
+    def test_long_lines_are_sent_as_several(self) -> None:
+        self.client.caps = ["echo-message"]
+        self.client.link = mock.Mock()
+        words = " ".join(f"wörd{number}" for number in range(200))
+        for line, shown in ((words, words), (f"/me {words}", words), ("é" * 700, "é" * 700)):
+            self.client.link.send.reset_mock()
+            self.client.enter(line, True)
+            sent = [call[0][0] for call in self.client.link.send.call_args_list]
+            self.assertGreater(len(sent), 2)
+            source = f"bob!{'u' * 10}@{'h' * 63}"
+            for message in sent:
+                self.assertLessEqual(len(chat.format_line(message._replace(source=source)).encode()) + 2, 512)
+            joint = " " if " " in words and line != "é" * 700 else ""
+            self.assertEqual(joint.join(message.action or message.text for message in sent), shown)
+
+    def test_what_is_refused_does_not_wait(self) -> None:
+        for error, left in (
+            (":s 404 bob #chat :no", ["two", "psst"]),
+            (":s 401 bob cat :nobody", ["one", "two"]),
+            (":s 401 bob dan :nobody", ["one", "two", "psst"]),
+            (":s 417 bob :too long", ["two", "psst"]),
+            ("FAIL PRIVMSG INVALID_UTF8 :no", ["two", "psst"]),
+        ):
+            self.client.outgoing = chat.Outgoing()
+            for target, text in (("#chat", "one"), ("#chat", "two"), ("cat", "psst")):
+                self.client.outgoing.add(target, text)
+                self.client.outgoing.next(True)
+            self.arrive(error)
+            self.assertEqual([line.text for line in self.client.outgoing.waiting], left, error)
+
+    def test_a_server_without_echo_is_asked_by_ping(self) -> None:
+        self.client.link = mock.Mock()
+        self.client.source = "bob!b@h"
+        for text in ("one", "two", "three"):
+            self.assertIn(f": {text}\n", self.type(text))  # shown at once
+        ids = [line.id for line in self.client.outgoing.unsure]
+        self.client.link = None
+        self.assertEqual(self.lines, [f"PING {ids[0]}"])
+        self.arrive(f":s PONG s :{ids[0]}")
+        self.assertEqual(self.lines[1:], [f"PING {ids[2]}"])
+        self.arrive(":s PONG s :else")
+        self.assertEqual(len(self.client.outgoing), 2)
+        self.screen.written = ""
+        self.client._lose("gone")
+        self.view.update(self.client)
+        self.assertIn("your last 2 line(s) may be lost: this server confirms nothing", self.screen.written)
+
+    def test_windows(self) -> None:
+        """The console of Windows, as far as it can be played here."""
+        typed = [*"a\xe0K\xe0\0S\0s\x03", "\ud83d", "\ude00"]
+        taken: List[str] = []
+
+        def getwch() -> str:
+            taken.append(typed[len(taken)])
+            return taken[-1]
+
+        console = mock.Mock(getwch=getwch, kbhit=lambda: len(taken) == 2)  # alone, e0 is a letter
+        modules = mock.patch.dict(sys.modules, msvcrt=console)
+        with modules, mock.patch.object(sys, "platform", "win32"), mock.patch("ctypes.windll", create=True):
+            windows: Any = types.ModuleType("chat_on_windows")
+            sys.modules[windows.__name__] = windows
+            exec(compile(SOURCES[chat], "chat.py", "exec"), windows.__dict__)
+            self.assertTrue(windows.can_draw())
+            keys = [windows.read_keys() for _ in range(7)]
+        self.assertEqual(keys, ["a", LEFT, "\xe0", DELETE, "\x1b[1;5D", "\x03", "\U0001f600"])
+
+
 class ProgramCase(unittest.TestCase):
     """Whole programs as a user starts them."""
 
@@ -1343,16 +1743,17 @@ class ClientProgram(ProgramCase):
         got = list(iter(lambda: ann.until("ci"), "*** ci left"))[1:]
         self.assertEqual(got[:501], [f"ci: {line}" for line in lines[:501]])
         self.assertEqual("".join(line[len("ci: ") :] for line in got[501:]).replace(" ", ""), "x" * 400)
-        self.assertEqual(out, "*** ci joined (2 here)\n*** In #chat: @ann ci\n")
+        self.assertEqual(out, "*** ci joined (2 here)\n")
 
     def test_name_taken(self) -> None:
         _, port = self.server()
         bob = Peer(port, "bob\n")
         self.addCleanup(bob.close)
         bob.until("joined")
-        status, out, _ = self.run_client(port, "hi\n", "--name", "bob")
-        self.assertEqual(status, 0)
-        self.assertEqual(out.splitlines()[0], "*** bob is taken; you are bob2")
+        self.assertEqual(
+            self.run_client(port, "hi\n", "--name", "bob"),
+            (0, "*** bob2 joined (2 here)\n", "*** bob is taken; you are bob2\n"),
+        )
         bob.until("bob2: hi")
 
     def test_one_line_errors(self) -> None:
@@ -1385,7 +1786,8 @@ class ClientProgram(ProgramCase):
     def test_what_a_strange_server_sends_is_shown_or_ignored(self) -> None:
         fake = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(fake.close)
-        client = self.start("client", "--port", str(fake.getsockname()[1]), "--name", "bob", stdin=subprocess.PIPE)
+        port = fake.getsockname()[1]
+        client = self.start("client", "--port", str(port), "--name", "bob", stdin=subprocess.PIPE)
         sock, _ = fake.accept()
         with sock:
             sock.sendall(
@@ -1398,9 +1800,9 @@ class ClientProgram(ProgramCase):
             while sock.recv(4096):
                 pass
         out, err = client.communicate(timeout=PATIENCE)
-        self.assertRegex(err, r"^chat\.py: the connection to \S+ was lost\n$")
-        shown = "***  joined\n*** In : \n*** bob is taken; you are bo\\x1b[31mb\na: \\x1b]0;x\\x07\n*** bye\n"
-        self.assertEqual(out, shown)
+        remark = "*** bob is taken; you are bo\\x1b[31mb\nchat.py: "
+        self.assertEqual(err, f"{remark}127.0.0.1:{port} closed the connection: bye\n")
+        self.assertEqual(out, "***  joined\na: \\x1b]0;x\\x07\n")
 
     def test_client_without_a_server(self) -> None:
         with socket.socket() as unused:
@@ -1412,15 +1814,14 @@ class ClientProgram(ProgramCase):
 
     def test_client_whose_server_ends(self) -> None:
         server, port = self.server()
-        client = self.start("client", "--port", str(port), "--name", "bob", stdin=subprocess.PIPE)
+        client = self.start("client", "--port", str(port), "--name", "bob", "--no-reconnect", stdin=subprocess.PIPE)
         assert client.stdout
         self.assertEqual(client.stdout.readline(), "*** bob joined (1 here)\n")
         server.send_signal(signal.SIGINT)
-        assert client.stderr
-        out, err = client.stdout.read(), client.stderr.read()
-        self.assertEqual(client.wait(PATIENCE), 1)
-        self.assertTrue(out.endswith("*** Server is shutting down\n"), out)
-        self.assertEqual(err, f"chat.py: the connection to 127.0.0.1:{port} was lost\n")
+        client.wait(PATIENCE)
+        _, err = client.communicate()
+        self.assertEqual(client.returncode, 1)
+        self.assertEqual(err, f"chat.py: the connection to 127.0.0.1:{port} was lost: Server is shutting down\n")
 
     def test_client_interrupted(self) -> None:
         _, port = self.server()
@@ -1431,29 +1832,616 @@ class ClientProgram(ProgramCase):
         _, err = client.communicate(timeout=PATIENCE)
         self.assertEqual((client.returncode, err), (130, ""))
 
+    def test_message_on_the_command_line(self) -> None:
+        _, port = self.server()
+        ann = Peer(port, "ann\n")
+        self.addCleanup(ann.close)
+        ann.until("joined")
+        got = self.run_client(port, "not read\n", "--name", "ci", "-m", "/one\ntwo", "-m", "three")
+        self.assertEqual(got, (0, "", ""))
+        self.assertEqual([ann.until("ci: ") for _ in range(3)], ["ci: /one", "ci: two", "ci: three"])
+
+    def test_json(self) -> None:
+        _, port = self.server()
+        ann = Peer(port, "ann\n")
+        self.addCleanup(ann.close)
+        ann.until("joined")
+        client = self.start("client", "--port", str(port), "--name", "ci", "--json", stdin=subprocess.PIPE)
+        assert client.stdout and client.stdin
+        items = [json.loads(client.stdout.readline())]
+        ann.send("h\x1b\u00ef\n/msg ci psst\n/me waves\n/nick amy\n")
+        items += [json.loads(client.stdout.readline()) for _ in range(4)]
+        client.stdin.write("from a script\n")
+        client.stdin.flush()
+        items.append(json.loads(client.stdout.readline()))
+        for item in items:
+            self.assertRegex(item.pop("id"), r"^[0-9a-f]+-[0-9a-f]+$")
+            self.assertRegex(item.pop("time"), r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+        said = {"type": "chat", "user": "ann", "channel": "#chat"}
+        system = {"type": "system", "user": "ann"}
+        self.assertEqual(
+            items,
+            [
+                {**system, "event": "join", "text": "*** ci joined (2 here)", "user": "ci", "channel": "#chat"},
+                {**said, "text": "h\x1b\u00ef"},
+                {"type": "private", "user": "ann", "text": "psst", "to": "ci"},
+                {**said, "text": "waves", "action": True},
+                {**system, "event": "nick", "text": "*** ann is now amy", "name": "amy"},
+                {"type": "ack"},
+            ],
+        )
+        ann.until("ci: from a script")
+
+    def test_nobody_reads_the_output(self) -> None:
+        _, port = self.server()
+        ann = Peer(port, "ann\n")
+        self.addCleanup(ann.close)
+        ann.until("joined")
+        client = self.start("client", "--port", str(port), "--name", "log", stdin=subprocess.PIPE)
+        assert client.stdout and client.stderr
+        client.stdout.readline()
+        client.stdout.close()
+        while client.poll() is None:
+            ann.send("hello\n")
+            time.sleep(0.01)
+        self.assertEqual((client.stderr.read(), client.returncode), ("", 1))
+        assert client.stdin
+        client.stdin.close()
+        client.stdin = client.stdout = None
+
+
+class AFakeServer(ProgramCase):
+    """The client in a pipe, at a server that does what a test wants."""
+
     def test_refused_line_is_not_called_delivered(self) -> None:
-        fake = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(fake.close)
-        port = fake.getsockname()[1]
-        client = self.start("client", "--port", str(port), "--name", "bob", stdin=subprocess.PIPE)
-        sock, _ = fake.accept()
-        with sock, sock.makefile("rwb", 0) as stream:
-            answers = {b"CAP LS": b":s CAP * LS :echo-message\r\n", b"CAP REQ": b":s CAP * ACK :echo-message\r\n",
-                       b"CAP END": b":s 001 bob :hi\r\n", b"JOIN": b":bob!b@h JOIN #chat\r\n",
-                       b"PRIVMSG": b":s 404 bob #chat :Cannot send to channel\r\n"}  # fmt: skip
-            assert client.stdin
-            client.stdin.write("hello\n")
-            client.stdin.close()
-            for line in stream:
-                for start, answer in answers.items():
-                    if line.startswith(start):
-                        stream.write(answer)
-                if line.startswith(b"PRIVMSG"):
-                    break
-            client.stdin = None
-            out, err = client.communicate(timeout=PATIENCE)
-        self.assertEqual((client.returncode, err), (1, "chat.py: a line was not delivered\n"))
-        self.assertIn("*** Error: Cannot send to channel\n", out)
+        fake = FakeServer(self)
+        client = self.start("client", "--port", str(fake.port), "--name", "bob", "-m", "hello")
+        fake.welcome()
+        fake.until("PRIVMSG")
+        fake.send(":s 404 bob #chat :Cannot send to channel")
+        out, err = client.communicate(timeout=PATIENCE)
+        self.assertEqual((client.returncode, out), (1, ""))
+        self.assertEqual(err, "chat.py: a line was not delivered: Cannot send to channel\n")
+
+    def test_a_pipe_sends_again_what_was_not_confirmed(self) -> None:
+        fake = FakeServer(self)
+        client = self.start(
+            "client", "--port", str(fake.port), "--name", "bob", "-m", "one", "-m", "two", "-m", "three"
+        )
+        fake.welcome()
+        lines = [fake.until("PRIVMSG") for _ in range(3)]
+        fake.send(f"{lines[0].partition(' ')[0]} :bob!b@h PRIVMSG #chat :one")
+        fake.drop()
+        fake.welcome()
+        for line in lines[1:]:
+            self.assertEqual(fake.until("PRIVMSG"), line)  # with the same id
+            fake.send(f"{line.partition(' ')[0]} :bob!b@h PRIVMSG #chat :x")
+        fake.until("QUIT")
+        fake.drop()
+        out, err = client.communicate(timeout=PATIENCE)
+        self.assertEqual((client.returncode, out), (0, ""))
+        lost = f"*** the connection to 127.0.0.1:{fake.port} was lost: it was closed; trying again"
+        self.assertEqual(err, f"{lost}\n*** connected again\n")
+
+    def test_a_pipe_cannot_trust_a_server_that_confirms_nothing(self) -> None:
+        for answered in (True, False):
+            fake = FakeServer(self)
+            client = self.start("client", "--port", str(fake.port), "--name", "bob", "-m", "one")
+            fake.welcome("")
+            fake.until("PRIVMSG")
+            token = fake.until("PING").partition(" ")[2]
+            if answered:
+                fake.send(f":s PONG s {token}")
+                fake.until("QUIT")
+            fake.drop()
+            _, err = client.communicate(timeout=PATIENCE)
+            self.assertEqual(client.returncode, 0 if answered else 1)
+            self.assertEqual("not known whether all lines were delivered" in err, not answered)
+
+    def test_first_contact(self) -> None:
+        for line, text in (
+            (":s 464 * :Password incorrect", "wants a password: give it in CHAT_PASSWORD or with --password-file"),
+            (":s 465 * :You are ba\x1bnned", "does not let you in: You are ba\\x1bnned"),
+            (":s 432 * bob :Erroneous", "the server refuses the name bob: Erroneous; choose another with --name"),
+            ("ERROR :This server is full", "closed the connection: This server is full"),
+            ("SSH-2.0-OpenSSH_9.2", "closed the connection: is it a chat server?"),
+            (":s 473 bob #chat :Invite only", "cannot join #chat: Invite only; choose another with --channel"),
+        ):
+            with self.subTest(line):
+                fake = FakeServer(self)
+                client = self.start("client", "--port", str(fake.port), "--name", "bob", "-m", "x")
+                if "473" in line:
+                    fake.send("CAP * LS :", ":s 001 bob :hi")
+                fake.until("JOIN" if "473" in line else "USER")
+                fake.send(line)
+                fake.peer.sock.shutdown(socket.SHUT_WR)
+                _, err = client.communicate(timeout=PATIENCE)
+                self.assertEqual(client.returncode, 1)
+                self.assertRegex(err, rf"^chat\.py: [^\n]*{re.escape(text)}\n$")
+
+    def test_passwords(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "password")
+            path.write_text("from a file\nmore\n", encoding="utf-8")
+            for args, sent in ((("--password-file", str(path)), "PASS :from a file"), ((), "PASS sesame")):
+                fake = FakeServer(self)
+                client = self.start(
+                    "client", "--port", str(fake.port), "-m", "x", *args, env={**os.environ, "CHAT_PASSWORD": "sesame"}
+                )
+                self.assertEqual(fake.until("PASS"), sent)
+                fake.send(":s 464 * :Password incorrect")
+                _, err = client.communicate(timeout=PATIENCE)
+                self.assertEqual(err, f"chat.py: 127.0.0.1:{fake.port} does not accept this password\n")
+
+
+class Glass:
+    """What a person would see: a terminal as far as the client needs one. Does not break lines anew when resized."""
+
+    CONTROL = re.compile(r"\x1b\[(\??)(\d*)([A-Za-z])|\x1b\[\d+(?:;\d+)*m|[\r\n\a\b]|[^\x1b]", re.DOTALL)
+
+    def __init__(self, columns: int, rows: int) -> None:
+        self.columns, self.rows = columns, rows
+        self.lines: List[List[str]] = [[]]  # all that were ever on the screen
+        self.row = self.column = 0
+        self.bells = 0
+        self._tail = ""
+
+    def feed(self, text: str) -> None:
+        text = self._tail + text
+        at = 0
+        while at < len(text):
+            match = self.CONTROL.match(text, at)
+            if match is None:
+                if len(text) - at > 20:
+                    raise AssertionError(f"the terminal was sent {text[at : at + 20]!r}")
+                break
+            self.obey(match[0], match[2] or "", match[3] or "")
+            at = match.end()
+        self._tail = text[at:]
+
+    def obey(self, text: str, number: str, final: str) -> None:
+        line, count = self.lines[self.row], int(number or 1)
+        if text == "\r":
+            self.column = 0
+        elif text == "\n":
+            self.down()
+        elif text == "\a":
+            self.bells += 1
+        elif final == "A":
+            self.row = max(self.row - count, len(self.lines) - self.rows, 0)
+        elif final == "D":
+            self.column = max(self.column - count, 0)
+        elif final == "H":
+            self.row, self.column = max(len(self.lines) - self.rows, 0), 0
+        elif final == "K":
+            del line[self.column :]
+        elif final == "J":
+            start = self.row if number != "2" else max(len(self.lines) - self.rows, 0)
+            del self.lines[max(start, self.row) + 1 :]
+            del line[self.column if number != "2" else 0 :]
+        elif not text.startswith("\x1b"):
+            self.put(text)
+
+    def put(self, char: str) -> None:
+        size = chat.columns(char)
+        if not size:
+            self.lines[self.row][max(self.column - 1, 0)] += char
+            return
+        if self.column + size > self.columns:
+            self.column = 0
+            self.down()
+        line = self.lines[self.row]
+        line += [" "] * (self.column + size - len(line))
+        line[self.column : self.column + size] = [char, *[""] * (size - 1)]
+        self.column += size
+
+    def down(self) -> None:
+        self.row += 1
+        if self.row == len(self.lines):
+            self.lines.append([])
+
+    def text(self) -> str:
+        return "\n".join("".join(line).rstrip() for line in self.lines)
+
+
+class Seat:
+    """A client at a pseudo-terminal, and what it shows."""
+
+    def __init__(self, case: ProgramCase, args: List[str], columns: int, environment: Dict[str, str]) -> None:
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        self.case = case
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self._modes_of = termios.tcgetattr
+        self.modes_at_first = self.modes()
+        self.glass, self.raw = Glass(columns, 24), ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        known = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CHAT_PASSWORD")}
+
+        # Opened by a session that has none, it becomes the terminal that sends signals.
+        tty = os.ttyname(slave)
+        script = f"exec '{sys.executable}' '{HERE / 'chat.py'}' \"$@\" <{tty} >{tty} 2>&1"
+        self.program = subprocess.Popen(
+            ["sh", "-c", script, "sh", *args],
+            env={**known, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **environment},
+            start_new_session=True,
+        )
+        self._slave = slave  # kept open: what was written is not lost, nor are the modes
+
+    def modes(self) -> Any:
+        """Local modes: whether the terminal echoes, and more."""
+        return self._modes_of(self.master)[3]
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def read(self, seconds: float) -> bool:
+        """Takes what is there, or comes; False when there was nothing."""
+        if not select.select([self.master], [], [], seconds)[0]:
+            return False
+        text = self._decoder.decode(os.read(self.master, 1 << 16))
+        self.raw += text
+        self.glass.feed(text)
+        return True
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            alive = self.program.poll() is None
+            if not self.read(0.1) and (not alive or time.monotonic() > end):
+                self.case.fail(f"the screen is\n{self.glass.text()}")
+
+    def last(self) -> str:
+        return self.glass.text().rpartition("\n")[2]
+
+    def wait(self) -> int:
+        end = time.monotonic() + PATIENCE
+        while self.program.poll() is None and time.monotonic() < end:
+            self.read(0.05)
+        while self.read(0):
+            pass
+        return self.program.wait(1)
+
+    def end(self) -> None:
+        if self.program.poll() is None:
+            self.program.kill()
+        self.program.wait(PATIENCE)
+        os.close(self.master)
+        os.close(self._slave)
+
+
+class FakeServer:
+    """An IRC server that does what a test wants."""
+
+    CAPS = "echo-message message-tags server-time"
+
+    def __init__(self, case: ProgramCase) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(PATIENCE)
+        self.port = self._listener.getsockname()[1]
+        self._peer: Optional[Peer] = None
+        case.addCleanup(self.close)
+
+    @property
+    def peer(self) -> Peer:
+        if self._peer is None:
+            self._peer = Peer(self.port, sock=self._listener.accept()[0])
+        return self._peer
+
+    def close(self) -> None:
+        if self._peer:
+            self._peer.close()
+            self._peer = None
+        self._listener.close()
+
+    def drop(self) -> None:
+        """Ends the connection; the next one may come."""
+        self.peer.close()
+        self._peer = None
+
+    def send(self, *lines: str) -> None:
+        self.peer.send("".join(f"{line}\r\n" for line in lines))
+
+    def until(self, wanted: str) -> str:
+        return self.peer.until(wanted)
+
+    def welcome(self, caps: str = CAPS) -> None:
+        """Lets the client in, as bob."""
+        self.until("USER")
+        self.send(f":s CAP * LS :{caps}")
+        if caps:
+            self.until("CAP REQ")
+            self.send(f":s CAP * ACK :{caps}")
+        self.until("CAP END")
+        self.send(":s 001 bob :Welcome")
+        self.until("JOIN")
+        self.send(":bob!b@h JOIN #chat", ":s 353 bob = #chat :bob", ":s 366 bob #chat :End")
+
+
+@unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
+class SeatCase(ProgramCase):
+    """The client as a person sees it."""
+
+    def sit(self, port: int, *args: str, columns: int = 80, name: str = "bob", **environment: str) -> Seat:
+        seat = Seat(self, ["client", "--port", str(port), "--name", name, *args], columns, environment)
+        self.addCleanup(seat.end)
+        return seat
+
+    def both(self, **more: Any) -> Tuple[int, Peer, Seat]:
+        """A server, ann who speaks IRC there, and bob at a terminal."""
+        _, port = self.server()
+        ann = self.irc(port)
+        seat = self.sit(port, **more)
+        seat.until(lambda: seat.last().startswith("[#chat 2] bob>"))
+        ann.sync()
+        return port, ann, seat
+
+    def irc(self, port: int, name: str = "ann") -> Peer:
+        peer = Peer(port, f"NICK {name}\nUSER {name} 0 * :x\nJOIN #chat\n")
+        self.addCleanup(peer.close)
+        peer.until(" 366 ")
+        return peer
+
+
+class AtTheTerminal(SeatCase):
+    def test_typing_while_500_messages_arrive(self) -> None:
+        port, ann, seat = self.both()
+        seat.type("half a 你好 line" + LEFT * 4)
+        for number in range(500):
+            ann.send(f"PRIVMSG #chat :message {number}\n")
+            if number % 50 == 0:
+                seat.type(str(number // 50))
+        typed = "half a 你好 0123456789line"
+        seat.until(lambda: "message 499\n" in seat.glass.text() and seat.last() == f"[#chat 2] bob> {typed}")
+        self.assertEqual(seat.glass.column, chat.width(f"[#chat 2] bob> {typed}") - len("line"))
+        shown = re.findall(r"ann: message (\d+)\n", seat.glass.text())
+        self.assertEqual(shown, [str(number) for number in range(500)])
+        seat.type("\r")
+        self.assertIn(typed, ann.until(" PRIVMSG "))
+        seat.until(lambda: f"bob: {typed}\n" in seat.glass.text() and seat.last() == "[#chat 2] bob>")
+        self.assertEqual(seat.glass.text().count("half a"), 1)
+
+    def test_a_line_longer_than_the_screen(self) -> None:
+        _, ann, seat = self.both(columns=40)
+        text = "".join(f"{number:03d} " for number in range(50))
+        seat.type(text)
+        seat.until(lambda: seat.last().endswith(" 049"))
+        ann.send("PRIVMSG #chat :between\n")
+        seat.until(lambda: "ann: between" in seat.glass.text())
+        seat.until(lambda: seat.last().startswith("[#chat 2] bob>") and seat.last().endswith(" 049"))
+        seat.type("\x01")
+        seat.until(lambda: seat.last().startswith("[#chat 2] bob> 000 001"))
+        seat.type("\r")
+        self.assertIn(text.rstrip(), ann.until(" PRIVMSG "))
+
+    def test_completion_and_paste(self) -> None:
+        _, ann, seat = self.both()
+        seat.type("a\tlook:\x1b[200~ pasted\x1b[201~\r")
+        self.assertIn("ann: look: pasted", ann.until(" PRIVMSG "))
+        seat.type("typed\x1b[200~one\r\n/quit\r\nthree\x1b[201~")
+        seat.until(lambda: seat.last() == "send 3 pasted lines? y/n")
+        seat.type("n")
+        seat.until(lambda: seat.last() == "[#chat 2] bob> typed")
+        seat.type("\x1b[200~one\r\n/quit\r\nthree\x1b[201~y")
+        said = [ann.until(" PRIVMSG ") for _ in range(3)]
+        self.assertEqual([line.rpartition("PRIVMSG #chat ")[2] for line in said], [":one", ":/quit", ":three"])
+        seat.until(lambda: seat.last() == "[#chat 2] bob> typed")
+
+    def test_a_killed_and_restarted_server(self) -> None:
+        server, port = self.server()
+        seat = self.sit(port)
+        seat.until(lambda: seat.last() == "[#chat 1] bob>")
+        seat.type("before\r")
+        seat.until(lambda: re.search(r"\d bob: before\n\[#chat 1\] bob>$", seat.glass.text()))
+        server.kill()
+        server.wait(PATIENCE)
+        seat.until(lambda: "no connection; next try in" in seat.last())
+        seat.type("one\rtwo\r/nick rob\rthr")
+        seat.until(lambda: "bob> thr" in seat.last())
+        self.assertIn("\n  ... bob: one\n  ... bob: two\n[", seat.glass.text())
+        self.assertIn("Error: not connected; only messages wait until we are", seat.glass.text())
+        seat.until(lambda: "next try in 2 s" in seat.last())  # it has tried and waits longer now, on the same row
+        self.assertEqual(seat.glass.text().count("was lost"), 1)
+        self.start("server", "--port", str(port))
+        ann = self.wait_for(port)
+        seat.type("ee\r")
+        said = [ann.until(" PRIVMSG ").rpartition("#chat ")[2] for _ in range(3)]
+        self.assertEqual(said, [":one", ":two", ":three"])
+        seat.until(lambda: "bob: three\n" in seat.glass.text() and seat.last() == "[#chat 2] bob>")
+        for text in ("bob: before", "bob: one", "bob: two", "bob: three", "connected again"):
+            self.assertEqual(seat.glass.text().count(text), 1, seat.glass.text())
+
+    def wait_for(self, port: int) -> Peer:
+        """Somebody in the chat of a server that has just been started."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self.irc(port)
+            except OSError:
+                self.assertLess(time.monotonic(), end)
+                time.sleep(0.01)
+
+    def test_leaving(self) -> None:
+        for keys, status in (("/quit see you\r", 0), ("exit\r", 0), ("\x04", 0), ("\x03", 130), ("half\x03", 130)):
+            for connected in (True, False):
+                with self.subTest(keys, connected=connected):
+                    self.leave(keys, status, connected)
+
+    def leave(self, keys: str, status: int, connected: bool) -> None:
+        server, port = self.server()
+        seat = self.sit(port)
+        seat.until(lambda: seat.last() == "[#chat 1] bob>")
+        self.assertNotEqual(seat.modes(), seat.modes_at_first)
+        if not connected:
+            server.kill()
+            seat.until(lambda: "no connection" in seat.last())
+        seat.type(keys)
+        self.assertEqual(seat.wait(), status)
+        self.assertNotIn("bob>", seat.glass.text())
+        self.assertEqual(seat.modes(), seat.modes_at_first)
+
+    def test_suspended(self) -> None:
+        _, ann, seat = self.both()
+        seat.type("typed")
+        seat.until(lambda: seat.last().endswith("typed"))
+        seat.type("\x1a")
+        os.waitpid(seat.program.pid, os.WUNTRACED)
+        self.assertEqual(seat.modes(), seat.modes_at_first)
+        seat.until(lambda: "bob>" not in seat.glass.text())
+        ann.send("PRIVMSG #chat :meanwhile\n")
+        seat.program.send_signal(signal.SIGCONT)
+        seat.until(lambda: "ann: meanwhile\n" in seat.glass.text() and seat.last() == "[#chat 2] bob> typed")
+
+    def test_a_simple_terminal(self) -> None:
+        _, port = self.server()
+        ann = self.irc(port)
+        seat = self.sit(port, TERM="dumb")
+        seat.until(lambda: "*** bob joined (2 here)\n" in seat.glass.text())
+        seat.type("hello\r/dance\r")
+        self.assertIn("PRIVMSG #chat :hello", ann.until(" PRIVMSG "))
+        ann.send("PRIVMSG #chat :\x1b[2Jhi\n")
+        seat.until(lambda: "ann: \\x1b[2Jhi\n" in seat.glass.text() and "/dance is not a command" in seat.glass.text())
+        self.assertNotIn("\x1b", seat.raw)
+        seat.type("/quit\r")
+        self.assertEqual(seat.wait(), 0)
+
+    def test_no_colours(self) -> None:
+        _, ann, seat = self.both(NO_COLOR="1")
+        ann.send("PRIVMSG #chat :bob: hi\n")
+        seat.until(lambda: "ann: bob: hi\n" in seat.glass.text())
+        self.assertNotRegex(seat.raw, "\x1b\\[[\\d;]*m")
+        self.assertEqual(seat.glass.bells, 1)
+
+
+class AtTheTerminalOfAFake(SeatCase):
+    HOSTILE = (
+        "\x1b[31mred", "\x1b]0;title\x07", "\x1b]52;c;Y2xpcA==\x07", "\x1b[2J\x1b[H", "\x1bc", "\x9b31m", "\x9d0;t\x9c",
+        "\x7f\x08\x08", "\u202egnp.exe", "\u2066x\u2069", "a\u200bb\u200d\ufeff", "x" + "\u0301" * 40, "\U000e0041",
+        "\u2028", "\x1bP+q\x1b\\", "\x1b[6n", "\x1b[200~evil\x1b[201~", "\u115f\u3164\u034f",
+    )  # fmt: skip
+
+    PLACES = (
+        ":ann!a@b PRIVMSG #chat :TEXT",
+        ":ann!a@b PRIVMSG bob :TEXT",
+        ":ann!a@b PRIVMSG #chat :\x01ACTION TEXT\x01",
+        ":TEXT!a@b PRIVMSG #chat :hi",
+        ":TEXT!a@b JOIN #chat",
+        ":TEXT!a@b NICK TEXT",
+        ":ann!a@b TOPIC #chat :TEXT",
+        ":ann!a@b QUIT :TEXT",
+        ":ann!a@b PART #chat :TEXT",
+        ":s 404 bob #chat :TEXT",
+        ":s 353 bob = #chat :TEXT",
+        ":s 332 bob TEXT :TEXT",
+        ":s NOTICE * :TEXT",
+        "@COUNT_TAG=TEXT :cat!a@b JOIN #chat",
+    )
+
+    def test_nothing_that_arrives_is_obeyed(self) -> None:
+        fake = FakeServer(self)
+        seat = self.sit(fake.port, NO_COLOR="1")
+        fake.welcome()
+        seat.until(lambda: seat.last().startswith("[#chat "))
+        for number, text in enumerate(self.HOSTILE):
+            for place in self.PLACES:
+                fake.send(place.replace("COUNT_TAG", chat.COUNT_TAG).replace("TEXT", text))
+            fake.send(f":ann!a@b PRIVMSG #chat :end {number}")
+        seat.until(lambda: f"ann: end {len(self.HOSTILE) - 1}\n" in seat.glass.text())
+        seat.type("a\t\t\x15/who\r")
+        fake.until("NAMES")
+        raw = re.sub(r"\x1b\[(?:\d*[AD]|[JK]|\?2004[hl])", "", seat.raw)  # what the client itself may say
+        for char in raw:
+            self.assertIn(char, "\r\n\a\u0301" if unicodedata.category(char) in (*chat.OBEYED, "Mn") else char)
+        self.assertNotIn("\u0301" * 9, raw)
+        for shown in (
+            "\\x1b[31mred",
+            "\\x9b31m",
+            "<U+202E>gnp.exe",
+            "a<U+200B>b<U+200D><U+FEFF>",
+            "<U+0301>",
+            "<U+115F>",
+        ):
+            self.assertIn(shown, seat.glass.text().replace("\n", ""))
+
+    def test_own_lines_are_dim_until_they_are_echoed(self) -> None:
+        fake = FakeServer(self)
+        seat = self.sit(fake.port)
+        fake.welcome()
+        seat.until(lambda: seat.last().startswith("[#chat "))
+        seat.type("one\rtwo\r")
+        seat.until(lambda: "\n  ... bob: one\n  ... bob: two\n[#chat" in seat.glass.text())
+        self.assertIn("\x1b[2m  ... bob: one\x1b[0m", seat.raw)
+        tags = [fake.until("PRIVMSG").partition(" ")[0] for _ in range(2)]
+        fake.send(f"{tags[0]} :bob!b@h PRIVMSG #chat :one")
+        seat.until(lambda: re.search(r"\d\d:\d\d bob: one\n  \.\.\. bob: two\n\[#chat", seat.glass.text()))
+        fake.send(f"{tags[1]} :bob!b@h PRIVMSG #chat :two")
+        seat.until(lambda: re.search(r"\d\d:\d\d bob: one\n\d\d:\d\d bob: two\n\[#chat", seat.glass.text()))
+
+    def test_a_password_is_asked_for(self) -> None:
+        fake = FakeServer(self)
+        seat = self.sit(fake.port)
+        fake.until("USER")
+        fake.send(":s 464 * :Password incorrect")
+        seat.until(lambda: f"password for 127.0.0.1:{fake.port}:" in seat.glass.text())
+        fake.drop()
+        seat.type("sesame\r")
+        self.assertEqual(fake.until("PASS"), "PASS sesame")
+        fake.welcome()
+        seat.until(lambda: seat.last().startswith("[#chat "))
+        self.assertNotIn("sesame", seat.glass.text())
+
+
+@unittest.skipUnless(shutil.which("tmux"), "needs tmux")
+class InTmux(ProgramCase):
+    """A real terminal, which breaks lines anew when it is resized."""
+
+    def tmux(self, *args: str) -> str:
+        command = ["tmux", "-f", os.devnull, "-S", self.socket, *args]
+        return subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE, check=True).stdout.decode()
+
+    def screen(self) -> str:
+        return self.tmux("capture-pane", "-p", "-S", "-", "-t", "chat").rstrip("\n")
+
+    def until(self, pattern: str) -> str:
+        end = time.monotonic() + PATIENCE
+        while True:
+            screen = self.screen()
+            if re.search(pattern, screen):
+                return screen
+            self.assertLess(time.monotonic(), end, f"{pattern} is not in\n{screen}")
+            time.sleep(0.02)
+
+    def test_resizing_and_typing(self) -> None:
+        _, port = self.server()
+        ann = Peer(port, "ann\n")
+        self.addCleanup(ann.close)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.socket = os.path.join(folder.name, "s")
+        program = f"'{sys.executable}' '{HERE / 'chat.py'}' client --port {port} --name bob"
+        self.tmux("new-session", "-d", "-s", "chat", "-x", "60", "-y", "20", f"TERM=screen {program}")
+        self.addCleanup(self.tmux, "kill-server")
+        self.until(r"\[#chat 2\] bob>$")
+        typed = "a line of 你好 that is nearly as long as it can"
+        self.tmux("send-keys", "-t", "chat", "-l", typed)
+        self.until("it can$")
+        for number, size in enumerate((35, 60, 20, 90, 25, 80)):
+            self.tmux("resize-window", "-t", "chat", "-x", str(size), "-y", "20")
+            row = "".join(chat.input_row("[#chat 2] bob> ", typed, len(typed), size - 1))
+            self.until(re.escape(row) + "$")
+            ann.send(f"number {number}\n")
+            self.until(f"number {number}\n{re.escape(row)}$")
+        screen = self.until(r"\n\[#chat 2\] bob> a line of 你好 that is nearly as long as it can$")
+        self.assertEqual(screen.count("bob> "), 1, screen)
+        self.assertEqual(screen.count("nearly"), 1, screen)
+        self.assertEqual(re.findall(r"number (\d)", screen), list("012345"), screen)
+        self.tmux("send-keys", "-t", "chat", "Enter")
+        ann.until(f"bob: {typed}")
+        self.until(r"bob: a line .*\n\[#chat 2\] bob>$")
 
 
 # The load tester: its checker, its statistics and report, then the whole program.
