@@ -11,6 +11,7 @@ Sections, from pure to effectful; each uses only those above it:
     wire format            Message, parse and encode, LineBuffer, what must fit in a line
     text form              a message as people read it; slash commands as people type them
     dialects               plain, JSON lines, IRC and HTTP: bytes of a line <-> Message
+    history                what was said in channels: in memory, or in an SQLite file
     chat state             Session, Channel, Hub: who is here, who is where; the log
     commands               one function per command, in a table with its minimum parameters
     server                 connections and their readers, the mailer, the listener
@@ -20,8 +21,8 @@ Sections, from pure to effectful; each uses only those above it:
 
 Threads of the server. A reader per connection receives, splits into lines and runs commands, which change the
 state and append deliveries to one ordered log, under one lock. The mailer alone writes to sockets: it takes the
-whole log, encodes each message once per view, and makes one send per recipient. The main thread accepts and
-lets Hub.tick do what is due.
+whole log, stores what is to be kept, encodes each message once per view, and makes one send per recipient. The main
+thread accepts and lets Hub.tick do what is due.
 
 The rule of the lock. `with hub:` holds it. A method whose name ends in _locked, and every command, runs with it
 held. No I/O happens under it, and no other lock is taken under it.
@@ -35,6 +36,7 @@ import calendar
 import codecs
 import collections
 import contextlib
+import datetime
 import errno
 import functools
 import getpass
@@ -47,6 +49,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import queue
 import random
 import re
@@ -63,6 +66,7 @@ import zlib
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 VERSION = "chat.py-0.1"
+log = logging.getLogger("chat")
 
 # -----------------------------------------------------------------------------
 # limits and numerics
@@ -76,6 +80,7 @@ LINE_BYTES = 512  # an IRC line with CRLF and without tags: RFC 1459, section 2.
 TAG_BYTES = 4094  # tag data that a client may send: IRCv3 message-tags, "Size limit"
 CLIENT_INPUT_BYTES = TAG_BYTES + 2 + LINE_BYTES  # the longest line a server accepts: "@tags line"
 SERVER_INPUT_BYTES = 8191 + LINE_BYTES  # the same for a client: servers add tags of their own
+LABEL_BYTES = 64  # IRCv3 labeled-response
 MAX_PARAMS = 15  # RFC 1459, section 2.3
 JSON_NESTING = 32  # ours needs 1; the json module recurses in C and could run through a reader's stack
 RECV_BYTES = 4096  # one read; held while a reader waits, so it counts once per connection
@@ -104,11 +109,22 @@ LOG_LENGTH = 20_000  # the same with answers to one session: NAMES alone may be 
 OUTBOX_BYTES = 1 << 20  # what one recipient may owe us beyond its socket's buffer, before it is dropped
 STACK_BYTES = 256 << 10  # of a reader thread; the default of 8 MiB would forbid thousands of them
 
+# History.
+REPLAY_LINES = 20  # shown to newcomers
+MEMORY_LINES, MEMORY_CHANNELS = 1000, 1000  # kept in memory of a channel, and of how many of them
+PAGE_LINES = 100  # at most, of one answer to CHATHISTORY
+SEEN_IDS = 10_000  # of messages, by which one that is sent again is recognised
+MISSED_LINES = 100  # kept of what is said to somebody alone whose connection is lost
+TIDY_LINES, TIDY_S = 1000, 10.0  # removed of each channel at a time, when they are too old; and how often
+ARCHIVE_ID = 0x63686174  # in the header of our SQLite files: "chat"
+ALL = 1 << 62  # above every message's number
+
 # Time, in seconds.
 PROMPT_S = 1.0  # of silence before a person is asked for a name; IRC clients speak first
 REGISTER_S = 20.0  # to give a name: a person types it, and an attacker holds a thread no longer
 PING_S, PONG_S = 90.0, 60.0  # silence before we ask, and then before we give up
 REFUSED_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
+GRACE_S = 30.0  # for a client to come back before the others are told that it left
 PROBE_S = 10.0  # for the holder of a name that somebody else asks for: a ghost does not answer
 TICK_S = 0.5  # longest sleep of the timers
 LINGER_S = 3.0  # for the last line to be read before a closed connection is cut
@@ -126,6 +142,10 @@ RETRY_S, RETRY_MAX_S = (
 )  # pause before the first attempt to connect again, and the longest, each at random less
 GIVE_UP_S = 60.0  # without connection, for a pipe that ended: whoever waits for it wants an answer
 FRAME_S = 0.05  # between two drawings while much arrives
+MIN_PIECE = 100  # bytes of text that must fit beside a target's name
+QUEUED_LINES = 10_000  # that a server may leave unread
+SAME_NAMES = 20  # names that we try when they are taken
+PEOPLE, NAME_CHARS = 100_000, 100  # names that are remembered, so that no server fills our memory
 UNECHOED_LINES = 50  # a pipe sends so many ahead of their echo: fills no buffer, hides the round trip
 HISTORY_LINES = 500  # typed lines that can be called back
 PASTE_CHARS = 1 << 16  # at most, of one paste
@@ -240,6 +260,14 @@ FAIL_BAD_JSON = Numeric("FAIL", "bad-json", "that line is not a JSON object")
 FAIL_BAD_TYPE = Numeric("FAIL", "unknown-type", "type is join, chat, private, leave or command")
 FAIL_BAD_FIELD = Numeric("FAIL", "bad-field", "{0} must be a string")
 FAIL_BAD_SLASH = Numeric("FAIL", "bad-command", "{0}")
+FAIL_CANNOT_STORE = Numeric("FAIL", "cannot-store", "not said, because it cannot be stored: {0}")
+# IRCv3 draft/chathistory, "Errors and Warnings"; their parameters stand before the text.
+FAIL_INVALID_PARAMS = Numeric("FAIL", "invalid-params", "these are not parameters of CHATHISTORY")
+FAIL_INVALID_TARGET = Numeric("FAIL", "invalid-target", "only members may read what was said there")
+FAIL_MESSAGE_ERROR = Numeric("FAIL", "message-error", "what was said cannot be read now")
+FAIL_UNKNOWN_COMMAND = Numeric(
+    "FAIL", "unknown-command", "CHATHISTORY knows LATEST, BEFORE, AFTER, AROUND, BETWEEN, TARGETS"
+)
 
 NUMERICS = {item.code: item for item in list(globals().values()) if isinstance(item, Numeric) and item.code != "FAIL"}
 
@@ -319,6 +347,8 @@ TAG_ESCAPES = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n"}  
 TAG_UNESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n"}
 HERE = "*"  # as a target: the one channel that the sender is in
 ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msgid
+BY_TAG = "chat.py/by"  # only in the history: who used that id
+REPLAYED_TAG = "chat.py/replayed"  # on what was said before, for clients that did not ask
 COUNT_TAG = "chat.py/here"  # on JOIN: how many are in the channel now
 
 
@@ -400,6 +430,11 @@ def format_line(message: Message) -> str:
     return f"{source}{' '.join(middle)} {colon}{last}"
 
 
+def format_tagged(message: Message) -> str:
+    """The IRC line of a message with all its tags, without its end."""
+    return format_tags(message.tags.items()) + format_line(message)
+
+
 def check_length(message: Message) -> None:
     """Raises Refused when a message could not be relayed within an IRC line, with its sender's full prefix."""
     if 4 * sum(map(len, message.params)) + 4 * len(message.source) < LINE_BYTES - 40:
@@ -417,7 +452,7 @@ def split_text(text: str, size: int) -> list[str]:
     """`text` in pieces of at most `size` bytes, between words where that is possible."""
     pieces = []
     while len(text.encode()) > size:
-        piece = cut(text, size)
+        piece = cut(text, size) or text[0]
         space = piece.rfind(" ") if not text[len(piece) :].startswith(" ") else len(piece)
         pieces.append(piece[:space] if space > 0 else piece)
         text = text[len(pieces[-1]) :].lstrip(" ")
@@ -484,6 +519,7 @@ EVENT_FORMS = {
     "JOIN": ("join", "{nick} joined{here}"),
     "PART": ("leave", "{nick} left{reason}"),
     "QUIT": ("leave", "{nick} left{reason}"),
+    "KICK": ("kick", "{1} was kicked out by {nick}{reason}"),
     "NICK": ("nick", "{nick} is now {text}"),
     "TOPIC": ("topic", "{nick} set the topic: {text}"),
     "NOTICE": ("notice", "{text}"),  # from a server
@@ -516,16 +552,16 @@ def visible(char: str) -> str:
 
 def is_system(message: Message) -> bool:
     """Whether a message is an event of the chat rather than something that a user says."""
-    return message.command not in ("PRIVMSG", "NOTICE") or "!" not in message.source
+    return message.command != "PRIVMSG" and (message.command != "NOTICE" or "!" not in message.source)
 
 
 def event_of(message: Message) -> Tuple[str, str]:
     """(name, readable text without stars) of a system message; the text is '' where a person need not see it."""
     numeric = NUMERICS.get(message.command)
-    if numeric and numeric.code >= "400" and numeric.code < "700":
-        return numeric.name, "Error: " + harmless(message.text)
+    if re.fullmatch("[45][0-9][0-9]", message.command):
+        return numeric.name if numeric else "error", "Error: " + harmless(message.text)
     name, form = (numeric.name, numeric.form) if numeric else EVENT_FORMS.get(message.command, ("", ""))
-    reason = message.param(0 if message.command == "QUIT" else 1)
+    reason = message.param({"QUIT": 0, "KICK": 2}.get(message.command, 1))
     values = [harmless(param) for param in message.params] + [""] * MAX_PARAMS
     return name, form.format(
         *values,
@@ -564,24 +600,19 @@ class Slash(NamedTuple):
 
 SLASHES = {
     "help": Slash("", "shows this", 0, 1, lambda here, words: Message("HELP")),
-    "nick": Slash("NAME", "takes another name", 1, 1, lambda here, words: Message("NICK", (words[0],))),
+    "nick": Slash("NAME", "takes another name", 1, 2, lambda here, words: Message("NICK", (words[0],))),
     "msg": Slash("NAME TEXT", "speaks to one person", 2, 2, lambda here, words: Message("PRIVMSG", tuple(words))),
     "reply": Slash(
         "TEXT", "answers the last private message", 1, 1, lambda here, words: Message("REPLY", (words[0],)), True
     ),
     "me": Slash("TEXT", "says what you do", 1, 1, lambda here, words: Message("PRIVMSG", (here, action(words[0])))),
     "who": Slash("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
-    "whois": Slash("NAME", "tells more about somebody", 1, 1, lambda here, words: Message("WHOIS", (words[0],))),
-    "join": Slash("#CHANNEL", "goes to another channel", 1, 1, lambda here, words: Message("JOIN", (words[0],))),
+    "whois": Slash("NAME", "tells more about somebody", 1, 2, lambda here, words: Message("WHOIS", (words[0],))),
+    "join": Slash("#CHANNEL", "goes to another channel", 1, 2, lambda here, words: Message("JOIN", (words[0],))),
     "topic": Slash("[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))),
     "away": Slash("[TEXT]", "says why you do not answer", 0, 1, lambda here, words: Message("AWAY", tuple(words))),
     "ignore": Slash(
-        "[NAME]",
-        "hides somebody's messages, or no more",
-        0,
-        1,
-        lambda here, words: Message("IGNORE", tuple(words)),
-        True,
+        "[NAME]", "hides somebody, or no more", 0, 2, lambda here, words: Message("IGNORE", tuple(words[:1])), True
     ),
     "clear": Slash("", "clears the screen", 0, 1, lambda here, words: Message("CLEAR"), True),
     "quit": Slash("[TEXT]", "leaves, as does exit alone", 0, 1, lambda here, words: Message("QUIT", tuple(words))),
@@ -622,7 +653,12 @@ HTTP_FIRST = re.compile(rb"[A-Z]+ \S+ HTTP/\d")
 JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?')  # also one without an end, lest the search begin anew within it
 TLS_HANDSHAKE = 0x16  # first byte of a TLS ClientHello: RFC 8446, section 5.1
 
-CAPABILITIES = ("echo-message", "message-tags", "multi-prefix", "server-time", "standard-replies")
+RESUME_CAP = "chat.py/resume"
+CAPABILITIES = (
+    "batch", "chat.py/resume", "draft/chathistory", "echo-message", "labeled-response", "message-tags", "multi-prefix",
+    "server-time", "standard-replies",
+)  # fmt: skip
+TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response"}  # what else tags are sent for
 
 
 def decode_text(line: bytes) -> str:
@@ -699,6 +735,8 @@ class Json(Dialect):
         for key, tag in (("ref", "label"), ("id", "msgid"), ("time", "time")):
             if tag in message.tags:
                 item[key] = message.tags[tag]
+        if REPLAYED_TAG in message.tags:
+            item["replayed"] = True
         return f"{json.dumps(item)}\n".encode()
 
     @staticmethod
@@ -777,7 +815,7 @@ class Irc(Dialect):
     def __init__(self, caps: frozenset[str]) -> None:
         self.caps = caps
         self._tags = "message-tags" in caps
-        self._time = "server-time" in caps
+        self._some = [tag for tag, cap in TAG_CAPS.items() if cap in caps]
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
         size = len(line) + 2
@@ -797,9 +835,9 @@ class Irc(Dialect):
         if message.command == "FAIL" and "standard-replies" not in self.caps:
             message = Message("NOTICE", ("*", message.text), message.source, message.tags)
         tags = ""
-        if message.tags and (self._tags or self._time):
+        if message.tags and (self._tags or self._some):
             tags = format_tags(
-                item for item in message.tags.items() if (self._time if item[0] == "time" else self._tags)
+                item for item in message.tags.items() if item[0] in self._some or self._tags and item[0] not in TAG_CAPS
             )
         return f"{tags}{format_line(message)}\r\n".encode()
 
@@ -835,6 +873,176 @@ def dialect_of(first: bytes) -> Dialect:
     if IRC_FIRST.match(first):
         return irc()
     return HTTP if HTTP_FIRST.match(first) else PLAIN
+
+
+# -----------------------------------------------------------------------------
+# history
+# -----------------------------------------------------------------------------
+# What was said in channels. A message's number is in its msgid; numbers grow in the order in which all see messages.
+
+
+class Stamps:
+    """Gives messages their times and ids. Numbers are Unix microseconds, made to grow also when the clock does not."""
+
+    def __init__(self, last: int = 0) -> None:
+        self.last = last
+
+    def next(self) -> Dict[str, str]:
+        """The tags of one more message."""
+        now = time.time()
+        self.last = max(self.last + 1, int(now * 1e6))
+        return {"time": server_time(now), "msgid": f"{self.last:x}"}
+
+
+def known(message: Message) -> Mapping[str, str]:
+    """What a message was stamped with."""
+    return {"time": message.tags["time"], "msgid": message.tags["msgid"]}
+
+
+def number(message: Message) -> int:
+    """What the msgid of a stamped message says."""
+    return int(message.tags["msgid"], 16)
+
+
+def numbers(reference: str) -> Tuple[int, int]:
+    """The first and the last number that `msgid=...` or `timestamp=...` may mean; raises ValueError."""
+    kind, _, value = reference.partition("=")
+    if kind == "msgid" and re.fullmatch("[0-9a-f]{1,15}", value):
+        return int(value, 16), int(value, 16)
+    if kind == "timestamp" and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", value, re.ASCII):
+        second = calendar.timegm(time.strptime(value[:19], "%Y-%m-%dT%H:%M:%S"))
+        return second * 1_000_000 + int(value[20:23]) * 1000, second * 1_000_000 + int(value[20:23]) * 1000 + 999
+    raise ValueError(reference)
+
+
+class Unkept(Exception):
+    """Messages cannot be stored or read; the text says why."""
+
+
+class History:
+    """The last MEMORY_LINES of each channel, in memory. The mailer's alone. Channels go by their folded names."""
+
+    def __init__(self) -> None:
+        self._channels: Dict[str, Deque[Message]] = {}  # the one that was used last is last
+
+    def store(self, said: List[Tuple[str, Message]]) -> None:
+        """Keeps messages, each with its channel: all, or none and raises Unkept."""
+        for channel in {channel for channel, _ in said}:
+            known = self._channels.pop(channel) if channel in self._channels else collections.deque([], MEMORY_LINES)
+            self._channels[channel] = known
+        for channel, message in said:
+            self._channels[channel].append(message)
+        while len(self._channels) > MEMORY_CHANNELS:
+            del self._channels[next(iter(self._channels))]
+
+    def page(self, channel: str, low: int, high: int, limit: int, newest: bool) -> List[Message]:
+        """At most `limit` messages with numbers above `low` and below `high`, in order: the newest, or the oldest."""
+        found = [message for message in self._channels.get(channel, ()) if low < number(message) < high]
+        return found[max(len(found) - limit, 0) :] if newest else found[:limit]
+
+    def channels(self) -> List[str]:
+        """Those of which anything is kept."""
+        return list(self._channels)
+
+    def last(self) -> int:
+        """The highest number of what is kept."""
+        return max((number(m) for name in self.channels() for m in self.page(name, 0, ALL, 1, True)), default=0)
+
+    def tidy(self) -> None:
+        """Removes a part of what is older than it need be; to be called now and then."""
+
+    def seen(self) -> Dict[Tuple[str, str], Mapping[str, str]]:
+        """Of the last messages, by (token, id) of who may send them again: time and msgid."""
+        found = [m for name in self.channels() for m in self.page(name, 0, ALL, MEMORY_LINES, True) if BY_TAG in m.tags]
+        return {(m.tags[BY_TAG], m.tags[ID_TAG]): known(m) for m in sorted(found, key=number)[-SEEN_IDS:]}
+
+    def close(self) -> None:
+        """Ends the use."""
+
+
+class Archive(History):
+    """The same in an SQLite file, without end or for so many days; raises Unkept.
+
+    A message is stored as its IRC line with tags. When `store` returns, it survives the death of the process, and
+    with `fsync` that of the machine.
+    """
+
+    def __init__(self, path: str, fsync: bool = False, days: float = math.inf) -> None:
+        self._days = days
+        try:
+            import sqlite3
+        except ImportError as error:  # Python can be built without it
+            raise Unkept(f"cannot keep a history: {error}") from None
+        self._errors = sqlite3.Error
+        try:
+            pathlib.Path(path).touch(0o600)  # SQLite would let others read it
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._prepare("FULL" if fsync else "NORMAL")
+        except (OSError, ValueError, sqlite3.Error) as error:
+            raise Unkept(f"cannot keep the history in {path}: {error}") from None
+
+    def _prepare(self, synchronous: str) -> None:
+        application = self._rows("PRAGMA application_id")[0][0]
+        if application != ARCHIVE_ID and (application or self._rows("SELECT 1 FROM sqlite_master")):
+            raise ValueError("it belongs to another program")
+        if self._rows("PRAGMA quick_check(1)") != [("ok",)]:
+            raise ValueError("it is damaged; move it away, or rescue what is left with: sqlite3 FILE .recover")
+        self._rows(f"PRAGMA application_id = {ARCHIVE_ID}")
+        self._rows("PRAGMA journal_mode = WAL")
+        self._rows(f"PRAGMA synchronous = {synchronous}")
+        self._rows(
+            "CREATE TABLE IF NOT EXISTS said (channel TEXT, number INTEGER, line TEXT,"
+            " PRIMARY KEY (channel, number)) WITHOUT ROWID"
+        )
+
+    def _rows(self, query: str, *values: object) -> List[Any]:
+        return self._db.execute(query, values).fetchall()
+
+    def store(self, said: List[Tuple[str, Message]]) -> None:
+        rows = [(channel, number(message), format_tagged(message)) for channel, message in said]
+        try:
+            self._rows("BEGIN IMMEDIATE")
+            try:
+                self._db.executemany("INSERT INTO said VALUES (?, ?, ?)", rows)
+                self._rows("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._rows("ROLLBACK")
+                raise
+        except self._errors as error:
+            raise Unkept(str(error)) from None
+
+    def page(self, channel: str, low: int, high: int, limit: int, newest: bool) -> List[Message]:
+        order = "DESC" if newest else "ASC"
+        query = f"SELECT line FROM said WHERE channel = ? AND number > ? AND number < ? ORDER BY number {order} LIMIT ?"
+        try:
+            found = [parse(line) for (line,) in self._rows(query, channel, low, high, limit)]
+        except self._errors as error:
+            raise Unkept(str(error)) from None
+        return found[::-1] if newest else found
+
+    def channels(self) -> List[str]:
+        found: List[str] = []
+        with contextlib.suppress(self._errors):
+            while True:  # from one to the next, lest all lines be read
+                rows = self._rows("SELECT min(channel) FROM said WHERE channel > ?", found[-1] if found else "")
+                if rows[0][0] is None:
+                    break
+                found.append(rows[0][0])
+        return found
+
+    def tidy(self) -> None:
+        if self._days < math.inf:
+            oldest = int((time.time() - self._days * 86400) * 1e6)
+            query = "SELECT number FROM said WHERE channel = ? AND number < ? ORDER BY number LIMIT ?"
+            with contextlib.suppress(self._errors):  # next time, then
+                for channel in self.channels():
+                    rows = [(channel, row[0]) for row in self._rows(query, channel, oldest, TIDY_LINES)]
+                    self._db.executemany("DELETE FROM said WHERE channel = ? AND number = ?", rows)
+
+    def close(self) -> None:
+        with contextlib.suppress(self._errors):
+            self._db.close()
 
 
 # -----------------------------------------------------------------------------
@@ -891,9 +1099,9 @@ class Session:
     """Somebody connected, named or not yet. Guarded by the hub's lock, but for what its reader alone sets."""
 
     __slots__ = (
-        "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard", "host", "negotiating",
-        "nick", "nick_changes", "prefix", "realname", "registered", "signon", "silent", "since", "spoke", "user",
-        "view",
+        "absent", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard", "host", "missed",
+        "negotiating", "nick", "nick_changes", "prefix", "realname", "registered", "signon", "silent", "since",
+        "spoke", "token", "user", "view",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float) -> None:
@@ -906,6 +1114,9 @@ class Session:
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
         self.silent = True  # has sent nothing, nor been asked for a name
         self.gone = False  # no longer in the hub: what it still sends is ignored
+        self.token = ""  # a hash of the secret by which this client is known again
+        self.absent = ""  # why, since its connection was lost; it may come back
+        self.missed: List[Message] = []  # said to it alone since then
         self.channels: Dict[Channel, str] = {}  # channel -> '' or 'o'
         self.alone = Roster([self])  # of what is for it alone
         self.since = self.heard = now  # monotonic seconds: connected; last bytes received (the reader's)
@@ -968,14 +1179,52 @@ class Channel:
             self._names.append(title)
 
 
+class Saying(NamedTuple):
+    """What depends on the history: something said in a channel, or ('' for its folded name) what confirms it."""
+
+    sender: Session
+    channel: str
+    label: str
+
+
 class Delivery(NamedTuple):
-    """An entry of the log: a message for the first `size` of `roster`, without `but`; its `number` there."""
+    """An entry of the log: a message for the first `size` of `roster`, without `but`; its `number` there.
+
+    With `ask`, the mailer gets the messages from that instead, which sees the history as it is then.
+    """
 
     message: Message
     roster: Roster
     size: int
     number: int
     but: Optional[Session]
+    saying: Optional[Saying] = None
+    ask: Optional[Callable[[History], List[Message]]] = None
+
+
+class Timers:
+    """When to look at which session; each at the latest of the times it was given."""
+
+    def __init__(self) -> None:
+        self._heap: List[Tuple[float, int, Session]] = []  # (due, tie-break, session)
+        self._ties = itertools.count()
+
+    def set(self, session: Session, when: float) -> None:
+        """Plans to look at a session at the monotonic time `when`, and not as planned before."""
+        session.due = when
+        heapq.heappush(self._heap, (when, next(self._ties), session))
+
+    def next(self, now: float) -> Optional[Session]:
+        """One whose time has come."""
+        while self._heap and self._heap[0][0] <= now:
+            due, _, session = heapq.heappop(self._heap)
+            if due == session.due and not session.gone:
+                return session
+        return None
+
+    def wait(self, now: float) -> float:
+        """Seconds until the next time, at most TICK_S."""
+        return min(max(self._heap[0][0] - now, 0.01), TICK_S) if self._heap else TICK_S
 
 
 class Hub:
@@ -984,8 +1233,13 @@ class Hub:
     `with hub:` holds the lock; whatever was appended to the log meanwhile wakes the mailer afterwards.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, history: Optional[History] = None, replay: int = REPLAY_LINES) -> None:
         self.name = name
+        self.history = history or History()  # the mailer's
+        self.replay = replay  # lines that newcomers get
+        self.seen = self.history.seen()  # (token, id) -> time and msgid of what was said
+        self.stamps = Stamps(self.history.last())
+        self.unkept = ""  # why the last message could not be stored; the mailer's
         self.wake: Callable[[], None] = lambda: None  # ends the mailer's sleep
         self.started = time.time()
         self.sessions: Dict[Session, None] = {}  # all that are connected, in order of arrival
@@ -998,10 +1252,9 @@ class Hub:
         self._log: List[Delivery] = []
         self._broadcasts = 0  # how many of the log go to more than one session
         self._closing: List[Session] = []  # to be closed once what the log holds for them is sent
-        self._timers: List[Tuple[float, int, Session]] = []  # heap of (due, tie-break, session)
+        self._timers = Timers()
+        self._tidy_at = 0.0
         self.guests = itertools.count(1)  # numbers for those who bring no name
-        self._numbers = itertools.count(1)  # for message ids and ties
-        self._boot = f"{time.time_ns() // 1_000_000:x}-"  # makes message ids unique across restarts
 
     def __enter__(self) -> Hub:
         self._lock.acquire()
@@ -1021,19 +1274,23 @@ class Hub:
         """Somebody connected. Accepting thread."""
         with self:
             self.sessions[session] = None
-            self.due_locked(session, session.since + PROMPT_S)
+            self._timers.set(session, session.since + PROMPT_S)
 
     def leave(self, session: Session, reason: str, farewell: str = "") -> None:
         """A connection broke or ended. Any thread; only the first call for a session counts."""
         with self:
-            self.quit_locked(session, reason, farewell)
+            if not (session.token and session.registered) or farewell:
+                self.quit_locked(session, reason, farewell)
+            elif not session.absent:
+                session.absent = reason or "Connection lost"
+                self._timers.set(session, time.monotonic() + GRACE_S)
 
     def stop(self, reason: str) -> None:
         """Tells everybody and lets nobody stay."""
         with self:
             for session in list(self.sessions):
                 self.tell_locked(session, Message("ERROR", (reason,), self.name))
-                self._forget_locked(session)
+                self.forget_locked(session)
 
     def take(self) -> Tuple[List[Delivery], List[Session]]:
         """The whole log and who is to be closed after it. When both are empty, the next append wakes. Mailer only."""
@@ -1049,11 +1306,12 @@ class Hub:
         """Does what is due: prompts, pings, timeouts. Returns the seconds until it should be called again."""
         now = time.monotonic()
         with self:
-            while self._timers and self._timers[0][0] <= now:
-                due, _, session = heapq.heappop(self._timers)
-                if due == session.due and not session.gone:
-                    self.due_locked(session, self._examine_locked(session, now))
-            return min(max(self._timers[0][0] - now, 0.01), TICK_S) if self._timers else TICK_S
+            for session in iter(lambda: self._timers.next(now), None):
+                self._timers.set(session, examine(self, session, now))
+            if now > self._tidy_at:
+                self._tidy_at = now + TIDY_S
+                self._log.append(Delivery(PROMPT, Roster([]), 0, 0, None, None, tidy))
+            return self._timers.wait(now)
 
     # For commands: only to be called with the lock held.
 
@@ -1066,19 +1324,33 @@ class Hub:
         if self._waiting:
             self._room.notify()
 
-    def stamp_locked(self) -> Dict[str, str]:
-        """Tags that tell a message's time and name it for ever."""
-        return {"time": server_time(time.time()), "msgid": f"{self._boot}{next(self._numbers):x}"}
-
-    def send_locked(self, message: Message, roster: Roster, but: Optional[Session] = None) -> None:
+    def send_locked(
+        self, message: Message, roster: Roster, but: Optional[Session] = None, saying: Optional[Saying] = None
+    ) -> None:
         """Appends to the log: a message for all who are in `roster` now."""
-        self._log.append(Delivery(message, roster, len(roster.members), roster.sent, but))
+        self._log.append(Delivery(message, roster, len(roster.members), roster.sent, but, saying))
         roster.sent += 1
         self._broadcasts += 1
 
-    def tell_locked(self, session: Session, message: Message) -> None:
+    def tell_locked(self, session: Session, message: Message, saying: Optional[Saying] = None) -> None:
         """Appends to the log: a message for one."""
-        self._log.append(Delivery(message, session.alone, 1, 0, None))
+        self._log.append(Delivery(message, session.alone, 1, 0, None, saying))
+
+    def ask_locked(self, session: Session, ask: Callable[[History], List[Message]]) -> None:
+        """Appends to the log: for one, what the history answers when the mailer gets there."""
+        self._log.append(Delivery(PROMPT, session.alone, 1, 0, None, None, ask))
+
+    def mark_locked(self) -> int:
+        """A place in the log."""
+        return len(self._log)
+
+    def label_locked(self, session: Session, mark: int, label: str) -> None:
+        """Puts a label on what a session was answered since `mark` (IRCv3 labeled-response)."""
+        answers = [delivery for delivery in self._log[mark:] if delivery.roster is session.alone]
+        others = [delivery for delivery in self._log[mark:] if delivery.roster is not session.alone]
+        saying = next((delivery.saying for delivery in answers if delivery.saying), None)
+        ask = functools.partial(labeled, label, self.name, answers)
+        self._log[mark:] = [*others, Delivery(PROMPT, session.alone, 1, 0, None, saying, ask)]
 
     def reply_locked(self, session: Session, numeric: Numeric, *params: str, text: Optional[str] = None) -> None:
         """Answers with a numeric: its text is filled from `params` unless `text` takes its place."""
@@ -1087,22 +1359,22 @@ class Hub:
         words = (session.nick or "*", *params) if text is None else (session.nick or "*", *params, text)
         self.tell_locked(session, Message(numeric.code, words, self.name))
 
-    def due_locked(self, session: Session, when: float) -> None:
-        """Lets `tick` look at a session at the monotonic time `when`, and not as planned before."""
-        session.due = when
-        heapq.heappush(self._timers, (when, next(self._numbers), session))
-
     def probe_locked(self, session: Session) -> None:
         """Asks whether somebody is still there, because a ghost may hold a name."""
         now = time.monotonic()
-        if session.view.pings and session.heard >= session.asked and now > session.heard + PROBE_S:
-            self._ping_locked(session, now, PROBE_S)
-            self.due_locked(session, session.answer_by)
+        if (
+            session.view.pings
+            and session.heard >= session.asked
+            and now > session.heard + PROBE_S
+            and not session.absent
+        ):
+            self.ping_locked(session, now, PROBE_S)
+            self._timers.set(session, session.answer_by)
 
     def part_locked(self, session: Session, channel: Channel, reason: str) -> None:
         """Takes a session out of a channel and tells its members."""
         words = (channel.name, reason) if reason else (channel.name,)
-        self.send_locked(Message("PART", words, session.prefix, self.stamp_locked()), channel.roster)
+        self.send_locked(Message("PART", words, session.prefix, self.stamps.next()), channel.roster)
         self._remove_locked(session, channel)
 
     def quit_locked(self, session: Session, reason: str, farewell: str) -> None:
@@ -1114,10 +1386,23 @@ class Hub:
             self._remove_locked(session, channel)
         if rosters:
             words = (cut(reason, REASON_BYTES),) if reason else ()
-            self.send_locked(Message("QUIT", words, session.prefix, self.stamp_locked()), union(rosters))
+            self.send_locked(Message("QUIT", words, session.prefix, self.stamps.next()), union(rosters))
         if farewell:
             self.tell_locked(session, Message("ERROR", (farewell,), self.name))
-        self._forget_locked(session)
+        self.forget_locked(session)
+
+    def forget_locked(self, session: Session) -> None:
+        """Ends what the hub knows of a session; its connection is closed once the log is sent."""
+        session.gone = True
+        del self.sessions[session]
+        if self.nicks.get(fold(session.nick)) is session:
+            del self.nicks[fold(session.nick)]
+        self._closing.append(session)
+
+    def ping_locked(self, session: Session, now: float, patience: float) -> None:
+        """Asks a session whether it is there, with so much patience."""
+        session.asked, session.answer_by = now, now + patience
+        self.tell_locked(session, Message("PING", (self.name,)))
 
     def _full_locked(self) -> bool:
         return self._broadcasts >= LOG_BROADCASTS or len(self._log) >= LOG_LENGTH
@@ -1127,37 +1412,119 @@ class Hub:
         if not len(channel):
             del self.channels[fold(channel.name)]
 
-    def _forget_locked(self, session: Session) -> None:
-        session.gone = True
-        del self.sessions[session]
-        if self.nicks.get(fold(session.nick)) is session:
-            del self.nicks[fold(session.nick)]
-        self._closing.append(session)
 
-    def _ping_locked(self, session: Session, now: float, patience: float) -> None:
-        session.asked, session.answer_by = now, now + patience
-        self.tell_locked(session, Message("PING", (self.name,)))
-
-    def _examine_locked(self, session: Session, now: float) -> float:
-        """Does what time demands of a session, and returns when to look again."""
-        if not session.registered:
-            if now >= session.since + REGISTER_S:
-                self.quit_locked(session, "", f"No name within {REGISTER_S:.0f} seconds")
-            elif session.silent:
-                session.silent = False
-                self.tell_locked(session, PROMPT)
-            return session.since + REGISTER_S
-        if session.heard < session.asked:
-            if now < session.answer_by:
-                return session.answer_by
-            self.quit_locked(session, "Ping timeout", "Ping timeout")
-            return now
-        if not session.view.pings:
-            return now + PING_S  # nothing to ask: the keepalive of TCP finds out
-        if now >= session.heard + PING_S:
-            self._ping_locked(session, now, PONG_S)
+def examine(hub: Hub, session: Session, now: float) -> float:
+    """Does what time demands of a session, and returns when to look again. With the lock held."""
+    if session.absent:
+        hub.quit_locked(session, session.absent, "")
+        return now
+    if not session.registered:
+        if now >= session.since + REGISTER_S:
+            hub.quit_locked(session, "", f"No name within {REGISTER_S:.0f} seconds")
+        elif session.silent:
+            session.silent = False
+            hub.tell_locked(session, PROMPT)
+        return session.since + REGISTER_S
+    if session.heard < session.asked:
+        if now < session.answer_by:
             return session.answer_by
-        return session.heard + PING_S
+        hub.quit_locked(session, "Ping timeout", "Ping timeout")
+        return now
+    if not session.view.pings:
+        return now + PING_S  # nothing to ask: the keepalive of TCP finds out
+    if now >= session.heard + PING_S:
+        hub.ping_locked(session, now, PONG_S)
+        return session.answer_by
+    return session.heard + PING_S
+
+
+def tidy(history: History) -> List[Message]:
+    """What the log asks for now and then."""
+    history.tidy()
+    return []
+
+
+def settle(hub: Hub, batch: List[Delivery]) -> List[Delivery]:
+    """Stores what a batch says, all or nothing, and answers what it asks, in its place. Mailer only.
+
+    What cannot be stored is not delivered; who said it is told.
+    """
+    unkept = keep(hub, [delivery for delivery in batch if delivery.saying and delivery.saying.channel])
+    if not unkept and not any(delivery.ask for delivery in batch):
+        return batch
+    settled: List[Delivery] = []
+    for delivery in batch:
+        if unkept and delivery.saying:
+            settled += unsaid(hub, delivery, delivery.saying, unkept)
+        elif delivery.ask:
+            settled += [Delivery(message, delivery.roster, 1, 0, None) for message in answer(hub, delivery.ask)]
+        else:
+            settled.append(delivery)
+    return settled
+
+
+def keep(hub: Hub, said: List[Delivery]) -> str:
+    """Stores what was said, each message with the token of a sender who may send it again; '', or why it cannot."""
+    if not said:
+        return ""
+    unkept, lines = "", []
+    for message, saying in ((delivery.message, delivery.saying) for delivery in said if delivery.saying):
+        by = {BY_TAG: saying.sender.token} if saying.sender.token and ID_TAG in message.tags else NO_TAGS
+        lines.append((saying.channel, message._replace(tags={**message.tags, **by}) if by else message))
+    try:
+        hub.history.store(lines)
+    except Unkept as error:
+        unkept = str(error)
+        if not hub.unkept:
+            log.error("cannot store what is said: %s", unkept)
+    if hub.unkept and not unkept:
+        log.warning("what is said can be stored again")
+    hub.unkept = unkept
+    return unkept
+
+
+def unsaid(hub: Hub, delivery: Delivery, saying: Saying, why: str) -> List[Delivery]:
+    """What takes the place of something that could not be stored."""
+    if not saying.channel:
+        return []
+    with hub:
+        hub.seen.pop((saying.sender.token, delivery.message.tags.get(ID_TAG, "")), None)
+    words = (delivery.message.command, "CANNOT_STORE", FAIL_CANNOT_STORE.text.format(why))
+    tags = {"label": saying.label} if saying.label else NO_TAGS
+    return [Delivery(Message("FAIL", words, hub.name, tags), saying.sender.alone, 1, 0, None)]
+
+
+def answer(hub: Hub, ask: Callable[[History], List[Message]]) -> List[Message]:
+    """What the history says, or that it cannot."""
+    try:
+        return ask(hub.history)
+    except Unkept:
+        return [Message("FAIL", ("CHATHISTORY", "MESSAGE_ERROR", FAIL_MESSAGE_ERROR.text), hub.name)]
+
+
+def labeled(label: str, server: str, answers: List[Delivery], history: History) -> List[Message]:
+    """Answers with their label: on the only one, on the batch that they are, or on one round them; or an ACK."""
+    messages: List[Message] = []
+    for delivery in answers:
+        messages += delivery.ask(history) if delivery.ask else [delivery.message]
+    if not messages:
+        return [Message("ACK", (), server, {"label": label})]
+    whole = messages[0].command == "BATCH" and messages[0].param(0)[1:] == messages[-1].param(0)[1:]
+    if len(messages) > 1 and not whole:
+        messages = batch_of("labeled-response", (), server, messages)
+    return [messages[0]._replace(tags={**messages[0].tags, "label": label}), *messages[1:]]
+
+
+def batch_of(kind: str, params: Tuple[str, ...], server: str, messages: List[Message]) -> List[Message]:
+    """Messages as one batch (IRCv3 batch); those that are in another one already stay there."""
+    reference = secrets.token_hex(4)
+    inside = [
+        message if "batch" in message.tags or message.param(0)[:1] == "-" and message.command == "BATCH"
+        else message._replace(tags={**message.tags, "batch": reference})
+        for message in messages
+    ]  # fmt: skip
+    first = Message("BATCH", (f"+{reference}", kind, *params), server)
+    return [first, *inside, Message("BATCH", (f"-{reference}",), server)]
 
 
 def fan_out(batch: List[Delivery]) -> Iterator[Tuple[Session, bytes]]:
@@ -1297,6 +1664,17 @@ def perform(hub: Hub, session: Session, line: Optional[bytes]) -> None:
 
 def run(hub: Hub, session: Session, message: Message) -> bool:
     """Runs one command; False when it was refused, which the session has been told."""
+    label = message.tags.get("label", "")
+    if not label or len(label.encode()) > LABEL_BYTES or not batches(session):
+        return attempt(hub, session, message)
+    mark = hub.mark_locked()
+    done = attempt(hub, session, message)
+    hub.label_locked(session, mark, label)
+    return done
+
+
+def attempt(hub: Hub, session: Session, message: Message) -> bool:
+    """The same without a label round what is answered."""
     try:
         row = COMMANDS.get(message.command)
         if row is None:
@@ -1312,6 +1690,11 @@ def run(hub: Hub, session: Session, message: Message) -> bool:
         return False
 
 
+def batches(session: Session) -> bool:
+    """Whether answers to a labeled command are gathered (IRCv3 labeled-response)."""
+    return {"batch", "labeled-response"} <= session.view.caps
+
+
 def refuse(hub: Hub, session: Session, refused: Refused, message: Message = PROMPT) -> None:
     """Tells a session why its message was refused."""
     params = [word(param) for param in refused.params]
@@ -1319,9 +1702,11 @@ def refuse(hub: Hub, session: Session, refused: Refused, message: Message = PROM
     words: Tuple[str, ...] = (session.nick or "*", *params, numeric.text.format(*params))
     if numeric.code == "FAIL":  # IRCv3 standard-replies: FAIL <command> <code> :<text>
         command = "*" if message is PROMPT else message.command  # * where the line was no command
-        words = (command, numeric.name.upper().replace("-", "_"), words[-1])
+        context = () if "{0}" in numeric.text else params  # what the text does not tell
+        words = (command, numeric.name.upper().replace("-", "_"), *context, words[-1])
     label = refused.label or message.tags.get("label", "")
-    tags = {"label": label} if label and "labeled-response" in session.view.caps else NO_TAGS
+    labels = label and "labeled-response" in session.view.caps and not batches(session)
+    tags = {"label": label} if labels else NO_TAGS
     hub.tell_locked(session, Message(numeric.code, words, hub.name, tags))
 
 
@@ -1398,7 +1783,9 @@ def nick(hub: Hub, session: Session, message: Message) -> None:
         raise Refused(ERR_NONICKNAMEGIVEN)
     name = check_nick(message.params[0])
     holder = hub.nicks.get(fold(name), session)
-    if holder is not session:
+    if holder is not session and session.token and holder.token == session.token and not session.registered:
+        take_over(hub, holder, session)
+    elif holder is not session:
         hub.probe_locked(holder)
         raise Refused(ERR_NICKNAMEINUSE, name)
     if name == session.nick:
@@ -1408,13 +1795,25 @@ def nick(hub: Hub, session: Session, message: Message) -> None:
     hub.nicks.pop(fold(session.nick), None)
     hub.nicks[fold(name)] = session
     if session.registered:
-        change = Message("NICK", (name,), session.prefix, hub.stamp_locked())
+        change = Message("NICK", (name,), session.prefix, hub.stamps.next())
         hub.send_locked(change, union([channel.roster for channel in session.channels] or [session.alone]))
         for channel in session.channels:
             channel.names_changed()
     session.nick = name
     session.prefix = f"{name}!{session.user}@{session.host}"
     register(hub, session)
+
+
+def take_over(hub: Hub, old: Session, session: Session) -> None:
+    """Lets a session have the place of an older one of the same client, without anybody noticing."""
+    for channel, rank in list(old.channels.items()):
+        channel.remove(old)
+        channel.add(session)
+        session.channels[channel] = rank
+        channel.names_changed()
+    session.missed, session.away = old.missed, old.away
+    hub.tell_locked(old, Message("ERROR", ("You have come back on another connection",), hub.name))
+    hub.forget_locked(old)
 
 
 @command("GUEST", early=True)
@@ -1452,15 +1851,28 @@ def register(hub: Hub, session: Session) -> None:
         hub.reply_locked(session, RPL_ISUPPORT, *tokens)
     lusers(hub, session, Message("LUSERS"))
     motd(hub, session, Message("MOTD"))
+    for channel in session.channels:  # which it has taken over
+        hub.tell_locked(session, Message("JOIN", (channel.name,), session.prefix))
+        show_round(hub, session, channel)
+    for message in session.missed:
+        hub.tell_locked(session, message)
 
 
 _TOKENS = (
     "NETWORK=chat.py CASEMAPPING=ascii CHANTYPES=# PREFIX=(ov)@+ CHANMODES=b,k,l,imnt"
     f" NICKLEN={NICK_CHARS} CHANNELLEN={CHANNEL_CHARS} TOPICLEN={TOPIC_BYTES} AWAYLEN={AWAY_BYTES}"
     f" KICKLEN={REASON_BYTES} MODES=4 MAXLIST=b:100 TARGMAX=PRIVMSG:{MAX_TARGETS},NOTICE:{MAX_TARGETS}"
-    f" CHANLIMIT=#:{SESSION_CHANNELS} UTF8ONLY WHOX"
+    f" CHANLIMIT=#:{SESSION_CHANNELS} UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
 ).split()
 ISUPPORT = [_TOKENS[start : start + 13] for start in range(0, len(_TOKENS), 13)]  # a line each
+
+
+@command("RESUME", 1, early=True)
+def resume(hub: Hub, session: Session, message: Message) -> None:
+    """RESUME <token>: a secret of 16 to 64 characters by which this client is known again"""
+    if session.registered or RESUME_CAP not in session.view.caps or not 16 <= len(message.params[0]) <= 64:
+        raise Refused(ERR_UNKNOWNCOMMAND, "RESUME")
+    session.token = hashlib.sha256(message.params[0].encode()).hexdigest()[:32]
 
 
 @command("PING", 1, early=True)
@@ -1509,12 +1921,37 @@ def enter(hub: Hub, session: Session, name: str) -> None:
         raise Refused(ERR_TOOMANYCHANNELS, name)
     hub.channels[fold(name)] = channel
     channel.add(session)
-    tags = {**hub.stamp_locked(), COUNT_TAG: str(len(channel))}
+    tags = {**hub.stamps.next(), COUNT_TAG: str(len(channel))}
     hub.send_locked(Message("JOIN", (channel.name,), session.prefix, tags), channel.roster)
+    show_round(hub, session, channel)
+    if hub.replay and "draft/chathistory" not in session.view.caps:
+        hub.ask_locked(session, functools.partial(replay, hub, channel.name, hub.stamps.last))
+
+
+def show_round(hub: Hub, session: Session, channel: Channel) -> None:
+    """What a newcomer is told of a channel."""
     if channel.topic:
         tell_topic(hub, session, channel)
     if not session.view.single:
         tell_names(hub, session, channel)
+
+
+def replay(hub: Hub, name: str, until: int, history: History) -> List[Message]:
+    """What was said last in a channel, for those who cannot ask, between lines that tell when."""
+    said = history.page(fold(name), 0, until, hub.replay, True)
+    if not said:
+        return []
+    first, last = (item.tags["time"].replace("T", " ")[:16] for item in (said[0], said[-1]))
+    return [
+        Message("NOTICE", (name, f"Said here before, since {first} UTC:"), hub.name),
+        *(recalled(item, **{REPLAYED_TAG: ""}) for item in said),
+        Message("NOTICE", (name, f"End of what was said before; the last was at {last} UTC"), hub.name),
+    ]
+
+
+def recalled(message: Message, **more: str) -> Message:
+    """A message from the history as it may be shown."""
+    return message._replace(tags={**{key: value for key, value in message.tags.items() if key != BY_TAG}, **more})
 
 
 @command("PART", 1)
@@ -1542,7 +1979,7 @@ def topic(hub: Hub, session: Session, message: Message) -> None:
     if len(message.params[1].encode()) > TOPIC_BYTES:
         raise Refused(ERR_INPUTTOOLONG)
     channel.topic, channel.topic_by, channel.topic_time = message.params[1], session.prefix, int(time.time())
-    change = Message("TOPIC", (channel.name, channel.topic), session.prefix, hub.stamp_locked())
+    change = Message("TOPIC", (channel.name, channel.topic), session.prefix, hub.stamps.next())
     hub.send_locked(change, channel.roster)
 
 
@@ -1610,29 +2047,55 @@ def mode(hub: Hub, session: Session, message: Message) -> None:
 
 
 def say(hub: Hub, session: Session, message: Message, target: str) -> None:
-    """Relays a message to one target; raises Refused."""
-    if target.startswith("#") or target == HERE:
-        channel = channel_of(hub, session, target)
-        if channel not in session.channels:
-            raise Refused(ERR_CANNOTSENDTOCHAN, target)
-        to, roster = channel.name, channel.roster
-    else:
-        other = user_of(hub, target)
-        to, roster = other.nick, other.alone
-        if other.away and message.command == "PRIVMSG":
-            hub.reply_locked(session, RPL_AWAY, other.nick, text=other.away)
-    tags = hub.stamp_locked()
+    """Relays a message to one target, once, also when it is sent again; raises Refused."""
+    channel = channel_of(hub, session, target) if target.startswith("#") or target == HERE else None
+    if channel and channel not in session.channels:
+        raise Refused(ERR_CANNOTSENDTOCHAN, target)
+    other = None if channel else user_of(hub, target)
+    to = channel.name if channel else other.nick if other else ""
+    key = session.token, message.tags.get(ID_TAG, "")
+    before = hub.seen.get(key)
+    tags = dict(before) if before else hub.stamps.next()
     if message.tags:
-        tags.update((key, value) for key, value in message.tags.items() if key.startswith("+"))
+        tags.update((tag, value) for tag, value in message.tags.items() if tag.startswith("+"))
     relay = Message(message.command, (to, *message.params[1:2]), session.prefix, tags)
     check_length(relay)
     session.spoke = time.time()
-    echo = "echo-message" in session.view.caps
-    if echo and roster is not session.alone and not to.startswith("#"):
-        roster = Roster([other, session])
-    hub.send_locked(relay, roster, None if echo or roster is session.alone else session)
-    if "label" in message.tags and "labeled-response" in session.view.caps:
-        hub.tell_locked(session, Message("ACK", (), hub.name, {**tags, "label": message.tags["label"]}))
+    if all(key) and not before:
+        hub.seen[key] = known(relay)
+        if len(hub.seen) > SEEN_IDS:
+            del hub.seen[next(iter(hub.seen))]
+    apart = "label" in message.tags or "echo-message" not in session.view.caps or bool(before)
+    if channel and not before:
+        saying = Saying(session, fold(to), message.tags.get("label", "")) if message.command != "TAGMSG" else None
+        hub.send_locked(relay, channel.roster, session if apart else None, saying)
+    elif other and not before:
+        say_alone(hub, session, other, relay)
+    if apart if channel else other is not session:
+        confirm(hub, session, relay, message.tags.get("label", ""), bool(channel))
+
+
+def say_alone(hub: Hub, session: Session, other: Session, relay: Message) -> None:
+    """Relays a message to one user, or keeps it for when their connection is back."""
+    if other.absent and len(other.missed) < MISSED_LINES:
+        other.missed.append(relay)
+        hub.reply_locked(session, RPL_AWAY, other.nick, text="no connection; gets this on coming back within seconds")
+    elif other.absent:
+        raise Refused(ERR_NOSUCHNICK, other.nick)
+    else:
+        hub.tell_locked(other, relay)
+    if other.away and relay.command == "PRIVMSG":
+        hub.reply_locked(session, RPL_AWAY, other.nick, text=other.away)
+
+
+def confirm(hub: Hub, session: Session, relay: Message, label: str, kept: bool) -> None:
+    """Tells a sender that its message was accepted: by its echo or an ACK, where one of them was asked for."""
+    tags = {**relay.tags, "label": label} if label and not batches(session) else relay.tags
+    saying = Saying(session, "", label) if kept else None
+    if "echo-message" in session.view.caps:
+        hub.tell_locked(session, relay._replace(tags=tags), saying)
+    elif label and "labeled-response" in session.view.caps and not batches(session):
+        hub.tell_locked(session, Message("ACK", (), hub.name, {**known(relay), "label": label}), saying)
 
 
 @command("PRIVMSG")
@@ -1672,6 +2135,62 @@ def away(hub: Hub, session: Session, message: Message) -> None:
 
 
 # Asking.
+
+Span = Tuple[int, int]  # the first and the last number that a reference means
+Page = Tuple[int, int, int, bool]  # low, high, limit, newest
+# What a subcommand of CHATHISTORY asks for, from its references and limit.
+PAGES: Dict[str, Callable[[List[Span], int], List[Page]]] = {
+    "LATEST": lambda spans, limit: [(spans[0][1], ALL, limit, True)],
+    "BEFORE": lambda spans, limit: [(0, spans[0][0], limit, True)],
+    "AFTER": lambda spans, limit: [(spans[0][1], ALL, limit, False)],
+    "AROUND": lambda spans, limit: [(0, spans[0][0], limit // 2, True), (spans[0][0] - 1, ALL, -(-limit // 2), False)],
+    "BETWEEN": lambda spans, limit: [
+        (spans[0][1], spans[1][0], limit, False) if spans[0] < spans[1] else (spans[1][1], spans[0][0], limit, True)
+    ],
+}
+
+
+@command("CHATHISTORY", 1)
+def chathistory(hub: Hub, session: Session, message: Message) -> None:
+    """CHATHISTORY LATEST <channel> <reference or *> <limit> | BEFORE, AFTER or AROUND <channel> <reference> <limit>
+    | BETWEEN <channel> <reference> <reference> <limit> | TARGETS <timestamp> <timestamp> <limit>"""
+    sub, words = message.params[0].upper(), message.params[1:]
+    if sub not in PAGES and sub != "TARGETS":
+        raise Refused(FAIL_UNKNOWN_COMMAND, sub)
+    references = words[0 if sub == "TARGETS" else 1 : -1]
+    try:
+        limit = min(int(words[-1]), PAGE_LINES)
+        spans = [(0, 0) if (word, sub) == ("*", "LATEST") else numbers(word) for word in references]
+    except (IndexError, ValueError):
+        raise Refused(FAIL_INVALID_PARAMS, sub) from None
+    if limit < 0 or len(spans) != (2 if sub in ("BETWEEN", "TARGETS") else 1):
+        raise Refused(FAIL_INVALID_PARAMS, sub)
+    if sub == "TARGETS":
+        names = {fold(channel.name): channel.name for channel in session.channels}
+        hub.ask_locked(session, functools.partial(targets, hub, session, names, sorted(spans), limit))
+        return
+    channel = hub.channels.get(fold(words[0]))
+    if channel is None or channel not in session.channels:
+        raise Refused(FAIL_INVALID_TARGET, sub, words[0])
+    until = hub.stamps.last + 1  # what comes later in the log is sent as such
+    pages = [(low, min(high, until), size, newest) for low, high, size, newest in PAGES[sub](spans, limit)]
+    hub.ask_locked(session, functools.partial(past, hub, session, channel.name, pages))
+
+
+def past(hub: Hub, session: Session, name: str, pages: List[Page], history: History) -> List[Message]:
+    """What CHATHISTORY answers: pages of what was said in a channel."""
+    said = [recalled(message) for page in pages for message in history.page(fold(name), *page)]
+    return batch_of("chathistory", (name,), hub.name, said) if "batch" in session.view.caps else said
+
+
+def targets(
+    hub: Hub, session: Session, names: Dict[str, str], spans: List[Span], limit: int, history: History
+) -> List[Message]:
+    """What CHATHISTORY TARGETS answers: of a session's channels, those whose last message is in a span of time."""
+    last = {name: item for key, name in names.items() for item in history.page(key, 0, ALL, 1, True)}
+    found = sorted((number(item), name) for name, item in last.items() if spans[0][1] < number(item) < spans[1][0])
+    lines = [Message("CHATHISTORY", ("TARGETS", name, last[name].tags["time"]), hub.name) for _, name in found[:limit]]
+    return batch_of("draft/chathistory-targets", (), hub.name, lines) if "batch" in session.view.caps else lines
 
 
 @command("WHO")
@@ -1787,8 +2306,6 @@ def help_(hub: Hub, session: Session, message: Message) -> None:
 # server
 # -----------------------------------------------------------------------------
 
-log = logging.getLogger("chat")
-
 # POSIX makes one call non-blocking on a blocking socket. Where that is missing (Windows) the socket itself is
 # non-blocking, and readers wait in short steps, which they must there anyway: shutdown does not wake them.
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
@@ -1875,6 +2392,7 @@ class Mailer:
             self.failed = True
             self._on_failure()
         self._hub.take()  # lets go of readers that wait for room
+        self._hub.history.close()
         for connection in list(self._connections.values()):
             self._close(connection)
         self._selector.close()
@@ -1899,7 +2417,7 @@ class Mailer:
 
     def _deliver(self, batch: List[Delivery]) -> None:
         connections = self._connections
-        for session, data in fan_out(batch):
+        for session, data in fan_out(settle(self._hub, batch)):
             connection = connections.get(session)
             if connection is None or connection.shut or not data:
                 continue
@@ -1999,11 +2517,19 @@ class Server:
     `serve` runs until `stop` is called from another thread or a signal handler, and cleans up.
     """
 
-    def __init__(self, host: str, port: int, name: str = "chat.local", max_clients: int = MAX_CLIENTS) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        name: str = "chat.local",
+        max_clients: int = MAX_CLIENTS,
+        history: Optional[History] = None,
+        replay: int = REPLAY_LINES,
+    ) -> None:
         self.listener = listen(host, port)
         self.address: Tuple[str, int] = self.listener.getsockname()[:2]
         self.max_clients = max_clients
-        self.hub = Hub(name)
+        self.hub = Hub(name, history, replay)
         self._mailer = Mailer(self.hub, self.stop)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
         self._alarm, self.bell = socket.socketpair()  # a byte rung in stops the server
@@ -2181,9 +2707,9 @@ def raise_descriptor_limit() -> None:
 PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"  # bracketed paste, as xterm has it
 KEY = re.compile(
     r"\x1b\[200~.*?\x1b\[201~"  # a paste, whole
-    r"|\x1b\[(?!200~)[0-?]*[ -/]*[@-~]"  # CSI sequences
+    r"|\x1b\[(?!200~)[0-?]*[ -/]*(?:[@-~]|(?=[^ -~]))"  # CSI sequences, also broken off
     r"|\x1bO."  # SS3: arrows in application mode
-    r"|\x1b(?=\x1b)|\x1b[^\[O\x1b]"  # Alt and a key
+    r"|\x1b(?=[\x00-\x1f])|\x1b[^\[O\x00-\x1f]"  # Esc alone; Alt and a key
     r"|[^\x1b]",
     re.DOTALL,
 )
@@ -2200,19 +2726,27 @@ class Keys:
 
     def __init__(self) -> None:
         self._tail = ""
+        self._dropping = False  # until the end of a paste that was too long
 
     def feed(self, text: str) -> List[str]:
-        """The keys that are complete with `text`."""
+        """The keys that are complete with `text`; PASTE_BEGIN alone for a paste that is not taken."""
         text, self._tail = self._tail + text, ""
         keys, at = [], 0
-        while at < len(text):
-            match = KEY.match(text, at)
+        if self._dropping:
+            at = text.find(PASTE_END) + len(PASTE_END)
+            self._dropping = at < len(PASTE_END)
+        while at < len(text) and not self._dropping:
+            unended = text.startswith(PASTE_BEGIN, at) and text.find(PASTE_END, at) < 0
+            match = None if unended else KEY.match(text, at)
             if match is None:
-                if len(text) - at <= PASTE_CHARS:  # otherwise a paste without an end: whatever it is, it is not kept
-                    self._tail = text[at:]
+                self._dropping = len(text) - at > PASTE_CHARS
                 break
             keys.append(match[0])
             at = match.end()
+        if self._dropping:
+            keys += [PASTE_BEGIN] if at >= len(PASTE_END) or not at else []
+            at = max(len(text) - len(PASTE_END), 0)
+        self._tail = text[at:]
         return keys
 
 
@@ -2261,7 +2795,7 @@ class Editor:
             self._choices = []
         if key in BINDINGS:
             return BINDINGS[key](self)
-        if key.startswith(PASTE_BEGIN):
+        if key.endswith(PASTE_END):
             self._paste(key[len(PASTE_BEGIN) : -len(PASTE_END)])
         elif len(key) == 1 and unicodedata.category(key) != "Cc":
             self._insert(key)
@@ -2337,8 +2871,9 @@ class Editor:
         """Takes out what `move` passes, and keeps it for yank, together with what the key before killed."""
         before, known = self.cursor, self._killed if self._killing else ""
         gone = self._remove(move)
-        self._killed = gone + known if self.cursor < before else known + gone
-        self._kills = True
+        if gone:
+            self._killed = gone + known if self.cursor < before else known + gone
+            self._kills = True
 
     def _backspace(self) -> None:
         self._remove(Editor._left)
@@ -2470,13 +3005,12 @@ def height(text: str, room: int) -> int:
     return rows
 
 
-def input_row(prompt: str, text: str, cursor: int, room: int) -> Tuple[str, str, str]:
-    """What is shown of the prompt and of a text: what is before the cursor, and after it.
+def input_row(prompts: List[str], text: str, cursor: int, room: int) -> Tuple[str, str, str]:
+    """The first prompt that leaves room for typing, and what is shown of a text before the cursor, and after it.
 
     All together take at most `room` columns. What does not fit is turned like pages, half of what fits at a time.
     """
-    if width(prompt) > room // 2:
-        prompt = "> " if room > 4 else ""
+    prompt = next((item for item in prompts if width(item) <= room * 2 // 3), fit(prompts[-1], max(room - 2, 0)))
     space = max(room - width(prompt), 2)
     shown = [harmless(char) for char in text]
     starts = [0, *itertools.accumulate(map(width, shown))]
@@ -2500,6 +3034,7 @@ class Screen:
         self.colours = not os.environ.get("NO_COLOR")
         self._printed: List[str] = []  # since the last draw
         self._rows = [""]  # ours, as drawn, the last one up to the character under the cursor
+        self._last = ""  # the last row, whole
         self._shown: Any = None  # what was drawn last
         self._modes: Any = None
 
@@ -2510,7 +3045,7 @@ class Screen:
 
     def __exit__(self, *exc: object) -> None:
         self._write(f"{self._erased()}{''.join(self._printed)}\x1b[?2004l")
-        self._rows, self._shown, self._printed = [""], None, []
+        self._rows, self._last, self._shown, self._printed = [""], "", None, []
         restore_mode(self._modes)
 
     def paint(self, text: str, *codes: int) -> str:
@@ -2530,25 +3065,28 @@ class Screen:
         """Empties the screen, at the next draw."""
         self._printed = ["\x1b[H\x1b[2J"]
 
-    def draw(self, waiting: List[str], prompt: str, text: str, cursor: int) -> None:
+    def draw(self, waiting: List[str], prompts: List[str], text: str, cursor: int) -> None:
         """Draws our rows anew where something changed: lines that wait, cut to a row each, and the line being typed."""
         size = self._size()
-        shown = (waiting, prompt, text, cursor, size)
+        shown = (waiting, prompts, text, cursor, size)
         if shown == self._shown and not self._printed:
             return
         room = max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
         rows = [fit(line, room) for line in waiting[: max(min(size.lines - 2, WAITING_ROWS), 0)]]
-        prompt, before, after = input_row(prompt, text, cursor, room)
+        prompt, before, after = input_row(prompts, text, cursor, room)
         dim = [self.paint(line, DIM) + "\n" for line in rows]
         typing = self.paint(prompt, BOLD) + before + (f"{after}\x1b[{width(after)}D" if after else "")
         self._write("".join([self._erased(), *self._printed, *dim, typing]))
-        self._rows, self._shown, self._printed = [*rows, prompt + before + after[:1]], shown, []
+        self._rows, self._last = [*rows, prompt + before + after[:1]], prompt + before + after
+        self._shown, self._printed = shown, []
 
     def _erased(self) -> str:
         """What takes our rows away. Where the window has become narrower, terminals have broken them into several."""
         room = self._size().columns
         above = sum(height(row, room) for row in self._rows) - 1
-        return f"\r\x1b[{above}A\x1b[J" if above else "\r\x1b[K"
+        if above or height(self._last, room) > 1:
+            return f"\r\x1b[{above}A\x1b[J" if above else "\r\x1b[J"
+        return "\r\x1b[K"  # of one row, because tmux keeps what is cleared with the whole screen
 
     @staticmethod
     def _size() -> os.terminal_size:
@@ -2650,22 +3188,31 @@ class Link:
     def __init__(self, host: str, port: int, events: Events[Tuple[str, Any]]) -> None:
         self._address = host, port
         self._events = events
-        self._lines: queue.Queue[bytes] = queue.Queue()
+        self._lines: queue.Queue[bytes] = queue.Queue(QUEUED_LINES)
+        self.stuck = False  # the server does not read what it is sent
+        self._sock: Optional[socket.socket] = None
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._writer.start()
 
     def send(self, message: Message) -> None:
         """Sends a message, in its turn. That it could not be sent shows when what had arrived has been read."""
-        self._lines.put(f"{format_tags(message.tags.items())}{format_line(message)}\r\n".encode())
+        try:
+            self._lines.put_nowait(f"{format_tagged(message)}\r\n".encode(errors="surrogateescape"))
+        except queue.Full:
+            self.stuck = True
 
     def close(self, patience: float = 0) -> None:
         """Ends the connection after what was sent; waits for that at most `patience` seconds."""
-        self._lines.put(b"")
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(b"")
         self._writer.join(patience)
+        if self._sock:
+            with contextlib.suppress(OSError):  # it has ended; otherwise this ends a send that hangs
+                self._sock.shutdown(socket.SHUT_RDWR)
 
     def _write(self) -> None:
         try:
-            sock = socket.create_connection(self._address, CONNECT_S)
+            sock = self._sock = socket.create_connection(self._address, CONNECT_S)
         except (OSError, UnicodeError) as error:
             self._events.put(("closed", (self, False, getattr(error, "strerror", None) or str(error))))
             return
@@ -2709,10 +3256,12 @@ class Outgoing:
         self.waiting: List[Line] = []
         self.sent = 0
         self.unsure: List[Line] = []
+        self.moved = time.monotonic()  # when something was added, or turned out to have arrived
         self._ids = map(f"{secrets.token_hex(4)}-{{:x}}".format, itertools.count(1))
 
     def add(self, target: str, text: str) -> None:
         """One more."""
+        self.moved = time.monotonic()
         self.waiting.append(Line(next(self._ids), target, text))
 
     def next(self, echoed: bool) -> Optional[Line]:
@@ -2729,10 +3278,11 @@ class Outgoing:
 
     def settle(self, target: str, line_id: str = "") -> bool:
         """Something came of a line: of the one with this id; without, of the first to the target or to anybody."""
-        for index, line in enumerate(self.waiting[: self.sent]):
-            if line.id == line_id if line_id else fold(target) in (fold(line.target), ""):
+        for index, line in enumerate(self.waiting if line_id else self.waiting[: self.sent]):
+            if line.id == line_id if line_id else fold(target) in (fold(line.target), fold(word(line.target)), ""):
                 del self.waiting[index]
-                self.sent -= 1
+                self.sent -= index < self.sent
+                self.moved = time.monotonic()
                 return True
         return False
 
@@ -2741,11 +3291,66 @@ class Outgoing:
         for index, line in enumerate(self.unsure):
             if line.id == token:
                 del self.unsure[: index + 1]
+                self.moved = time.monotonic()
                 return True
         return False
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.unsure)
+
+
+class Past:
+    """What a client has seen of a channel: so that it shows each message once, and asks for what it missed."""
+
+    def __init__(self) -> None:
+        self.last = ""  # a reference to the last message, or to when we came (draft/chathistory)
+        self.asked = 0.0  # monotonic: since when we wait for an answer
+        self.missed = False  # it is about what we missed, not what was before we came
+        self.batch = ""  # the answer's reference
+        self.page: List[Message] = []  # the answer
+        self.held: List[Message] = []  # what was said meanwhile
+        self._seen: Dict[str, None] = {}  # msgids
+
+    def is_new(self, message: Message) -> bool:
+        """Whether a message has not been seen yet; from now on it has."""
+        msgid = message.tags.get("msgid", "")
+        if msgid in self._seen:
+            return False
+        if msgid:
+            self.last = f"msgid={msgid}"
+            self._seen[msgid] = None
+            if len(self._seen) > SEEN_IDS:
+                del self._seen[next(iter(self._seen))]
+        return True
+
+    def holds(self, message: Message) -> bool:
+        """Takes a message that belongs to an answer, or has to wait for its end."""
+        if self.batch and message.tags.get("batch") == self.batch:
+            self.page.append(message)
+        elif self.asked and not is_system(message) and message.param(0).startswith("#"):
+            self.held.append(message)
+        else:
+            return False
+        return True
+
+    def ask(self, channel: str, replay: int) -> List[str]:
+        """The command that asks for the last lines, or with 0 for those that we missed."""
+        self.asked, self.missed, self.batch, self.page = time.monotonic(), not replay, "", []
+        if replay:
+            return ["CHATHISTORY", "LATEST", channel, "*", str(replay)]
+        if self.last:
+            return ["CHATHISTORY", "AFTER", channel, self.last, str(PAGE_LINES)]
+        return ["CHATHISTORY", "LATEST", channel, "*", str(PAGE_LINES)]
+
+    def answered(self) -> Tuple[List[Message], bool]:
+        """The answer, and whether there may be more."""
+        page, self.page, self.batch = self.page, [], ""
+        return page, self.missed and len(page) == PAGE_LINES and bool(self.last)
+
+    def end(self) -> List[Message]:
+        """No answer is waited for any more; returns what was held."""
+        held, self.held, self.asked, self.batch = self.held, [], 0.0, ""
+        return held
 
 
 class View:
@@ -2799,16 +3404,20 @@ class Client:
         self.status: Optional[int] = None  # exit code, once known
         self.outgoing = Outgoing()
         self.people: Dict[str, str] = {}  # folded name -> name of who is in the channel; who spoke last, last
+        self.replay = 0  # lines that are shown of what was said before we came
+        self.past = Past()
+        self.token = secrets.token_hex(16)  # by which a chat.py server knows us again
         self.ignored: Dict[str, str] = {}  # the same for those whose messages are not shown
         self.partner = ""  # who spoke to us alone
         self.asking = False  # for names, because we were told to
+        self.going = ""  # the channel that we have asked to join, instead
         self.welcomed = self.entered = self.leaving = False  # by a server; has been in the chat; wants to leave it
         self.link: Optional[Link] = None
         self.joined = False  # over this link
         self.source = ""  # our own prefix, as the server writes it
         self.caps: List[str] = []  # granted; before that, offered
         self.why = ""  # the server's last words
-        self.attempts = 0  # to connect, in vain
+        self.attempts = self.tries = 0  # to connect, in vain; names that were taken
         # Monotonic seconds: link begun, joined or lost; something heard; PING sent; when to connect or to leave.
         self.since = self.heard = self.asked = self.deadline = 0.0
 
@@ -2820,7 +3429,7 @@ class Client:
                 with contextlib.suppress(queue.Empty):
                     kind, item = self.events.get(timeout=self.view.pause)  # in steps: Windows interrupts no wait
                     getattr(self, f"_on_{kind}")(item)
-                self._tick(time.monotonic())
+                tick(self, time.monotonic())
                 if self.status is None:
                     self.view.update(self)
             return self.status
@@ -2829,18 +3438,24 @@ class Client:
             return 130
         finally:
             if self.link:
-                self.link.close(TICK_S)
+                with contextlib.suppress(KeyboardInterrupt):  # of somebody who cannot wait
+                    self.link.close(TICK_S)
 
     def connect(self) -> None:
         """Begins a new connection."""
         self.link = Link(*self.address, self.events)
-        self.caps, self.why, self.nick = [], "", self.wanted
+        self.caps, self.why, self.nick, self.tries = [], "", self.wanted, 0
         self.since = self.heard = time.monotonic()
         self.send("CAP", "LS", "302")
         if self.password:
             self.send("PASS", self.password)
         self.send("NICK", self.nick)
         self.send("USER", re.sub("[^A-Za-z0-9._-]", "", self.nick)[:USER_CHARS] or "user", "0", "*", self.nick)
+
+    def meet(self, nick: str) -> None:
+        """Somebody is in the channel."""
+        if len(self.people) < PEOPLE and len(nick) < NAME_CHARS:
+            self.people.setdefault(fold(nick), nick)
 
     def send(self, command: str, *params: str) -> None:
         """Sends a message, if there is a connection."""
@@ -2849,21 +3464,26 @@ class Client:
 
     def say(self, message: Message) -> None:
         """Sends a PRIVMSG, as several if need be, now or when the connection is back."""
-        target, doing = message.params[0], message.action
-        source = self.source or f"{self.nick}!{'u' * USER_CHARS}@{'h' * 63}"
-        room = LINE_BYTES - 2 - len(f":{source} PRIVMSG {target} :".encode())
-        if doing is None:
-            pieces = split_text(message.text, room)
-        else:
-            pieces = [action(piece) for piece in split_text(doing, room - len(action("")))]
-        for piece in pieces:
-            self.outgoing.add(target, piece)
+        doing = message.action
+        rest = self.source.partition("!")[2] or f"{'u' * USER_CHARS}@{'h' * 63}"
+        for target in message.params[0].split(","):
+            prefix = f":{self.nick.ljust(NICK_CHARS)}!{rest} PRIVMSG {target} :"  # the name may change on the way
+            room = LINE_BYTES - 2 - len(prefix.encode())
+            if room < MIN_PIECE:
+                self.view.remark("Error: that name is too long")
+                continue
+            if doing is None:
+                pieces = split_text(message.text, room)
+            else:
+                pieces = [action(piece) for piece in split_text(doing, room - len(action("")))]
+            for piece in pieces:
+                self.outgoing.add(target, piece)
         self.flush()
 
     def flush(self) -> None:
         """Sends what waits, once we are in the chat."""
         echoed, tagged = "echo-message" in self.caps, "message-tags" in self.caps
-        while self.link and self.joined:
+        while self.link and self.joined and not self.past.asked and not self.going:
             line = self.outgoing.next(echoed)
             if line is None:
                 return
@@ -2873,25 +3493,32 @@ class Client:
                     self.send("PING", line.id)
                 self.view.show(Message("PRIVMSG", line[1:], self.source), True)
 
+    def stay(self) -> None:
+        """The channel that we wanted to go to does not let us in."""
+        self.going = ""
+        self.flush()
+
     def leave(self, reason: str = "") -> None:
         """Ends the chat, as soon as the server has said goodbye."""
         self.leaving, self.deadline = True, time.monotonic() + LINGER_S
         self.send("QUIT", *([reason] if reason else []))
         if not self.joined:
-            self._end()
+            self.end()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Leaves at once."""
         if self.outgoing:
             raise Failed(f"not delivered: {len(self.outgoing)} line(s)")
         self.status = 0
 
-    def _lose(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
         """The connection is no more."""
         if self.link:
             self.link.close()
-        joined, self.link, self.joined = self.joined, None, False
+        joined, self.link, self.joined, self.going = self.joined, None, False, ""
+        self.past.end()
         if self.leaving:
-            self._end()
+            self.end()
             return
         if not self.entered or not self.reconnects:
             raise Failed(reason)
@@ -2910,26 +3537,6 @@ class Client:
         self.deadline = now + min(RETRY_S * 2**self.attempts, RETRY_MAX_S) * random.uniform(0.7, 1)
         self.attempts = min(self.attempts + 1, 10)
 
-    def _tick(self, now: float) -> None:
-        """Does what is due."""
-        if self.leaving:
-            if now > self.deadline and self.status is None:
-                self._end()
-        elif not self.link:
-            if self.view.ended and now > self.since + GIVE_UP_S:
-                raise Failed(f"{self.where} cannot be reached any more; not delivered: {len(self.outgoing)} line(s)")
-            if now > self.deadline:
-                self.connect()
-        elif not self.joined:
-            if now > self.since + CONNECT_S:
-                self._lose(f"{self.where} does not answer as a chat or IRC server does; is --port right?")
-        elif now > max(self.heard, self.asked) + ASK_S:
-            if self.asked > self.heard:
-                self._lose(f"{self.where} does not answer any more")
-            else:
-                self.send("PING", "are-you-there")
-                self.asked = now
-
     # What happens: a method for each kind of event.
 
     def _on_closed(self, item: Tuple[Link, bool, str]) -> None:
@@ -2938,19 +3545,27 @@ class Client:
             return
         if not opened:
             hint = "is the server running, and there? (python chat.py server)"
-            self._lose(f"cannot connect to {self.where}: {reason}; {hint}")
+            self.lose(f"cannot connect to {self.where}: {reason}; {hint}")
         elif self.entered:
-            self._lose(f"the connection to {self.where} was lost: {self.why or reason or 'it was closed'}")
+            self.lose(f"the connection to {self.where} was lost: {self.why or reason or 'it was closed'}")
         else:
-            self._lose(f"{self.where} closed the connection: {self.why or reason or 'is it a chat server?'}")
+            why = self.why or f"{reason or 'at once'}; is it a chat server?"
+            self.lose(f"{self.where} closed the connection: {why}")
 
     def _on_messages(self, item: Tuple[Link, List[Message]]) -> None:
         link, messages = item
         for message in messages if link is self.link else ():
             self.heard = time.monotonic()
-            handler = ARRIVALS.get(message.command)
-            if not (handler and handler(self, message)):
-                self.view.show(message, False)
+            early = RESUME_CAP in self.caps and not self.joined and message.param(0).startswith("#")
+            early = early and not is_system(message)
+            if not early and not self.past.holds(message):  # what comes before our JOIN, we ask for after it
+                self.take(message)
+
+    def take(self, message: Message) -> None:
+        """A message, in its turn."""
+        handler = ARRIVALS.get(message.command)
+        if not (handler and handler(self, message)):
+            self.view.show(message, False)
 
     def _on_input(self, item: Any) -> None:
         self.view.input(self, item)
@@ -2959,18 +3574,71 @@ class Client:
         """A line of input, in which slash commands may be meant as such."""
         text = re.sub("[\0\r\n]", " ", text)
         try:
-            message = typed(text, self.channel, True) if commands else Message("PRIVMSG", (self.channel, text))
+            here = self.going or self.channel
+            message = typed(text, here, True) if commands else Message("PRIVMSG", (here, text))
         except Refused as refused:
-            self.view.remark(f"Error: {harmless(refused.params[0])}")
+            self.view.remark(f"Error: {refused.params[0]}")
             return
         ENTRIES.get(message.command, forward)(self, message)
+
+
+def tick(client: Client, now: float) -> None:
+    """Does what is due."""
+    if client.leaving:
+        if now > client.deadline and client.status is None:
+            client.end()
+    elif client.view.ended and now > client.outgoing.moved + GIVE_UP_S:
+        raise Failed(f"not delivered: {len(client.outgoing)} line(s); {client.where} does not confirm them")
+    elif client.link:
+        watch(client, now)
+    elif now > client.deadline:
+        client.connect()
+
+
+def watch(client: Client, now: float) -> None:
+    """Finds out whether the server is still there."""
+    if client.link and client.link.stuck:
+        client.lose(f"{client.where} does not read what it is sent")
+    elif not client.joined:
+        if now > client.since + CONNECT_S:
+            client.lose(f"{client.where} does not answer as a chat or IRC server does; is --port right?")
+    elif client.past.asked and now > client.past.asked + CONNECT_S:
+        catch_up(client)
+    elif client.going and now > client.deadline:
+        client.stay()
+    elif now > max(client.heard, client.asked) + ASK_S:
+        if client.asked > client.heard:
+            client.lose(f"{client.where} does not answer any more")
+        else:
+            client.send("PING", "are-you-there")
+            client.asked = now
+
+
+def catch_up(client: Client, more: bool = False) -> None:
+    """Shows what was missed, asks for more of it, or goes on with what was said meanwhile."""
+    page, full = client.past.answered()
+    before = len(page) if not client.past.missed else 0
+    if before:
+        client.view.remark(f"the last {before} line(s), said before you came:")
+    for message in page:
+        client.take(message._replace(tags={**message.tags, REPLAYED_TAG: ""}) if before else message)
+    if before:
+        client.view.remark("end of what was said before you came")
+    if full and more:
+        client.send(*client.past.ask(client.channel, 0))
+        return
+    for message in client.past.end():
+        client.take(message)
+    client.flush()
 
 
 # What a message means to the client, by its command. True: there is nothing to show.
 
 Arrival = Callable[[Client, Message], bool]
 ARRIVALS: Dict[str, Arrival] = {}
-WANTED = ("echo-message", "message-tags", "server-time", "standard-replies")
+WANTED = {
+    "batch", "draft/chathistory", "echo-message", "message-tags", "server-time", "standard-replies", RESUME_CAP,
+}  # fmt: skip
 JOIN_ERRORS = ("403", "405", "437", "471", "473", "474", "475", "476", "477")
 
 
@@ -2989,11 +3657,17 @@ def cap_arrived(client: Client, message: Message) -> bool:
     """CAP <name> LS [*] :<capabilities> | ACK :<capabilities> | NAK :<capabilities>"""
     verb, offered = message.param(1), message.text.split()
     if verb == "LS":
-        client.caps += [cap for cap in (item.partition("=")[0] for item in offered) if cap in WANTED]
+        names = {item.partition("=")[0] for item in offered}
+        client.caps += sorted(names & WANTED - set(client.caps))
         if message.param(2) != "*":  # the last line of the list
             client.send(*(("CAP", "REQ", " ".join(client.caps)) if client.caps else ("CAP", "END")))
     elif verb in ("ACK", "NAK"):
         client.caps = offered if verb == "ACK" else []
+        if RESUME_CAP in client.caps:  # our name may be held by our last connection
+            client.send("RESUME", client.token)
+            if client.entered:
+                client.nick = client.wanted
+                client.send("NICK", client.nick)
         client.send("CAP", "END")
     return True
 
@@ -3018,7 +3692,9 @@ def welcome_arrived(client: Client, message: Message) -> bool:
     """001 <name> :<welcome>"""
     client.nick = message.param(0) or client.nick
     if client.nick != client.wanted:
-        client.view.remark(f"{client.wanted} is taken; you are {harmless(client.nick)}")
+        client.view.remark(
+            f"{client.wanted} is {'taken' if client.tries else 'not possible here'}; you are {client.nick}"
+        )
     if not client.welcomed:
         client.view.start(client)
     client.welcomed = True
@@ -3031,6 +3707,9 @@ def taken_arrived(client: Client, message: Message) -> bool:
     """433 <name> <wanted> :<text>"""
     if client.joined:
         return False
+    client.tries += 1
+    if client.tries > SAME_NAMES:
+        raise Failed(f"the name {client.wanted} is taken, and so are others like it; choose another with --name")
     client.nick = next_nick(client.nick)
     client.send("NICK", client.nick)
     return True
@@ -3040,9 +3719,10 @@ def taken_arrived(client: Client, message: Message) -> bool:
 def refusal_arrived(client: Client, message: Message) -> bool:
     """<numeric> <name> ... :<text>, which ends all hope unless we are in"""
     if client.joined:
+        client.stay()
         return refused_arrived(client, message)
-    text, code = harmless(message.text), message.command
-    if code == "464" and not client.password:
+    text, code = message.text, message.command
+    if code == "464" and not client.password and not client.entered:
         raise PasswordWanted(f"{client.where} wants a password: give it in CHAT_PASSWORD or with --password-file")
     if code == "464":
         raise Failed(f"{client.where} does not accept this password")
@@ -3053,12 +3733,23 @@ def refusal_arrived(client: Client, message: Message) -> bool:
     raise Failed(f"cannot join {client.channel}: {text}; choose another with --channel")
 
 
-@arrival("401", "404", "407", "411", "412", "417", "FAIL")
+@arrival("422")
+def no_motd_arrived(client: Client, message: Message) -> bool:
+    """422 <name> :<text>"""
+    return True
+
+
+@arrival("401", "402", "404", "407", "411", "412", "417", "FAIL")
 def refused_arrived(client: Client, message: Message) -> bool:
     """<numeric> <name> [<target>] :<text>, or FAIL <command> <code> :<text>: about a line of ours, perhaps"""
-    target = message.param(1) if message.command in ("401", "404") else ""
+    if message.command == "FAIL" and message.param(0) not in ("*", "PRIVMSG"):
+        if message.param(0) == "CHATHISTORY":
+            catch_up(client)
+        return False
+    nobodys = message.command in ("411", "412", "417", "FAIL")  # does not tell whom the line was for
+    target = "" if nobodys else message.param(1) or "?"
     if client.outgoing.settle(target) and not client.view.patient:
-        raise Failed(f"a line was not delivered: {harmless(message.text)}")
+        raise Failed(f"a line was not delivered: {message.text}")
     return False
 
 
@@ -3066,19 +3757,39 @@ def refused_arrived(client: Client, message: Message) -> bool:
 def join_arrived(client: Client, message: Message) -> bool:
     """JOIN <channel>"""
     if message.nick != client.nick:
-        client.people[fold(message.nick)] = message.nick
+        client.meet(message.nick)
         return False
     again = client.entered and not client.joined
     if client.joined and fold(message.param(0)) != fold(client.channel):
         client.send("PART", client.channel)
-    client.channel, client.source, client.people = message.param(0), message.source, {}
+    client.channel, client.source, client.people, client.going = message.param(0), message.source, {}, ""
     if not client.joined:
         client.joined = client.entered = True
         client.since = time.monotonic()
+    if not again:
+        client.past.last = f"timestamp={message.tags['time']}" if "time" in message.tags else ""
+    recalls = {"batch", "draft/chathistory"} <= set(client.caps)
+    if recalls and (again or client.replay):
+        client.send(*client.past.ask(client.channel, 0 if again else client.replay))
     if again:
-        client.view.remark("connected again")
+        client.view.remark(
+            "connected again" if recalls else "connected again; what was said meanwhile is not known here"
+        )
+    if again and client.outgoing.waiting and RESUME_CAP not in client.caps:
+        client.view.remark("sent again, so perhaps twice: what this server has not confirmed")
     client.flush()
     return again
+
+
+@arrival("BATCH")
+def batch_arrived(client: Client, message: Message) -> bool:
+    """BATCH +<reference> chathistory <channel> | BATCH -<reference>"""
+    reference = message.param(0)
+    if reference.startswith("+") and client.past.asked and message.param(1) == "chathistory":
+        client.past.batch = reference[1:]
+    elif reference == f"-{client.past.batch}":
+        catch_up(client, True)
+    return True
 
 
 @arrival("PART", "KICK", "QUIT")
@@ -3087,6 +3798,10 @@ def gone_arrived(client: Client, message: Message) -> bool:
     nick = message.param(1) if message.command == "KICK" else message.nick
     if message.command == "QUIT" or fold(message.param(0)) == fold(client.channel):
         client.people.pop(fold(nick), None)
+        if nick == client.nick and message.command != "QUIT":
+            client.view.show(message, False)
+            client.view.remark(f"you are no longer in {client.channel}; /join {client.channel} may bring you back")
+            return True
         return False
     return nick == client.nick  # our leaving of the channel that we come from
 
@@ -3108,7 +3823,8 @@ def names_arrived(client: Client, message: Message) -> bool:
     """353 <name> = <channel> :[@+]<name>{ [@+]<name>}"""
     if fold(message.param(2)) == fold(client.channel):
         names = [name.lstrip("~&@%+").partition("!")[0] for name in message.text.split()]
-        client.people.update((fold(name), name) for name in names if fold(name) not in client.people)
+        for name in names:
+            client.meet(name)
     return not client.asking
 
 
@@ -3124,12 +3840,15 @@ def names_end_arrived(client: Client, message: Message) -> bool:
 @arrival("PRIVMSG", "NOTICE")
 def said_arrived(client: Client, message: Message) -> bool:
     """PRIVMSG <target> :<text>; our own is a receipt"""
-    if "!" not in message.source:
+    if is_system(message):
         return False
-    key = fold(message.nick)
-    if message.nick == client.nick:
-        client.source = message.source
+    mine, key = message.nick == client.nick, fold(message.nick)
+    if mine and (ID_TAG in message.tags or "batch" not in message.tags):  # the past has many lines of ours
         client.outgoing.settle(message.param(0), message.tags.get(ID_TAG, ""))
+    if not client.past.is_new(message):
+        return True
+    if mine:
+        client.source = message.source
         client.view.show(message, True)
         return True
     if key in client.people:
@@ -3142,7 +3861,7 @@ def said_arrived(client: Client, message: Message) -> bool:
 @arrival("ERROR")
 def error_arrived(client: Client, message: Message) -> bool:
     """ERROR :<text>: the server's last words"""
-    client.why = harmless(message.text)
+    client.why = message.text
     return True
 
 
@@ -3153,11 +3872,13 @@ Entry = Callable[[Client, Message], None]
 
 def forward(client: Client, message: Message) -> None:
     """A command for the server."""
-    client.asking = client.asking or message.command == "NAMES"
-    if client.joined:
-        client.send(message.command, *message.params)
-    else:
+    if not client.joined:
         client.view.remark("Error: not connected; only messages wait until we are")
+        return
+    client.asking = client.asking or message.command == "NAMES"
+    if message.command == "JOIN" and fold(message.text) != fold(client.channel):
+        client.going, client.deadline = message.text, time.monotonic() + CONNECT_S
+    client.send(message.command, *message.params)
 
 
 def enter_reply(client: Client, message: Message) -> None:
@@ -3172,12 +3893,12 @@ def enter_ignore(client: Client, message: Message) -> None:
     """/ignore [NAME]"""
     name, key = message.text, fold(message.text)
     if not name:
-        client.view.remark(f"ignored: {harmless(', '.join(client.ignored.values()) or 'nobody')}")
+        client.view.remark(f"ignored: {', '.join(client.ignored.values()) or 'nobody'}")
     elif client.ignored.pop(key, None):
-        client.view.remark(f"{harmless(name)} is shown again")
+        client.view.remark(f"{name} is shown again")
     else:
         client.ignored[key] = client.people.get(key, name)
-        client.view.remark(f"{harmless(name)} is ignored; the same again shows their messages")
+        client.view.remark(f"{name} is ignored; the same again shows their messages")
 
 
 def enter_help(client: Client, message: Message) -> None:
@@ -3223,15 +3944,25 @@ class Pipe(View):
         """
         lines, data = LineBuffer(SERVER_INPUT_BYTES), b"\n"
         while data and self._source:
-            data = self._source.read(RECV_BYTES) or b""
+            try:
+                data = self._source.read(RECV_BYTES)
+                if data is None:  # not yet: somebody has made it non-blocking
+                    select.select([self._source], [], [])
+                    data = b"\n"
+                    continue
+            except OSError as error:
+                events.put(("input", error))
+                return
             for line in lines.feed(data or b"\n"):
                 self._window.acquire()
                 events.put(("input", line))
         self._window.acquire()
         events.put(("input", b""))
 
-    def input(self, client: Client, item: Optional[bytes]) -> None:
+    def input(self, client: Client, item: Any) -> None:
         self._asked = False
+        if isinstance(item, OSError):
+            raise Failed(f"cannot read the input: {item.strerror}")
         if item is None:
             raise Failed("a line of the input is too long")
         self.ended = not item
@@ -3248,7 +3979,7 @@ class Pipe(View):
             print(shown, end="", flush=True)
 
     def remark(self, text: str) -> None:
-        print(f"*** {text}", file=sys.stderr, flush=True)
+        print(f"*** {harmless(text)}", file=sys.stderr, flush=True)
 
     def update(self, client: Client) -> None:
         """Asks for the next line, or leaves after the last, as soon as enough is confirmed."""
@@ -3293,6 +4024,8 @@ class Person(View):
         for key in self._keys.feed(item):
             if key == "\x03":  # where the terminal does not make a signal of it
                 raise KeyboardInterrupt
+            if key == PASTE_BEGIN:
+                self.remark(f"Error: a paste of more than {PASTE_CHARS} characters is not taken")
             entered = self._editor.press(key) or Entered([])
             for line in entered.lines:
                 client.enter(line, not entered.pasted)
@@ -3307,19 +4040,19 @@ class Person(View):
         if system:
             text = paint(text, RED if text.startswith("*** Error: ") else DIM)
         elif private:
-            to = f"[private to {harmless(message.param(0))}]" if mine else "[private]"
-            text = paint(to, MAGENTA) + text[len("[private]") :]
-        if mentioned or (private and not mine):
+            start = own_form(message).partition("]")[0] if mine else "[private"
+            text = paint(f"{start}]", MAGENTA) + text[len("[private]") :]
+        if (mentioned or (private and not mine)) and REPLAYED_TAG not in message.tags:
             self._screen.bell()
-        self._print(text, local_time(message.tags.get("time", "")))
+        self._print(text, local_time(message.tags.get("time", "")), REPLAYED_TAG in message.tags)
 
     def _name(self, mentioned: bool, nick: str) -> str:
         """A sender's name, in the colour that it always has."""
         colour = NAME_COLOURS[zlib.crc32(fold(nick).encode()) % len(NAME_COLOURS)]
         return self._screen.paint(harmless(nick), *((BOLD, REVERSE) if mentioned else ()), colour)
 
-    def _print(self, text: str, moment: time.struct_time) -> None:
-        if moment[:3] != self._day:
+    def _print(self, text: str, moment: time.struct_time, past: bool = False) -> None:
+        if moment[:3] > self._day or past and moment[:3] != self._day:
             self._day = moment[:3]
             self._screen.print(self._screen.paint(time.strftime("--- %A, %d %B %Y ---", moment), DIM))
         if text:
@@ -3327,10 +4060,10 @@ class Person(View):
 
     def remark(self, text: str) -> None:
         look = RED if text.startswith("Error: ") else DIM
-        self._print(self._screen.paint(f"*** {text}", look), time.localtime())
+        self._print(self._screen.paint(f"*** {harmless(text)}", look), time.localtime())
 
     def greet(self, client: Client) -> None:
-        others = [harmless(nick) for nick in client.people.values() if nick != client.nick]
+        others = [nick for nick in client.people.values() if nick != client.nick]
         if self._greeted == client.channel:
             return
         who = f"{len(others)} others" if len(others) > GREETED else ", ".join(others) or "nobody else yet"
@@ -3354,22 +4087,27 @@ class Person(View):
         if client.joined:
             state = f"{harmless(client.channel)} {len(client.people)}"
         else:
-            state = (
-                "connecting"
-                if client.link
-                else f"no connection; next try in {math.ceil(max(client.deadline - now, 0))} s"
-            )
-        lines = [Message("PRIVMSG", line[1:], f"{client.nick}!") for line in client.outgoing.waiting[-WAITING_ROWS:]]
-        waiting = [f"  ... {text_form(line)}" for line in lines]
+            state = "connecting" if client.link else f"offline, next try in {math.ceil(client.deadline - now)} s"
+        lines = [Message("PRIVMSG", line[1:], client.nick) for line in client.outgoing.waiting[-WAITING_ROWS:]]
+        waiting = [f"  ... {own_form(line)}" for line in lines]
         question, text, cursor = self._editor.view()
-        self._screen.draw(waiting, question or f"[{state}] {harmless(client.nick)}> ", text, cursor)
+        prompts = [question] if question else [f"[{state}] {harmless(client.nick)}> ", f"[{state}] ", "> "]
+        self._screen.draw(waiting, prompts, text, cursor)
 
     def _stop(self) -> None:
         """Lets the shell have the terminal until it lets us go on."""
         self.stopping = False
         self._screen.__exit__()
-        os.kill(os.getpid(), signal.SIGSTOP)
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(0, signal.SIGTSTP)  # without a shell that could let us go on, this does nothing
+        signal.signal(signal.SIGTSTP, handler)
         self._screen.__enter__()
+
+
+def own_form(message: Message) -> str:
+    """How we read a message of our own, which may be private."""
+    text = text_form(message)
+    return f"[private to {harmless(message.param(0))}]{text[9:]}" if text.startswith("[private] ") else text
 
 
 def mentions(text: str, nick: str) -> bool:
@@ -3410,8 +4148,9 @@ def run_server(args: argparse.Namespace) -> int:
         format="%(asctime)s %(levelname)s %(message)s",
     )
     raise_descriptor_limit()
+    history = Archive(args.history, args.fsync, args.keep) if args.history else History()
     try:
-        server = Server(args.host, args.port, args.server_name, args.max_clients)
+        server = Server(args.host, args.port, args.server_name, args.max_clients, history, args.replay)
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
@@ -3458,13 +4197,16 @@ def run_client(args: argparse.Namespace) -> int:
     except Refused as refused:
         raise Failed(refused.numeric.text.format().replace("; send another", "")) from None
     password = read_password(args.password_file)
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         while True:
             client = Client(args.host, args.port, nick, channel, view_of(args, stack))
             client.password, client.reconnects = password, args.reconnect
+            client.replay = REPLAY_LINES if isinstance(client.view, Person) else 0
+            if args.replay is not None:
+                client.replay = args.replay
             try:
                 return client.run()
             except PasswordWanted:
@@ -3477,9 +4219,9 @@ def run_client(args: argparse.Namespace) -> int:
 def view_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> View:
     """A line editor for a person at a terminal; otherwise lines."""
     if args.message is not None:
-        return Pipe(io.BytesIO("\n".join(args.message).encode()), as_json=args.json, quiet=True)
+        return Pipe(io.BytesIO(os.fsencode("\n".join(args.message))), as_json=args.json, quiet=True)
     person = bool(sys.stdin) and sys.stdin.isatty()
-    if not (person and sys.stdout.isatty() and can_draw()) or args.json:
+    if not (person and sys.stdout and sys.stdout.isatty() and can_draw()) or args.json:
         source = sys.stdin and getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
         return Pipe(source, commands=person, as_json=args.json)
     view = Person(stack.enter_context(Screen()))
@@ -3494,6 +4236,37 @@ def read_password(path: Optional[str]) -> str:
         return os.environ.get("CHAT_PASSWORD", "")
     with open(path, encoding="utf-8") as file:
         return file.readline().rstrip("\r\n")
+
+
+def run_history(args: argparse.Namespace) -> int:
+    """chat.py history"""
+    if not os.path.exists(args.file):
+        raise Failed(f"there is no {args.file}")
+    history = Archive(args.file)
+    channels = [fold(args.channel)] if args.channel else history.channels()
+    lines = heapq.merge(*(spoken(history, name, int(args.since * 1e6) - 1) for name in channels), key=number)
+    for message in lines:
+        if args.json:
+            print(JSON.encode(message).decode(), end="")
+        else:
+            when = time.strftime("%Y-%m-%d %H:%M:%S", local_time(message.tags["time"]))
+            print(f"{when} {harmless(message.param(0))} {text_form(message)}")
+    return 0
+
+
+def spoken(history: History, channel: str, low: int) -> Iterator[Message]:
+    """All that was said in a channel after the number `low`, in order."""
+    while True:
+        page = history.page(channel, low, ALL, PAGE_LINES, False)
+        yield from map(recalled, page)
+        if not page:
+            return
+        low = number(page[-1])
+
+
+def moment(text: str) -> float:
+    """The type of an argument that is a local time."""
+    return datetime.datetime.fromisoformat(text).timestamp()
 
 
 def login_name() -> str:
@@ -3523,31 +4296,61 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="chat.py", description="A small chat that is one file.")
-    modes = top.add_subparsers(metavar="server | client", required=True)
+    modes = top.add_subparsers(metavar="server | client | history", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--host", default="127.0.0.1", help="address (default %(default)s)")
     shared.add_argument("--port", type=whole(0, 65535), default=DEFAULT_PORT, help="TCP port (default %(default)s)")
+    add_server(modes, shared)
+    add_client(modes, shared)
+    add_history(modes)
+    return top
 
+
+def add_server(modes: Any, shared: argparse.ArgumentParser) -> None:
+    """The arguments of `chat.py server`."""
     server = modes.add_parser("server", parents=[shared], help="let people join", description="Lets people join.")
     server.add_argument("--server-name", default="chat.local", metavar="NAME", help="in IRC replies (%(default)s)")
     server.add_argument(
         "--max-clients", type=whole(1, 1_000_000), default=MAX_CLIENTS, metavar="N", help="(default %(default)s)"
     )
+    server.add_argument("--history", metavar="FILE", help="keep what is said in this SQLite file (default: in memory)")
+    server.add_argument("--fsync", action="store_true", help="keep it also when the machine loses its power")
+    server.add_argument("--keep", type=whole(1, 36500), default=math.inf, metavar="DAYS", help="(default: for ever)")
+    server.add_argument(
+        "--replay", type=whole(0, PAGE_LINES), default=REPLAY_LINES, metavar="N", help="for newcomers (%(default)s)"
+    )
     server.add_argument("--log", metavar="FILE", help="log to FILE instead of standard error")
     server.add_argument("-v", "--verbose", action="store_true", help="log more")
     server.set_defaults(run=run_server)
 
+
+def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
+    """The arguments of `chat.py client`."""
     client = modes.add_parser("client", parents=[shared], help="join a chat", description="Joins a chat.")
     client.add_argument("--name", default=login_name(), help="what others call you (default: the login name)")
     client.add_argument("--channel", default=DEFAULT_CHANNEL, help="where to talk (default %(default)s)")
     client.add_argument("--password-file", metavar="FILE", help="its first line is the password (or set CHAT_PASSWORD)")
     client.add_argument("-m", "--message", action="append", metavar="TEXT", help="send this and leave")
+    client.add_argument(
+        "--replay", type=whole(0, PAGE_LINES), metavar="N", help=f"shown of what was said ({REPLAY_LINES}; in a pipe 0)"
+    )
     client.add_argument("--json", action="store_true", help="print events as JSON objects, one a line")
     client.add_argument(
         "--no-reconnect", dest="reconnect", action="store_false", help="end when the connection is lost"
     )
     client.set_defaults(run=run_client)
-    return top
+
+
+def add_history(modes: Any) -> None:
+    """The arguments of `chat.py history`."""
+    history = modes.add_parser("history", help="print what was said", description="Prints what was said.")
+    history.add_argument("file", help="the server's --history")
+    history.add_argument(
+        "--since", type=moment, default=0.0, metavar="TIME", help="2026-01-31, 2026-01-31T12:00, local"
+    )
+    history.add_argument("--channel", help="only this one")
+    history.add_argument("--json", action="store_true", help="JSON objects, one a line")
+    history.set_defaults(run=run_history)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -3562,8 +4365,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     except BrokenPipeError:  # nobody reads the output any more; nor may its last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except (Failed, OSError) as failed:
-        print(f"chat.py: {failed}", file=sys.stderr)
+    except (KeyboardInterrupt, EOFError):  # while a password was asked for
+        return 130
+    except (Failed, Unkept, OSError, UnicodeError) as failed:
+        print(f"chat.py: {harmless(str(failed))}", file=sys.stderr)
         return 1
 
 

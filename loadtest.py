@@ -1162,23 +1162,28 @@ class Client:
         password = f"PASS {self.run.password}\r\n" if self.run.password else ""
         self.sock.sendall(f"{password}NICK {self.name}\r\nUSER {self.name} 0 * :{self.name}\r\n".encode())
         rest = self._expect(rb"(?:@[^ ]* )?:[^ ]+ 001 [^\n]*\n", b"")
-        self.sock.sendall(f"JOIN {self.run.channel}\r\n".encode())
-        return self._expect(rb"(?:@[^ ]* )?:[^ ]+ 366 [^\n]*\n", rest)
+        self.sock.sendall(f"JOIN {self.run.channel}\r\nPING joined\r\n".encode())
+        rest = self._expect(rb"(?:@[^ ]* )?:[^ ]+ 366 [^\n]*\n", rest)
+        return self._expect(rb"(?:@[^ ]* )?:[^ ]+ PONG [^\n]*\n", rest)  # after what was said before this run
 
     def _join_plain(self) -> bytes:
         self.sock.sendall(f"{self.name}\n".encode())
-        return self._expect(rb"\*\*\* " + self.name.encode() + rb" joined[^\n]*\n", b"")
+        rest = self._expect(rb"\*\*\* " + self.name.encode() + rb" joined[^\n]*\n", b"")
+        self.send(b"/topic\n")
+        return self._expect(rb"\*\*\* (?:The topic of #|#[^ \n]+ has no topic)[^\n]*\n", rest)
 
     def _join_json(self) -> bytes:
         item = {"type": "join", "user": self.name, "channel": self.run.channel}
         if self.run.password:
             item["password"] = self.run.password
         self.sock.sendall(f"{json.dumps(item)}\n".encode())
-        return self._expect(rb'[^\n]*"join"[^\n]*"' + self.name.encode() + rb'"[^\n]*\n', b"")
+        rest = self._expect(rb'[^\n]*"join"[^\n]*"' + self.name.encode() + rb'"[^\n]*\n', b"")
+        self.send(b'{"type": "command", "text": "/topic"}\n')
+        return self._expect(rb'[^\n]*"event": "(?:no-)?topic"[^\n]*\n', rest)
 
     def _expect(self, wanted: bytes, data: bytes) -> bytes:
         """Reads until a line comes that matches, and returns what follows it; raises OSError for a refusal."""
-        found, answered = None, 0
+        found, answered = re.search(rb"(?:^|\n)" + wanted, data), 0
         while not found:
             more = self.sock.recv(65536)
             if not more:
@@ -1559,6 +1564,8 @@ def reflect_from(sock: socket.socket, selector: selectors.BaseSelector, members:
             sock.sendall(b":s 001 x :hi\r\n")
         elif line.startswith(b"JOIN"):
             sock.sendall(b":s 366 x #x :end\r\n")
+        elif line.startswith(b"PING"):
+            sock.sendall(b":s PONG s :joined\r\n")
     for member in list(members) if said else []:
         if member is not sock:
             with contextlib.suppress(OSError):

@@ -20,6 +20,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -278,6 +279,8 @@ class TextForm(unittest.TestCase):
             ("/topic tea time", Message("TOPIC", ("#x", "tea time"))),
             ("/quit", Message("QUIT")),
             ("/quit gone home", Message("QUIT", ("gone home",))),
+            ("/nick rob ", Message("NICK", ("rob",))),
+            ("/whois bob  ", Message("WHOIS", ("bob",))),
             (" exit ", Message("QUIT")),
             ("exit now", Message("PRIVMSG", ("#x", "exit now"))),
             ("/help", Message("HELP")),
@@ -289,6 +292,7 @@ class TextForm(unittest.TestCase):
         for line, text in (
             ("/dance", "/dance is not a command; /help lists them (//text sends a line with a slash)"),
             ("/msg bob", "it is /msg NAME TEXT"),
+            ("/clear", "/clear is not a command; /help lists them (//text sends a line with a slash)"),
             ("/nick", "it is /nick NAME"),
         ):
             with self.subTest(line), self.assertRaises(chat.Refused) as caught:
@@ -444,6 +448,133 @@ class Dialects(unittest.TestCase):
             self.assertEqual(caught.exception.numeric, chat.ERR_INPUTTOOLONG)
 
 
+class Kept(unittest.TestCase):
+    """What was said, in memory and in an SQLite file."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, "history")
+
+    def archive(self, **more: Any) -> chat.Archive:
+        archive = chat.Archive(self.path, **more)
+        self.addCleanup(archive.close)
+        return archive
+
+    @staticmethod
+    def said(number: int, text: str = "x", **tags: str) -> Message:
+        stamp = {"time": chat.server_time(number / 1e6), "msgid": f"{number:x}"}
+        return Message("PRIVMSG", ("#chat", text), "bob!bob@host", {**stamp, **tags})
+
+    def test_pages_are_those_of_the_definition(self) -> None:
+        rng = random.Random(5)
+        for history in (chat.History(), self.archive()):
+            known: Dict[str, List[Message]] = {"#a": [], "#b": [], "#c": []}
+            last = 0
+            for _ in range(60):
+                batch = []
+                for _ in range(rng.randrange(1, 5)):
+                    last += rng.randrange(1, 4)
+                    batch.append(
+                        (rng.choice("##")[0] + rng.choice("ab"), self.said(last, f"text {last} ; é", **{"+x": "a b"}))
+                    )
+                history.store(batch)
+                for channel, message in batch:
+                    known[channel].append(message)
+                low, high, limit, newest = (
+                    rng.randrange(last),
+                    rng.randrange(last + 2),
+                    rng.randrange(8),
+                    rng.random() < 0.5,
+                )
+                channel = rng.choice("abc")
+                within = [item for item in known[f"#{channel}"] if low < chat.number(item) < high]
+                expected = within[max(len(within) - limit, 0) :] if newest else within[:limit]
+                self.assertEqual(history.page(f"#{channel}", low, high, limit, newest), expected)
+            self.assertEqual(sorted(history.channels()), ["#a", "#b"])
+            self.assertEqual(history.last(), last)
+
+    def test_memory_is_bounded(self) -> None:
+        history = chat.History()
+        history.store([("#chat", self.said(number)) for number in range(1, chat.MEMORY_LINES + 11)])
+        page = history.page("#chat", 0, chat.ALL, chat.ALL, True)
+        self.assertEqual((chat.number(page[0]), len(page)), (11, chat.MEMORY_LINES))
+        history.store([(f"#{number}", self.said(number)) for number in range(chat.MEMORY_CHANNELS)])
+        self.assertEqual(len(history.channels()), chat.MEMORY_CHANNELS)
+        self.assertNotIn("#chat", history.channels())
+
+    def test_a_file_outlives_its_server(self) -> None:
+        first = self.archive()
+        first.store([("#chat", self.said(7, "hello", **{chat.ID_TAG: "1", chat.BY_TAG: "bob's"}))])
+        if os.name == "posix":
+            for path in pathlib.Path(self.path).parent.iterdir():
+                self.assertEqual(path.stat().st_mode & 0o777, 0o600, path)
+        second = self.archive(fsync=True)
+        self.assertEqual(second.page("#chat", 0, chat.ALL, 9, True)[0].text, "hello")
+        hub = chat.Hub("s", second)
+        self.assertEqual(hub.seen, {("bob's", "1"): {"time": chat.server_time(7e-6), "msgid": "7"}})
+        self.assertGreater(int(hub.stamps.next()["msgid"], 16), 7)
+
+    def test_all_or_nothing(self) -> None:
+        history = self.archive()
+        history.store([("#chat", self.said(1))])
+        with self.assertRaises(chat.Unkept):
+            history.store([("#chat", self.said(2)), ("#chat", self.said(1))])
+        self.assertEqual(len(history.page("#chat", 0, chat.ALL, 9, True)), 1)
+        history.store([("#chat", self.said(3))])
+        self.assertEqual(len(history.page("#chat", 0, chat.ALL, 9, True)), 2)
+
+    def test_what_is_old_is_removed_bit_by_bit(self) -> None:
+        now = int(time.time() * 1e6)
+        history = self.archive(days=1)
+        old = [("#chat", self.said(now - 90_000 * 1_000_000 + number)) for number in range(chat.TIDY_LINES + 5)]
+        history.store([*old, ("#chat", self.said(now))])
+        for left in (6, 1, 1):
+            history.tidy()
+            self.assertEqual(len(history.page("#chat", 0, chat.ALL, chat.ALL, True)), left)
+
+    def test_files_that_are_no_history(self) -> None:
+        path = pathlib.Path(self.path)
+        history = self.archive()
+        history.store([("#chat", self.said(number, "x" * 400)) for number in range(1, 500)])
+        history.close()
+        good = path.read_bytes()
+        foreign = sqlite3.connect(f"{self.path}2")
+        foreign.execute("CREATE TABLE cats (name)")
+        foreign.close()
+        for data, text in (
+            (b"this is a diary\n" * 100, "file is not a database"),
+            (pathlib.Path(f"{self.path}2").read_bytes(), "it belongs to another program"),
+            (good[: len(good) // 2], ""),  # torn
+            (good[:5000] + bytes(3000) + good[8000:], ""),
+        ):
+            path.write_bytes(data)
+            with self.assertRaises(chat.Unkept) as caught:
+                self.archive()
+            self.assertIn(f"cannot keep the history in {self.path}: {text}", str(caught.exception))
+        with self.assertRaises(chat.Unkept):
+            chat.Archive(os.path.join(self.path, "no", "such"))
+
+    def test_references(self) -> None:
+        for text, span in (
+            ("msgid=1f", (31, 31)),
+            ("timestamp=1970-01-01T00:00:01.002Z", (1_002_000, 1_002_999)),
+            ("timestamp=2026-01-31T12:00:00.000Z", (1769860800000000, 1769860800000999)),
+        ):
+            self.assertEqual(chat.numbers(text), span)
+        for text in (
+            "",
+            "*",
+            "msgid=",
+            "msgid=xyz",
+            "msgid=" + "f" * 16,
+            "timestamp=now",
+            "timestamp=2026-13-01T00:00:00.000Z",
+        ):
+            with self.assertRaises(ValueError):
+                chat.numbers(text)
+
+
 class State(unittest.TestCase):
     """The log and its fan-out against a model that does it the slow and obvious way."""
 
@@ -507,9 +638,9 @@ class State(unittest.TestCase):
         hub, session = chat.Hub("s"), chat.Session("h", 0.0)
         session.registered, session.view = True, chat.irc()
         with hub:
-            hub._ping_locked(session, 100.0, 60.0)
+            hub.ping_locked(session, 100.0, 60.0)
             session.heard = 100.0
-            self.assertEqual(hub._examine_locked(session, 160.0), 190.0)
+            self.assertEqual(chat.examine(hub, session, 160.0), 190.0)
         self.assertFalse(session.gone)
 
     def test_refusals_wait_for_room_like_everything_else(self) -> None:
@@ -536,10 +667,14 @@ class State(unittest.TestCase):
         self.assertEqual([allowance.take(100.0) for _ in range(5)], [True, True, True, False, False])
         self.assertEqual([allowance.take(110.5), allowance.take(110.5)], [True, False])
 
-    def test_message_ids_differ_across_restarts(self) -> None:
-        first = chat.Hub("s").stamp_locked()["msgid"]
-        time.sleep(0.002)
-        self.assertNotEqual(first, chat.Hub("s").stamp_locked()["msgid"])
+    def test_message_ids_grow_whatever_the_clock_does(self) -> None:
+        stamps = chat.Stamps()
+        for moment in (1000.0, 1000.0, 999.0, 2000.0, 0.5):
+            with mock.patch.object(chat.time, "time", lambda moment=moment: moment):  # type: ignore[attr-defined]
+                before, tags = stamps.last, stamps.next()
+            self.assertGreater(int(tags["msgid"], 16), before)
+            self.assertEqual(tags["time"], chat.server_time(moment))
+        self.assertGreater(int(chat.Stamps(stamps.last).next()["msgid"], 16), stamps.last)
 
 
 class Peer:
@@ -1161,6 +1296,298 @@ class Pressure(ServerCase):
         ann.until("*** bob left: Internal error")
 
 
+class Past(ServerCase):
+    """History as IRC clients, plain users and scripts get it."""
+
+    CAPS = (
+        "batch",
+        "draft/chathistory",
+        "echo-message",
+        "message-tags",
+        "server-time",
+        "labeled-response",
+        "standard-replies",
+    )
+
+    def talk(self, count: int) -> Tuple[Peer, List[Message]]:
+        """ann, who has said `count` lines, and their echoes."""
+        ann = self.irc("ann", *self.CAPS)
+        for number in range(count):
+            ann.send(f"PRIVMSG #chat :line {number}\r\n")
+        return ann, [chat.parse(ann.until(" PRIVMSG ")) for _ in range(count)]
+
+    def ask(self, peer: Peer, command: str) -> List[Message]:
+        """The messages of the batch that answers a command."""
+        peer.send(f"{command}\r\n")
+        lines = [chat.parse(line) for line in peer.sync()]
+        first, *inside, last = lines
+        self.assertEqual((first.command, last.params), ("BATCH", (f"-{first.param(0)[1:]}",)))
+        self.assertEqual({message.tags["batch"] for message in inside} - {first.param(0)[1:]}, set())
+        self.assertEqual(first.params[1:], ("chathistory", "#chat"))
+        return inside
+
+    def test_chathistory(self) -> None:
+        ann, said = self.talk(10)
+        ids = [f"msgid={message.tags['msgid']}" for message in said]
+        for command, lines in (
+            ("LATEST #chat * 3", [7, 8, 9]),
+            ("LATEST #CHAT * 500", range(10)),
+            ("latest #chat * 0", []),
+            (f"LATEST #chat {ids[7]} 9", [8, 9]),
+            (f"BEFORE #chat {ids[5]} 2", [3, 4]),
+            (f"BEFORE #chat {ids[0]} 2", []),
+            (f"AFTER #chat {ids[5]} 2", [6, 7]),
+            (f"AFTER #chat {ids[9]} 2", []),
+            ("AFTER #chat timestamp=2001-01-01T00:00:00.000Z 2", [0, 1]),
+            ("BEFORE #chat timestamp=2001-01-01T00:00:00.000Z 2", []),
+            (f"AROUND #chat {ids[5]} 4", [3, 4, 5, 6]),
+            (f"AROUND #chat {ids[5]} 1", [5]),
+            (f"BETWEEN #chat {ids[2]} {ids[8]} 3", [3, 4, 5]),
+            (f"BETWEEN #chat {ids[8]} {ids[2]} 3", [5, 6, 7]),
+            (f"BETWEEN #chat {ids[2]} {ids[4]} 9", [3]),
+        ):
+            with self.subTest(command):
+                answer = self.ask(ann, f"CHATHISTORY {command}")
+                self.assertEqual([message.text for message in answer], [f"line {number}" for number in lines])
+                for message in answer:
+                    expected = said[int(message.text[5:])]
+                    tags = {key: value for key, value in message.tags.items() if key != "batch"}
+                    self.assertEqual((tags, message.source), (expected.tags, expected.source))
+
+    def test_errors(self) -> None:
+        ann, _ = self.talk(1)
+        self.irc("bob").send("JOIN #other\r\n")
+        ann.until("JOIN")
+        for command, error in (
+            ("", "461 ann CHATHISTORY :CHATHISTORY needs more than that"),
+            ("NEXT #chat * 1", "FAIL CHATHISTORY UNKNOWN_COMMAND NEXT :"),
+            ("LATEST #chat", "FAIL CHATHISTORY INVALID_PARAMS LATEST :"),
+            ("LATEST #chat *", "FAIL CHATHISTORY INVALID_PARAMS LATEST :"),
+            ("LATEST #chat * many", "FAIL CHATHISTORY INVALID_PARAMS LATEST :"),
+            ("LATEST #chat * -1", "FAIL CHATHISTORY INVALID_PARAMS LATEST :"),
+            ("BEFORE #chat * 1", "FAIL CHATHISTORY INVALID_PARAMS BEFORE :"),
+            ("BETWEEN #chat msgid=1 1", "FAIL CHATHISTORY INVALID_PARAMS BETWEEN :"),
+            ("AFTER #chat msgid=zz 1", "FAIL CHATHISTORY INVALID_PARAMS AFTER :"),
+            ("LATEST #other * 1", "FAIL CHATHISTORY INVALID_TARGET LATEST #other :"),
+            ("LATEST #nowhere * 1", "FAIL CHATHISTORY INVALID_TARGET LATEST #nowhere :"),
+            ("LATEST ann * 1", "FAIL CHATHISTORY INVALID_TARGET LATEST ann :"),
+        ):
+            with self.subTest(command):
+                ann.send(f"CHATHISTORY {command}\r\n")
+                lines = ann.sync()
+                self.assertEqual(len(lines), 1)
+                self.assertIn(f":chat.local {error}", lines[0])
+
+    def test_targets(self) -> None:
+        ann, said = self.talk(1)
+        ann.send("JOIN #quiet\r\n")
+        ann.sync()
+        for span, found in (
+            ("1970-01-01 2100-01-01", ["#chat"]),
+            ("2100-01-01 1970-01-01", ["#chat"]),
+            ("1970-01-01 1971-01-01", []),
+        ):
+            first, second = (f"timestamp={day}T00:00:00.000Z" for day in span.split())
+            ann.send(f"CHATHISTORY TARGETS {first} {second} 5\r\n")
+            start, *lines, _ = [chat.parse(line) for line in ann.sync()]
+            self.assertEqual(start.params[1:], ("draft/chathistory-targets",))
+            self.assertEqual(
+                [line.params for line in lines], [("TARGETS", name, said[0].tags["time"]) for name in found]
+            )
+
+    def test_newcomers_are_told(self) -> None:
+        ann, said = self.talk(chat.REPLAY_LINES + 5)
+        minute = said[-1].tags["time"].replace("T", " ")[:16]
+        texts = [f"line {number}" for number in range(5, chat.REPLAY_LINES + 5)]
+        bob = self.plain("bob")
+        bob.send("/who\n")
+        bob.until("*** In #chat")
+        self.assertEqual(
+            bob.seen[1:-1],
+            [f"*** Said here before, since {said[5].tags['time'].replace('T', ' ')[:16]} UTC:"]
+            + [f"ann: {text}" for text in texts]
+            + [f"*** End of what was said before; the last was at {minute} UTC"],
+        )
+        cat = self.irc("cat", "server-time")
+        lines = cat.sync()
+        self.assertTrue(lines[0].startswith(":chat.local NOTICE #chat :Said here before, since "))
+        self.assertIn(f"@time={said[5].tags['time']} :ann!ann@localhost PRIVMSG #chat :line 5", lines[1])
+        self.assertEqual(len(lines), chat.REPLAY_LINES + 2)
+        self.assertEqual(self.irc("dan", *self.CAPS).sync(), [])
+        script = self.peer('{"type":"join","user":"bot"}\n')
+        script.until('"event": "join"')
+        script.until("Said here before")
+        item = json.loads(script.line() or "")
+        self.assertEqual((item["text"], item["id"], item["replayed"]), ("line 5", said[5].tags["msgid"], True))
+
+    def test_labels(self) -> None:
+        ann, _ = self.talk(2)
+        for command, answer in (
+            ("PONG x", "@label=L :chat.local ACK"),
+            ("PING x", "@label=L :chat.local PONG chat.local :x"),
+            ("DANCE", "@label=L :chat.local 421 ann DANCE :DANCE is not a command here"),
+            ("PRIVMSG #chat hi", "@time=T;msgid=M;label=L :ann!ann@localhost PRIVMSG #chat :hi"),
+            ("PRIVMSG ann hi", "@time=T;msgid=M;label=L :ann!ann@localhost PRIVMSG ann :hi"),
+            ("PRIVMSG nobody hi", "@label=L :chat.local 401 ann nobody :nobody here is called nobody"),
+            ("TOPIC #chat", "@label=L :chat.local 331 ann #chat :No topic is set"),
+        ):
+            with self.subTest(command):
+                ann.send(f"@label=L {command}\r\n")
+                lines = [re.sub("time=[^;]*;msgid=[0-9a-f]+", "time=T;msgid=M", line) for line in ann.sync()]
+                self.assertEqual(lines, [answer])
+        for command, kind in (("WHOIS ann", "labeled-response"), ("CHATHISTORY LATEST #chat * 9", "chathistory")):
+            ann.send(f"@label=L {command}\r\n")
+            first, *inside, last = [chat.parse(line) for line in ann.sync()]
+            self.assertEqual((first.tags, first.param(1), last.command), ({"label": "L"}, kind, "BATCH"))
+            self.assertEqual({message.tags.get("batch") for message in inside}, {first.param(0)[1:]})
+        ann.send("@label=" + "x" * 65 + " PING x\r\n")
+        self.assertNotIn("label", ann.sync()[0])
+
+
+class Unreliable(chat.History):
+    """A history that can be made to fail, or to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.why = ""
+        self.may_go = threading.Event()
+        self.may_go.set()
+
+    def store(self, said: List[Tuple[str, Message]]) -> None:
+        self.may_go.wait(PATIENCE)
+        if self.why:
+            raise chat.Unkept(self.why)
+        super().store(said)
+
+    def page(self, *args: Any) -> List[Message]:
+        if self.why:
+            raise chat.Unkept(self.why)
+        return super().page(*args)
+
+
+class Receipts(ServerCase):
+    """Nothing is confirmed, or seen, before it is stored."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.history = self.server.hub.history = Unreliable()
+
+    def test_stored_before_anybody_sees_it(self) -> None:
+        ann, bob = self.irc("ann", "echo-message"), self.plain("bob")
+        ann.until("JOIN")
+        self.history.may_go.clear()
+        ann.send("PRIVMSG #chat hello\r\n")
+        for peer in (ann, bob):
+            peer.sock.settimeout(0.2)
+            with self.assertRaises(socket.timeout):
+                peer.line()
+            peer.sock.settimeout(PATIENCE)
+        self.history.may_go.set()
+        ann.until("PRIVMSG #chat :hello")
+        self.assertEqual(bob.until(":"), "ann: hello")
+
+    def test_what_cannot_be_stored_is_not_said(self) -> None:
+        ann = self.irc("ann", "echo-message", "message-tags", "standard-replies", chat.RESUME_CAP)
+        bob, script = self.plain("bob"), self.peer('{"type":"join","user":"bot"}\n')
+        script.until('"join"')
+        ann.sync()
+        line = "PRIVMSG #chat :hello\r\n"
+        self.history.why = "the disk is full"
+        with self.assertLogs("chat", "ERROR") as caught:
+            ann.send(line)
+            self.assertEqual(
+                ann.line(),
+                ":chat.local FAIL PRIVMSG CANNOT_STORE :not said, because it cannot be stored: the disk is full",
+            )
+            script.send('{"type":"chat","text":"hello","ref":"7"}\n')
+            item = json.loads(script.line() or "")
+            self.assertEqual((item["type"], item["code"], item["ref"]), ("error", "cannot-store", "7"))
+            bob.send("hello\n/msg ann psst\n")
+            self.assertIn("*** Error: not said, because it cannot be stored", bob.until("Error"))
+            self.assertTrue(ann.until("psst").endswith("PRIVMSG ann :psst"))  # the chat goes on
+            ann.send("CHATHISTORY LATEST #chat * 5\r\n")
+            self.assertIn("FAIL CHATHISTORY MESSAGE_ERROR :", ann.line() or "")
+        self.assertEqual(len(caught.output), 1)
+        self.history.why = ""
+        with self.assertLogs("chat", "WARNING"):
+            ann.send(line)
+            self.assertIn("PRIVMSG #chat :hello", ann.until("PRIVMSG"))
+        self.assertEqual(bob.until("hello"), "ann: hello")
+        self.assertEqual([text for text in bob.seen if "hello" in text], ["ann: hello"])
+
+
+class Resume(ServerCase):
+    """A client whose connection is lost comes back as if nothing had happened."""
+
+    TOKEN = "0123456789abcdef"
+
+    def bob(self, token: str = TOKEN, name: str = "bob") -> Peer:
+        caps = f"echo-message message-tags batch draft/chathistory {chat.RESUME_CAP}"
+        return self.peer(f"CAP REQ :{caps}\r\nRESUME {token}\r\nNICK {name}\r\nUSER {name} 0 * :x\r\nCAP END\r\n")
+
+    def lose(self, peer: Peer) -> None:
+        """Resets a connection, and waits until the server knows."""
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        peer.close()
+        hub = self.server.hub
+        self.eventually(lambda: hub.nicks["bob"].absent, "the loss was not noticed")
+
+    def test_nobody_notices(self) -> None:
+        ann, bob = self.irc("ann"), self.bob()
+        bob.send("JOIN #chat\r\n")
+        bob.until(" 366 ")
+        ann.until("JOIN")
+        self.lose(bob)
+        ann.send("PRIVMSG bob :psst\r\nPRIVMSG #chat :hello\r\n")
+        self.assertIn(" 301 ann bob :no connection", ann.until("301"))
+        other = self.bob("another secret token")
+        self.assertIn("433", other.until("433"))
+        bob = self.bob()
+        bob.until(":bob!bob@localhost JOIN #chat")
+        self.assertIn("@ann bob", bob.until(" 353 "))
+        self.assertTrue(bob.until("psst").endswith(":ann!ann@localhost PRIVMSG bob :psst"))
+        bob.send("PRIVMSG #chat :back\r\n")
+        bob.sync()
+        self.assertEqual(ann.sync(), [":bob!bob@localhost PRIVMSG #chat :back"])
+        bob.send("QUIT\r\n")
+        ann.until("QUIT")
+
+    def test_a_connection_that_looks_alive_is_replaced(self) -> None:
+        ann, bob = self.irc("ann"), self.bob()
+        bob.send("JOIN #chat\r\n")
+        bob.until(" 366 ")
+        ann.until("JOIN")
+        again = self.bob()
+        again.until(" 366 ")
+        self.assertIn("ERROR :You have come back on another connection", bob.rest()[-1])
+        self.assertEqual(ann.sync(), [])
+
+    def test_who_does_not_come_back_leaves(self) -> None:
+        ann = self.irc("ann")
+        with mock.patch.object(chat, "GRACE_S", 0.1):
+            bob = self.bob()
+            bob.send("JOIN #chat\r\n")
+            bob.until(" 366 ")
+            self.lose(bob)
+            self.assertIn("QUIT :Connection lost", ann.until("QUIT"))
+
+    def test_what_is_sent_again_is_said_once(self) -> None:
+        ann, bob = self.irc("ann"), self.bob()
+        bob.send("JOIN #chat\r\n")
+        line = f"@{chat.ID_TAG}=1 PRIVMSG #chat :hello\r\n"
+        bob.send(line)
+        first = bob.until("PRIVMSG")
+        self.lose(bob)
+        bob = self.bob()
+        bob.send(line)
+        self.assertEqual(bob.until("PRIVMSG"), first)
+        stranger = self.bob("another secret token", "cat")
+        stranger.send(f"JOIN #chat\r\n{line}")
+        stranger.until("PRIVMSG")
+        said = [text for text in ann.sync() if "PRIVMSG" in text]
+        self.assertEqual([text.partition("!")[0] for text in said], [":bob", ":cat"])
+
+
 class Fuzz(ServerCase):
     """Generated garbage at every dialect; the seed of a failure is in its name."""
 
@@ -1235,6 +1662,8 @@ class LineEditor(unittest.TestCase):
             ("\x1b[A\x1bOD\x1bb\x01", ["\x1b[A", "\x1bOD", "\x1bb", "\x01"]),
             ("\x1b[1;5C\x1b[3~x", ["\x1b[1;5C", "\x1b[3~", "x"]),
             ("\x1b\x1b[A", ["\x1b", "\x1b[A"]),
+            ("\x1b[\rx\x1b[é", ["\x1b[", "\r", "x", "\x1b[", "é"]),  # begun, but no such key
+            ("abc\x1b\r", ["a", "b", "c", "\x1b", "\r"]),
             ("\x1b[200~a\r\x1b[Ab\x1b[201~c", ["\x1b[200~a\r\x1b[Ab\x1b[201~", "c"]),
         ):
             with self.subTest(text):
@@ -1242,12 +1671,14 @@ class LineEditor(unittest.TestCase):
                 single = chat.Keys()
                 self.assertEqual([key for char in text for key in single.feed(char)], keys)
 
-    def test_a_paste_without_an_end_is_not_kept(self) -> None:
-        keys = chat.Keys()
-        self.assertEqual(keys.feed("\x1b[200~"), [])
-        for _ in range(chat.PASTE_CHARS // 1000 + 1):
-            self.assertEqual(keys.feed("x" * 1000), [])
-        self.assertEqual(keys.feed("\x1b[A"), ["\x1b[A"])
+    def test_a_paste_that_is_too_long_is_not_taken(self) -> None:
+        for size in (1, 7, 1000, chat.PASTE_CHARS * 2):
+            keys = chat.Keys()
+            text = "\x1b[200~" + "line\r" * (chat.PASTE_CHARS // 2) + "\x1b[201~a"
+            found = [key for at in range(0, len(text), size) for key in keys.feed(text[at : at + size])]
+            if size < chat.PASTE_CHARS:
+                self.assertEqual(found, [chat.PASTE_BEGIN, "a"])
+            self.assertEqual(keys.feed("\x1b[A"), ["\x1b[A"])
 
     def test_editing(self) -> None:
         for keys, shown in (
@@ -1266,6 +1697,7 @@ class LineEditor(unittest.TestCase):
             ("one two\x1b[1;5D\x1b[1;5D\x1b[1;5C", "one| two"),
             ("one two\x01\x1bf\x1bf", "one two|"),
             ("one two\x17", "one |"),
+            ("one two\x17\x01\x15\x19", "two|one "),  # what kills nothing keeps what was killed
             ("one two \x17\x17\x19", "one two |"),  # kills in a row are one kill
             ("one two-three\x1b\x7f", "one two-|"),
             ("one two\x01\x1bd", "| two"),
@@ -1371,7 +1803,8 @@ class Rows(unittest.TestCase):
             ("0123456789abcdefghi", 3, ("> ", "012", "3456789abcdefgh")),
             ("a\x1bb", 2, ("> ", "a\\x1b", "b")),
         ):
-            self.assertEqual(chat.input_row("[#chat] bob> ", text, cursor, 20), shown)
+            self.assertEqual(chat.input_row(["[#chat] robert> ", "> "], text, cursor, 20), shown)
+        self.assertEqual(chat.input_row(["send 2 lines? y/n "], "", 0, 16), ("send 2 line...", "", ""))
 
     def test_height(self) -> None:
         for text, room, rows in (
@@ -1387,9 +1820,9 @@ class Rows(unittest.TestCase):
         rng = random.Random(4)
         for _ in range(500):
             text = "".join(rng.choice("ab 你😀\u0301\x1b") for _ in range(rng.randrange(60)))
-            room, prompt = rng.randrange(12, 50), "[#chat 3] bob> "[rng.randrange(16) :]
+            room, prompt = rng.randrange(18, 50), "[#chat 3] bob> "[rng.randrange(16) :]
             for cursor in range(len(text) + 1):
-                shown, before, after = chat.input_row(prompt, text, cursor, room)
+                shown, before, after = chat.input_row([prompt, "> "], text, cursor, room)
                 self.assertLessEqual(chat.width(shown + before + after), room)
                 self.assertTrue("".join(map(chat.harmless, text[:cursor])).endswith(before))
                 self.assertTrue("".join(map(chat.harmless, text[cursor:])).startswith(after))
@@ -1410,14 +1843,14 @@ class FakeScreen(chat.Screen):
         return os.terminal_size((80, 24))
 
 
-class ForPeople(unittest.TestCase):
-    """How messages look on a terminal, and what a client makes of them, without a server."""
+class PersonCase(unittest.TestCase):
+    """A client with a view and no server."""
 
     def setUp(self) -> None:
         self.screen = FakeScreen()
         self.view = chat.Person(self.screen)
         self.client = chat.Client("host", 1, "bob", "#chat", self.view)
-        self.client.joined = self.client.entered = True
+        self.client.joined = self.client.entered = self.client.welcomed = True
         self.client.people = {"bob": "bob", "ann": "ann"}
         self.lines: List[str] = []
         self.client.send = lambda *words: self.lines.append(" ".join(words))  # type: ignore[method-assign]
@@ -1434,6 +1867,10 @@ class ForPeople(unittest.TestCase):
         self.client.enter(line, True)
         self.view.update(self.client)
         return self.screen.written
+
+
+class ForPeople(PersonCase):
+    """How messages look on a terminal."""
 
     def test_looks(self) -> None:
         ann = chat.NAME_COLOURS[chat.zlib.crc32(b"ann") % len(chat.NAME_COLOURS)]  # type: ignore[attr-defined]
@@ -1464,7 +1901,7 @@ class ForPeople(unittest.TestCase):
         clock = time.strftime("%H:%M ann: now", time.localtime(now))
         self.assertIn(clock, self.arrive(f"@time={chat.server_time(now)} :ann!a@b PRIVMSG #chat :now"))
         day = now - 7 * 86400
-        written = self.arrive(f"@time={chat.server_time(day)} :ann!a@b PRIVMSG #chat :old")
+        written = self.arrive(f"@time={chat.server_time(day)};{chat.REPLAYED_TAG} :ann!a@b PRIVMSG #chat :old")
         self.assertIn(time.strftime("--- %A, %d %B %Y ---\n%H:%M ann: old\n", time.localtime(day)), written)
         self.assertIn(time.strftime("--- %A, %d %B %Y ---\n"), written)  # and back to today
         for odd in ("x", "", "9999-99-99T00:00:00.000Z", "0001-01-01T00:00:00.000Z", "99999-01-01T00:00:00"):
@@ -1490,6 +1927,10 @@ class ForPeople(unittest.TestCase):
         written = self.arrive(echo)
         self.assertNotIn("...", written)
         self.assertRegex(written, "m\\d\\d:\\d\\d\x1b\\[0m \x1b\\[\\d+mbob\x1b\\[0m: hello\n")
+
+
+class WhatItMeans(PersonCase):
+    """What a client makes of messages, and of what is typed."""
 
     def test_completions(self) -> None:
         self.client.people = {"abe": "Abe", "ann": "ann", "amy": "amy", "bob": "bob"}
@@ -1574,6 +2015,72 @@ class ForPeople(unittest.TestCase):
             self.arrive(error)
             self.assertEqual([line.text for line in self.client.outgoing.waiting], left, error)
 
+    def test_errors_are_shown_and_settle_what_they_are_about(self) -> None:
+        self.client.outgoing.add("#chat", "one")
+        self.client.outgoing.next(True)
+        for line, shown in (
+            (":s 477 bob #other :You need more", "Error: You need more"),
+            (":s 432 bob x :Bad name", "Error: Bad name"),
+            (":s 473 bob #x :Invite only", "Error: Invite only"),
+        ):
+            self.assertIn(shown, self.arrive(line))
+        self.assertEqual(len(self.client.outgoing), 1)
+
+    def test_being_kicked(self) -> None:
+        written = self.arrive(":ann!a@b KICK #chat bob :go away")
+        self.assertIn("*** bob was kicked out by ann: go away", written)
+        self.assertIn("you are no longer in #chat; /join #chat may bring you back", written)
+
+    def test_who_goes_to_another_channel_speaks_there(self) -> None:
+        self.client.caps = ["echo-message"]
+        self.client.link = mock.Mock(stuck=False)
+        self.type("/join #b ")
+        self.type("secret for b")
+        self.client.link.send.assert_not_called()
+        link, self.client.link = self.client.link, None
+        self.arrive(":bob!b@h JOIN #b")
+        self.client.link = link
+        self.client.flush()
+        self.assertEqual(link.send.call_args[0][0].params, ("#b", "secret for b"))
+        self.assertEqual(self.lines, ["JOIN #b", "PART #chat"])
+        self.type("/join #c")
+        self.client.link = None
+        self.assertIn("Error: Invite only", self.arrive(":s 473 bob #c :Invite only"))
+        self.assertEqual(self.client.going, "")
+
+    def test_names_and_targets_that_do_not_fit(self) -> None:
+        self.assertIn("Error: that name is too long", self.type(f"/msg {'a' * 600} hello"))
+        self.type("/msg ann,cat hi")
+        self.assertEqual([line.target for line in self.client.outgoing.waiting], ["ann", "cat"])
+        self.assertEqual(chat.split_text("ééé", 1), ["é", "é", "é"])
+
+    def test_hostile_remarks(self) -> None:
+        self.client.joined = False
+        written = self.arrive(":bob!b@h NICK :\x1b]0;owned\x07", ":s 001 \x1b[2J :hi")
+        self.assertNotIn("\x1b]", written)
+        self.assertIn("\\x1b", written)
+        for line in (":s 432 * x :no", ":s 403 bob #\x1b :no"):
+            with self.assertRaises(chat.Failed):
+                self.arrive(line)
+
+    def test_a_hostile_server_fills_no_memory(self) -> None:
+        for _ in range(10):
+            self.arrive("CAP * LS * :echo-message echo-message batch")
+        self.assertEqual(self.client.caps, ["batch", "echo-message"])
+        with mock.patch.object(chat, "PEOPLE", 3):
+            for number in range(5):
+                self.arrive(f":n{number}!a@b JOIN #chat", f":s 353 bob = #chat :m{number} {'x' * 200}")
+        self.assertEqual(len(self.client.people), 3)
+        self.client.joined = False
+        with self.assertRaises(chat.Failed):
+            for _ in range(chat.SAME_NAMES + 1):
+                self.arrive(":s 433 * bob :taken")
+
+    def test_a_clock_behind_does_not_repeat_the_date(self) -> None:
+        yesterday = chat.server_time(time.time() - 86400)
+        for _ in range(3):
+            self.assertNotIn("---", self.arrive(f"@time={yesterday} :ann!a@b PRIVMSG #chat :x"))
+
     def test_a_server_without_echo_is_asked_by_ping(self) -> None:
         self.client.link = mock.Mock()
         self.client.source = "bob!b@h"
@@ -1587,7 +2094,7 @@ class ForPeople(unittest.TestCase):
         self.arrive(":s PONG s :else")
         self.assertEqual(len(self.client.outgoing), 2)
         self.screen.written = ""
-        self.client._lose("gone")
+        self.client.lose("gone")
         self.view.update(self.client)
         self.assertIn("your last 2 line(s) may be lost: this server confirms nothing", self.screen.written)
 
@@ -1800,7 +2307,7 @@ class ClientProgram(ProgramCase):
             while sock.recv(4096):
                 pass
         out, err = client.communicate(timeout=PATIENCE)
-        remark = "*** bob is taken; you are bo\\x1b[31mb\nchat.py: "
+        remark = "*** bob is not possible here; you are bo\\x1b[31mb\nchat.py: "
         self.assertEqual(err, f"{remark}127.0.0.1:{port} closed the connection: bye\n")
         self.assertEqual(out, "***  joined\na: \\x1b]0;x\\x07\n")
 
@@ -1855,7 +2362,7 @@ class ClientProgram(ProgramCase):
         client.stdin.flush()
         items.append(json.loads(client.stdout.readline()))
         for item in items:
-            self.assertRegex(item.pop("id"), r"^[0-9a-f]+-[0-9a-f]+$")
+            self.assertRegex(item.pop("id"), r"^[0-9a-f]+$")
             self.assertRegex(item.pop("time"), r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
         said = {"type": "chat", "user": "ann", "channel": "#chat"}
         system = {"type": "system", "user": "ann"}
@@ -1921,7 +2428,11 @@ class AFakeServer(ProgramCase):
         out, err = client.communicate(timeout=PATIENCE)
         self.assertEqual((client.returncode, out), (0, ""))
         lost = f"*** the connection to 127.0.0.1:{fake.port} was lost: it was closed; trying again"
-        self.assertEqual(err, f"{lost}\n*** connected again\n")
+        self.assertEqual(
+            err,
+            f"{lost}\n*** connected again; what was said meanwhile is not known here\n"
+            "*** sent again, so perhaps twice: what this server has not confirmed\n",
+        )
 
     def test_a_pipe_cannot_trust_a_server_that_confirms_nothing(self) -> None:
         for answered in (True, False):
@@ -1944,7 +2455,7 @@ class AFakeServer(ProgramCase):
             (":s 465 * :You are ba\x1bnned", "does not let you in: You are ba\\x1bnned"),
             (":s 432 * bob :Erroneous", "the server refuses the name bob: Erroneous; choose another with --name"),
             ("ERROR :This server is full", "closed the connection: This server is full"),
-            ("SSH-2.0-OpenSSH_9.2", "closed the connection: is it a chat server?"),
+            ("SSH-2.0-OpenSSH_9.2", "closed the connection: at once; is it a chat server?"),
             (":s 473 bob #chat :Invite only", "cannot join #chat: Invite only; choose another with --channel"),
         ):
             with self.subTest(line):
@@ -2047,7 +2558,9 @@ class Glass:
 class Seat:
     """A client at a pseudo-terminal, and what it shows."""
 
-    def __init__(self, case: ProgramCase, args: List[str], columns: int, environment: Dict[str, str]) -> None:
+    def __init__(
+        self, case: ProgramCase, args: List[str], columns: int, shell: str, environment: Dict[str, str]
+    ) -> None:
         import fcntl
         import pty
         import struct
@@ -2064,7 +2577,8 @@ class Seat:
 
         # Opened by a session that has none, it becomes the terminal that sends signals.
         tty = os.ttyname(slave)
-        script = f"exec '{sys.executable}' '{HERE / 'chat.py'}' \"$@\" <{tty} >{tty} 2>&1"
+        client = f"'{sys.executable}' '{HERE / 'chat.py'}' \"$@\""
+        script = f"exec <{tty} >{tty} 2>&1; {shell % client}"
         self.program = subprocess.Popen(
             ["sh", "-c", script, "sh", *args],
             env={**known, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **environment},
@@ -2166,8 +2680,8 @@ class FakeServer:
 class SeatCase(ProgramCase):
     """The client as a person sees it."""
 
-    def sit(self, port: int, *args: str, columns: int = 80, name: str = "bob", **environment: str) -> Seat:
-        seat = Seat(self, ["client", "--port", str(port), "--name", name, *args], columns, environment)
+    def sit(self, port: int, *args: str, columns: int = 80, shell: str = "exec %s", **environment: str) -> Seat:
+        seat = Seat(self, ["client", "--port", str(port), "--name", "bob", *args], columns, shell, environment)
         self.addCleanup(seat.end)
         return seat
 
@@ -2239,7 +2753,7 @@ class AtTheTerminal(SeatCase):
         seat.until(lambda: re.search(r"\d bob: before\n\[#chat 1\] bob>$", seat.glass.text()))
         server.kill()
         server.wait(PATIENCE)
-        seat.until(lambda: "no connection; next try in" in seat.last())
+        seat.until(lambda: "[offline, next try in" in seat.last())
         seat.type("one\rtwo\r/nick rob\rthr")
         seat.until(lambda: "bob> thr" in seat.last())
         self.assertIn("\n  ... bob: one\n  ... bob: two\n[", seat.glass.text())
@@ -2266,7 +2780,14 @@ class AtTheTerminal(SeatCase):
                 time.sleep(0.01)
 
     def test_leaving(self) -> None:
-        for keys, status in (("/quit see you\r", 0), ("exit\r", 0), ("\x04", 0), ("\x03", 130), ("half\x03", 130)):
+        for keys, status in (
+            ("/quit see you\r", 0),
+            ("exit\r", 0),
+            ("\x04", 0),
+            ("\x03", 130),
+            ("half\x03", 130),
+            ("\x1c", 130),
+        ):
             for connected in (True, False):
                 with self.subTest(keys, connected=connected):
                     self.leave(keys, status, connected)
@@ -2278,22 +2799,30 @@ class AtTheTerminal(SeatCase):
         self.assertNotEqual(seat.modes(), seat.modes_at_first)
         if not connected:
             server.kill()
-            seat.until(lambda: "no connection" in seat.last())
+            seat.until(lambda: "[offline" in seat.last())
         seat.type(keys)
         self.assertEqual(seat.wait(), status)
         self.assertNotIn("bob>", seat.glass.text())
         self.assertEqual(seat.modes(), seat.modes_at_first)
 
+    def test_not_suspended_without_a_shell(self) -> None:
+        _, _, seat = self.both()
+        seat.type("typed")
+        seat.until(lambda: seat.last().endswith("typed"))
+        seat.type("\x1a")  # nobody is there who could let it go on
+        seat.type("!")
+        seat.until(lambda: seat.last() == "[#chat 2] bob> typed!")
+
     def test_suspended(self) -> None:
-        _, ann, seat = self.both()
+        _, ann, seat = self.both(shell="set -m; %s; echo stopped; read x; fg >/dev/null")
         seat.type("typed")
         seat.until(lambda: seat.last().endswith("typed"))
         seat.type("\x1a")
-        os.waitpid(seat.program.pid, os.WUNTRACED)
+        seat.until(lambda: "stopped\n" in seat.glass.text())
         self.assertEqual(seat.modes(), seat.modes_at_first)
-        seat.until(lambda: "bob>" not in seat.glass.text())
+        self.assertNotIn("bob>", seat.glass.text())
         ann.send("PRIVMSG #chat :meanwhile\n")
-        seat.program.send_signal(signal.SIGCONT)
+        seat.type("\r")
         seat.until(lambda: "ann: meanwhile\n" in seat.glass.text() and seat.last() == "[#chat 2] bob> typed")
 
     def test_a_simple_terminal(self) -> None:
@@ -2431,7 +2960,7 @@ class InTmux(ProgramCase):
         self.until("it can$")
         for number, size in enumerate((35, 60, 20, 90, 25, 80)):
             self.tmux("resize-window", "-t", "chat", "-x", str(size), "-y", "20")
-            row = "".join(chat.input_row("[#chat 2] bob> ", typed, len(typed), size - 1))
+            row = "".join(chat.input_row(["[#chat 2] bob> ", "[#chat 2] ", "> "], typed, len(typed), size - 1))
             self.until(re.escape(row) + "$")
             ann.send(f"number {number}\n")
             self.until(f"number {number}\n{re.escape(row)}$")
@@ -2442,6 +2971,218 @@ class InTmux(ProgramCase):
         self.tmux("send-keys", "-t", "chat", "Enter")
         ann.until(f"bob: {typed}")
         self.until(r"bob: a line .*\n\[#chat 2\] bob>$")
+
+
+class Recorder(chat.View):
+    """A person who talks as fast as it is confirmed, and remembers all that is shown."""
+
+    pause = 0.02
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.shown: List[str] = []  # what was said, in order
+        self.confirmed: List[str] = []  # of one's own
+        self.remarks: List[str] = []
+        self.silent = threading.Event()  # to say no more
+        self.done = threading.Event()  # to leave
+        self._said = 0
+
+    def start(self, client: chat.Client) -> None:
+        pass
+
+    def input(self, client: chat.Client, item: Any) -> None:
+        pass
+
+    def show(self, message: Message, mine: bool) -> None:
+        if message.command == "PRIVMSG":
+            self.shown.append(message.text)
+            if mine:
+                self.confirmed.append(message.text)
+
+    def remark(self, text: str) -> None:
+        self.remarks.append(text)
+
+    def update(self, client: chat.Client) -> None:
+        if self.done.is_set() and not client.leaving:
+            client.leave()
+        while client.entered and not self.silent.is_set() and len(client.outgoing) < 3:
+            self._said += 1
+            client.enter(f"{self.name} {self._said}", False)
+
+
+class Durable(ProgramCase):
+    """Nothing that was acknowledged is lost, doubled or out of order, whatever is killed."""
+
+    ROUNDS = 100 if os.environ.get("CHAT_TEST_LONG") else 10
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+        self.port = 0
+        self.file = "chat.py"
+        for name, seconds in (("RETRY_S", 0.02), ("RETRY_MAX_S", 0.1)):
+            patch = mock.patch.object(chat, name, seconds)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def serve(self) -> subprocess.Popen[str]:
+        program = self.start(
+            "server", "--port", str(self.port), "--history", str(self.folder / "history"), file=self.file
+        )
+        assert program.stdout
+        first = program.stdout.readline()
+        self.assertRegex(first, "^listening on ")
+        self.port = int(first.rpartition(":")[2])
+        return program
+
+    def run_clients(self, count: int) -> List[Tuple[Recorder, chat.Client, threading.Thread]]:
+        crew = []
+        for number in range(count):
+            view = Recorder(f"c{number}")
+            view.silent.set()
+            client = chat.Client("127.0.0.1", self.port, view.name, "#chat", view)
+            thread = threading.Thread(target=self.run_one, args=(client,), daemon=True)
+            thread.start()
+            crew.append((view, client, thread))
+        self.wait(lambda: all(client.entered for _, client, _ in crew))
+        for view, _, _ in crew:
+            view.silent.clear()
+        return crew
+
+    @staticmethod
+    def run_one(client: chat.Client) -> None:
+        with contextlib.suppress(chat.Failed):  # a line that was not delivered, at a server that is wrong
+            client.run()
+
+    def wait(self, condition: Callable[[], Any]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.005)
+
+    def findings(self, crew: List[Tuple[Recorder, chat.Client, threading.Thread]]) -> List[str]:
+        """What is wrong with what was confirmed, shown and stored."""
+        printed = self.start("history", str(self.folder / "history"), "--json").communicate(timeout=PATIENCE)[0]
+        stored = [json.loads(line)["text"] for line in printed.splitlines()]
+        found = []
+        for view, _, _ in crew:
+            for name, texts in (("shown", view.shown), ("stored", stored)):
+                lost = set(view.confirmed) - set(texts)
+                if lost:
+                    found.append(f"{len(lost)} confirmed to {view.name} but not {name}, as {min(lost)}")
+            if len(view.shown) != len(set(view.shown)):
+                found.append(f"doubled at {view.name}")
+            order = iter(stored)
+            if not all(text in order for text in view.shown):
+                found.append(f"{view.name} saw another order than was stored, or something that was not")
+            if view.shown != crew[0][0].shown:
+                found.append(f"{view.name} saw something else than {crew[0][0].name}")
+        if len(stored) != len(set(stored)):
+            found.append("stored twice")
+        return found
+
+    def chaos(self, rng: random.Random, rounds: int, kill_only: bool = False) -> List[str]:
+        server = self.serve()
+        crew = self.run_clients(10)
+        for _ in range(rounds):
+            before = sum(len(view.confirmed) for view, _, _ in crew)
+            goal = before + rng.randrange(100)
+            self.wait(lambda goal=goal: sum(len(view.confirmed) for view, _, _ in crew) > goal)  # type: ignore[misc]
+            act = 0 if kill_only else rng.randrange(3)
+            if act < 2:
+                server.send_signal(signal.SIGTERM if act else signal.SIGKILL)
+                server.wait(PATIENCE)
+                server = self.serve()
+            else:
+                for _, client, _ in rng.sample(crew, 4):
+                    link = client.link
+                    if link and link._sock:
+                        with contextlib.suppress(OSError):
+                            link._sock.shutdown(socket.SHUT_RDWR)
+        for view, _, _ in crew:
+            view.silent.set()
+        if not kill_only:  # everybody gets everything; a server that forgets may not let them
+            self.wait(lambda: not any(len(client.outgoing) for _, client, _ in crew))
+            everything = {text for view, _, _ in crew for text in view.confirmed}
+            self.wait(lambda: all(everything <= set(view.shown) for view, _, _ in crew))
+        for view, _, thread in crew:
+            view.done.set()
+            thread.join(PATIENCE)
+        server.send_signal(signal.SIGTERM)
+        self.assertEqual(server.wait(PATIENCE), 0)
+        return self.findings(crew)
+
+    def test_kills_and_cuts(self) -> None:
+        seed = random.randrange(1 << 32)
+        self.assertEqual(self.chaos(random.Random(seed), self.ROUNDS), [], f"seed {seed}")
+
+    def test_a_server_that_confirms_before_it_stores_is_caught(self) -> None:
+        source = SOURCES[chat]
+        wrong = (
+            "LATER.extend(lines)\n        if len(LATER) > 500:\n            hub.history.store(LATER)\n"
+            "            LATER.clear()\n"
+        )
+        mutant = source.replace("hub.history.store(lines)\n", wrong).replace(
+            "VERSION =", "LATER: list = []\nVERSION =", 1
+        )
+        self.assertEqual(mutant.count("LATER"), 5)
+        path = self.folder / "mutant.py"
+        path.write_text(mutant, encoding="utf-8")
+        self.file = str(path)
+        found = self.chaos(random.Random(1), 3, kill_only=True)
+        self.assertTrue(any("but not stored" in line for line in found), found)
+
+    def test_a_full_disk(self) -> None:
+        resource = self.limits()
+        server = self.serve()
+        ann, bob = Peer(self.port, "ann\n"), Peer(self.port, "bob\n")
+        for peer in (ann, bob):
+            self.addCleanup(peer.close)
+            peer.until("joined")
+        ann.send("one\n")
+        bob.until("ann: one")
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (1 << 12, resource.RLIM_INFINITY))
+        ann.send("two\n")
+        ann.until("*** Error: not said, because it cannot be stored: ")
+        bob.send("/me waits\n")
+        bob.until("*** Error: not said, because it cannot be stored: ")
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        ann.send("three\n")
+        self.assertEqual(bob.until("ann: "), "ann: three")
+        ann.close()
+        bob.close()
+        server.terminate()
+        self.assertEqual(server.wait(PATIENCE), 0)
+        printed = self.start("history", str(self.folder / "history")).communicate(timeout=PATIENCE)[0]
+        self.assertEqual([line.rpartition("#chat ")[2] for line in printed.splitlines()], ["ann: one", "ann: three"])
+
+    def limits(self) -> Any:
+        if not sys.platform.startswith("linux"):
+            self.skipTest("needs prlimit")
+        import resource
+
+        return resource
+
+    def test_a_transcript(self) -> None:
+        history = chat.Archive(str(self.folder / "history"))
+        day = 86_400_000_000
+        for number, (channel, text) in enumerate(
+            (("#b", "first"), ("#a", "sec\x1bond"), ("#b", "\x01ACTION waves\x01"))
+        ):
+            message = Message("PRIVMSG", (channel, text), "bob!b@h", Kept.said(day * 365 * 40 + number * day).tags)
+            history.store([(channel, message)])
+        history.close()
+        noon = time.strftime("%Y-%m-%dT%H:%M", time.localtime(86400 * 365 * 40 + 43200))
+        for args, texts in (
+            ((), ["#b bob: first", "#a bob: sec\\x1bond", "#b * bob waves"]),
+            (("--channel", "#B"), ["#b bob: first", "#b * bob waves"]),
+            (("--since", noon), ["#a bob: sec\\x1bond", "#b * bob waves"]),
+        ):
+            out, err = self.start("history", str(self.folder / "history"), *args).communicate(timeout=PATIENCE)
+            self.assertEqual(([line[20:] for line in out.splitlines()], err), (texts, ""))
+        out, err = self.start("history", str(self.folder / "none")).communicate(timeout=PATIENCE)
+        self.assertEqual((out, err), ("", f"chat.py: there is no {self.folder / 'none'}\n"))
 
 
 # The load tester: its checker, its statistics and report, then the whole program.
@@ -3741,6 +4482,19 @@ class LoadTest(ProgramCase):
                     self.assertGreater(found["latency"]["corrected"]["samples"], 1300)
                     self.assertGreaterEqual(found["latency"]["corrected"]["p50"], 0)
                     self.assertIn("<svg", pathlib.Path(folder, f"{protocol}.html").read_text(encoding="utf-8"))
+
+    def test_what_was_said_before_is_not_counted(self) -> None:
+        _, port = self.server()
+        peer = Peer(port, "c1\n")
+        for number in range(10):
+            peer.send(loadtest.wire("plain", "#chat", 64, 1).line(number).decode())
+        peer.send("/quit\n")
+        peer.rest()
+        peer.close()
+        few = ("-n", "4", "-S", "2", "-r", "100", "-d", "0.3", "-w", "0.1", "--port", str(port))
+        for protocol in ("irc", "plain", "json"):
+            status, out, err = self.done(self.loadtest(*few, "--proto", protocol))
+            self.assertEqual((status, err), (0, ""), out)
 
     def test_every_kind_of_damage_is_caught(self) -> None:
         wanted = {
