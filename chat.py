@@ -12,7 +12,8 @@ Sections, from pure to effectful; each uses only those above it:
     text form              a message as people read it; slash commands as people type them
     dialects               plain, JSON lines, IRC and HTTP: bytes of a line <-> Message
     history                what was said in channels: in memory, or in an SQLite file
-    chat state             Session, Channel, Hub: who is here, who is where; the log
+    chat state             Session, Channel, Hub: who is here, who is where; the log; one lock
+    delivery               a batch of the log: what of it is stored, and which bytes of it go to whom
     commands               one function per command, in a table with its minimum parameters
     server                 connections and their readers, the mailer, the listener
     terminal               line editor and screen, for people
@@ -74,6 +75,7 @@ log = logging.getLogger("chat")
 
 DEFAULT_PORT = 9090
 DEFAULT_CHANNEL = "#chat"
+SERVER_NAME = "chat.local"
 
 # On the wire, in bytes.
 LINE_BYTES = 512  # an IRC line with CRLF and without tags: RFC 1459, section 2.3
@@ -89,13 +91,8 @@ RECV_BYTES = 4096  # one read; held while a reader waits, so it counts once per 
 NICK_CHARS, NICK_BYTES = 24, 64
 USER_CHARS = 10
 CHANNEL_CHARS, CHANNEL_BYTES = 50, 64
-TOPIC_BYTES, AWAY_BYTES, REASON_BYTES, REALNAME_BYTES = (
-    300,
-    200,
-    200,
-    100,
-)  # with any prefix, a line and its numeric stay within 512
-NAMES_BYTES = 300  # names in one 353 line, for the same reason
+# With any prefix, a line and its numeric stay within 512; NAMES_BYTES are of names in one 353 line.
+TOPIC_BYTES, NAMES_BYTES, AWAY_BYTES, REASON_BYTES, REALNAME_BYTES = 300, 300, 200, 200, 100
 
 # How many, per server or per session.
 MAX_CLIENTS = 10_000  # a thread each: 9,000 were measured in well under 300 MB
@@ -111,11 +108,13 @@ STACK_BYTES = 256 << 10  # of a reader thread; the default of 8 MiB would forbid
 
 # History.
 REPLAY_LINES = 20  # shown to newcomers
-MEMORY_LINES, MEMORY_CHANNELS = 1000, 1000  # kept in memory of a channel, and of how many of them
+MEMORY_LINES, MEMORY_CHANNELS = 1000, 200  # kept in memory of a channel, and of how many of them
+KEPT_TAGS, KEPT_TAG_CHARS = 8, 512  # of a message in the history, which otherwise keeps only those that matter to us
 PAGE_LINES = 100  # at most, of one answer to CHATHISTORY
 SEEN_IDS = 10_000  # of messages, by which one that is sent again is recognised
 MISSED_LINES = 100  # kept of what is said to somebody alone whose connection is lost
-TIDY_LINES, TIDY_S = 1000, 10.0  # removed of each channel at a time, when they are too old; and how often
+STORE_S = 1.0  # that another program may keep the file to itself, while everybody waits
+TIDY_LINES, TIDY_S = 1000, 1.0  # removed of one channel at a time, when they are too old; and how often
 ARCHIVE_ID = 0x63686174  # in the header of our SQLite files: "chat"
 ALL = 1 << 62  # above every message's number
 
@@ -124,6 +123,7 @@ PROMPT_S = 1.0  # of silence before a person is asked for a name; IRC clients sp
 REGISTER_S = 20.0  # to give a name: a person types it, and an attacker holds a thread no longer
 PING_S, PONG_S = 90.0, 60.0  # silence before we ask, and then before we give up
 REFUSED_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
+ABSENT = 1000  # at most, whose connection is lost
 GRACE_S = 30.0  # for a client to come back before the others are told that it left
 PROBE_S = 10.0  # for the holder of a name that somebody else asks for: a ghost does not answer
 TICK_S = 0.5  # longest sleep of the timers
@@ -136,10 +136,7 @@ SWITCH_S, SWITCH_CLIENT_S = 0.005, 5e-6
 # The client.
 CONNECT_S = 10.0  # for a connection, and then for being let in
 ASK_S = 30.0  # of silence before the client asks whether the server is there, and again before it gives up
-RETRY_S, RETRY_MAX_S = (
-    0.5,
-    30.0,
-)  # pause before the first attempt to connect again, and the longest, each at random less
+RETRY_S, RETRY_MAX_S = 0.5, 30.0  # pause before we first connect again, and the longest; each at random less
 GIVE_UP_S = 60.0  # without connection, for a pipe that ended: whoever waits for it wants an answer
 FRAME_S = 0.05  # between two drawings while much arrives
 MIN_PIECE = 100  # bytes of text that must fit beside a target's name
@@ -345,6 +342,7 @@ def next_nick(nick: str) -> str:
 NO_TAGS: Mapping[str, str] = {}
 TAG_ESCAPES = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n"}  # IRCv3 message-tags, "Escaping values"
 TAG_UNESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n"}
+NO_KEY = ("", "", "")
 HERE = "*"  # as a target: the one channel that the sender is in
 ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msgid
 BY_TAG = "chat.py/by"  # only in the history: who used that id
@@ -526,8 +524,6 @@ EVENT_FORMS = {
     "ERROR": ("closing", "{text}"),
     "FAIL": ("fail", "Error: {text}"),
 }
-
-
 OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats (direction, zero width), separators
 MARKS = 8  # combining marks that one letter may carry: real writing needs 4, and more of them cover other lines
 
@@ -588,34 +584,32 @@ def text_form(message: Message, name: Callable[[str], str] = harmless) -> str:
 
 
 class Slash(NamedTuple):
-    """A slash command: its grammar, what /help says, and its message from (here, arguments, rest of line)."""
+    """A slash command: its grammar, what /help says, and its message from the channel and the words after it."""
 
     grammar: str
     help: str
     least: int
     words: int  # the last word takes the rest of the line
-    message: Callable[[str, List[str]], Message]
+    message: Callable[[str, Tuple[str, ...]], Message]
     local: bool = False  # done by the bundled client itself, so unknown to the plain dialect
 
 
 SLASHES = {
     "help": Slash("", "shows this", 0, 1, lambda here, words: Message("HELP")),
-    "nick": Slash("NAME", "takes another name", 1, 2, lambda here, words: Message("NICK", (words[0],))),
-    "msg": Slash("NAME TEXT", "speaks to one person", 2, 2, lambda here, words: Message("PRIVMSG", tuple(words))),
-    "reply": Slash(
-        "TEXT", "answers the last private message", 1, 1, lambda here, words: Message("REPLY", (words[0],)), True
-    ),
+    "nick": Slash("NAME", "takes another name", 1, 2, lambda here, words: Message("NICK", words[:1])),
+    "msg": Slash("NAME TEXT", "speaks to one person", 2, 2, lambda here, words: Message("PRIVMSG", words)),
+    "reply": Slash("TEXT", "answers the last private message", 1, 1, lambda here, words: Message("REPLY", words), True),
     "me": Slash("TEXT", "says what you do", 1, 1, lambda here, words: Message("PRIVMSG", (here, action(words[0])))),
     "who": Slash("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
-    "whois": Slash("NAME", "tells more about somebody", 1, 2, lambda here, words: Message("WHOIS", (words[0],))),
-    "join": Slash("#CHANNEL", "goes to another channel", 1, 2, lambda here, words: Message("JOIN", (words[0],))),
+    "whois": Slash("NAME", "tells more about somebody", 1, 2, lambda here, words: Message("WHOIS", words[:1])),
+    "join": Slash("#CHANNEL", "goes to another channel", 1, 2, lambda here, words: Message("JOIN", words[:1])),
     "topic": Slash("[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))),
-    "away": Slash("[TEXT]", "says why you do not answer", 0, 1, lambda here, words: Message("AWAY", tuple(words))),
+    "away": Slash("[TEXT]", "says why you do not answer", 0, 1, lambda here, words: Message("AWAY", words)),
     "ignore": Slash(
-        "[NAME]", "hides somebody, or no more", 0, 2, lambda here, words: Message("IGNORE", tuple(words[:1])), True
+        "[NAME]", "hides somebody, or no more", 0, 2, lambda here, words: Message("IGNORE", words[:1]), True
     ),
     "clear": Slash("", "clears the screen", 0, 1, lambda here, words: Message("CLEAR"), True),
-    "quit": Slash("[TEXT]", "leaves, as does exit alone", 0, 1, lambda here, words: Message("QUIT", tuple(words))),
+    "quit": Slash("[TEXT]", "leaves, as does exit alone", 0, 1, lambda here, words: Message("QUIT", words)),
 }
 
 
@@ -629,7 +623,7 @@ def typed(line: str, here: str, local: bool = False) -> Message:
     slash = SLASHES.get(name.lower())
     if slash is None or (slash.local and not local):
         raise Refused(FAIL_BAD_SLASH, f"/{name} is not a command; /help lists them (//text sends a line with a slash)")
-    words = rest.split(None, slash.words - 1) if rest.strip() else []
+    words = tuple(rest.split(None, slash.words - 1)) if rest.strip() else ()
     if len(words) < slash.least:
         raise Refused(FAIL_BAD_SLASH, f"it is /{name} {slash.grammar}")
     return slash.message(here, words)
@@ -637,9 +631,8 @@ def typed(line: str, here: str, local: bool = False) -> Message:
 
 def help_lines(local: bool = False) -> list[str]:
     """What /help says, a line each."""
-    return [
-        f"{f'/{name} {slash.grammar}':18}{slash.help}" for name, slash in SLASHES.items() if local or not slash.local
-    ]
+    shown = [(f"/{name} {slash.grammar}", slash) for name, slash in SLASHES.items() if local or not slash.local]
+    return [f"{usage:18}{slash.help}" for usage, slash in shown]
 
 
 # -----------------------------------------------------------------------------
@@ -658,7 +651,7 @@ CAPABILITIES = (
     "batch", "chat.py/resume", "draft/chathistory", "echo-message", "labeled-response", "message-tags", "multi-prefix",
     "server-time", "standard-replies",
 )  # fmt: skip
-TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response"}  # what else tags are sent for
+TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response"}  # other tags: message-tags
 
 
 def decode_text(line: bytes) -> str:
@@ -812,10 +805,8 @@ class Irc(Dialect):
     unended = False  # RFC 1459: a line without its end is not a message, but what is left of one
     pings = True
 
-    def __init__(self, caps: frozenset[str]) -> None:
+    def __init__(self, caps: frozenset[str] = frozenset()) -> None:
         self.caps = caps
-        self._tags = "message-tags" in caps
-        self._some = [tag for tag, cap in TAG_CAPS.items() if cap in caps]
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
         size = len(line) + 2
@@ -830,22 +821,15 @@ class Irc(Dialect):
         return [message] if message.command else []
 
     def encode(self, message: Message) -> bytes:
-        if message is PROMPT or (message.command == "TAGMSG" and not self._tags):
+        if message is PROMPT or (message.command == "TAGMSG" and "message-tags" not in self.caps):
             return b""
         if message.command == "FAIL" and "standard-replies" not in self.caps:
             message = Message("NOTICE", ("*", message.text), message.source, message.tags)
-        tags = ""
-        if message.tags and (self._tags or self._some):
-            tags = format_tags(
-                item for item in message.tags.items() if item[0] in self._some or self._tags and item[0] not in TAG_CAPS
-            )
-        return f"{tags}{format_line(message)}\r\n".encode()
+        wanted = [item for item in message.tags.items() if TAG_CAPS.get(item[0], "message-tags") in self.caps]
+        return f"{format_tags(wanted)}{format_line(message)}\r\n".encode()
 
 
-@functools.lru_cache(maxsize=None)
-def irc(caps: frozenset[str] = frozenset()) -> Irc:
-    """The view of all IRC clients that negotiated the same capabilities."""
-    return Irc(caps)
+irc = functools.lru_cache(maxsize=None)(Irc)  # one view for all who negotiated the same capabilities
 
 
 class Http(Dialect):
@@ -915,6 +899,9 @@ def numbers(reference: str) -> Tuple[int, int]:
     raise ValueError(reference)
 
 
+Key = Tuple[str, str, str]  # token of a sender, id that it gave to a message, folded target
+
+
 class Unkept(Exception):
     """Messages cannot be stored or read; the text says why."""
 
@@ -944,6 +931,10 @@ class History:
         """Those of which anything is kept."""
         return list(self._channels)
 
+    def __contains__(self, channel: str) -> bool:
+        """Whether anything is kept of a channel; any thread."""
+        return channel in self._channels
+
     def last(self) -> int:
         """The highest number of what is kept."""
         return max((number(m) for name in self.channels() for m in self.page(name, 0, ALL, 1, True)), default=0)
@@ -951,10 +942,13 @@ class History:
     def tidy(self) -> None:
         """Removes a part of what is older than it need be; to be called now and then."""
 
-    def seen(self) -> Dict[Tuple[str, str], Mapping[str, str]]:
-        """Of the last messages, by (token, id) of who may send them again: time and msgid."""
-        found = [m for name in self.channels() for m in self.page(name, 0, ALL, MEMORY_LINES, True) if BY_TAG in m.tags]
-        return {(m.tags[BY_TAG], m.tags[ID_TAG]): known(m) for m in sorted(found, key=number)[-SEEN_IDS:]}
+    def seen(self) -> Dict[Key, Mapping[str, str]]:
+        """Of the last messages that may be sent again: time and msgid."""
+        names = self.channels()
+        share = max(SEEN_IDS // max(len(names), 1), 10)
+        found = [m for name in names for m in self.page(name, 0, ALL, share, True) if {BY_TAG, ID_TAG} <= m.tags.keys()]
+        found.sort(key=number)
+        return {(m.tags[BY_TAG], m.tags[ID_TAG], fold(m.param(0))): known(m) for m in found[-SEEN_IDS:]}
 
     def close(self) -> None:
         """Ends the use."""
@@ -967,26 +961,35 @@ class Archive(History):
     with `fsync` that of the machine.
     """
 
-    def __init__(self, path: str, fsync: bool = False, days: float = math.inf) -> None:
-        self._days = days
+    def __init__(self, path: str, fsync: bool = False, days: float = math.inf, readable: bool = False) -> None:
+        self._path, self._days = path, days
+        self._turn = 0  # whose old lines are removed next
+        self._gone = False  # somebody has removed the file
         try:
             import sqlite3
         except ImportError as error:  # Python can be built without it
             raise Unkept(f"cannot keep a history: {error}") from None
         self._errors = sqlite3.Error
         try:
-            pathlib.Path(path).touch(0o600)  # SQLite would let others read it
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._prepare("FULL" if fsync else "NORMAL")
+            if not readable:
+                pathlib.Path(path).touch(0o600)  # SQLite would let others read it
+            where = f"{pathlib.Path(path).resolve().as_uri()}?mode={'ro' if readable else 'rw'}"
+            self._db = sqlite3.connect(where, timeout=STORE_S, isolation_level=None, check_same_thread=False, uri=True)
+            self._check()
+            if not readable:
+                self._prepare("FULL" if fsync else "NORMAL")
         except (OSError, ValueError, sqlite3.Error) as error:
-            raise Unkept(f"cannot keep the history in {path}: {error}") from None
+            raise Unkept(f"cannot use {path} as a history: {error}") from None
+        self._names = dict.fromkeys(self.channels())
 
-    def _prepare(self, synchronous: str) -> None:
+    def _check(self) -> None:
         application = self._rows("PRAGMA application_id")[0][0]
         if application != ARCHIVE_ID and (application or self._rows("SELECT 1 FROM sqlite_master")):
             raise ValueError("it belongs to another program")
         if self._rows("PRAGMA quick_check(1)") != [("ok",)]:
             raise ValueError("it is damaged; move it away, or rescue what is left with: sqlite3 FILE .recover")
+
+    def _prepare(self, synchronous: str) -> None:
         self._rows(f"PRAGMA application_id = {ARCHIVE_ID}")
         self._rows("PRAGMA journal_mode = WAL")
         self._rows(f"PRAGMA synchronous = {synchronous}")
@@ -1001,6 +1004,8 @@ class Archive(History):
     def store(self, said: List[Tuple[str, Message]]) -> None:
         rows = [(channel, number(message), format_tagged(message)) for channel, message in said]
         try:
+            if self._gone:
+                raise Unkept(f"{self._path} is gone")
             self._rows("BEGIN IMMEDIATE")
             try:
                 self._db.executemany("INSERT INTO said VALUES (?, ?, ?)", rows)
@@ -1011,14 +1016,17 @@ class Archive(History):
                 raise
         except self._errors as error:
             raise Unkept(str(error)) from None
+        self._names.update(dict.fromkeys(channel for channel, _ in said))
 
     def page(self, channel: str, low: int, high: int, limit: int, newest: bool) -> List[Message]:
         order = "DESC" if newest else "ASC"
-        query = f"SELECT line FROM said WHERE channel = ? AND number > ? AND number < ? ORDER BY number {order} LIMIT ?"
+        query = "SELECT number, line FROM said WHERE channel = ? AND number > ? AND number < ?"
         try:
-            found = [parse(line) for (line,) in self._rows(query, channel, low, high, limit)]
+            rows = self._rows(f"{query} ORDER BY number {order} LIMIT ?", channel, low, high, limit)
         except self._errors as error:
             raise Unkept(str(error)) from None
+        lines = [(f"{key:x}", parse(str(line))) for key, line in rows]
+        found = [item for key, item in lines if item.tags.get("msgid") == key and "time" in item.tags]  # undamaged
         return found[::-1] if newest else found
 
     def channels(self) -> List[str]:
@@ -1031,14 +1039,20 @@ class Archive(History):
                 found.append(rows[0][0])
         return found
 
+    def __contains__(self, channel: str) -> bool:
+        return channel in self._names
+
     def tidy(self) -> None:
+        self._gone = self._gone or not pathlib.Path(self._path).exists()
         if self._days < math.inf:
             oldest = int((time.time() - self._days * 86400) * 1e6)
-            query = "SELECT number FROM said WHERE channel = ? AND number < ? ORDER BY number LIMIT ?"
             with contextlib.suppress(self._errors):  # next time, then
-                for channel in self.channels():
-                    rows = [(channel, row[0]) for row in self._rows(query, channel, oldest, TIDY_LINES)]
-                    self._db.executemany("DELETE FROM said WHERE channel = ? AND number = ?", rows)
+                names = list(self._names)
+                self._turn = (self._turn + 1) % max(len(names), 1)
+                query = "SELECT number FROM said WHERE channel = ? AND number < ? ORDER BY number LIMIT ?"
+                query = f"DELETE FROM said WHERE channel = ? AND number IN ({query})"
+                for name in names[self._turn : self._turn + 1]:
+                    self._rows(query, name, name, oldest, TIDY_LINES)
 
     def close(self) -> None:
         with contextlib.suppress(self._errors):
@@ -1180,26 +1194,32 @@ class Channel:
 
 
 class Saying(NamedTuple):
-    """What depends on the history: something said in a channel, or ('' for its folded name) what confirms it."""
+    """Something said in a channel, which has to be stored before it is delivered or confirmed."""
 
     sender: Session
-    channel: str
+    channel: str  # folded
     label: str
+    key: Key
+
+
+Ask = Callable[[History], List[Message]]
 
 
 class Delivery(NamedTuple):
     """An entry of the log: a message for the first `size` of `roster`, without `but`; its `number` there.
 
-    With `ask`, the mailer gets the messages from that instead, which sees the history as it is then.
+    With `saying`, it is delivered only if that is stored, to which end `keep` tells to do so. With `ask`, the mailer
+    gets the messages from that instead, which sees the history as it is then.
     """
 
     message: Message
     roster: Roster
-    size: int
-    number: int
-    but: Optional[Session]
+    size: int = 1
+    number: int = 0
+    but: Optional[Session] = None
     saying: Optional[Saying] = None
-    ask: Optional[Callable[[History], List[Message]]] = None
+    keep: bool = False
+    ask: Optional[Ask] = None
 
 
 class Timers:
@@ -1238,7 +1258,11 @@ class Hub:
         self.history = history or History()  # the mailer's
         self.replay = replay  # lines that newcomers get
         self.seen = self.history.seen()  # (token, id) -> time and msgid of what was said
-        self.stamps = Stamps(self.history.last())
+        last = self.history.last()
+        if last > time.time() * 1e6:  # the clock was set back: what was given and not stored must not be given again
+            last += 1_000_000_000
+        self.stamps = Stamps(last)
+        self.absent = 0  # sessions whose connection is lost
         self.unkept = ""  # why the last message could not be stored; the mailer's
         self.wake: Callable[[], None] = lambda: None  # ends the mailer's sleep
         self.started = time.time()
@@ -1251,6 +1275,7 @@ class Hub:
         self._mailer_waits = False
         self._log: List[Delivery] = []
         self._broadcasts = 0  # how many of the log go to more than one session
+        self._weight = 0  # messages that entries of the log stand for, beyond one each
         self._closing: List[Session] = []  # to be closed once what the log holds for them is sent
         self._timers = Timers()
         self._tidy_at = 0.0
@@ -1279,9 +1304,12 @@ class Hub:
     def leave(self, session: Session, reason: str, farewell: str = "") -> None:
         """A connection broke or ended. Any thread; only the first call for a session counts."""
         with self:
-            if not (session.token and session.registered) or farewell:
+            if session.absent:
+                return
+            if not (session.token and session.registered) or farewell or self.absent >= ABSENT:
                 self.quit_locked(session, reason, farewell)
-            elif not session.absent:
+            elif not session.gone:
+                self.absent += 1
                 session.absent = reason or "Connection lost"
                 self._timers.set(session, time.monotonic() + GRACE_S)
 
@@ -1298,7 +1326,7 @@ class Hub:
             log, closing = self._log, self._closing
             if self._waiting:
                 self._room.notify()
-            self._log, self._closing, self._broadcasts = [], [], 0
+            self._log, self._closing, self._broadcasts, self._weight = [], [], 0, 0
             self._mailer_waits = not log and not closing
             return log, closing
 
@@ -1310,14 +1338,14 @@ class Hub:
                 self._timers.set(session, examine(self, session, now))
             if now > self._tidy_at:
                 self._tidy_at = now + TIDY_S
-                self._log.append(Delivery(PROMPT, Roster([]), 0, 0, None, None, tidy))
+                self._log.append(Delivery(PROMPT, Roster([]), ask=tidy))
             return self._timers.wait(now)
 
     # For commands: only to be called with the lock held.
 
     def wait_for_room_locked(self) -> None:
         """Lets go of the lock until the mailer has caught up. Each lets in the next, lest a thousand wake at once."""
-        while self._full_locked():
+        while self._broadcasts >= LOG_BROADCASTS or len(self._log) + self._weight >= LOG_LENGTH:
             self._waiting += 1
             self._room.wait()
             self._waiting -= 1
@@ -1328,46 +1356,44 @@ class Hub:
         self, message: Message, roster: Roster, but: Optional[Session] = None, saying: Optional[Saying] = None
     ) -> None:
         """Appends to the log: a message for all who are in `roster` now."""
-        self._log.append(Delivery(message, roster, len(roster.members), roster.sent, but, saying))
+        self._log.append(Delivery(message, roster, len(roster.members), roster.sent, but, saying, bool(saying)))
         roster.sent += 1
         self._broadcasts += 1
 
     def tell_locked(self, session: Session, message: Message, saying: Optional[Saying] = None) -> None:
         """Appends to the log: a message for one."""
-        self._log.append(Delivery(message, session.alone, 1, 0, None, saying))
+        self._log.append(Delivery(message, session.alone, saying=saying))
 
-    def ask_locked(self, session: Session, ask: Callable[[History], List[Message]]) -> None:
-        """Appends to the log: for one, what the history answers when the mailer gets there."""
-        self._log.append(Delivery(PROMPT, session.alone, 1, 0, None, None, ask))
+    def ask_locked(self, session: Session, ask: Ask, weight: int) -> None:
+        """Appends to the log: for one, what the history answers when the mailer gets there, about `weight` messages."""
+        self._log.append(Delivery(PROMPT, session.alone, ask=ask))
+        self._weight += weight
 
     def mark_locked(self) -> int:
         """A place in the log."""
         return len(self._log)
 
-    def label_locked(self, session: Session, mark: int, label: str) -> None:
-        """Puts a label on what a session was answered since `mark` (IRCv3 labeled-response)."""
-        answers = [delivery for delivery in self._log[mark:] if delivery.roster is session.alone]
-        others = [delivery for delivery in self._log[mark:] if delivery.roster is not session.alone]
-        saying = next((delivery.saying for delivery in answers if delivery.saying), None)
-        ask = functools.partial(labeled, label, self.name, answers)
-        self._log[mark:] = [*others, Delivery(PROMPT, session.alone, 1, 0, None, saying, ask)]
+    def gather_locked(self, session: Session, mark: int, present: Callable[[List[Delivery]], Ask]) -> None:
+        """Lets `present` make one answer of all that a session was answered since `mark`."""
+        since = self._log[mark:]
+        answers = [delivery for delivery in since if delivery.roster is session.alone]
+        others = [delivery for delivery in since if delivery.roster is not session.alone]
+        saying = next((delivery.saying for delivery in since if delivery.saying), None)
+        self._log[mark:] = [*others, Delivery(PROMPT, session.alone, saying=saying, ask=present(answers))]
+        self._weight += len(answers)
 
     def reply_locked(self, session: Session, numeric: Numeric, *params: str, text: Optional[str] = None) -> None:
         """Answers with a numeric: its text is filled from `params` unless `text` takes its place."""
-        if text is None:
-            text = numeric.text.format(*params) if numeric.text else None
-        words = (session.nick or "*", *params) if text is None else (session.nick or "*", *params, text)
-        self.tell_locked(session, Message(numeric.code, words, self.name))
+        if text is None and numeric.text:
+            text = numeric.text.format(*params)
+        words = (*params, text) if text is not None else params
+        self.tell_locked(session, Message(numeric.code, (session.nick or "*", *words), self.name))
 
     def probe_locked(self, session: Session) -> None:
         """Asks whether somebody is still there, because a ghost may hold a name."""
         now = time.monotonic()
-        if (
-            session.view.pings
-            and session.heard >= session.asked
-            and now > session.heard + PROBE_S
-            and not session.absent
-        ):
+        asked = session.heard < session.asked
+        if session.view.pings and not asked and not session.absent and now > session.heard + PROBE_S:
             self.ping_locked(session, now, PROBE_S)
             self._timers.set(session, session.answer_by)
 
@@ -1394,6 +1420,7 @@ class Hub:
     def forget_locked(self, session: Session) -> None:
         """Ends what the hub knows of a session; its connection is closed once the log is sent."""
         session.gone = True
+        self.absent -= bool(session.absent)
         del self.sessions[session]
         if self.nicks.get(fold(session.nick)) is session:
             del self.nicks[fold(session.nick)]
@@ -1403,9 +1430,6 @@ class Hub:
         """Asks a session whether it is there, with so much patience."""
         session.asked, session.answer_by = now, now + patience
         self.tell_locked(session, Message("PING", (self.name,)))
-
-    def _full_locked(self) -> bool:
-        return self._broadcasts >= LOG_BROADCASTS or len(self._log) >= LOG_LENGTH
 
     def _remove_locked(self, session: Session, channel: Channel) -> None:
         channel.remove(session)
@@ -1444,87 +1468,80 @@ def tidy(history: History) -> List[Message]:
     return []
 
 
-def settle(hub: Hub, batch: List[Delivery]) -> List[Delivery]:
-    """Stores what a batch says, all or nothing, and answers what it asks, in its place. Mailer only.
+# -----------------------------------------------------------------------------
+# delivery
+# -----------------------------------------------------------------------------
+# What becomes of a batch of the log: it is stored, then encoded. In the mailer's thread, without the hub's lock.
 
-    What cannot be stored is not delivered; who said it is told.
+
+def settle(hub: Hub, batch: List[Delivery]) -> List[Delivery]:
+    """Stores what a batch says, all or nothing, and answers what it asks, in its place.
+
+    What cannot be stored is neither delivered nor confirmed; who said it is told.
     """
-    unkept = keep(hub, [delivery for delivery in batch if delivery.saying and delivery.saying.channel])
-    if not unkept and not any(delivery.ask for delivery in batch):
+    kept = [delivery for delivery in batch if delivery.keep]
+    if kept:
+        keep(hub, kept)
+    lost = {id(delivery.saying) for delivery in kept} if hub.unkept else set()
+    if not lost and all(delivery.ask is None and (delivery.keep or not delivery.saying) for delivery in batch):
         return batch
     settled: List[Delivery] = []
     for delivery in batch:
-        if unkept and delivery.saying:
-            settled += unsaid(hub, delivery, delivery.saying, unkept)
+        saying = delivery.saying
+        if saying and id(saying) in lost:
+            settled += [refusal(hub, delivery.message, saying)] if delivery.keep else []
+        elif (
+            saying and saying.key[0] and saying.key not in hub.seen
+        ):  # sent again, but then the first could not be kept
+            settled.append(refusal(hub, delivery.message, saying))
         elif delivery.ask:
-            settled += [Delivery(message, delivery.roster, 1, 0, None) for message in answer(hub, delivery.ask)]
+            settled += [Delivery(message, delivery.roster) for message in answer(hub, delivery)]
         else:
             settled.append(delivery)
     return settled
 
 
-def keep(hub: Hub, said: List[Delivery]) -> str:
-    """Stores what was said, each message with the token of a sender who may send it again; '', or why it cannot."""
-    if not said:
-        return ""
-    unkept, lines = "", []
+def keep(hub: Hub, said: List[Delivery]) -> None:
+    """Stores what was said, each message with the token of a sender who may send it again; tells hub.unkept."""
+    lines = []
     for message, saying in ((delivery.message, delivery.saying) for delivery in said if delivery.saying):
-        by = {BY_TAG: saying.sender.token} if saying.sender.token and ID_TAG in message.tags else NO_TAGS
-        lines.append((saying.channel, message._replace(tags={**message.tags, **by}) if by else message))
+        tags = message.tags
+        if len(tags) > KEPT_TAGS or len(tags) > 2 and sum(map(len, itertools.chain(*tags.items()))) > KEPT_TAG_CHARS:
+            tags = {tag: value for tag, value in tags.items() if tag in (ID_TAG, *known(message))}
+        if saying.key[0]:
+            tags = {**tags, BY_TAG: saying.key[0]}
+        lines.append((saying.channel, message if tags is message.tags else message._replace(tags=tags)))
     try:
         hub.history.store(lines)
+        if hub.unkept:
+            log.warning("what is said can be stored again")
+        hub.unkept = ""
     except Unkept as error:
-        unkept = str(error)
         if not hub.unkept:
-            log.error("cannot store what is said: %s", unkept)
-    if hub.unkept and not unkept:
-        log.warning("what is said can be stored again")
-    hub.unkept = unkept
-    return unkept
+            log.error("cannot store what is said: %s", error)
+        hub.unkept = str(error)
+        with hub:
+            for delivery in said:
+                if delivery.saying:
+                    hub.seen.pop(delivery.saying.key, None)
 
 
-def unsaid(hub: Hub, delivery: Delivery, saying: Saying, why: str) -> List[Delivery]:
-    """What takes the place of something that could not be stored."""
-    if not saying.channel:
-        return []
-    with hub:
-        hub.seen.pop((saying.sender.token, delivery.message.tags.get(ID_TAG, "")), None)
-    words = (delivery.message.command, "CANNOT_STORE", FAIL_CANNOT_STORE.text.format(why))
+def refusal(hub: Hub, message: Message, saying: Saying) -> Delivery:
+    """Tells somebody that something could not be stored."""
+    words = (message.command, "CANNOT_STORE", FAIL_CANNOT_STORE.text.format(hub.unkept or "try again"))
     tags = {"label": saying.label} if saying.label else NO_TAGS
-    return [Delivery(Message("FAIL", words, hub.name, tags), saying.sender.alone, 1, 0, None)]
+    return Delivery(Message("FAIL", words, hub.name, tags), saying.sender.alone)
 
 
-def answer(hub: Hub, ask: Callable[[History], List[Message]]) -> List[Message]:
-    """What the history says, or that it cannot."""
+def answer(hub: Hub, delivery: Delivery) -> List[Message]:
+    """What the history says to who asks and is still there, or that it cannot."""
+    session = delivery.roster.members[0] if delivery.roster.members else None
+    if delivery.ask is None or (session and (session.gone or session.absent)):
+        return []
     try:
-        return ask(hub.history)
+        return delivery.ask(hub.history)
     except Unkept:
         return [Message("FAIL", ("CHATHISTORY", "MESSAGE_ERROR", FAIL_MESSAGE_ERROR.text), hub.name)]
-
-
-def labeled(label: str, server: str, answers: List[Delivery], history: History) -> List[Message]:
-    """Answers with their label: on the only one, on the batch that they are, or on one round them; or an ACK."""
-    messages: List[Message] = []
-    for delivery in answers:
-        messages += delivery.ask(history) if delivery.ask else [delivery.message]
-    if not messages:
-        return [Message("ACK", (), server, {"label": label})]
-    whole = messages[0].command == "BATCH" and messages[0].param(0)[1:] == messages[-1].param(0)[1:]
-    if len(messages) > 1 and not whole:
-        messages = batch_of("labeled-response", (), server, messages)
-    return [messages[0]._replace(tags={**messages[0].tags, "label": label}), *messages[1:]]
-
-
-def batch_of(kind: str, params: Tuple[str, ...], server: str, messages: List[Message]) -> List[Message]:
-    """Messages as one batch (IRCv3 batch); those that are in another one already stay there."""
-    reference = secrets.token_hex(4)
-    inside = [
-        message if "batch" in message.tags or message.param(0)[:1] == "-" and message.command == "BATCH"
-        else message._replace(tags={**message.tags, "batch": reference})
-        for message in messages
-    ]  # fmt: skip
-    first = Message("BATCH", (f"+{reference}", kind, *params), server)
-    return [first, *inside, Message("BATCH", (f"-{reference}",), server)]
 
 
 def fan_out(batch: List[Delivery]) -> Iterator[Tuple[Session, bytes]]:
@@ -1664,17 +1681,8 @@ def perform(hub: Hub, session: Session, line: Optional[bytes]) -> None:
 
 def run(hub: Hub, session: Session, message: Message) -> bool:
     """Runs one command; False when it was refused, which the session has been told."""
-    label = message.tags.get("label", "")
-    if not label or len(label.encode()) > LABEL_BYTES or not batches(session):
-        return attempt(hub, session, message)
-    mark = hub.mark_locked()
-    done = attempt(hub, session, message)
-    hub.label_locked(session, mark, label)
-    return done
-
-
-def attempt(hub: Hub, session: Session, message: Message) -> bool:
-    """The same without a label round what is answered."""
+    label = message.tags.get("label", "") if batches(session) else ""
+    mark, done = hub.mark_locked(), False
     try:
         row = COMMANDS.get(message.command)
         if row is None:
@@ -1684,15 +1692,45 @@ def attempt(hub: Hub, session: Session, message: Message) -> bool:
         if len(message.params) < row.least:
             raise Refused(ERR_NEEDMOREPARAMS, message.command)
         row.run(hub, session, message)
-        return True
+        done = True
     except Refused as refused:
         refuse(hub, session, refused, message)
-        return False
+    if label and len(label.encode()) <= LABEL_BYTES:
+        hub.gather_locked(session, mark, lambda answers: functools.partial(labeled, label, hub.name, answers))
+    return done
 
 
 def batches(session: Session) -> bool:
     """Whether answers to a labeled command are gathered (IRCv3 labeled-response)."""
     return {"batch", "labeled-response"} <= session.view.caps
+
+
+def labeled(label: str, server: str, answers: List[Delivery], history: History) -> List[Message]:
+    """Answers with their label: on the only one, on the batch that they are, or on one round them; or an ACK."""
+    messages: List[Message] = []
+    for delivery in answers:
+        try:
+            messages += delivery.ask(history) if delivery.ask else [delivery.message]
+        except Unkept:
+            messages.append(Message("FAIL", ("CHATHISTORY", "MESSAGE_ERROR", FAIL_MESSAGE_ERROR.text), server))
+    if not messages:
+        return [Message("ACK", (), server, {"label": label})]
+    whole = messages[0].command == "BATCH" and messages[0].param(0)[1:] == messages[-1].param(0)[1:]
+    if len(messages) > 1 and not whole:
+        messages = batch_of("labeled-response", (), server, messages)
+    return [messages[0]._replace(tags={**messages[0].tags, "label": label}), *messages[1:]]
+
+
+def batch_of(kind: str, params: Tuple[str, ...], server: str, messages: List[Message]) -> List[Message]:
+    """Messages as one batch (IRCv3 batch); those that are in another one already stay there."""
+    reference = secrets.token_hex(4)
+    inside = [
+        message if "batch" in message.tags or message.param(0)[:1] == "-" and message.command == "BATCH"
+        else message._replace(tags={**message.tags, "batch": reference})
+        for message in messages
+    ]  # fmt: skip
+    first = Message("BATCH", (f"+{reference}", kind, *params), server)
+    return [first, *inside, Message("BATCH", (f"-{reference}",), server)]
 
 
 def refuse(hub: Hub, session: Session, refused: Refused, message: Message = PROMPT) -> None:
@@ -1783,17 +1821,18 @@ def nick(hub: Hub, session: Session, message: Message) -> None:
         raise Refused(ERR_NONICKNAMEGIVEN)
     name = check_nick(message.params[0])
     holder = hub.nicks.get(fold(name), session)
-    if holder is not session and session.token and holder.token == session.token and not session.registered:
-        take_over(hub, holder, session)
-    elif holder is not session:
+    again = session.token and holder.token == session.token and not session.registered
+    if holder is not session and not again:
         hub.probe_locked(holder)
         raise Refused(ERR_NICKNAMEINUSE, name)
     if name == session.nick:
         return
     if session.registered and not session.nick_changes.take(time.monotonic()):
         raise Refused(ERR_NICKTOOFAST, name)
-    hub.nicks.pop(fold(session.nick), None)
-    hub.nicks[fold(name)] = session
+    if hub.nicks.get(fold(session.nick)) is session:
+        del hub.nicks[fold(session.nick)]
+    if not again or holder is session:
+        hub.nicks[fold(name)] = session
     if session.registered:
         change = Message("NICK", (name,), session.prefix, hub.stamps.next())
         hub.send_locked(change, union([channel.roster for channel in session.channels] or [session.alone]))
@@ -1840,6 +1879,13 @@ def register(hub: Hub, session: Session) -> None:
     """Welcomes a session that has said all it must."""
     if session.registered or session.negotiating or not session.nick or not session.user:
         return
+    holder = hub.nicks.get(fold(session.nick), session)
+    if holder is not session and holder.token != session.token:
+        name, session.nick = session.nick, ""
+        raise Refused(ERR_NICKNAMEINUSE, name)
+    if holder is not session:
+        take_over(hub, holder, session)
+    hub.nicks[fold(session.nick)] = session
     session.registered = True
     session.signon = session.spoke = time.time()
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(hub.started))
@@ -1856,6 +1902,7 @@ def register(hub: Hub, session: Session) -> None:
         show_round(hub, session, channel)
     for message in session.missed:
         hub.tell_locked(session, message)
+    session.missed = []
 
 
 _TOKENS = (
@@ -1924,8 +1971,8 @@ def enter(hub: Hub, session: Session, name: str) -> None:
     tags = {**hub.stamps.next(), COUNT_TAG: str(len(channel))}
     hub.send_locked(Message("JOIN", (channel.name,), session.prefix, tags), channel.roster)
     show_round(hub, session, channel)
-    if hub.replay and "draft/chathistory" not in session.view.caps:
-        hub.ask_locked(session, functools.partial(replay, hub, channel.name, hub.stamps.last))
+    if hub.replay and fold(name) in hub.history and "draft/chathistory" not in session.view.caps:
+        hub.ask_locked(session, functools.partial(replay, hub, channel.name, hub.stamps.last), hub.replay)
 
 
 def show_round(hub: Hub, session: Session, channel: Channel) -> None:
@@ -2053,7 +2100,8 @@ def say(hub: Hub, session: Session, message: Message, target: str) -> None:
         raise Refused(ERR_CANNOTSENDTOCHAN, target)
     other = None if channel else user_of(hub, target)
     to = channel.name if channel else other.nick if other else ""
-    key = session.token, message.tags.get(ID_TAG, "")
+    line_id = message.tags.get(ID_TAG, "")
+    key = (session.token, line_id, fold(to)) if session.token and line_id else NO_KEY
     before = hub.seen.get(key)
     tags = dict(before) if before else hub.stamps.next()
     if message.tags:
@@ -2061,37 +2109,39 @@ def say(hub: Hub, session: Session, message: Message, target: str) -> None:
     relay = Message(message.command, (to, *message.params[1:2]), session.prefix, tags)
     check_length(relay)
     session.spoke = time.time()
-    if all(key) and not before:
-        hub.seen[key] = known(relay)
-        if len(hub.seen) > SEEN_IDS:
-            del hub.seen[next(iter(hub.seen))]
+    saying = None
+    if channel and message.command != "TAGMSG":
+        saying = Saying(session, fold(to), message.tags.get("label", ""), key)
     apart = "label" in message.tags or "echo-message" not in session.view.caps or bool(before)
     if channel and not before:
-        saying = Saying(session, fold(to), message.tags.get("label", "")) if message.command != "TAGMSG" else None
         hub.send_locked(relay, channel.roster, session if apart else None, saying)
     elif other and not before:
         say_alone(hub, session, other, relay)
+    if key is not NO_KEY and not before:
+        hub.seen[key] = known(relay)
+        if len(hub.seen) > SEEN_IDS:
+            del hub.seen[next(iter(hub.seen))]
     if apart if channel else other is not session:
-        confirm(hub, session, relay, message.tags.get("label", ""), bool(channel))
+        confirm(hub, session, relay, message.tags.get("label", ""), saying)
 
 
 def say_alone(hub: Hub, session: Session, other: Session, relay: Message) -> None:
     """Relays a message to one user, or keeps it for when their connection is back."""
-    if other.absent and len(other.missed) < MISSED_LINES:
-        other.missed.append(relay)
-        hub.reply_locked(session, RPL_AWAY, other.nick, text="no connection; gets this on coming back within seconds")
-    elif other.absent:
-        raise Refused(ERR_NOSUCHNICK, other.nick)
-    else:
+    text = other.away
+    if not other.absent:
         hub.tell_locked(other, relay)
-    if other.away and relay.command == "PRIVMSG":
-        hub.reply_locked(session, RPL_AWAY, other.nick, text=other.away)
+    elif len(other.missed) < MISSED_LINES:
+        other.missed.append(relay)
+        text = "no connection; gets this on coming back within seconds"
+    else:
+        raise Refused(ERR_NOSUCHNICK, other.nick)
+    if text and relay.command == "PRIVMSG":
+        hub.reply_locked(session, RPL_AWAY, other.nick, text=text)
 
 
-def confirm(hub: Hub, session: Session, relay: Message, label: str, kept: bool) -> None:
+def confirm(hub: Hub, session: Session, relay: Message, label: str, saying: Optional[Saying]) -> None:
     """Tells a sender that its message was accepted: by its echo or an ACK, where one of them was asked for."""
     tags = {**relay.tags, "label": label} if label and not batches(session) else relay.tags
-    saying = Saying(session, "", label) if kept else None
     if "echo-message" in session.view.caps:
         hub.tell_locked(session, relay._replace(tags=tags), saying)
     elif label and "labeled-response" in session.view.caps and not batches(session):
@@ -2167,14 +2217,14 @@ def chathistory(hub: Hub, session: Session, message: Message) -> None:
         raise Refused(FAIL_INVALID_PARAMS, sub)
     if sub == "TARGETS":
         names = {fold(channel.name): channel.name for channel in session.channels}
-        hub.ask_locked(session, functools.partial(targets, hub, session, names, sorted(spans), limit))
+        hub.ask_locked(session, functools.partial(targets, hub, session, names, sorted(spans), limit), len(names))
         return
     channel = hub.channels.get(fold(words[0]))
     if channel is None or channel not in session.channels:
         raise Refused(FAIL_INVALID_TARGET, sub, words[0])
     until = hub.stamps.last + 1  # what comes later in the log is sent as such
     pages = [(low, min(high, until), size, newest) for low, high, size, newest in PAGES[sub](spans, limit)]
-    hub.ask_locked(session, functools.partial(past, hub, session, channel.name, pages))
+    hub.ask_locked(session, functools.partial(past, hub, session, channel.name, pages), limit)
 
 
 def past(hub: Hub, session: Session, name: str, pages: List[Page], history: History) -> List[Message]:
@@ -2358,11 +2408,10 @@ class Mailer:
         self._bell.setblocking(False)
         self._selector = selectors.DefaultSelector()  # the alarm, and sockets with an outbox
         self._selector.register(self._alarm, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, name="mailer", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="mailer", daemon=True)
 
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
+    def __len__(self) -> int:
+        return len(self._connections)
 
     def add(self, connection: Connection) -> None:
         """Takes charge of a connection; before its session is known to the hub."""
@@ -2382,7 +2431,7 @@ class Mailer:
         """Delivers what can be delivered within STOP_S, closes all connections and waits for that."""
         self._stop_at = time.monotonic() + STOP_S
         self.wake()
-        self._thread.join(STOP_S + 1)
+        self.thread.join(STOP_S + 1)
 
     def _run(self) -> None:
         try:
@@ -2517,19 +2566,11 @@ class Server:
     `serve` runs until `stop` is called from another thread or a signal handler, and cleans up.
     """
 
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        name: str = "chat.local",
-        max_clients: int = MAX_CLIENTS,
-        history: Optional[History] = None,
-        replay: int = REPLAY_LINES,
-    ) -> None:
+    def __init__(self, host: str, port: int, hub: Optional[Hub] = None, max_clients: int = MAX_CLIENTS) -> None:
         self.listener = listen(host, port)
         self.address: Tuple[str, int] = self.listener.getsockname()[:2]
         self.max_clients = max_clients
-        self.hub = Hub(name, history, replay)
+        self.hub = hub or Hub(SERVER_NAME)
         self._mailer = Mailer(self.hub, self.stop)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
         self._alarm, self.bell = socket.socketpair()  # a byte rung in stops the server
@@ -2546,19 +2587,17 @@ class Server:
         stack = threading.stack_size(STACK_BYTES)
         # The C library loads a file when a thread first ends, and aborts without a descriptor for it: let one end now.
         threading.Thread(target=bool).start()
-        self._mailer.start()
+        self._mailer.thread.start()
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self.listener, selectors.EVENT_READ)
                 selector.register(self._alarm, selectors.EVENT_READ)
-                stopped = False
-                while not stopped:
+                ready: List[Any] = []
+                while self._alarm not in ready:
                     sys.setswitchinterval(max(SWITCH_S, len(self.hub.sessions) * SWITCH_CLIENT_S))
-                    for key, _ in selector.select(self.hub.tick()):
-                        if key.fileobj is self._alarm:
-                            stopped = True
-                        else:
-                            self._accept()
+                    ready = [key.fileobj for key, _ in selector.select(self.hub.tick())]
+                    if self.listener in ready:
+                        self._accept()
         finally:
             threading.stack_size(stack)
             self.listener.close()
@@ -2577,7 +2616,7 @@ class Server:
             if error.errno in NO_DESCRIPTORS:
                 self._refuse_without_descriptor()
             return  # or it has gone already
-        if len(self.hub.sessions) >= self.max_clients:
+        if len(self._mailer) >= self.max_clients:
             log.warning("refused a client: %d are connected", self.max_clients)
             turn_away(sock)
             return
@@ -2646,9 +2685,8 @@ class Server:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket that no other program can take over."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
     sock = socket.socket(family, kind, protocol)
     try:
         if sys.platform == "win32":  # SO_REUSEADDR there means that anybody may share the port
@@ -2811,11 +2849,8 @@ class Editor:
     def _quit_or_delete(self) -> Optional[Entered]:
         if not self.text:
             return Entered(["/quit"])
-        self._delete()
+        self._remove(Editor._right)
         return None
-
-    def _clear(self) -> Optional[Entered]:
-        return Entered(["/clear"])
 
     # Moving: by letters with the marks upon them, and by words.
 
@@ -2859,30 +2894,16 @@ class Editor:
         self.text = self.text[: self.cursor] + text + self.text[self.cursor :]
         self.cursor += len(text)
 
-    def _remove(self, move: Callable[[Editor], None]) -> str:
-        """Takes out what `move` passes."""
+    def _remove(self, move: Callable[[Editor], None], kill: bool = False) -> None:
+        """Takes out what `move` passes; a kill is kept for yank, together with what the key before killed."""
         before = self.cursor
         move(self)
         start, end = sorted((before, self.cursor))
         gone, self.text, self.cursor = self.text[start:end], self.text[:start] + self.text[end:], start
-        return gone
-
-    def _kill(self, move: Callable[[Editor], None]) -> None:
-        """Takes out what `move` passes, and keeps it for yank, together with what the key before killed."""
-        before, known = self.cursor, self._killed if self._killing else ""
-        gone = self._remove(move)
-        if gone:
-            self._killed = gone + known if self.cursor < before else known + gone
+        if kill and gone:
+            known = self._killed if self._killing else ""
+            self._killed = gone + known if start < before else known + gone
             self._kills = True
-
-    def _backspace(self) -> None:
-        self._remove(Editor._left)
-
-    def _delete(self) -> None:
-        self._remove(Editor._right)
-
-    def _yank(self) -> None:
-        self._insert(self._killed)
 
     def _paste(self, text: str) -> None:
         text = text.replace("\t", "    ").replace("\r", "\n")
@@ -2912,12 +2933,6 @@ class Editor:
         self._at = at
         self.text = self._draft if at == len(self._history) else self._history[at]
         self.cursor = len(self.text)
-
-    def _older(self) -> None:
-        self._show(self._at - 1)
-
-    def _newer(self) -> None:
-        self._show(self._at + 1)
 
     def _search(self) -> None:
         self._query = ""
@@ -2950,27 +2965,27 @@ class Editor:
 # What keys do.
 BINDINGS: Dict[str, Callable[[Editor], Optional[Entered]]] = {
     **dict.fromkeys(("\r", "\n"), Editor._enter),
-    **dict.fromkeys(("\x7f", "\x08"), Editor._backspace),
+    **dict.fromkeys(("\x7f", "\x08"), lambda self: self._remove(Editor._left)),
     **dict.fromkeys(("\x01", "\x1b[H", "\x1bOH", "\x1b[1~", "\x1b[7~"), Editor._home),
     **dict.fromkeys(("\x05", "\x1b[F", "\x1bOF", "\x1b[4~", "\x1b[8~"), Editor._end),
     **dict.fromkeys(("\x02", "\x1b[D", "\x1bOD"), Editor._left),
     **dict.fromkeys(("\x06", "\x1b[C", "\x1bOC"), Editor._right),
     **dict.fromkeys(("\x1bb", "\x1b[1;5D", "\x1b[1;3D", "\x1bOd"), Editor._word_left),
     **dict.fromkeys(("\x1bf", "\x1b[1;5C", "\x1b[1;3C", "\x1bOc"), Editor._word_right),
-    **dict.fromkeys(("\x10", "\x1b[A", "\x1bOA"), Editor._older),
-    **dict.fromkeys(("\x0e", "\x1b[B", "\x1bOB"), Editor._newer),
-    "\x1b[3~": Editor._delete,
+    **dict.fromkeys(("\x10", "\x1b[A", "\x1bOA"), lambda self: self._show(self._at - 1)),
+    **dict.fromkeys(("\x0e", "\x1b[B", "\x1bOB"), lambda self: self._show(self._at + 1)),
+    "\x1b[3~": lambda self: self._remove(Editor._right),
     "\x04": Editor._quit_or_delete,
-    "\x0b": lambda self: self._kill(Editor._end),
-    "\x15": lambda self: self._kill(Editor._home),
-    "\x17": lambda self: self._kill(Editor._space_left),
-    "\x1b\x7f": lambda self: self._kill(Editor._word_left),
-    "\x1bd": lambda self: self._kill(Editor._word_right),
-    "\x19": Editor._yank,
+    "\x0b": lambda self: self._remove(Editor._end, kill=True),
+    "\x15": lambda self: self._remove(Editor._home, kill=True),
+    "\x17": lambda self: self._remove(Editor._space_left, kill=True),
+    "\x1b\x7f": lambda self: self._remove(Editor._word_left, kill=True),
+    "\x1bd": lambda self: self._remove(Editor._word_right, kill=True),
+    "\x19": lambda self: self._insert(self._killed),
     "\t": Editor._tab,
     "\x1b[Z": lambda self: self._tab(-1),
     "\x12": Editor._search,
-    "\x0c": Editor._clear,
+    "\x0c": lambda self: Entered(["/clear"]),
 }
 
 
@@ -3107,9 +3122,8 @@ if sys.platform == "win32":
         """Whether the console understands VT sequences, which it is asked to do; not before Windows 10."""
         kernel32, mode = ctypes.windll.kernel32, ctypes.c_uint32()
         console = kernel32.GetStdHandle(-11)
-        return bool(
-            kernel32.GetConsoleMode(console, ctypes.byref(mode)) and kernel32.SetConsoleMode(console, mode.value | 4)
-        )
+        known = kernel32.GetConsoleMode(console, ctypes.byref(mode))
+        return bool(known and kernel32.SetConsoleMode(console, mode.value | 4))
 
     def raw_mode() -> Any:
         """Nothing to be done: getwch reads single keys without echo."""
@@ -3257,12 +3271,11 @@ class Outgoing:
         self.sent = 0
         self.unsure: List[Line] = []
         self.moved = time.monotonic()  # when something was added, or turned out to have arrived
-        self._ids = map(f"{secrets.token_hex(4)}-{{:x}}".format, itertools.count(1))
 
     def add(self, target: str, text: str) -> None:
         """One more."""
         self.moved = time.monotonic()
-        self.waiting.append(Line(next(self._ids), target, text))
+        self.waiting.append(Line(secrets.token_hex(8), target, text))  # which nobody can guess
 
     def next(self, echoed: bool) -> Optional[Line]:
         """The next one to send to a server that echoes, or does not."""
@@ -3305,6 +3318,7 @@ class Past:
     def __init__(self) -> None:
         self.last = ""  # a reference to the last message, or to when we came (draft/chathistory)
         self.asked = 0.0  # monotonic: since when we wait for an answer
+        self.channel = ""  # which it is about
         self.missed = False  # it is about what we missed, not what was before we came
         self.batch = ""  # the answer's reference
         self.page: List[Message] = []  # the answer
@@ -3317,7 +3331,8 @@ class Past:
         if msgid in self._seen:
             return False
         if msgid:
-            self.last = f"msgid={msgid}"
+            if message.param(0).startswith("#"):
+                self.last = f"msgid={msgid}"
             self._seen[msgid] = None
             if len(self._seen) > SEEN_IDS:
                 del self._seen[next(iter(self._seen))]
@@ -3336,11 +3351,10 @@ class Past:
     def ask(self, channel: str, replay: int) -> List[str]:
         """The command that asks for the last lines, or with 0 for those that we missed."""
         self.asked, self.missed, self.batch, self.page = time.monotonic(), not replay, "", []
-        if replay:
-            return ["CHATHISTORY", "LATEST", channel, "*", str(replay)]
-        if self.last:
+        self.channel = channel
+        if self.last and not replay:
             return ["CHATHISTORY", "AFTER", channel, self.last, str(PAGE_LINES)]
-        return ["CHATHISTORY", "LATEST", channel, "*", str(PAGE_LINES)]
+        return ["CHATHISTORY", "LATEST", channel, "*", str(replay or PAGE_LINES)]
 
     def answered(self) -> Tuple[List[Message], bool]:
         """The answer, and whether there may be more."""
@@ -3354,7 +3368,7 @@ class Past:
 
 
 class View:
-    """What a client shows, and where it gets its lines from. All methods are called by the client's thread."""
+    """What a client shows, and where it gets its lines from: to be overridden; called by the client's thread."""
 
     pause = TICK_S  # seconds that may pass until update is called again
     patient = True  # goes on when a line is refused
@@ -3362,23 +3376,18 @@ class View:
 
     def start(self, client: Client) -> None:
         """Begins to feed client.events with ("input", item); once, after a server has welcomed us."""
-        raise NotImplementedError
 
     def input(self, client: Client, item: Any) -> None:
         """Takes what came from there."""
-        raise NotImplementedError
 
     def show(self, message: Message, mine: bool) -> None:
         """A message that arrived; `mine`: a receipt, from ourselves."""
-        raise NotImplementedError
 
     def remark(self, text: str) -> None:
         """Something that the client itself has to say."""
-        raise NotImplementedError
 
     def update(self, client: Client) -> None:
         """Something may have happened."""
-        raise NotImplementedError
 
     def greet(self, client: Client) -> None:
         """We are in a channel, and know who is there."""
@@ -3515,7 +3524,8 @@ class Client:
         """The connection is no more."""
         if self.link:
             self.link.close()
-        joined, self.link, self.joined, self.going = self.joined, None, False, ""
+        joined, self.link, self.joined = self.joined, None, False
+        self.channel, self.going = self.going or self.channel, ""
         self.past.end()
         if self.leaving:
             self.end()
@@ -3639,7 +3649,6 @@ ARRIVALS: Dict[str, Arrival] = {}
 WANTED = {
     "batch", "draft/chathistory", "echo-message", "message-tags", "server-time", "standard-replies", RESUME_CAP,
 }  # fmt: skip
-JOIN_ERRORS = ("403", "405", "437", "471", "473", "474", "475", "476", "477")
 
 
 def arrival(*commands: str) -> Callable[[Arrival], Arrival]:
@@ -3692,9 +3701,9 @@ def welcome_arrived(client: Client, message: Message) -> bool:
     """001 <name> :<welcome>"""
     client.nick = message.param(0) or client.nick
     if client.nick != client.wanted:
-        client.view.remark(
-            f"{client.wanted} is {'taken' if client.tries else 'not possible here'}; you are {client.nick}"
-        )
+        why = "taken" if client.tries else "not possible here"
+        client.view.remark(f"{client.wanted} is {why}; you are {client.nick}")
+    client.wanted = client.nick
     if not client.welcomed:
         client.view.start(client)
     client.welcomed = True
@@ -3707,6 +3716,8 @@ def taken_arrived(client: Client, message: Message) -> bool:
     """433 <name> <wanted> :<text>"""
     if client.joined:
         return False
+    if fold(message.param(1)) != fold(client.nick):
+        return True  # about a name that we have given up meanwhile
     client.tries += 1
     if client.tries > SAME_NAMES:
         raise Failed(f"the name {client.wanted} is taken, and so are others like it; choose another with --name")
@@ -3715,7 +3726,7 @@ def taken_arrived(client: Client, message: Message) -> bool:
     return True
 
 
-@arrival("432", "464", "465", *JOIN_ERRORS)
+@arrival("432", "464", "465", "403", "405", "437", "471", "473", "474", "475", "476", "477")
 def refusal_arrived(client: Client, message: Message) -> bool:
     """<numeric> <name> ... :<text>, which ends all hope unless we are in"""
     if client.joined:
@@ -3731,12 +3742,6 @@ def refusal_arrived(client: Client, message: Message) -> bool:
     if code == "432":
         raise Failed(f"the server refuses the name {client.nick}: {text}; choose another with --name")
     raise Failed(f"cannot join {client.channel}: {text}; choose another with --channel")
-
-
-@arrival("422")
-def no_motd_arrived(client: Client, message: Message) -> bool:
-    """422 <name> :<text>"""
-    return True
 
 
 @arrival("401", "402", "404", "407", "411", "412", "417", "FAIL")
@@ -3767,14 +3772,14 @@ def join_arrived(client: Client, message: Message) -> bool:
         client.joined = client.entered = True
         client.since = time.monotonic()
     if not again:
-        client.past.last = f"timestamp={message.tags['time']}" if "time" in message.tags else ""
+        kind, tag = ("msgid", "msgid") if RESUME_CAP in client.caps else ("timestamp", "time")
+        client.past.last = f"{kind}={message.tags[tag]}" if tag in message.tags else ""
     recalls = {"batch", "draft/chathistory"} <= set(client.caps)
     if recalls and (again or client.replay):
         client.send(*client.past.ask(client.channel, 0 if again else client.replay))
     if again:
-        client.view.remark(
-            "connected again" if recalls else "connected again; what was said meanwhile is not known here"
-        )
+        gap = "" if recalls else "; what was said meanwhile is not known here"
+        client.view.remark(f"connected again{gap}")
     if again and client.outgoing.waiting and RESUME_CAP not in client.caps:
         client.view.remark("sent again, so perhaps twice: what this server has not confirmed")
     client.flush()
@@ -3785,7 +3790,8 @@ def join_arrived(client: Client, message: Message) -> bool:
 def batch_arrived(client: Client, message: Message) -> bool:
     """BATCH +<reference> chathistory <channel> | BATCH -<reference>"""
     reference = message.param(0)
-    if reference.startswith("+") and client.past.asked and message.param(1) == "chathistory":
+    ours = message.param(1) == "chathistory" and fold(message.param(2)) == fold(client.past.channel)
+    if reference.startswith("+") and client.past.asked and ours:
         client.past.batch = reference[1:]
     elif reference == f"-{client.past.batch}":
         catch_up(client, True)
@@ -3863,6 +3869,9 @@ def error_arrived(client: Client, message: Message) -> bool:
     """ERROR :<text>: the server's last words"""
     client.why = message.text
     return True
+
+
+ARRIVALS["422"] = lambda client, message: True  # no message of the day
 
 
 # What a line that was typed does, by the command it stands for; any other is sent to the server.
@@ -4142,15 +4151,13 @@ def run_server(args: argparse.Namespace) -> int:
     """chat.py server"""
     if not re.fullmatch(r"[A-Za-z0-9.-]{1,63}", args.server_name):
         raise Failed("a --server-name is up to 63 letters, digits, dots and hyphens")
-    logging.basicConfig(
-        filename=args.log,
-        level=logging.DEBUG if args.verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
+    level = logging.DEBUG if args.verbose else logging.INFO
+    logging.basicConfig(filename=args.log, level=level, format="%(asctime)s %(levelname)s %(message)s")
     raise_descriptor_limit()
     history = Archive(args.history, args.fsync, args.keep) if args.history else History()
+    hub = Hub(args.server_name, history, args.replay)
     try:
-        server = Server(args.host, args.port, args.server_name, args.max_clients, history, args.replay)
+        server = Server(args.host, args.port, hub, args.max_clients)
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
@@ -4180,12 +4187,9 @@ def own_addresses() -> List[str]:
     """The addresses under which others may reach this machine. Sends nothing: a datagram socket only picks a route."""
     found = []
     for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # RFC 5737, 3849
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((elsewhere, 9))
-                found.append(probe.getsockname()[0])
-        except OSError:
-            continue
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))
+            found.append(probe.getsockname()[0])
     return found or ["127.0.0.1"]
 
 
@@ -4242,7 +4246,7 @@ def run_history(args: argparse.Namespace) -> int:
     """chat.py history"""
     if not os.path.exists(args.file):
         raise Failed(f"there is no {args.file}")
-    history = Archive(args.file)
+    history = Archive(args.file, readable=True)
     channels = [fold(args.channel)] if args.channel else history.channels()
     lines = heapq.merge(*(spoken(history, name, int(args.since * 1e6) - 1) for name in channels), key=number)
     for message in lines:
@@ -4272,13 +4276,8 @@ def moment(text: str) -> float:
 def login_name() -> str:
     """The login name as far as it can be a nick."""
     try:
-        name = getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        name = ""
-    name = re.sub(r"[^\w-]", "", name).lstrip("-0123456789")[:NICK_CHARS]
-    try:
-        return check_nick(name)
-    except Refused:
+        return check_nick(re.sub(r"[^\w-]", "", getpass.getuser()).lstrip("-0123456789")[:NICK_CHARS])
+    except (OSError, KeyError, ImportError, Refused):
         return "guest"
 
 
@@ -4309,47 +4308,42 @@ def parser() -> argparse.ArgumentParser:
 def add_server(modes: Any, shared: argparse.ArgumentParser) -> None:
     """The arguments of `chat.py server`."""
     server = modes.add_parser("server", parents=[shared], help="let people join", description="Lets people join.")
-    server.add_argument("--server-name", default="chat.local", metavar="NAME", help="in IRC replies (%(default)s)")
-    server.add_argument(
-        "--max-clients", type=whole(1, 1_000_000), default=MAX_CLIENTS, metavar="N", help="(default %(default)s)"
-    )
-    server.add_argument("--history", metavar="FILE", help="keep what is said in this SQLite file (default: in memory)")
-    server.add_argument("--fsync", action="store_true", help="keep it also when the machine loses its power")
-    server.add_argument("--keep", type=whole(1, 36500), default=math.inf, metavar="DAYS", help="(default: for ever)")
-    server.add_argument(
-        "--replay", type=whole(0, PAGE_LINES), default=REPLAY_LINES, metavar="N", help="for newcomers (%(default)s)"
-    )
-    server.add_argument("--log", metavar="FILE", help="log to FILE instead of standard error")
-    server.add_argument("-v", "--verbose", action="store_true", help="log more")
+    add = server.add_argument
+    add("--server-name", default=SERVER_NAME, metavar="NAME", help="in IRC replies (%(default)s)")
+    add("--max-clients", type=whole(1, 1_000_000), default=MAX_CLIENTS, metavar="N", help="(default %(default)s)")
+    add("--history", metavar="FILE", help="keep what is said in this SQLite file (default: in memory)")
+    add("--fsync", action="store_true", help="keep it also when the machine loses its power")
+    add("--keep", type=whole(1, 36500), default=math.inf, metavar="DAYS", help="(default: for ever)")
+    add("--replay", type=whole(0, PAGE_LINES), default=REPLAY_LINES, metavar="N", help="for newcomers (%(default)s)")
+    add("--log", metavar="FILE", help="log to FILE instead of standard error")
+    add("-v", "--verbose", action="store_true", help="log more")
     server.set_defaults(run=run_server)
 
 
 def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
     """The arguments of `chat.py client`."""
     client = modes.add_parser("client", parents=[shared], help="join a chat", description="Joins a chat.")
-    client.add_argument("--name", default=login_name(), help="what others call you (default: the login name)")
-    client.add_argument("--channel", default=DEFAULT_CHANNEL, help="where to talk (default %(default)s)")
-    client.add_argument("--password-file", metavar="FILE", help="its first line is the password (or set CHAT_PASSWORD)")
-    client.add_argument("-m", "--message", action="append", metavar="TEXT", help="send this and leave")
-    client.add_argument(
+    add = client.add_argument
+    add("--name", default=login_name(), help="what others call you (default: the login name)")
+    add("--channel", default=DEFAULT_CHANNEL, help="where to talk (default %(default)s)")
+    add("--password-file", metavar="FILE", help="its first line is the password (or set CHAT_PASSWORD)")
+    add("-m", "--message", action="append", metavar="TEXT", help="send this and leave")
+    add(
         "--replay", type=whole(0, PAGE_LINES), metavar="N", help=f"shown of what was said ({REPLAY_LINES}; in a pipe 0)"
     )
-    client.add_argument("--json", action="store_true", help="print events as JSON objects, one a line")
-    client.add_argument(
-        "--no-reconnect", dest="reconnect", action="store_false", help="end when the connection is lost"
-    )
+    add("--json", action="store_true", help="print events as JSON objects, one a line")
+    add("--no-reconnect", dest="reconnect", action="store_false", help="end when the connection is lost")
     client.set_defaults(run=run_client)
 
 
 def add_history(modes: Any) -> None:
     """The arguments of `chat.py history`."""
     history = modes.add_parser("history", help="print what was said", description="Prints what was said.")
-    history.add_argument("file", help="the server's --history")
-    history.add_argument(
-        "--since", type=moment, default=0.0, metavar="TIME", help="2026-01-31, 2026-01-31T12:00, local"
-    )
-    history.add_argument("--channel", help="only this one")
-    history.add_argument("--json", action="store_true", help="JSON objects, one a line")
+    add = history.add_argument
+    add("file", help="the server's --history")
+    add("--since", type=moment, default=0.0, metavar="TIME", help="2026-01-31, 2026-01-31T12:00, local")
+    add("--channel", help="only this one")
+    add("--json", action="store_true", help="JSON objects, one a line")
     history.set_defaults(run=run_history)
 
 
@@ -4360,8 +4354,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # no text may end the program because the terminal cannot show it
             stream.reconfigure(errors="backslashreplace")
     try:
-        status: int = args.run(args)
-        return status
+        return int(args.run(args))
     except BrokenPipeError:  # nobody reads the output any more; nor may its last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

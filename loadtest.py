@@ -1560,12 +1560,9 @@ def reflect_from(sock: socket.socket, selector: selectors.BaseSelector, members:
             said.append(b":%s!u@h %s\r\n" % (members[sock], line))
         elif line.startswith(b"NICK"):
             members[sock] = line[5:]
-        elif line.startswith(b"USER"):
-            sock.sendall(b":s 001 x :hi\r\n")
-        elif line.startswith(b"JOIN"):
-            sock.sendall(b":s 366 x #x :end\r\n")
-        elif line.startswith(b"PING"):
-            sock.sendall(b":s PONG s :joined\r\n")
+        else:
+            answers = {b"USER": b":s 001 x :hi\r\n", b"JOIN": b":s 366 x #x :end\r\n", b"PING": b":s PONG s :x\r\n"}
+            sock.sendall(answers.get(line[:4], b""))
     for member in list(members) if said else []:
         if member is not sock:
             with contextlib.suppress(OSError):

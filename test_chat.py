@@ -73,7 +73,8 @@ class Shape(unittest.TestCase):
     def test_sections_use_only_what_they_may_know(self) -> None:
         effects = {"socket", "select", "selectors", "subprocess", "signal", "open", "os"}
         names = list(self.sections(SOURCES[chat]))
-        forbidden = {name: effects | {"threading"} for name in [*names[: names.index("chat state")], "commands"]}
+        pure = [*names[: names.index("chat state")], "delivery", "commands"]
+        forbidden = {name: effects | {"threading"} for name in pure}
         forbidden["chat state"] = effects
         names = list(self.sections(SOURCES[loadtest]))
         forbidden.update((name, effects | {"threading"}) for name in names[1 : names.index("server under test")])
@@ -512,7 +513,7 @@ class Kept(unittest.TestCase):
         second = self.archive(fsync=True)
         self.assertEqual(second.page("#chat", 0, chat.ALL, 9, True)[0].text, "hello")
         hub = chat.Hub("s", second)
-        self.assertEqual(hub.seen, {("bob's", "1"): {"time": chat.server_time(7e-6), "msgid": "7"}})
+        self.assertEqual(hub.seen, {("bob's", "1", "#chat"): {"time": chat.server_time(7e-6), "msgid": "7"}})
         self.assertGreater(int(hub.stamps.next()["msgid"], 16), 7)
 
     def test_all_or_nothing(self) -> None:
@@ -551,9 +552,40 @@ class Kept(unittest.TestCase):
             path.write_bytes(data)
             with self.assertRaises(chat.Unkept) as caught:
                 self.archive()
-            self.assertIn(f"cannot keep the history in {self.path}: {text}", str(caught.exception))
+            self.assertIn(f"cannot use {self.path} as a history: {text}", str(caught.exception))
         with self.assertRaises(chat.Unkept):
             chat.Archive(os.path.join(self.path, "no", "such"))
+
+    def test_damaged_lines_are_left_out(self) -> None:
+        history = self.archive()
+        history.store([("#chat", self.said(number)) for number in (1, 2, 3)])
+        other = sqlite3.connect(self.path)
+        other.execute("UPDATE said SET line = replace(line, 'msgid', 'msgie') WHERE number = 1")
+        other.execute("UPDATE said SET line = replace(line, 'time', 'tyme') WHERE number = 2")
+        other.commit()
+        other.close()
+        self.assertEqual([chat.number(item) for item in history.page("#chat", 0, chat.ALL, 9, True)], [3])
+        self.assertEqual((history.last(), history.seen()), (3, {}))
+
+    def test_a_file_that_is_removed_is_noticed(self) -> None:
+        history = self.archive()
+        os.unlink(self.path)
+        history.tidy()
+        with self.assertRaises(chat.Unkept) as caught:
+            history.store([("#chat", self.said(1))])
+        self.assertEqual(str(caught.exception), f"{self.path} is gone")
+
+    def test_reading_changes_nothing(self) -> None:
+        path = pathlib.Path(self.path)
+        path.write_bytes(b"")
+        chat.Archive(self.path, readable=True).close()
+        self.assertEqual(path.read_bytes(), b"")
+
+    def test_ids_after_the_clock_was_set_back(self) -> None:
+        history = chat.History()
+        ahead = int(time.time() * 1e6) + 86_400_000_000
+        history.store([("#chat", self.said(ahead))])
+        self.assertGreater(chat.Hub("s", history).stamps.last, ahead + 1_000_000)
 
     def test_references(self) -> None:
         for text, span in (
@@ -1234,6 +1266,39 @@ class Pressure(ServerCase):
         for number in range(count):
             peer.send(f"PRIVMSG #chat :{'x' * 200} {number}\r\n")
 
+    def test_what_a_slow_reader_owes_comes_in_order(self) -> None:
+        ann, slow = self.irc("ann"), self.irc("slow")
+        ann.sync()
+        connection = next(c for c in self.server._mailer._connections.values() if c.session.nick == "slow")
+        count = 0
+        while not connection.outbox:
+            ann.send("".join(f"PRIVMSG #chat :{number} {'x' * 400}\r\n" for number in range(count, count + 100)))
+            ann.sync()
+            count += 100
+        for number in range(count):
+            self.assertIn(f"PRIVMSG #chat :{number} x", slow.until("PRIVMSG"))
+        self.eventually(lambda: not connection.outbox, "something is still owed")
+        self.assertEqual(len(self.server._mailer._selector.get_map()), 1)
+
+    def test_a_flood_of_questions_about_the_past_is_bounded(self) -> None:
+        ann, bob = self.irc("ann"), self.irc("bob", "batch", "draft/chathistory")
+        ann.send("".join(f"PRIVMSG #chat :{number} {'x' * 300}\r\n" for number in range(100)))
+        ann.sync()
+        longest = 0
+        settle = chat.settle
+
+        def watched(hub: chat.Hub, batch: List[chat.Delivery]) -> List[chat.Delivery]:
+            nonlocal longest
+            settled = settle(hub, batch)
+            longest = max(longest, len(settled))
+            return settled
+
+        with mock.patch.object(chat, "settle", watched), self.assertLogs("chat"):
+            bob.send("CHATHISTORY LATEST #chat * 100\r\n" * 2000)
+            ann.sync()
+            self.eventually(lambda: "bob" not in self.server.hub.nicks, "who does not read is not dropped")
+        self.assertLess(longest, 2 * chat.LOG_LENGTH)
+
     def test_everybody_sees_the_same_order(self) -> None:
         peers = [self.irc(f"u{number}", "echo-message") for number in range(8)]
         for peer in peers:
@@ -1450,10 +1515,12 @@ class Unreliable(chat.History):
     def __init__(self) -> None:
         super().__init__()
         self.why = ""
+        self.waits = False
         self.may_go = threading.Event()
         self.may_go.set()
 
     def store(self, said: List[Tuple[str, Message]]) -> None:
+        self.waits = not self.may_go.is_set()
         self.may_go.wait(PATIENCE)
         if self.why:
             raise chat.Unkept(self.why)
@@ -1485,6 +1552,38 @@ class Receipts(ServerCase):
         self.history.may_go.set()
         ann.until("PRIVMSG #chat :hello")
         self.assertEqual(bob.until(":"), "ann: hello")
+
+    def test_a_repeat_is_confirmed_only_if_the_first_was_stored(self) -> None:
+        ann = self.irc("ann", "echo-message", "message-tags", "standard-replies", chat.RESUME_CAP)
+        other = self.peer(
+            f"CAP REQ :echo-message message-tags standard-replies {chat.RESUME_CAP}\r\nRESUME {'x' * 16}\r\n"
+            "NICK bob\r\nUSER b 0 * :x\r\nCAP END\r\nJOIN #chat\r\n"
+        )
+        other.until(" 366 ")
+        self.history.why = "the disk is full"
+        self.history.may_go.clear()
+        line = f"@{chat.ID_TAG}=k1 PRIVMSG #chat :hello\r\n"
+        with self.assertLogs("chat"):
+            other.send(line)
+            self.eventually(lambda: self.history.waits, "the mailer does not store")
+            other.send(line)
+            self.eventually(lambda: len(self.server.hub._log) == 1, "the repeat is not in the log")
+            self.history.may_go.set()
+            for _ in range(2):
+                self.assertIn("FAIL PRIVMSG CANNOT_STORE", other.line() or "")
+            self.history.why = ""
+            other.send(line)
+            self.assertIn("PRIVMSG #chat :hello", other.line() or "")
+        self.assertEqual(len([text for text in ann.sync() if "hello" in text]), 1)
+
+    def test_one_answer_to_a_label_when_nothing_is_stored(self) -> None:
+        ann = self.irc("ann", "batch", "labeled-response", "standard-replies")
+        self.history.why = "the disk is full"
+        with self.assertLogs("chat"):
+            ann.send("@label=L PRIVMSG #chat :lost\r\n")
+            lines = ann.sync()
+        self.assertEqual(len(lines), 1)
+        self.assertIn("@label=L :chat.local FAIL PRIVMSG CANNOT_STORE", lines[0])
 
     def test_what_cannot_be_stored_is_not_said(self) -> None:
         ann = self.irc("ann", "echo-message", "message-tags", "standard-replies", chat.RESUME_CAP)
@@ -1546,6 +1645,7 @@ class Resume(ServerCase):
         bob.until(":bob!bob@localhost JOIN #chat")
         self.assertIn("@ann bob", bob.until(" 353 "))
         self.assertTrue(bob.until("psst").endswith(":ann!ann@localhost PRIVMSG bob :psst"))
+        self.assertEqual(self.server.hub.nicks["bob"].missed, [])
         bob.send("PRIVMSG #chat :back\r\n")
         bob.sync()
         self.assertEqual(ann.sync(), [":bob!bob@localhost PRIVMSG #chat :back"])
@@ -1561,6 +1661,40 @@ class Resume(ServerCase):
         again.until(" 366 ")
         self.assertIn("ERROR :You have come back on another connection", bob.rest()[-1])
         self.assertEqual(ann.sync(), [])
+
+    def test_lost_again_before_it_was_back(self) -> None:
+        ann, bob = self.irc("ann"), self.bob()
+        bob.send("JOIN #chat\r\n")
+        bob.until(" 366 ")
+        ann.until("JOIN")
+        self.lose(bob)
+        hub = self.server.hub
+        half = self.peer(f"CAP REQ :{chat.RESUME_CAP}\r\nRESUME {self.TOKEN}\r\nNICK bob\r\n")
+        half.until("CAP")
+        half.close()
+        self.eventually(lambda: len(hub.sessions) == 2, "it is not gone")
+        self.assertEqual(ann.sync(), [])
+        self.bob().until(" 366 ")
+        self.assertEqual(ann.sync(), [])
+
+    def test_the_absent_keep_nobody_out(self) -> None:
+        self.server.max_clients = 1
+        bob = self.bob()
+        bob.until(" 376 ")
+        self.lose(bob)
+        self.eventually(lambda: not len(self.server._mailer), "the connection is not closed")
+        self.bob().until(" 376 ")
+
+    def test_an_id_counts_for_each_target(self) -> None:
+        bob = self.bob()
+        ann = self.irc("ann")
+        for peer in (bob, ann):
+            peer.send("JOIN #chat,#x\r\n")
+            peer.until("366 " if peer is ann else "#x :End")
+        bob.send(f"@{chat.ID_TAG}=q PRIVMSG #chat,#x :multi\r\n")
+        bob.sync()
+        said = [line.partition("PRIVMSG ")[2] for line in ann.sync() if "PRIVMSG" in line]
+        self.assertEqual(said, ["#chat :multi", "#x :multi"])
 
     def test_who_does_not_come_back_leaves(self) -> None:
         ann = self.irc("ann")
@@ -2054,6 +2188,8 @@ class WhatItMeans(PersonCase):
         self.assertEqual([line.target for line in self.client.outgoing.waiting], ["ann", "cat"])
         self.assertEqual(chat.split_text("ééé", 1), ["é", "é", "é"])
 
+
+class FromAHostileServer(PersonCase):
     def test_hostile_remarks(self) -> None:
         self.client.joined = False
         written = self.arrive(":bob!b@h NICK :\x1b]0;owned\x07", ":s 001 \x1b[2J :hi")
@@ -2074,7 +2210,22 @@ class WhatItMeans(PersonCase):
         self.client.joined = False
         with self.assertRaises(chat.Failed):
             for _ in range(chat.SAME_NAMES + 1):
-                self.arrive(":s 433 * bob :taken")
+                self.arrive(f":s 433 * {self.client.nick} :taken")
+
+    def test_an_old_answer_about_a_name_counts_for_nothing(self) -> None:
+        self.client.joined = False
+        self.arrive(":s 433 * bob :taken", ":s 433 * bob :taken")
+        self.assertEqual((self.lines, self.client.nick), (["NICK bob2"], "bob2"))
+
+    def test_the_past_of_another_channel_is_not_ours(self) -> None:
+        self.client.past.ask("#chat", 0)
+        self.arrive("BATCH +1 chathistory #b", "@batch=1;msgid=1 :ann!a@b PRIVMSG #b :x", "BATCH -1")
+        self.assertEqual((self.client.past.batch, bool(self.client.past.asked)), ("", True))
+        written = self.arrive("BATCH +2 chathistory #chat", "@batch=2;msgid=2 :ann!a@b PRIVMSG #chat :y", "BATCH -2")
+        self.assertIn("ann\x1b[0m: y", written)
+        self.assertEqual(self.client.past.last, "msgid=1")  # of what was held, and shown last
+        self.arrive("@msgid=7 :ann!a@b PRIVMSG bob :psst")
+        self.assertEqual(self.client.past.last, "msgid=1")
 
     def test_a_clock_behind_does_not_repeat_the_date(self) -> None:
         yesterday = chat.server_time(time.time() - 86400)
@@ -2205,6 +2356,7 @@ class ServerProgram(ProgramCase):
             if late.line() == "*** ann joined (1 here)":
                 break
             self.assertLess(time.monotonic(), end, "the server did not recover")
+        late.close()
         program.terminate()
         _, err = program.communicate(timeout=PATIENCE)
         self.assertEqual(program.returncode, 0)
@@ -2788,7 +2940,7 @@ class AtTheTerminal(SeatCase):
             ("half\x03", 130),
             ("\x1c", 130),
         ):
-            for connected in (True, False):
+            for connected in (True, False) if "/quit" in keys or keys == "\x03" else (True,):
                 with self.subTest(keys, connected=connected):
                     self.leave(keys, status, connected)
 
@@ -4484,16 +4636,19 @@ class LoadTest(ProgramCase):
                     self.assertIn("<svg", pathlib.Path(folder, f"{protocol}.html").read_text(encoding="utf-8"))
 
     def test_what_was_said_before_is_not_counted(self) -> None:
-        _, port = self.server()
-        peer = Peer(port, "c1\n")
-        for number in range(10):
-            peer.send(loadtest.wire("plain", "#chat", 64, 1).line(number).decode())
-        peer.send("/quit\n")
-        peer.rest()
-        peer.close()
-        few = ("-n", "4", "-S", "2", "-r", "100", "-d", "0.3", "-w", "0.1", "--port", str(port))
+        programs = []
         for protocol in ("irc", "plain", "json"):
-            status, out, err = self.done(self.loadtest(*few, "--proto", protocol))
+            _, port = self.server()
+            peer = Peer(port, "c1\n")
+            for number in range(10):
+                peer.send(loadtest.wire("plain", "#chat", 64, 1).line(number).decode())
+            peer.send("/quit\n")
+            peer.rest()
+            peer.close()
+            few = ("-n", "4", "-S", "2", "-r", "100", "-d", "0.3", "-w", "0.1")
+            programs.append(self.loadtest(*few, "--port", str(port), "--proto", protocol))
+        for program in programs:
+            status, out, err = self.done(program)
             self.assertEqual((status, err), (0, ""), out)
 
     def test_every_kind_of_damage_is_caught(self) -> None:
