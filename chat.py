@@ -17,7 +17,9 @@ Sections, from pure to effectful; each uses only those above it:
     commands               one function per command, in a table with its minimum parameters
     server                 connections and their readers, the mailer, the listener
     terminal               line editor and screen, for people
-    client                 connection to a server, for a terminal or a pipe
+    client                 connection to a server, and what is known of the chat there
+    arrivals and entries   what a message, or a typed line, means to the client: a function each, in two tables
+    views                  what a person at a terminal sees and types, or what goes through a pipe
     command line           argparse, main
 
 Threads of the server. A reader per connection receives, splits into lines and runs commands, which change the
@@ -3396,6 +3398,12 @@ class View:
         """Empties the screen."""
 
 
+Arrival = Callable[["Client", Message], bool]
+ARRIVALS: Dict[str, Arrival] = {}  # by the command of a message that arrived; True: there is nothing to show
+Entry = Callable[["Client", Message], None]
+ENTRIES: Dict[str, Entry] = {}  # by the command that a typed line stands for; '' for all that the server does
+
+
 class Client:
     """One person's, or one pipe's, place in a chat.
 
@@ -3589,7 +3597,7 @@ class Client:
         except Refused as refused:
             self.view.remark(f"Error: {refused.params[0]}")
             return
-        ENTRIES.get(message.command, forward)(self, message)
+        ENTRIES.get(message.command, ENTRIES[""])(self, message)
 
 
 def tick(client: Client, now: float) -> None:
@@ -3642,10 +3650,11 @@ def catch_up(client: Client, more: bool = False) -> None:
     client.flush()
 
 
-# What a message means to the client, by its command. True: there is nothing to show.
+# -----------------------------------------------------------------------------
+# arrivals and entries
+# -----------------------------------------------------------------------------
+# What a message means to the client, a function by its command; True: there is nothing to show.
 
-Arrival = Callable[[Client, Message], bool]
-ARRIVALS: Dict[str, Arrival] = {}
 WANTED = {
     "batch", "draft/chathistory", "echo-message", "message-tags", "server-time", "standard-replies", RESUME_CAP,
 }  # fmt: skip
@@ -3874,9 +3883,7 @@ def error_arrived(client: Client, message: Message) -> bool:
 ARRIVALS["422"] = lambda client, message: True  # no message of the day
 
 
-# What a line that was typed does, by the command it stands for; any other is sent to the server.
-
-Entry = Callable[[Client, Message], None]
+# What a line that was typed does, by the command it stands for.
 
 
 def forward(client: Client, message: Message) -> None:
@@ -3916,17 +3923,22 @@ def enter_help(client: Client, message: Message) -> None:
         client.view.remark(line)
 
 
-ENTRIES: Dict[str, Entry] = {
-    "PRIVMSG": Client.say,
-    "QUIT": lambda client, message: client.leave(message.text),
-    "REPLY": enter_reply,
-    "IGNORE": enter_ignore,
-    "HELP": enter_help,
-    "CLEAR": lambda client, message: client.view.clear(),
-}
+ENTRIES.update(
+    {
+        "": forward,
+        "PRIVMSG": Client.say,
+        "QUIT": lambda client, message: client.leave(message.text),
+        "REPLY": enter_reply,
+        "IGNORE": enter_ignore,
+        "HELP": enter_help,
+        "CLEAR": lambda client, message: client.view.clear(),
+    }
+)
 
 
-# Views.
+# -----------------------------------------------------------------------------
+# views
+# -----------------------------------------------------------------------------
 
 
 class Pipe(View):
