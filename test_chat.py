@@ -1710,14 +1710,14 @@ class Resume(ServerCase):
         bob.send("JOIN #chat\r\n")
         line = f"@{chat.ID_TAG}=1 PRIVMSG #chat :hello\r\n"
         bob.send(line)
-        first = bob.until("PRIVMSG")
+        first = bob.until("PRIVMSG #chat")
         self.lose(bob)
         bob = self.bob()
         bob.send(line)
-        self.assertEqual(bob.until("PRIVMSG"), first)
+        self.assertEqual(bob.until("PRIVMSG #chat"), first)
         stranger = self.bob("another secret token", "cat")
         stranger.send(f"JOIN #chat\r\n{line}")
-        stranger.until("PRIVMSG")
+        stranger.until("PRIVMSG #chat")
         said = [text for text in ann.sync() if "PRIVMSG" in text]
         self.assertEqual([text.partition("!")[0] for text in said], [":bob", ":cat"])
 
