@@ -1492,9 +1492,7 @@ def settle(hub: Hub, batch: List[Delivery]) -> List[Delivery]:
         saying = delivery.saying
         if saying and id(saying) in lost:
             settled += [refusal(hub, delivery.message, saying)] if delivery.keep else []
-        elif (
-            saying and saying.key[0] and saying.key not in hub.seen
-        ):  # sent again, but then the first could not be kept
+        elif saying and saying.key[0] and saying.key not in hub.seen:  # a repeat; the first could not be stored
             settled.append(refusal(hub, delivery.message, saying))
         elif delivery.ask:
             settled += [Delivery(message, delivery.roster) for message in answer(hub, delivery)]

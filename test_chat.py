@@ -1624,6 +1624,14 @@ class Resume(ServerCase):
         caps = f"echo-message message-tags batch draft/chathistory {chat.RESUME_CAP}"
         return self.peer(f"CAP REQ :{caps}\r\nRESUME {token}\r\nNICK {name}\r\nUSER {name} 0 * :x\r\nCAP END\r\n")
 
+    def both(self) -> Tuple[Peer, Peer]:
+        """ann, and bob who can come back, in one channel."""
+        ann, bob = self.irc("ann"), self.bob()
+        bob.send("JOIN #chat\r\n")
+        bob.until(" 366 ")
+        ann.until("JOIN")
+        return ann, bob
+
     def lose(self, peer: Peer) -> None:
         """Resets a connection, and waits until the server knows."""
         peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -1632,10 +1640,7 @@ class Resume(ServerCase):
         self.eventually(lambda: hub.nicks["bob"].absent, "the loss was not noticed")
 
     def test_nobody_notices(self) -> None:
-        ann, bob = self.irc("ann"), self.bob()
-        bob.send("JOIN #chat\r\n")
-        bob.until(" 366 ")
-        ann.until("JOIN")
+        ann, bob = self.both()
         self.lose(bob)
         ann.send("PRIVMSG bob :psst\r\nPRIVMSG #chat :hello\r\n")
         self.assertIn(" 301 ann bob :no connection", ann.until("301"))
@@ -1653,20 +1658,14 @@ class Resume(ServerCase):
         ann.until("QUIT")
 
     def test_a_connection_that_looks_alive_is_replaced(self) -> None:
-        ann, bob = self.irc("ann"), self.bob()
-        bob.send("JOIN #chat\r\n")
-        bob.until(" 366 ")
-        ann.until("JOIN")
+        ann, bob = self.both()
         again = self.bob()
         again.until(" 366 ")
         self.assertIn("ERROR :You have come back on another connection", bob.rest()[-1])
         self.assertEqual(ann.sync(), [])
 
     def test_lost_again_before_it_was_back(self) -> None:
-        ann, bob = self.irc("ann"), self.bob()
-        bob.send("JOIN #chat\r\n")
-        bob.until(" 366 ")
-        ann.until("JOIN")
+        ann, bob = self.both()
         self.lose(bob)
         hub = self.server.hub
         half = self.peer(f"CAP REQ :{chat.RESUME_CAP}\r\nRESUME {self.TOKEN}\r\nNICK bob\r\n")
