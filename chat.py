@@ -47,9 +47,11 @@ import hashlib
 import heapq
 import hmac
 import io
+import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import os
 import pathlib
@@ -78,6 +80,7 @@ log = logging.getLogger("chat")
 DEFAULT_PORT = 9090
 DEFAULT_CHANNEL = "#chat"
 SERVER_NAME = "chat.local"
+LOOPBACK = "127.0.0.0/8,::1"
 
 # On the wire, in bytes.
 LINE_BYTES = 512  # an IRC line with CRLF and without tags: RFC 1459, section 2.3
@@ -97,15 +100,12 @@ CHANNEL_CHARS, CHANNEL_BYTES = 50, 64
 TOPIC_BYTES, NAMES_BYTES, AWAY_BYTES, REASON_BYTES, REALNAME_BYTES = 300, 300, 200, 200, 100
 
 # How many, per server or per session.
-MAX_CLIENTS = 10_000  # a thread each: 9,000 were measured in well under 300 MB
-SESSION_CHANNELS = 50  # nobody follows more; bounds what one client can create
 MAX_TARGETS = 4  # recipients of one PRIVMSG
 NICK_CHANGES, NICK_CHANGE_S = 5, 10.0  # at once, then one each so many seconds: each is told to everybody
 
 # Memory between a sender and a slow recipient.
 LOG_BROADCASTS = 500  # not yet taken by the mailer; over it senders wait, which TCP passes on to them
 LOG_LENGTH = 20_000  # the same with answers to one session: NAMES alone may be hundreds
-OUTBOX_BYTES = 1 << 20  # what one recipient may owe us beyond its socket's buffer, before it is dropped
 STACK_BYTES = 256 << 10  # of a reader thread; the default of 8 MiB would forbid thousands of them
 
 # History.
@@ -122,8 +122,7 @@ ALL = 1 << 62  # above every message's number
 
 # Time, in seconds.
 PROMPT_S = 1.0  # of silence before a person is asked for a name; IRC clients speak first
-REGISTER_S = 20.0  # to give a name: a person types it, and an attacker holds a thread no longer
-PING_S, PONG_S = 90.0, 60.0  # silence before we ask, and then before we give up
+FLOOD_S, FLOOD_BYTES = 10.0, 32 << 10  # who leaves so much unread for so long, while its lines wait, is dropped
 REFUSED_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
 ABSENT = 1000  # at most, whose connection is lost
 GRACE_S = 30.0  # for a client to come back before the others are told that it left
@@ -134,6 +133,11 @@ STOP_S = 3.0  # for the last lines to be delivered when the server stops; it is 
 # Thread switch interval. Each of N threads that want to run wakes once in it, for nothing, so it grows with N: when
 # 9,000 clients spoke at once, they had joined after 19 s with 1 ms, after 10 s with 50 ms.
 SWITCH_S, SWITCH_CLIENT_S = 0.005, 5e-6
+
+# The log.
+LOG_RECORDS = 1000  # that wait to be written: a terminal that is stopped with Ctrl-S must not stop the chat
+LOG_END_S = 0.5  # for the rest of them at the end, twice
+LOG_BURST, LOG_INTERVAL_S = 200, 0.125  # of one kind, at once and then one each: nobody fills our disk with complaints
 
 # The client.
 CONNECT_S = 10.0  # for a connection, and then for being let in
@@ -153,6 +157,24 @@ GREETED = 20  # names that are told on entering a channel
 # Looks: parameters of Select Graphic Rendition (ECMA-48, 8.3.117); names in colours seen on dark and light ground.
 BOLD, DIM, REVERSE, RED, MAGENTA = 1, 2, 7, 31, 35
 NAME_COLOURS = (32, 33, 34, 35, 36, 91, 92, 94, 95, 96)
+
+
+class Limits(NamedTuple):
+    """What clients may ask of a server, each with a flag; math.inf lifts one. Meant for a LAN and for loopback."""
+
+    clients: float = 10_000  # connections, a thread each: 9,000 were measured in under 300 MB
+    per_address: float = 16  # of them: a classroom behind one router needs more
+    register_s: float = 20.0  # to give a name: a person types it, and an attacker holds a thread no longer
+    ping_s: float = 90.0  # silence before we ask
+    pong_s: float = 60.0  # and then before we give up
+    burst: float = 10  # lines at once: enough for a client that joins
+    rate: float = 2.0  # lines/s afterwards; more of them wait
+    outbox: float = 1 << 20  # bytes that one recipient may owe us beyond its socket's buffer, before it is dropped
+    channels: float = 50  # that one client is in: nobody follows more
+    all_channels: float = 10_000  # of the server
+
+
+NO_LIMITS = Limits(*[math.inf] * len(Limits._fields))
 
 
 class Numeric(NamedTuple):
@@ -222,7 +244,7 @@ RPL_ENDOFHELP = Numeric("706", "end-of-help", "End of HELP")
 ERR_NOSUCHNICK = Numeric("401", "no-such-user", "nobody here is called {0}")
 ERR_NOSUCHCHANNEL = Numeric("403", "no-such-channel", "there is no channel {0}")
 ERR_CANNOTSENDTOCHAN = Numeric("404", "cannot-send", "only members may write to {0}")
-ERR_TOOMANYCHANNELS = Numeric("405", "too-many-channels", f"nobody may be in more than {SESSION_CHANNELS} channels")
+ERR_TOOMANYCHANNELS = Numeric("405", "too-many-channels", "{0} would be one channel too many")
 ERR_WASNOSUCHNICK = Numeric("406", "was-no-such-user", "nothing is known of {0}")
 ERR_TOOMANYTARGETS = Numeric("407", "too-many-targets", f"a message has at most {MAX_TARGETS} recipients")
 ERR_NOORIGIN = Numeric("409", "no-origin", "PING needs a token")
@@ -1069,20 +1091,62 @@ class Archive(History):
 class Allowance:
     """A token bucket: `burst` at once, then one every `interval` seconds."""
 
-    __slots__ = ("_burst", "_full_at", "_interval")
+    __slots__ = ("_full_at", "_interval", "_span")
 
-    def __init__(self, burst: int, interval: float) -> None:
-        self._burst = burst
+    def __init__(self, burst: float, interval: float) -> None:
         self._interval = interval
+        self._span = burst * interval
         self._full_at = 0.0  # when all that was taken has been given back
 
     def take(self, now: float) -> bool:
         """Takes one at the monotonic time `now`; False when there is none."""
-        full_at = max(self._full_at, now) + self._interval
-        if full_at > now + self._burst * self._interval:
+        if max(self._full_at, now) + self._interval > now + self._span:
             return False
-        self._full_at = full_at
+        self.owe(now)
         return True
+
+    def owe(self, now: float) -> float:
+        """Takes one in any case; returns in how many seconds it will have been there."""
+        self._full_at = max(self._full_at, now) + self._interval
+        return max(self._full_at - now - self._span, 0.0)
+
+
+def origin_of(address: str) -> str:
+    """An address as limits count it: of IPv6 the network of one customer, within which addresses cost nothing."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped:
+            return str(found.ipv4_mapped)
+        if not found.is_loopback:
+            return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
+    return str(found)
+
+
+class Gate:
+    """Who may connect. Guarded by Hub.lock."""
+
+    def __init__(self, exempt: str = LOOPBACK) -> None:
+        self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
+        self._here: Dict[str, int] = {}  # origin -> connections
+
+    def exempts(self, origin: str) -> bool:
+        """Whether the limits for an address and the rate do not count for one. Any thread."""
+        found = ipaddress.ip_address(origin.partition("/")[0])
+        return any(found in network for network in self._exempt)
+
+    def enter(self, origin: str, most: float) -> str:
+        """Counts one more connection of at most so many; or returns why there must not be one."""
+        count = self._here.get(origin, 0) + 1
+        if count > most and not self.exempts(origin):
+            return "Too many connections from your address"
+        self._here[origin] = count
+        return ""
+
+    def leave(self, origin: str) -> None:
+        """A connection that was counted is no more."""
+        self._here[origin] -= 1
+        if not self._here[origin]:
+            del self._here[origin]
 
 
 class Roster:
@@ -1116,12 +1180,14 @@ class Session:
 
     __slots__ = (
         "absent", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard", "host", "missed",
-        "negotiating", "nick", "nick_changes", "prefix", "realname", "registered", "signon", "silent", "since",
-        "spoke", "token", "user", "view",
+        "negotiating", "nick", "nick_changes", "origin", "pace", "prefix", "realname", "registered", "signon", "silent",
+        "since", "spoke", "token", "user", "view",
     )  # fmt: skip
 
-    def __init__(self, host: str, now: float) -> None:
+    def __init__(self, host: str, now: float, origin: str = "", pace: Optional[Allowance] = None) -> None:
         self.host = host  # shown to others, so not the address
+        self.origin = origin  # where it comes from, as the gate counts it
+        self.pace = pace  # of its lines; the reader's
         self.view: Dialect = PLAIN  # until the first line tells; the reader's
         self.fresh = True  # has sent no line yet; the reader's
         self.nick = self.user = self.realname = self.away = ""
@@ -1140,6 +1206,10 @@ class Session:
         self.due = 0.0  # when Hub.tick looks at it next
         self.asked = self.answer_by = 0.0  # when the last PING went out, and until when it must be answered
         self.nick_changes = Allowance(NICK_CHANGES, NICK_CHANGE_S)
+
+    def called(self) -> str:
+        """How the log calls it."""
+        return f"{self.nick or 'someone without a name'} from {self.origin or self.host}"
 
 
 class Channel:
@@ -1255,10 +1325,14 @@ class Hub:
     `with hub:` holds the lock; whatever was appended to the log meanwhile wakes the mailer afterwards.
     """
 
-    def __init__(self, name: str, history: Optional[History] = None, replay: int = REPLAY_LINES) -> None:
+    def __init__(
+        self, name: str, history: Optional[History] = None, replay: int = REPLAY_LINES, limits: Optional[Limits] = None
+    ) -> None:
         self.name = name
         self.history = history or History()  # the mailer's
         self.replay = replay  # lines that newcomers get
+        self.limits = limits or Limits()
+        self.gate = Gate()
         self.seen = self.history.seen()  # (token, id) -> time and msgid of what was said
         last = self.history.last()
         if last > time.time() * 1e6:  # the clock was set back: what was given and not stored must not be given again
@@ -1278,6 +1352,7 @@ class Hub:
         self._log: List[Delivery] = []
         self._broadcasts = 0  # how many of the log go to more than one session
         self._weight = 0  # messages that entries of the log stand for, beyond one each
+        self._notes: List[Tuple[int, str, Tuple[object, ...]]] = []  # for the log
         self._closing: List[Session] = []  # to be closed once what the log holds for them is sent
         self._timers = Timers()
         self._tidy_at = 0.0
@@ -1291,9 +1366,14 @@ class Hub:
         wake = self._mailer_waits and bool(self._log or self._closing)
         if wake:
             self._mailer_waits = False
+        notes = self._notes
+        if notes:
+            self._notes = []
         self._lock.release()
         if wake:
             self.wake()
+        for level, text, values in notes:
+            log.log(level, text, *values)
 
     # For the server's threads.
 
@@ -1371,6 +1451,10 @@ class Hub:
         self._log.append(Delivery(PROMPT, session.alone, ask=ask))
         self._weight += weight
 
+    def note_locked(self, level: int, text: str, *values: object) -> None:
+        """Writes a line to the log, as soon as the lock is free."""
+        self._notes.append((level, text, values))
+
     def mark_locked(self) -> int:
         """A place in the log."""
         return len(self._log)
@@ -1391,14 +1475,6 @@ class Hub:
         words = (*params, text) if text is not None else params
         self.tell_locked(session, Message(numeric.code, (session.nick or "*", *words), self.name))
 
-    def probe_locked(self, session: Session) -> None:
-        """Asks whether somebody is still there, because a ghost may hold a name."""
-        now = time.monotonic()
-        asked = session.heard < session.asked
-        if session.view.pings and not asked and not session.absent and now > session.heard + PROBE_S:
-            self.ping_locked(session, now, PROBE_S)
-            self._timers.set(session, session.answer_by)
-
     def part_locked(self, session: Session, channel: Channel, reason: str) -> None:
         """Takes a session out of a channel and tells its members."""
         words = (channel.name, reason) if reason else (channel.name,)
@@ -1409,6 +1485,8 @@ class Hub:
         """Ends a session: the others see `reason`, itself gets `farewell`, if any, as its last line."""
         if session.gone:
             return
+        level = logging.INFO if session.registered else logging.DEBUG
+        self.note_locked(level, "%s left: %s", session.called(), harmless(reason or farewell) or "went away")
         rosters = [channel.roster for channel in session.channels]
         for channel in list(session.channels):
             self._remove_locked(session, channel)
@@ -1429,9 +1507,10 @@ class Hub:
         self._closing.append(session)
 
     def ping_locked(self, session: Session, now: float, patience: float) -> None:
-        """Asks a session whether it is there, with so much patience."""
+        """Asks a session whether it is there, and looks again when it should have answered."""
         session.asked, session.answer_by = now, now + patience
         self.tell_locked(session, Message("PING", (self.name,)))
+        self._timers.set(session, session.answer_by)
 
     def _remove_locked(self, session: Session, channel: Channel) -> None:
         channel.remove(session)
@@ -1444,24 +1523,33 @@ def examine(hub: Hub, session: Session, now: float) -> float:
     if session.absent:
         hub.quit_locked(session, session.absent, "")
         return now
+    limits = hub.limits
     if not session.registered:
-        if now >= session.since + REGISTER_S:
-            hub.quit_locked(session, "", f"No name within {REGISTER_S:.0f} seconds")
+        if now >= session.since + limits.register_s:
+            hub.quit_locked(session, "", f"No name within {limits.register_s:.0f} seconds")
         elif session.silent:
             session.silent = False
             hub.tell_locked(session, PROMPT)
-        return session.since + REGISTER_S
+        return session.since + limits.register_s
     if session.heard < session.asked:
         if now < session.answer_by:
             return session.answer_by
         hub.quit_locked(session, "Ping timeout", "Ping timeout")
         return now
     if not session.view.pings:
-        return now + PING_S  # nothing to ask: the keepalive of TCP finds out
-    if now >= session.heard + PING_S:
-        hub.ping_locked(session, now, PONG_S)
+        return now + limits.ping_s  # nothing to ask: TCP itself finds out
+    if now >= session.heard + limits.ping_s:
+        hub.ping_locked(session, now, limits.pong_s)
         return session.answer_by
-    return session.heard + PING_S
+    return session.heard + limits.ping_s
+
+
+def probe(hub: Hub, session: Session) -> None:
+    """Asks whether somebody is still there, because a ghost may hold a name. With the lock held."""
+    now = time.monotonic()
+    asked = session.heard < session.asked
+    if session.view.pings and not asked and not session.absent and now > session.heard + PROBE_S:
+        hub.ping_locked(session, now, PROBE_S)
 
 
 def tidy(history: History) -> List[Message]:
@@ -1823,7 +1911,7 @@ def nick(hub: Hub, session: Session, message: Message) -> None:
     holder = hub.nicks.get(fold(name), session)
     again = session.token and holder.token == session.token and not session.registered
     if holder is not session and not again:
-        hub.probe_locked(holder)
+        probe(hub, holder)
         raise Refused(ERR_NICKNAMEINUSE, name)
     if name == session.nick:
         return
@@ -1888,6 +1976,7 @@ def register(hub: Hub, session: Session) -> None:
     hub.nicks[fold(session.nick)] = session
     session.registered = True
     session.signon = session.spoke = time.time()
+    hub.note_locked(logging.INFO, "%s joined", session.called())
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(hub.started))
     hub.reply_locked(session, RPL_WELCOME, text=f"Welcome to the chat, {session.prefix}")
     hub.reply_locked(session, RPL_YOURHOST, text=f"Your host is {hub.name}, running {VERSION}")
@@ -1909,7 +1998,7 @@ _TOKENS = (
     "NETWORK=chat.py CASEMAPPING=ascii CHANTYPES=# PREFIX=(ov)@+ CHANMODES=b,k,l,imnt"
     f" NICKLEN={NICK_CHARS} CHANNELLEN={CHANNEL_CHARS} TOPICLEN={TOPIC_BYTES} AWAYLEN={AWAY_BYTES}"
     f" KICKLEN={REASON_BYTES} MODES=4 MAXLIST=b:100 TARGMAX=PRIVMSG:{MAX_TARGETS},NOTICE:{MAX_TARGETS}"
-    f" CHANLIMIT=#:{SESSION_CHANNELS} UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
+    f" UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
 ).split()
 ISUPPORT = [_TOKENS[start : start + 13] for start in range(0, len(_TOKENS), 13)]  # a line each
 
@@ -1964,7 +2053,8 @@ def enter(hub: Hub, session: Session, name: str) -> None:
     if session.view.single:
         for old in list(session.channels):
             hub.part_locked(session, old, f"went to {name}")
-    if len(session.channels) >= SESSION_CHANNELS:
+    limits, new = hub.limits, fold(name) not in hub.channels
+    if len(session.channels) >= limits.channels or new and len(hub.channels) >= limits.all_channels:
         raise Refused(ERR_TOOMANYCHANNELS, name)
     hub.channels[fold(name)] = channel
     channel.add(session)
@@ -2367,7 +2457,7 @@ FULL = "This server is full; try again later"
 class Connection:
     """A session's socket. Its reader receives, the mailer alone sends, shuts down and closes."""
 
-    __slots__ = ("closing", "ended", "outbox", "send", "session", "shut", "sock")
+    __slots__ = ("closing", "cut", "ended", "flooding", "outbox", "send", "session", "shut", "sock")
 
     def __init__(self, sock: socket.socket, session: Session) -> None:
         self.sock = sock
@@ -2376,14 +2466,23 @@ class Connection:
         self.outbox = bytearray()  # what the socket did not take
         self.closing = False  # nothing more will be sent after the outbox
         self.shut = False  # no longer written to
+        self.cut = False  # nor read from: after a shutdown Linux goes on to receive what the peer goes on to send
         self.ended = False  # its reader has returned
+        self.flooding = 0.0  # since when too much is waiting to be read; its reader's
 
     def receive(self) -> bytes:
         """The next bytes; b'' at the end; raises OSError. Reader only."""
         while not DONTWAIT and not select.select([self.sock], [], [], TICK_S)[0]:
-            if self.shut:
+            if self.cut:
                 return b""
         return self.sock.recv(RECV_BYTES)
+
+    def backlog(self) -> int:
+        """How many bytes wait to be received, as far as it matters. Reader only."""
+        try:
+            return len(self.sock.recv(FLOOD_BYTES, socket.MSG_PEEK | DONTWAIT))
+        except OSError:
+            return 0
 
 
 class Mailer:
@@ -2487,8 +2586,8 @@ class Mailer:
         """Puts into the outbox what the socket did not take; drops who owes too much."""
         if not connection.outbox and len(self._selector.get_map()) < MAX_WATCHED:
             self._selector.register(connection.sock, selectors.EVENT_WRITE, connection)
-        elif not connection.outbox or len(connection.outbox) + len(data) > OUTBOX_BYTES:
-            log.warning("%s reads too slowly and is dropped", connection.session.nick or "someone without a name")
+        elif not connection.outbox or len(connection.outbox) + len(data) > self._hub.limits.outbox:
+            log.warning("%s reads too slowly and is dropped", connection.session.called())
             self._hub.leave(connection.session, "Reads too slowly")  # before its reader can say otherwise
             self._shut(connection)
             return
@@ -2546,7 +2645,7 @@ class Mailer:
 
     def _shut(self, connection: Connection, how: int = socket.SHUT_RDWR) -> None:
         """Sends no more, and unless only writing ends, makes its reader return."""
-        connection.shut = True
+        connection.shut, connection.cut = True, connection.cut or how == socket.SHUT_RDWR
         if connection.outbox:
             connection.outbox.clear()
             self._selector.unregister(connection.sock)
@@ -2558,6 +2657,8 @@ class Mailer:
         connection.sock.close()
         self._lingering.pop(connection, None)
         del self._connections[connection.session]
+        with self._hub:
+            self._hub.gate.leave(connection.session.origin)
 
 
 class Server:
@@ -2566,10 +2667,9 @@ class Server:
     `serve` runs until `stop` is called from another thread or a signal handler, and cleans up.
     """
 
-    def __init__(self, host: str, port: int, hub: Optional[Hub] = None, max_clients: int = MAX_CLIENTS) -> None:
+    def __init__(self, host: str, port: int, hub: Optional[Hub] = None) -> None:
         self.listener = listen(host, port)
         self.address: Tuple[str, int] = self.listener.getsockname()[:2]
-        self.max_clients = max_clients
         self.hub = hub or Hub(SERVER_NAME)
         self._mailer = Mailer(self.hub, self.stop)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
@@ -2616,23 +2716,28 @@ class Server:
             if error.errno in NO_DESCRIPTORS:
                 self._refuse_without_descriptor()
             return  # or it has gone already
-        if len(self._mailer) >= self.max_clients:
-            log.warning("refused a client: %d are connected", self.max_clients)
-            turn_away(sock)
-            return
+        origin, limits = origin_of(address[0]), self.hub.limits
         try:
-            prepare(sock)
+            prepare(sock, limits)
         except OSError:  # it has gone already
             sock.close()
             return
-        session = Session(self._host(address[0]), time.monotonic())
+        with self.hub:
+            why = FULL if len(self._mailer) >= limits.clients else self.hub.gate.enter(origin, limits.per_address)
+        if why:
+            log.warning("refused %s: %s", origin, why)
+            turn_away(sock, why)
+            return
+        paced = limits.rate < math.inf and not self.hub.gate.exempts(origin)
+        pace = Allowance(limits.burst, 1 / limits.rate) if paced else None
+        session = Session(self._host(origin), time.monotonic(), origin, pace)
         connection = Connection(sock, session)
         self._mailer.add(connection)
         self.hub.enter(session)
         try:
             threading.Thread(target=self._read, args=(connection,), daemon=True).start()
         except RuntimeError as error:  # can't start new thread
-            log.warning("refused a client: %s", error)
+            log.warning("refused %s: %s", origin, error)
             self.hub.leave(session, "", FULL)
             self._mailer.end(connection)
 
@@ -2641,17 +2746,17 @@ class Server:
         log.warning("refused a client: out of descriptors (ulimit -n)")
         with contextlib.suppress(OSError):
             os.close(self._reserve)
-            turn_away(self.listener.accept()[0])
+            turn_away(self.listener.accept()[0], FULL)
         self._reserve = -1
         with contextlib.suppress(OSError):
             self._reserve = os.open(os.devnull, os.O_RDONLY)
         if self._reserve < 0:
             time.sleep(0.05)  # none to be had even so: no use in asking again at once
 
-    def _host(self, address: str) -> str:
-        if address.startswith(("127.", "::1", "::ffff:127.")):
+    def _host(self, origin: str) -> str:
+        if ipaddress.ip_address(origin.partition("/")[0]).is_loopback:
             return "localhost"
-        return hmac.new(self._secret, address.encode(), hashlib.sha256).hexdigest()[:10]
+        return hmac.new(self._secret, origin.encode(), hashlib.sha256).hexdigest()[:10]
 
     def _read(self, connection: Connection) -> None:
         """A reader thread: ends when its connection does."""
@@ -2662,12 +2767,11 @@ class Server:
             if data[:1] == bytes([TLS_HANDSHAKE]):
                 log.warning("refused a client: it speaks TLS, which is not set up here")
                 return
-            while data:
+            while data and not connection.cut:
                 session.heard = time.monotonic()
                 if data[:1] != b"\xff":  # telnet programs introduce themselves, and say nothing by that
                     session.silent = False
-                for line in lines.feed(data) if not session.gone else ():
-                    perform(self.hub, session, line)
+                self._obey(connection, lines.feed(data), len(data))
                 data = connection.receive()
             rest = lines.end()
             if rest and session.view.unended:
@@ -2681,6 +2785,32 @@ class Server:
         finally:
             self.hub.leave(session, reason)
             self._mailer.end(connection)
+
+    def _obey(self, connection: Connection, lines: List[Optional[bytes]], size: int) -> None:
+        """Runs commands as they came, in so many bytes: bytes that are no line count as some, for the pace."""
+        session = connection.session
+        for line in lines:
+            if session.pace:
+                self._hold_back(connection, session.pace)
+            if session.gone:
+                return
+            perform(self.hub, session, line)
+        for _ in range(size // LINE_BYTES - len(lines)):
+            if session.pace:
+                self._hold_back(connection, session.pace)
+
+    def _hold_back(self, connection: Connection, pace: Allowance) -> None:
+        """Waits until a session may go on; ends it if it goes on with much more than it may."""
+        now, session = time.monotonic(), connection.session
+        wait = pace.owe(now)
+        if not wait or connection.backlog() < FLOOD_BYTES:
+            connection.flooding = now
+        elif now > connection.flooding + FLOOD_S:
+            self.hub.leave(session, "Flooding", f"More than {self.hub.limits.rate:g} lines a second, without end")
+            return
+        if wait and not session.gone:
+            time.sleep(wait)
+            session.heard = time.monotonic()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -2704,25 +2834,30 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def prepare(sock: socket.socket) -> None:
-    """Sets up an accepted socket: blocking where a call can be told not to be, no delay, probing a silent peer."""
+def prepare(sock: socket.socket, limits: Limits) -> None:
+    """Sets up an accepted socket: blocking where a call can be told not to be; no delay; a lost peer is noticed."""
     sock.setblocking(bool(DONTWAIT))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    silence, patience = (min(max(seconds, 1), 30_000) for seconds in (limits.ping_s, limits.pong_s))
     if sys.platform == "win32":
-        sock.ioctl(socket.SIO_KEEPALIVE_VALS, (1, int(PING_S * 1000), int(PONG_S * 250)))
+        sock.ioctl(socket.SIO_KEEPALIVE_VALS, (1, int(silence * 1000), int(patience * 250)))
         return
-    idle = getattr(socket, "TCP_KEEPIDLE", None) or getattr(socket, "TCP_KEEPALIVE", None)  # the latter on macOS
-    for option, seconds in ((idle, PING_S), (getattr(socket, "TCP_KEEPINTVL", None), PONG_S / 4)):
-        if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, max(1, int(seconds)))
+    for name, value in (
+        ("TCP_KEEPIDLE", silence),
+        ("TCP_KEEPALIVE", silence),  # the same on macOS
+        ("TCP_KEEPINTVL", max(patience / 4, 1)),
+        ("TCP_USER_TIMEOUT", (silence + patience) * 1000),  # of what we sent and nobody acknowledges: Linux
+    ):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), int(value))
 
 
-def turn_away(sock: socket.socket) -> None:
-    """Tells a client that there is no room and lets it go, without waiting for it."""
+def turn_away(sock: socket.socket, why: str) -> None:
+    """Tells a client that it cannot come in, and lets it go, without waiting for it."""
     with sock, contextlib.suppress(OSError):
         sock.setblocking(False)
-        sock.send(f"ERROR :{FULL}\r\n".encode())  # readable in every dialect
+        sock.send(f"ERROR :{why}\r\n".encode())  # readable in every dialect
         sock.shutdown(socket.SHUT_WR)
         sock.recv(RECV_BYTES)  # unread input would turn the close into a reset, which may overtake the line
 
@@ -4161,13 +4296,15 @@ def run_server(args: argparse.Namespace) -> int:
     """chat.py server"""
     if not re.fullmatch(r"[A-Za-z0-9.-]{1,63}", args.server_name):
         raise Failed("a --server-name is up to 63 letters, digits, dots and hyphens")
-    level = logging.DEBUG if args.verbose else logging.INFO
-    logging.basicConfig(filename=args.log, level=level, format="%(asctime)s %(levelname)s %(message)s")
     raise_descriptor_limit()
     history = Archive(args.history, args.fsync, args.keep) if args.history else History()
-    hub = Hub(args.server_name, history, args.replay)
+    hub = Hub(args.server_name, history, args.replay, chosen_limits(args))
     try:
-        server = Server(args.host, args.port, hub, args.max_clients)
+        hub.gate = Gate(args.exempt)
+    except ValueError as error:
+        raise Failed(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
+    try:
+        server = Server(args.host, args.port, hub)
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
@@ -4176,8 +4313,72 @@ def run_server(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.stop())
     host, port = server.address
+    end_log = begin_log(args)
     print(f"listening on {host}:{port}\n{invitation(host, port)}", flush=True)
-    return 0 if server.serve() else 1
+    status = 0 if server.serve() else 1
+    if not end_log():  # its thread holds the stream's lock, without which Python does not end
+        os._exit(status)
+    return status
+
+
+def chosen_limits(args: argparse.Namespace) -> Limits:
+    """The limits that the command line tells."""
+    limits = NO_LIMITS if args.no_limits else Limits()
+    chosen = {name: getattr(args, name) for name in Limits._fields if getattr(args, name) is not None}
+    return limits._replace(**chosen)
+
+
+def begin_log(args: argparse.Namespace) -> Callable[[], bool]:
+    """Has the log written by a thread, because a terminal or a pipe may take nothing for as long as it likes.
+
+    Returns what ends that; it tells whether all is written.
+    """
+    handler = logging.FileHandler(args.log, encoding="utf-8") if args.log else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    records: queue.Queue[Any] = queue.Queue(LOG_RECORDS)
+    source = LogQueue(records)
+    source.addFilter(Calm())
+    log.addHandler(source)
+    log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
+
+    def write() -> None:
+        for record in iter(records.get, None):
+            handler.handle(record)
+
+    def end() -> bool:
+        with contextlib.suppress(queue.Full):
+            records.put(None, timeout=LOG_END_S)
+        writer.join(LOG_END_S)
+        return not writer.is_alive()
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    return end
+
+
+class LogQueue(logging.handlers.QueueHandler):
+    """Loses what the queue has no room for."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(record)
+
+
+class Calm(logging.Filter):
+    """Lets through so many records of a kind at a time, and tells later how many were left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kinds: Dict[str, Tuple[Allowance, List[int]]] = {}  # text before values are put in -> [left out]
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        allowance, left_out = self._kinds.setdefault(record.msg, (Allowance(LOG_BURST, LOG_INTERVAL_S), [0]))
+        if not allowance.take(time.monotonic()):
+            left_out[0] += 1
+            return False
+        if left_out[0]:
+            record.msg, left_out[0] = f"{record.msg} ({left_out[0]} more like this are not shown)", 0
+        return True
 
 
 def invitation(host: str, port: int) -> str:
@@ -4291,6 +4492,28 @@ def login_name() -> str:
         return "guest"
 
 
+LIMIT_FLAGS = {  # of each of the Limits: flag, unit, what it bounds
+    "clients": ("--max-clients", "N", "connections"),
+    "per_address": ("--max-per-address", "N", "of them from one address"),
+    "register_s": ("--register-time", "SECONDS", "to give a name"),
+    "ping_s": ("--ping-time", "SECONDS", "silence before a client is asked whether it is there"),
+    "pong_s": ("--pong-time", "SECONDS", "before one that does not answer is dropped"),
+    "burst": ("--burst", "LINES", "at once from one client"),
+    "rate": ("--rate", "LINES", "each second after that; more of them wait"),
+    "outbox": ("--max-outbox", "BYTES", "that a client may leave unread before it is dropped"),
+    "channels": ("--max-channels", "N", "that a client may be in"),
+    "all_channels": ("--max-all-channels", "N", "channels in all"),
+}
+
+
+def above_zero(text: str) -> float:
+    """The type of an argument that is a number."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return number
+
+
 def whole(low: int, high: int) -> Callable[[str], int]:
     """The type of an argument that is a whole number from `low` to `high`."""
 
@@ -4320,14 +4543,26 @@ def add_server(modes: Any, shared: argparse.ArgumentParser) -> None:
     server = modes.add_parser("server", parents=[shared], help="let people join", description="Lets people join.")
     add = server.add_argument
     add("--server-name", default=SERVER_NAME, metavar="NAME", help="in IRC replies (%(default)s)")
-    add("--max-clients", type=whole(1, 1_000_000), default=MAX_CLIENTS, metavar="N", help="(default %(default)s)")
     add("--history", metavar="FILE", help="keep what is said in this SQLite file (default: in memory)")
     add("--fsync", action="store_true", help="keep it also when the machine loses its power")
     add("--keep", type=whole(1, 36500), default=math.inf, metavar="DAYS", help="(default: for ever)")
     add("--replay", type=whole(0, PAGE_LINES), default=REPLAY_LINES, metavar="N", help="for newcomers (%(default)s)")
     add("--log", metavar="FILE", help="log to FILE instead of standard error")
     add("-v", "--verbose", action="store_true", help="log more")
+    add_limits(server.add_argument_group("limits"))
     server.set_defaults(run=run_server)
+
+
+def add_limits(group: Any) -> None:
+    """A flag for each limit."""
+    defaults = Limits()
+    for name, (flag, unit, text) in LIMIT_FLAGS.items():
+        group.add_argument(
+            flag, dest=name, type=above_zero, metavar=unit, help=f"{text} ({getattr(defaults, name):.0f})"
+        )
+    group.add_argument("--no-limits", action="store_true", help="none but those that are given")
+    text = "from where neither --max-per-address nor --rate counts (%(default)s)"
+    group.add_argument("--exempt", default=LOOPBACK, metavar="NETWORK,...", help=text)
 
 
 def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:

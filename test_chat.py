@@ -10,6 +10,7 @@ import ast
 import codecs
 import contextlib
 import copy
+import ctypes
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -100,7 +102,7 @@ class Shape(unittest.TestCase):
         self.assertLessEqual(prefix + len("TOPIC ") + chat.CHANNEL_BYTES + 2 + chat.TOPIC_BYTES + 2, chat.LINE_BYTES)
         numeric = 1 + 63 + len(" 353 ") + chat.NICK_BYTES + len(" = ") + chat.CHANNEL_BYTES + 2
         self.assertLessEqual(numeric + chat.NAMES_BYTES + 2, chat.LINE_BYTES)
-        self.assertLess(chat.LOG_BROADCASTS * chat.LINE_BYTES, chat.OUTBOX_BYTES)
+        self.assertLess(chat.LOG_BROADCASTS * chat.LINE_BYTES, chat.Limits().outbox)
 
 
 class Names(unittest.TestCase):
@@ -777,6 +779,14 @@ class ServerCase(unittest.TestCase):
         self.thread.join(PATIENCE)
         self.assertFalse(self.thread.is_alive(), "the server did not stop")
 
+    def limit(self, **limits: float) -> None:
+        """Sets limits for those who come from now on."""
+        self.server.hub.limits = self.server.hub.limits._replace(**limits)
+
+    def exempt(self, networks: str) -> None:
+        """Says from where those who come may do what they like."""
+        self.server.hub.gate = chat.Gate(networks)
+
     def peer(self, data: str = "") -> Peer:
         peer = Peer(self.port, data)
         self.addCleanup(peer.close)
@@ -1211,8 +1221,8 @@ class Identity(ServerCase):
         for start in range(0, 1000, 20):
             bob.send("JOIN " + ",".join(f"#c{number}" for number in range(start, start + 20)) + "\r\n")
         refused = [line for line in bob.sync() if " 405 " in line]
-        self.assertEqual(len(refused), 1001 - chat.SESSION_CHANNELS)
-        self.assertEqual(len(self.server.hub.channels), chat.SESSION_CHANNELS)
+        self.assertEqual(len(refused), 1001 - chat.Limits().channels)
+        self.assertEqual(len(self.server.hub.channels), chat.Limits().channels)
 
     def test_case_change_of_the_own_name(self) -> None:
         bob = self.irc("bob")
@@ -1222,45 +1232,46 @@ class Identity(ServerCase):
 
 class Pressure(ServerCase):
     def test_silent_connections_are_closed(self) -> None:
-        with mock.patch.object(chat, "REGISTER_S", 0.5), mock.patch.object(chat, "PROMPT_S", 0.1):
+        self.limit(register_s=0.5)
+        with mock.patch.object(chat, "PROMPT_S", 0.1):
             silent = [self.peer() for _ in range(50)]
             for peer in silent:
                 self.assertEqual(peer.rest()[-1:], ["Enter your name: *** No name within 0 seconds"])
         self.eventually(lambda: not self.server.hub.sessions, "sessions were left")
 
     def test_pings_keep_the_living_and_end_the_dead(self) -> None:
-        with mock.patch.multiple(chat, PING_S=0.2, PONG_S=1.0):
-            dead, alive = self.irc("dead"), self.irc("alive")
-            while " QUIT " not in (alive.line() or self.fail("the living was dropped, too")):
-                if alive.seen[-1].startswith("PING"):
-                    alive.send("PONG chat.local\r\n")
-            self.assertEqual(alive.seen[-1], ":dead!dead@localhost QUIT :Ping timeout")
-            self.assertEqual(dead.rest()[-1], ":chat.local ERROR :Ping timeout")
+        self.limit(ping_s=0.2, pong_s=1.0)
+        dead, alive = self.irc("dead"), self.irc("alive")
+        while " QUIT " not in (alive.line() or self.fail("the living was dropped, too")):
+            if alive.seen[-1].startswith("PING"):
+                alive.send("PONG chat.local\r\n")
+        self.assertEqual(alive.seen[-1], ":dead!dead@localhost QUIT :Ping timeout")
+        self.assertEqual(dead.rest()[-1], ":chat.local ERROR :Ping timeout")
 
     def test_who_does_not_read_is_dropped_and_nobody_else_notices(self) -> None:
-        with mock.patch.object(chat, "OUTBOX_BYTES", 1 << 16):
-            ann, bob = self.irc("ann"), self.irc("bob")
-            stalled = Peer.__new__(Peer)
-            stalled.sock, stalled.buffer, stalled.seen = socket.socket(), b"", []
-            self.addCleanup(stalled.close)
-            stalled.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            stalled.sock.connect(("127.0.0.1", self.port))
-            stalled.send("NICK mud\r\nUSER mud 0 * :mud\r\nJOIN #chat\r\n")
-            ann.until("mud!mud@localhost JOIN")
-            writer = threading.Thread(target=self.write, args=(bob, 30000))
-            writer.start()
-            texts: List[str] = []
-            with self.assertLogs("chat", "WARNING"):
-                while len(texts) < 30000:
-                    line = ann.line() or self.fail("ann was dropped")
-                    if "PRIVMSG" in line:
-                        texts.append(line.rpartition(" ")[2])
-            writer.join(PATIENCE)
-            self.assertEqual(texts, [str(number) for number in range(30000)])
-            gone = ":mud!mud@localhost QUIT :Reads too slowly"
-            if gone not in ann.seen:
-                self.assertEqual(ann.until(" QUIT "), gone)
-            self.eventually(lambda: "mud" not in self.server.hub.nicks, "its name was not freed")
+        self.limit(outbox=1 << 16)
+        ann, bob = self.irc("ann"), self.irc("bob")
+        stalled = Peer.__new__(Peer)
+        stalled.sock, stalled.buffer, stalled.seen = socket.socket(), b"", []
+        self.addCleanup(stalled.close)
+        stalled.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.sock.connect(("127.0.0.1", self.port))
+        stalled.send("NICK mud\r\nUSER mud 0 * :mud\r\nJOIN #chat\r\n")
+        ann.until("mud!mud@localhost JOIN")
+        writer = threading.Thread(target=self.write, args=(bob, 30000))
+        writer.start()
+        texts: List[str] = []
+        with self.assertLogs("chat", "WARNING"):
+            while len(texts) < 30000:
+                line = ann.line() or self.fail("ann was dropped")
+                if "PRIVMSG" in line:
+                    texts.append(line.rpartition(" ")[2])
+        writer.join(PATIENCE)
+        self.assertEqual(texts, [str(number) for number in range(30000)])
+        gone = ":mud!mud@localhost QUIT :Reads too slowly"
+        if gone not in ann.seen:
+            self.assertEqual(ann.until(" QUIT "), gone)
+        self.eventually(lambda: "mud" not in self.server.hub.nicks, "its name was not freed")
 
     def write(self, peer: Peer, count: int) -> None:
         for number in range(count):
@@ -1317,7 +1328,7 @@ class Pressure(ServerCase):
             self.assertEqual([n for who, n in seen[0] if who == f":u{number}"], [str(n) for n in range(300)])
 
     def test_full_server_says_so(self) -> None:
-        self.server.max_clients = 1
+        self.limit(clients=1)
         self.plain("ann")
         with self.assertLogs("chat", "WARNING"):
             self.assertEqual(self.peer().rest(), [f"ERROR :{chat.FULL}"])
@@ -1359,6 +1370,90 @@ class Pressure(ServerCase):
             bob.send("/who\n")
             self.assertEqual(bob.rest(), [])
         ann.until("*** bob left: Internal error")
+
+
+class Throttled(ServerCase):
+    """Limits for an address, and of what a client may send."""
+
+    def test_connections_from_one_address_are_counted(self) -> None:
+        self.limit(per_address=2)
+        self.exempt("10.0.0.0/8")
+        ann, bob = self.plain("ann"), self.plain("bob")
+        for _ in range(3):
+            with self.assertLogs("chat", "WARNING"):
+                self.assertEqual(self.peer().rest(), ["ERROR :Too many connections from your address"])
+        bob.send("exit\n")
+        bob.rest()
+        bob.close()
+        ann.until("bob left")
+        self.eventually(lambda: len(self.server._mailer) == 1, "bob's connection was left")
+        self.plain("eve")
+
+    def test_origins(self) -> None:
+        for address, origin, exempt in (
+            ("127.0.0.1", "127.0.0.1", True),
+            ("127.8.8.8", "127.8.8.8", True),
+            ("::1", "::1", True),
+            ("::ffff:127.0.0.1", "127.0.0.1", True),
+            ("192.0.2.7", "192.0.2.7", False),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64", False),
+            ("fe80::1%eth0", "fe80::/64", False),
+        ):
+            with self.subTest(address):
+                self.assertEqual(chat.origin_of(address), origin)
+                self.assertEqual(chat.Gate().exempts(origin), exempt)
+        self.assertTrue(chat.Gate("fe80::/10, 192.0.2.0/24").exempts("fe80::/64"))
+        self.assertRaises(ValueError, chat.Gate, "here")
+
+    def test_a_flood_is_slowed_and_nobody_else_notices(self) -> None:
+        self.limit(burst=10, rate=50)
+        self.exempt("")
+        ann, bob = self.irc("ann"), self.irc("bob")
+        bob.sync()
+        began = time.monotonic()
+        bob.send("".join(f"PRIVMSG #chat :{number}\r\n" for number in range(60)))
+        ann.send("PRIVMSG #chat :in between\r\n")
+        bob.until("in between")
+        for number in range(60):
+            self.assertIn(f"PRIVMSG #chat :{number}", ann.until("PRIVMSG #chat"))
+        self.assertGreater(time.monotonic() - began, 45 / 50)  # no line may come before its time
+
+    def test_bytes_that_are_no_lines_are_slowed_as_well(self) -> None:
+        self.limit(burst=10, rate=50)
+        self.exempt("")
+        bob = self.irc("bob")
+        bob.sync()
+        began = time.monotonic()
+        bob.send("x" * 512 * 60)
+        bob.send("\r\nPING end\r\n")
+        bob.until("PONG chat.local :end")
+        self.assertGreater(time.monotonic() - began, 45 / 50)
+
+    def test_who_floods_on_and_on_is_dropped(self) -> None:
+        self.limit(rate=20)
+        self.exempt("")
+        ann, bob = self.irc("ann"), self.irc("bob")
+        with mock.patch.multiple(chat, FLOOD_S=0.3, LINGER_S=0.3):
+            writer = threading.Thread(target=self.flood, args=(bob,))
+            writer.start()
+            self.assertEqual(ann.until(" QUIT "), ":bob!bob@localhost QUIT Flooding")
+            writer.join(PATIENCE)
+        self.assertFalse(writer.is_alive())
+
+    def flood(self, peer: Peer) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer.send("PRIVMSG #chat :and on\r\n" * 100)
+
+    @unittest.skipUnless(hasattr(socket, "TCP_USER_TIMEOUT") and sys.platform == "linux", "needs Linux")
+    def test_a_network_that_swallows_everything(self) -> None:
+        self.limit(ping_s=1, pong_s=0.1)
+        ann, bob = self.plain("ann"), self.plain("bob")
+        drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: accept 0 bytes of a packet
+        bob.sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", 1, ctypes.addressof(drop_all)))  # SO_ATTACH_FILTER
+        ann.send("hello?\n")
+        ann.until("*** bob left: Connection lost")
+        self.eventually(lambda: "bob" not in self.server.hub.nicks, "bob's name was not freed")
 
 
 class Past(ServerCase):
@@ -1677,7 +1772,7 @@ class Resume(ServerCase):
         self.assertEqual(ann.sync(), [])
 
     def test_the_absent_keep_nobody_out(self) -> None:
-        self.server.max_clients = 1
+        self.limit(clients=1)
         bob = self.bob()
         bob.until(" 376 ")
         self.lose(bob)
@@ -2310,7 +2405,8 @@ class ServerProgram(ProgramCase):
         peer.close()
         assert program.stdout and program.stderr
         out, err = program.stdout.read(), program.stderr.read()
-        self.assertEqual((program.wait(PATIENCE), err), (0, ""))
+        self.assertEqual(program.wait(PATIENCE), 0)
+        self.assertRegex(err, r"^[-0-9]+ [:,0-9]+ INFO ann from 127\.0\.0\.1 joined\n$")
         self.assertIn("only this machine can join; --host 0.0.0.0 opens the chat to the network", out)
         self.assertIn(f"nc 127.0.0.1 {port}\n", out)
 
@@ -2387,6 +2483,46 @@ class ServerProgram(ProgramCase):
             program.terminate()
             program.communicate(timeout=PATIENCE)
             self.assertIn("TLS", path.read_text(encoding="utf-8"))
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux")
+    def test_a_log_that_nobody_reads_stops_nothing(self) -> None:
+        import fcntl
+
+        program, port = self.server("-v")
+        assert program.stderr
+        fcntl.fcntl(program.stderr, 1031, 4096)  # F_SETPIPE_SZ, which Python knows since 3.10
+        for number in range(200):
+            peer = Peer(port, f"ann{number}\nexit\n")
+            self.assertEqual(peer.rest()[-1], "*** Goodbye")
+            peer.close()
+        program.terminate()
+        self.assertEqual(program.wait(PATIENCE), 0)
+
+    def test_what_is_logged(self) -> None:
+        program, port = self.server()
+        ann = Peer(port, "ann\n")
+        ann.until("joined")
+        peer = Peer(port, "NICK eve\r\nUSER x 0 * :x\r\nQUIT :gone\x1b[2J\r\n")
+        peer.rest()
+        peer.close()
+        ann.close()
+        program.terminate()
+        _, err = program.communicate(timeout=PATIENCE)
+        lines = [line.partition(" INFO ")[2] for line in err.splitlines()]
+        joined = [f"{name} from 127.0.0.1 joined" for name in ("ann", "eve")]
+        self.assertEqual(lines[:3], [*joined, "eve from 127.0.0.1 left: gone\\x1b[2J"])
+
+    def test_nobody_fills_the_log(self) -> None:
+        calm, clock = chat.Calm(), 1000.0
+        records = [chat.log.makeRecord("chat", 20, "", 0, "%s left", (str(n),), None) for n in range(1000)]
+        other = chat.log.makeRecord("chat", 20, "", 0, "another", (), None)
+        with mock.patch.object(time, "monotonic", lambda: clock):
+            self.assertEqual(sum(map(calm.filter, records[:998])), chat.LOG_BURST)
+            self.assertTrue(calm.filter(other))
+            clock += chat.LOG_INTERVAL_S
+            self.assertEqual([calm.filter(record) for record in records[998:]], [True, False])
+        left_out = 998 - chat.LOG_BURST
+        self.assertEqual(records[998].getMessage(), f"998 left ({left_out} more like this are not shown)")
 
 
 class ClientProgram(ProgramCase):
