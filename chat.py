@@ -123,6 +123,8 @@ ALL = 1 << 62  # above every message's number
 # Time, in seconds.
 PROMPT_S = 1.0  # of silence before a person is asked for a name; IRC clients speak first
 FLOOD_S, FLOOD_BYTES = 10.0, 32 << 10  # who leaves so much unread for so long, while its lines wait, is dropped
+WRONG_PASSWORDS, WRONG_S = 5, 60.0  # from one address, which then is refused for so long
+WRONG_DELAY_S = 1.0  # until the next line of somebody who was wrong is read
 REFUSED_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
 ABSENT = 1000  # at most, whose connection is lost
 GRACE_S = 30.0  # for a client to come back before the others are told that it left
@@ -266,6 +268,7 @@ ERR_NOTONCHANNEL = Numeric("442", "not-in-channel", "you are not in {0}")
 ERR_NOTREGISTERED = Numeric("451", "not-joined", "say who you are first")
 ERR_NEEDMOREPARAMS = Numeric("461", "too-few-parameters", "{0} needs more than that")
 ERR_ALREADYREGISTERED = Numeric("462", "already-joined", "you have said who you are")
+ERR_PASSWDMISMATCH = Numeric("464", "wrong-password", "the right password is wanted")
 ERR_UNKNOWNMODE = Numeric("472", "unknown-mode", "channel modes cannot be changed here")
 ERR_BADCHANMASK = Numeric(
     "476", "bad-channel", f"a channel is # and up to {CHANNEL_CHARS - 1} printable characters without space or comma"
@@ -535,7 +538,9 @@ def server_time(moment: float) -> str:
 # text form
 # -----------------------------------------------------------------------------
 
-PROMPT = Message("PROMPT")  # asks a plain user for a name; other dialects do not show it
+# What a plain user is asked for; other dialects do not show it.
+PROMPT = Message("PROMPT", ("Enter your name: ",))
+PASSWORD_PROMPT = Message("PROMPT", ("Enter the password: ",))
 # How events read: their name in JSON, and a text of {nick}, {text} (the last parameter), {here} and {reason}.
 EVENT_FORMS = {
     "JOIN": ("join", "{nick} joined{here}"),
@@ -706,10 +711,11 @@ class Dialect:
         raise NotImplementedError
 
 
-def entry(nick: str, by: str, channel: str = DEFAULT_CHANNEL) -> list[Message]:
-    """What an IRC client would send to enter: a name (none: the server chooses one), a user, a channel."""
+def entry(nick: str, by: str, channel: str = DEFAULT_CHANNEL, password: str = "") -> list[Message]:
+    """What an IRC client would send to enter: a password, a name (none: the server chooses one), a user, a channel."""
     first = Message("NICK", (nick,)) if nick else Message("GUEST")
-    return [first, Message("USER", (by, "0", "*", f"{by} user")), Message("JOIN", (channel,))]
+    knock = [Message("PASS", (password,))] if password else []
+    return [*knock, first, Message("USER", (by, "0", "*", f"{by} user")), Message("JOIN", (channel,))]
 
 
 class Plain(Dialect):
@@ -724,10 +730,18 @@ class Plain(Dialect):
         return entry(text.strip(), "plain")
 
     def encode(self, message: Message) -> bytes:
-        if message is PROMPT:
-            return b"Enter your name: "
+        if message.command == "PROMPT":
+            return message.text.encode()
         text = text_form(message)
         return f"{text}\n".encode() if text else b""
+
+
+class PlainPassword(Plain):
+    """The same, while the next line is the password."""
+
+    def decode(self, line: bytes, registered: bool) -> list[Message]:
+        text = decode_text(TELNET.sub(b"", line))
+        return [Message("QUIT") if text.strip() == "exit" else Message("PASS", (text,))]
 
 
 class Json(Dialect):
@@ -780,7 +794,8 @@ class Json(Dialect):
     def _messages(self, item: dict[str, Any], registered: bool) -> list[Message]:
         kind = item.get("type")
         if kind == "join":
-            steps = entry(self._field(item, "user", ""), "json", self._field(item, "channel", DEFAULT_CHANNEL))
+            user, password = self._field(item, "user", ""), self._field(item, "password", "")
+            steps = entry(user, "json", self._field(item, "channel", DEFAULT_CHANNEL), password)
             return steps[-1:] if registered else steps
         if kind == "chat":
             return [Message("PRIVMSG", (HERE, self._field(item, "text")))]
@@ -845,7 +860,7 @@ class Irc(Dialect):
         return [message] if message.command else []
 
     def encode(self, message: Message) -> bytes:
-        if message is PROMPT or (message.command == "TAGMSG" and "message-tags" not in self.caps):
+        if message.command == "PROMPT" or (message.command == "TAGMSG" and "message-tags" not in self.caps):
             return b""
         if message.command == "FAIL" and "standard-replies" not in self.caps:
             message = Message("NOTICE", ("*", message.text), message.source, message.tags)
@@ -871,7 +886,7 @@ class Http(Dialect):
         return self.ANSWER.encode() if message.command == "ERROR" else b""
 
 
-PLAIN, JSON, HTTP = Plain(), Json(), Http()
+PLAIN, PLAIN_PASSWORD, JSON, HTTP = Plain(), PlainPassword(), Json(), Http()
 
 
 def dialect_of(first: bytes) -> Dialect:
@@ -1122,10 +1137,18 @@ def origin_of(address: str) -> str:
     return str(found)
 
 
+def digest(secret: str) -> bytes:
+    """What stands for a secret where it is kept or compared."""
+    return hashlib.sha256(secret.encode(errors="surrogateescape")).digest()
+
+
 class Gate:
     """Who may connect. Guarded by Hub.lock."""
 
-    def __init__(self, exempt: str = LOOPBACK) -> None:
+    def __init__(self, exempt: str = LOOPBACK, password: str = "") -> None:
+        self.locked = bool(password)
+        self._digest = digest(password)
+        self._wrong: Dict[str, Tuple[int, float]] = {}  # origin -> wrong passwords, and when they are forgotten
         self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
         self._here: Dict[str, int] = {}  # origin -> connections
 
@@ -1136,11 +1159,31 @@ class Gate:
 
     def enter(self, origin: str, most: float) -> str:
         """Counts one more connection of at most so many; or returns why there must not be one."""
+        if self.shut(origin):
+            return "Too many wrong passwords; try again later"
         count = self._here.get(origin, 0) + 1
         if count > most and not self.exempts(origin):
             return "Too many connections from your address"
         self._here[origin] = count
         return ""
+
+    def opens(self, origin: str, password: str) -> bool:
+        """Whether a password is right; to be found out a few times only, also by who comes from loopback."""
+        right = hmac.compare_digest(digest(password), self._digest)
+        if self.shut(origin):
+            return False
+        if right:
+            self._wrong.pop(origin, None)
+            return True
+        now = time.monotonic()
+        self._wrong = {known: item for known, item in self._wrong.items() if now < item[1]}
+        self._wrong[origin] = self._wrong.get(origin, (0, 0.0))[0] + 1, now + WRONG_S
+        return False
+
+    def shut(self, origin: str) -> bool:
+        """Whether there were too many wrong passwords from an origin."""
+        count, until = self._wrong.get(origin, (0, 0.0))
+        return count >= WRONG_PASSWORDS and time.monotonic() < until
 
     def leave(self, origin: str) -> None:
         """A connection that was counted is no more."""
@@ -1179,9 +1222,9 @@ class Session:
     """Somebody connected, named or not yet. Guarded by the hub's lock, but for what its reader alone sets."""
 
     __slots__ = (
-        "absent", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard", "host", "missed",
-        "negotiating", "nick", "nick_changes", "origin", "pace", "prefix", "realname", "registered", "signon", "silent",
-        "since", "spoke", "token", "user", "view",
+        "absent", "admitted", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard",
+        "held", "host", "missed", "negotiating", "nick", "nick_changes", "origin", "pace", "prefix", "realname",
+        "registered", "signon", "silent", "since", "spoke", "token", "user", "view", "wrong",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float, origin: str = "", pace: Optional[Allowance] = None) -> None:
@@ -1193,6 +1236,9 @@ class Session:
         self.nick = self.user = self.realname = self.away = ""
         self.prefix = ""  # nick!user@host, once registered
         self.registered = False
+        self.admitted = False  # has told the password, where one is wanted
+        self.held: List[Message] = []  # commands of a plain user that wait for it
+        self.wrong = False  # has just told another one
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
         self.silent = True  # has sent nothing, nor been asked for a name
         self.gone = False  # no longer in the hub: what it still sends is ignored
@@ -1762,9 +1808,21 @@ def perform(hub: Hub, session: Session, line: Optional[bytes]) -> None:
         hub.wait_for_room_locked()
         if refusal and not session.gone:
             refuse(hub, session, refusal)
-        for message in messages:
-            if session.gone or not run(hub, session, message):
-                return
+        run_all(hub, session, messages)
+    if session.wrong:
+        session.wrong = False
+        time.sleep(WRONG_DELAY_S)
+
+
+def run_all(hub: Hub, session: Session, messages: List[Message]) -> None:
+    """Runs commands up to one that is refused. Those that a plain user would enter by wait for the password."""
+    if hub.gate.locked and not session.admitted and session.view is PLAIN and len(messages) > 1:
+        session.view, session.held = PLAIN_PASSWORD, messages
+        hub.tell_locked(session, PASSWORD_PROMPT)
+        return
+    for message in messages:
+        if session.gone or not run(hub, session, message):
+            return
 
 
 def run(hub: Hub, session: Session, message: Message) -> bool:
@@ -1897,14 +1955,36 @@ def cap(hub: Hub, session: Session, message: Message) -> None:
 
 @command("PASS", 1, early=True)
 def pass_(hub: Hub, session: Session, message: Message) -> None:
-    """PASS <password>: none is asked for"""
+    """PASS <password>"""
     if session.registered:
         raise Refused(ERR_ALREADYREGISTERED)
+    if not hub.gate.locked or session.admitted:
+        return
+    session.admitted = hub.gate.opens(session.origin, message.params[0])
+    if not session.admitted:
+        session.wrong = True
+        hub.note_locked(logging.WARNING, "wrong password from %s", session.origin)
+        keep_out(hub, session, message)
+    elif session.held:
+        session.view = PLAIN
+        run_all(hub, session, session.held)
+
+
+def keep_out(hub: Hub, session: Session, message: Message) -> None:
+    """Refuses who has not told the password; other than people and scripts, IRC clients have to connect again."""
+    shut = hub.gate.shut(session.origin)
+    if session.view.single and not shut:
+        raise Refused(ERR_PASSWDMISMATCH)
+    refuse(hub, session, Refused(ERR_PASSWDMISMATCH), message)
+    hub.quit_locked(session, "", "Too many wrong passwords; try again later" if shut else "Wrong password")
 
 
 @command("NICK", early=True)
 def nick(hub: Hub, session: Session, message: Message) -> None:
     """NICK <name>"""
+    if hub.gate.locked and not session.admitted:
+        keep_out(hub, session, message)
+        return
     if not message.param(0):
         raise Refused(ERR_NONICKNAMEGIVEN)
     name = check_nick(message.params[0])
@@ -4299,8 +4379,9 @@ def run_server(args: argparse.Namespace) -> int:
     raise_descriptor_limit()
     history = Archive(args.history, args.fsync, args.keep) if args.history else History()
     hub = Hub(args.server_name, history, args.replay, chosen_limits(args))
+    password = read_password(args.password_file)
     try:
-        hub.gate = Gate(args.exempt)
+        hub.gate = Gate(args.exempt, password)
     except ValueError as error:
         raise Failed(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
     try:
@@ -4315,6 +4396,8 @@ def run_server(args: argparse.Namespace) -> int:
     host, port = server.address
     end_log = begin_log(args)
     print(f"listening on {host}:{port}\n{invitation(host, port)}", flush=True)
+    if not (password or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
+        log.warning("there is no password: whoever reaches %s can join (--password-file sets one)", host)
     status = 0 if server.serve() else 1
     if not end_log():  # its thread holds the stream's lock, without which Python does not end
         os._exit(status)
@@ -4446,11 +4529,17 @@ def view_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> View:
 
 
 def read_password(path: Optional[str]) -> str:
-    """The first line of a file, or CHAT_PASSWORD, or ''. Never an argument: other users of a machine can read those."""
+    """The first line of a file, what is typed for -, CHAT_PASSWORD, or ''. Never an argument: those can be listed."""
     if path is None:
         return os.environ.get("CHAT_PASSWORD", "")
-    with open(path, encoding="utf-8") as file:
-        return file.readline().rstrip("\r\n")
+    if path == "-":
+        password = getpass.getpass("password: ")
+    else:
+        with open(path, encoding="utf-8") as file:
+            password = file.readline().rstrip("\r\n")
+    if not password:
+        raise Failed(f"there is no password in {path}")
+    return password
 
 
 def run_history(args: argparse.Namespace) -> int:
@@ -4547,6 +4636,7 @@ def add_server(modes: Any, shared: argparse.ArgumentParser) -> None:
     add("--fsync", action="store_true", help="keep it also when the machine loses its power")
     add("--keep", type=whole(1, 36500), default=math.inf, metavar="DAYS", help="(default: for ever)")
     add("--replay", type=whole(0, PAGE_LINES), default=REPLAY_LINES, metavar="N", help="for newcomers (%(default)s)")
+    add("--password-file", metavar="FILE", help="whose first line clients must know; - asks (or set CHAT_PASSWORD)")
     add("--log", metavar="FILE", help="log to FILE instead of standard error")
     add("-v", "--verbose", action="store_true", help="log more")
     add_limits(server.add_argument_group("limits"))
@@ -4571,7 +4661,7 @@ def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
     add = client.add_argument
     add("--name", default=login_name(), help="what others call you (default: the login name)")
     add("--channel", default=DEFAULT_CHANNEL, help="where to talk (default %(default)s)")
-    add("--password-file", metavar="FILE", help="its first line is the password (or set CHAT_PASSWORD)")
+    add("--password-file", metavar="FILE", help="its first line is the password; - asks (or set CHAT_PASSWORD)")
     add("-m", "--message", action="append", metavar="TEXT", help="send this and leave")
     add(
         "--replay", type=whole(0, PAGE_LINES), metavar="N", help=f"shown of what was said ({REPLAY_LINES}; in a pipe 0)"

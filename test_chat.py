@@ -1456,6 +1456,87 @@ class Throttled(ServerCase):
         self.eventually(lambda: "bob" not in self.server.hub.nicks, "bob's name was not freed")
 
 
+class Passwords(ServerCase):
+    def setUp(self) -> None:
+        watch = self.assertLogs("chat", "DEBUG")  # until the server has stopped
+        self.log = watch.__enter__().output
+        self.addCleanup(watch.__exit__, None, None, None)
+        super().setUp()
+        self.server.hub.gate = chat.Gate(password="öpen sesame")
+        patch = mock.patch.object(chat, "WRONG_DELAY_S", 0.01)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_irc(self) -> None:
+        ann = self.peer("CAP LS\r\nPASS :öpen sesame\r\nNICK ann\r\nUSER a 0 * :a\r\nCAP END\r\nJOIN #chat\r\n")
+        ann.until(" 366 ")
+        ann.send("PASS again\r\n")
+        ann.until(" 462 ")
+        refused = ":chat.local 464 * :the right password is wanted"
+        for knock in ("NICK ann\r\nUSER a 0 * :a\r\n", "PASS sesame\r\nNICK ann\r\n"):
+            with self.subTest(knock):
+                self.assertEqual(self.peer(knock).rest(), [refused, ":chat.local ERROR :Wrong password"])
+        self.assertEqual(ann.sync(), [])
+
+    def test_a_person_is_asked(self) -> None:
+        ann = self.peer("ann\n")
+        ann.send("sesame\n")
+        self.assertEqual(ann.line(), "Enter the password: *** Error: the right password is wanted")
+        self.eventually(lambda: "WARNING:chat:wrong password from 127.0.0.1" in self.log, "it was not logged")
+        ann.send("öpen sesame\n")
+        self.assertEqual(ann.line(), "*** ann joined (1 here)")
+        bob = self.peer("ann\nöpen sesame\n")
+        self.assertEqual(bob.line(), "Enter the password: *** Error: that name is taken; send another")
+        bob.send("bob\nhello\n")
+        ann.until("bob: hello")
+        self.assertEqual(self.peer("eve\nexit\n").rest(), ["Enter the password: *** Goodbye"])
+
+    def test_scripts(self) -> None:
+        join = {"type": "join", "user": "bot"}
+        bot = self.peer(json.dumps(join) + "\n")
+        for password in ("sesame", "öpen sesame"):
+            self.assertEqual(json.loads(bot.line() or "")["code"], "wrong-password")
+            bot.send(json.dumps({**join, "password": password}) + "\n")
+        self.assertEqual(json.loads(bot.line() or "")["event"], "join")
+
+    def test_names_cannot_be_had_or_asked_for_without_it(self) -> None:
+        self.peer("PASS :öpen sesame\r\nNICK ann\r\nUSER a 0 * :a\r\n").until(" 001 ")
+        for knock in ("NICK ann", "NICK free", "USER x 0 * :x\r\nNICK ann"):
+            self.assertIn(" 464 ", self.peer(f"{knock}\r\n").line() or "")
+        for command in ("JOIN #chat", "LIST", "WHO ann", "PRIVMSG ann :x", "HELP"):
+            self.assertIn(" 451 ", self.peer(f"CAP LS\r\n{command}\r\n").until(" 451 "))
+        self.assertEqual(list(self.server.hub.nicks), ["ann"])
+
+    def test_a_thousand_wrong_ones(self) -> None:
+        tried, right = 0, "PASS :öpen sesame\r\nNICK eve\r\nUSER e 0 * :e\r\n"
+        opens = chat.Gate.opens
+
+        def counted(gate: chat.Gate, origin: str, password: str) -> bool:
+            nonlocal tried
+            tried += 1
+            return opens(gate, origin, password)
+
+        with mock.patch.object(chat.Gate, "opens", counted):
+            inside = self.peer("CAP LS\r\n")
+            for number in range(1000):
+                last = self.peer(f"PASS x{number}\r\nNICK eve\r\n").rest()
+            self.assertEqual(last, ["ERROR :Too many wrong passwords; try again later"])
+            self.assertEqual(tried, chat.WRONG_PASSWORDS)
+            inside.send(right)  # even the right one: it might be a guess
+            self.assertEqual(inside.rest()[-1], ":chat.local ERROR :Too many wrong passwords; try again later")
+        later = time.monotonic() + chat.WRONG_S
+        with mock.patch.object(time, "monotonic", lambda: later):
+            self.peer(right).until(" 001 ")
+
+    def test_a_wrong_one_is_followed_by_a_pause(self) -> None:
+        with mock.patch.object(chat, "WRONG_DELAY_S", 0.3):
+            began = time.monotonic()
+            ann = self.peer("ann\nx\ny\n")
+            ann.line()
+            ann.line()
+            self.assertGreater(time.monotonic() - began, 0.3)
+
+
 class Past(ServerCase):
     """History as IRC clients, plain users and scripts get it."""
 
@@ -2417,6 +2498,29 @@ class ServerProgram(ProgramCase):
         message = f"chat.py: port {port} is taken; choose another with --port, or any with --port 0\n"
         self.assertEqual((second.returncode, out, err), (1, "", message))
 
+    def test_a_password_and_who_is_warned_without(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "password")
+            path.write_text("\n", encoding="utf-8")
+            program = self.start("server", "--port", "0", "--password-file", str(path))
+            _, err = program.communicate(timeout=PATIENCE)
+            self.assertEqual((program.returncode, err), (1, f"chat.py: there is no password in {path}\n"))
+            path.write_text("sesame\nmore\n", encoding="utf-8")
+            program, port = self.server("--password-file", str(path))
+            ann = Peer(port, "PASS sesame\r\nNICK ann\r\nUSER a 0 * :a\r\nQUIT\r\n")
+            ann.until(" 001 ")
+            ann.close()
+        for secret, warnings in (("", 1), ("sesame", 0)):
+            program = self.start(
+                "server", "--host", "0.0.0.0", "--port", "0", env={**os.environ, "CHAT_PASSWORD": secret}
+            )
+            assert program.stdout
+            program.stdout.readline()
+            program.terminate()
+            _, err = program.communicate(timeout=PATIENCE)
+            self.assertEqual(err.count("there is no password: whoever reaches 0.0.0.0 can join"), warnings)
+            self.assertNotIn("sesame", err)
+
     def test_wrong_usage(self) -> None:
         for args in (
             (),
@@ -2549,6 +2653,19 @@ class ClientProgram(ProgramCase):
             (0, "*** bob2 joined (2 here)\n", "*** bob is taken; you are bob2\n"),
         )
         bob.until("bob2: hi")
+
+    def test_a_password_of_our_own_server(self) -> None:
+        _, port = self.server(env={**os.environ, "CHAT_PASSWORD": "open sesame"})
+        for secret, status, complaint in (
+            ("open sesame", 0, ""),
+            ("", 1, f"chat.py: 127.0.0.1:{port} wants a password: give it in CHAT_PASSWORD or with --password-file\n"),
+            ("sesame", 1, f"chat.py: 127.0.0.1:{port} does not accept this password\n"),
+        ):
+            with self.subTest(secret):
+                environment = {**os.environ, "CHAT_PASSWORD": secret}
+                client = self.start("client", "--port", str(port), "--name", "bob", "-m", "x", env=environment)
+                _, err = client.communicate(timeout=PATIENCE)
+                self.assertEqual((client.returncode, err), (status, complaint))
 
     def test_one_line_errors(self) -> None:
         for args, text in (
