@@ -15,6 +15,7 @@ Sections, from pure to effectful; each uses only those above it:
     chat state             Session, Channel, Hub: who is here, who is where; the log; one lock
     delivery               a batch of the log: what of it is stored, and which bytes of it go to whom
     commands               one function per command, in a table with its minimum parameters
+    encryption             TLS as bytes in, bytes out; who is at the other end
     server                 connections and their readers, the mailer, the listener
     terminal               line editor and screen, for people
     client                 connection to a server, and what is known of the chat there
@@ -34,6 +35,7 @@ held. No I/O happens under it, and no other lock is taken under it.
 from __future__ import annotations
 
 import argparse
+import binascii
 import bisect
 import calendar
 import codecs
@@ -61,14 +63,32 @@ import re
 import secrets
 import select
 import selectors
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import unicodedata
 import zlib
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+)
+
+if TYPE_CHECKING:  # imported where it is needed: Python can be built without it, and most servers do not use it
+    import ssl
 
 VERSION = "chat.py-0.1"
 log = logging.getLogger("chat")
@@ -2523,6 +2543,107 @@ def help_(hub: Hub, session: Session, message: Message) -> None:
 
 
 # -----------------------------------------------------------------------------
+# encryption
+# -----------------------------------------------------------------------------
+
+
+class Distrusted(OSError):
+    """The other end is not who it should be."""
+
+
+class Tls:
+    """One end of a TLS connection (RFC 8446, RFC 5246), without its socket.
+
+    One thread feeds what it received, another one takes what is to be sent. OpenSSL lets only one of them in at a
+    time, hence a lock, under which nothing waits. What is given to `send` is kept until the handshake has succeeded.
+    """
+
+    def __init__(self, context: ssl.SSLContext, server_side: bool, host: str = "", pin: str = "") -> None:
+        import ssl
+
+        self.ready = False  # the handshake is done, and we know who is there
+        self.ended = False  # the other end has said so; without that, somebody may have cut off the rest
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side, host or None)
+        self._pin = pin  # the fingerprint that its certificate must have
+        self._wants_more, self._is_over, self._error = ssl.SSLWantReadError, ssl.SSLZeroReturnError, ssl.SSLError
+        self._early = b""  # to be sent after the handshake
+        self._closed = False  # nothing more is to be sent
+        self._lock = threading.Lock()
+
+    def feed(self, data: bytes) -> bytes:
+        """What received bytes say, as far as that is complete; raises OSError."""
+        found = []
+        with self._lock, contextlib.suppress(self._wants_more):
+            self._incoming.write(data)
+            try:
+                self._meet()
+                while not self.ended:
+                    found.append(self._object.read(1 << 14))
+                    self.ended = not found[-1]
+            except self._is_over:
+                self.ended = True
+        return b"".join(found)
+
+    def send(self, data: bytes) -> bytes:
+        """What has to go over the wire so that `data` arrives, and what the handshake needs."""
+        with self._lock:
+            self._early += data
+            while self.ready and self._early:
+                self._early = self._early[self._object.write(self._early) :]
+            return self._outgoing.read()
+
+    def close(self) -> None:
+        """Nothing more will be sent, which the next `send` tells the other end."""
+        with self._lock, contextlib.suppress(self._error):  # it always wants to hear the same from the other end
+            if self.ready:
+                self.ready, self._closed = False, True
+                self._object.unwrap()
+
+    @property
+    def urgent(self) -> bool:
+        """Whether something has to be sent although nobody said anything. Any thread."""
+        return self._outgoing.pending > 0
+
+    def _meet(self) -> None:
+        if self.ready or self._closed:
+            return
+        self._object.do_handshake()
+        found = fingerprint_of(self._object.getpeercert(True) or b"") if self._pin else ""
+        if not hmac.compare_digest(found, self._pin):
+            raise Distrusted(f"its fingerprint is {found}, not {self._pin}: somebody else may be listening there")
+        self.ready = True
+
+
+def fingerprint_of(certificate: bytes) -> str:
+    """The SHA-256 of a certificate in DER, as openssl writes it: AB:01:..."""
+    return hashlib.sha256(certificate).digest().hex(":").upper()
+
+
+def server_context(certificate: str, key: str) -> ssl.SSLContext:
+    """What a server with these files, in PEM, encrypts with; raises OSError."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # which costs us more than who asks for it
+    context.load_cert_chain(certificate, key or None)
+    return context
+
+
+def client_context(pinned: bool) -> ssl.SSLContext:
+    """What a client encrypts with: it trusts whom the system trusts, or whoever has the right fingerprint."""
+    import ssl
+
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if pinned:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+# -----------------------------------------------------------------------------
 # server
 # -----------------------------------------------------------------------------
 
@@ -2530,6 +2651,7 @@ def help_(hub: Hub, session: Session, message: Message) -> None:
 # non-blocking, and readers wait in short steps, which they must there anyway: shutdown does not wake them.
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 MAX_WATCHED = 500 if sys.platform == "win32" else 1 << 20  # select there takes 512 sockets
+TLS_ONLY = "This server speaks TLS only"
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FULL = "This server is full; try again later"
 
@@ -2537,7 +2659,7 @@ FULL = "This server is full; try again later"
 class Connection:
     """A session's socket. Its reader receives, the mailer alone sends, shuts down and closes."""
 
-    __slots__ = ("closing", "cut", "ended", "flooding", "outbox", "send", "session", "shut", "sock")
+    __slots__ = ("closing", "cut", "ended", "flooding", "outbox", "send", "session", "shut", "sock", "tls")
 
     def __init__(self, sock: socket.socket, session: Session) -> None:
         self.sock = sock
@@ -2549,9 +2671,15 @@ class Connection:
         self.cut = False  # nor read from: after a shutdown Linux goes on to receive what the peer goes on to send
         self.ended = False  # its reader has returned
         self.flooding = 0.0  # since when too much is waiting to be read; its reader's
+        self.tls: Optional[Tls] = None  # set by the reader, before anything that is secret
+
+    @property
+    def whole(self) -> bool:
+        """Whether its end was the end of what the peer had to say."""
+        return self.tls is None or self.tls.ended
 
     def receive(self) -> bytes:
-        """The next bytes; b'' at the end; raises OSError. Reader only."""
+        """The next bytes as they came; b'' at the end; raises OSError. Reader only."""
         while not DONTWAIT and not select.select([self.sock], [], [], TICK_S)[0]:
             if self.cut:
                 return b""
@@ -2568,7 +2696,7 @@ class Connection:
 class Mailer:
     """Writes everything that is sent, in a thread of its own.
 
-    Other threads may call add, end, wake and stop. The thread ends when it was stopped and all connections
+    Other threads may call add, push, end, wake and stop. The thread ends when it was stopped and all connections
     are closed, or STOP_S later; and by a defect, which it tells by `failed` and `on_failure`, for nobody would
     hear anything any more.
     """
@@ -2580,6 +2708,7 @@ class Mailer:
         hub.wake = self.wake
         self._connections: Dict[Session, Connection] = {}
         self._ended: Deque[Connection] = collections.deque()
+        self._pushed: Deque[Connection] = collections.deque()
         self._lingering: Dict[Connection, float] = {}  # closing ones -> when they are cut
         self._cut_at = self._stop_at = 0.0
         self._alarm, self._bell = socket.socketpair()  # a byte rung in ends the mailer's sleep
@@ -2595,6 +2724,11 @@ class Mailer:
     def add(self, connection: Connection) -> None:
         """Takes charge of a connection; before its session is known to the hub."""
         self._connections[connection.session] = connection
+
+    def push(self, connection: Connection) -> None:
+        """TLS has something to send, of its own."""
+        self._pushed.append(connection)
+        self.wake()
 
     def end(self, connection: Connection) -> None:
         """A reader has returned; its session has left the hub."""
@@ -2630,8 +2764,12 @@ class Mailer:
     def _work(self) -> None:
         while True:
             ended = [self._ended.popleft() for _ in range(len(self._ended))]
+            for _ in range(len(self._pushed)):
+                self._write(self._pushed.popleft(), b"")
             batch, closing = self._hub.take()
-            self._deliver(batch)
+            for session, data in fan_out(settle(self._hub, batch)):
+                if session in self._connections and data:
+                    self._write(self._connections[session], data)
             for session in closing:
                 self._finish(self._connections.get(session))
             for connection in ended:
@@ -2643,24 +2781,21 @@ class Mailer:
             if self._stop_at and (not self._connections or time.monotonic() > self._stop_at):
                 return
 
-    def _deliver(self, batch: List[Delivery]) -> None:
-        connections = self._connections
-        for session, data in fan_out(settle(self._hub, batch)):
-            connection = connections.get(session)
-            if connection is None or connection.shut or not data:
-                continue
-            if connection.outbox:
-                self._keep(connection, data)
-                continue
-            try:
-                sent = connection.send(data, DONTWAIT)
-            except BlockingIOError:
-                sent = 0
-            except OSError:  # its reader finds out, too
-                self._shut(connection)
-                continue
-            if sent < len(data):
-                self._keep(connection, data[sent:])
+    def _write(self, connection: Connection, data: bytes) -> None:
+        """Sends what the socket takes; the rest waits."""
+        if connection.shut:
+            return
+        try:
+            if connection.tls:
+                data = connection.tls.send(data)
+            sent = connection.send(data, DONTWAIT) if data and not connection.outbox else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:  # its reader finds out, too
+            self._shut(connection)
+            return
+        if sent < len(data):
+            self._keep(connection, data[sent:])
 
     def _keep(self, connection: Connection, data: bytes) -> None:
         """Puts into the outbox what the socket did not take; drops who owes too much."""
@@ -2714,6 +2849,9 @@ class Mailer:
         """Half-closes a connection once its outbox is empty; closes it once its reader has returned, too."""
         if connection is None or connection.session not in self._connections:
             return
+        if connection.tls and not connection.closing:
+            connection.tls.close()
+            self._write(connection, b"")
         connection.closing = True
         self._lingering.setdefault(connection, time.monotonic() + LINGER_S)
         if connection.outbox:
@@ -2747,9 +2885,17 @@ class Server:
     `serve` runs until `stop` is called from another thread or a signal handler, and cleans up.
     """
 
-    def __init__(self, host: str, port: int, hub: Optional[Hub] = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        hub: Optional[Hub] = None,
+        context: Optional[ssl.SSLContext] = None,
+        tls_only: bool = False,
+    ) -> None:
         self.listener = listen(host, port)
         self.address: Tuple[str, int] = self.listener.getsockname()[:2]
+        self._context, self._tls_only = context, tls_only
         self.hub = hub or Hub(SERVER_NAME)
         self._mailer = Mailer(self.hub, self.stop)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
@@ -2812,6 +2958,8 @@ class Server:
         pace = Allowance(limits.burst, 1 / limits.rate) if paced else None
         session = Session(self._host(origin), time.monotonic(), origin, pace)
         connection = Connection(sock, session)
+        if self._context and self._tls_only:  # from now on nothing is sent in clear text
+            connection.tls = Tls(self._context, True)
         self._mailer.add(connection)
         self.hub.enter(session)
         try:
@@ -2843,28 +2991,58 @@ class Server:
         session, lines = connection.session, LineBuffer(CLIENT_INPUT_BYTES)
         reason = ""
         try:
-            data = connection.receive()
-            if data[:1] == bytes([TLS_HANDSHAKE]):
-                log.warning("refused a client: it speaks TLS, which is not set up here")
-                return
+            data = self._first(connection)
             while data and not connection.cut:
                 session.heard = time.monotonic()
                 if data[:1] != b"\xff":  # telnet programs introduce themselves, and say nothing by that
                     session.silent = False
                 self._obey(connection, lines.feed(data), len(data))
-                data = connection.receive()
+                data = self._next(connection)
             rest = lines.end()
-            if rest and session.view.unended:
+            if rest and session.view.unended and connection.whole:
                 perform(self.hub, session, rest)
         except OSError as error:  # reset, timed out
             reason = "Connection lost"
-            log.debug("%s: %s", session.nick or "someone without a name", error)
+            log.debug("%s: %s", session.called(), error)
         except Exception:  # a defect of ours must end one connection only
             log.exception("a reader failed")
             reason = "Internal error"
         finally:
             self.hub.leave(session, reason)
             self._mailer.end(connection)
+
+    def _first(self, connection: Connection) -> bytes:
+        """What comes first, by which TLS is told from clear text."""
+        data = connection.receive()
+        if data[:1] != bytes([TLS_HANDSHAKE]):
+            if not (data and self._tls_only):
+                return data
+            connection.session.view = dialect_of(data.partition(b"\n")[0])
+            connection.tls = None
+            self.hub.leave(connection.session, "", TLS_ONLY)
+            return data
+        if not self._context:
+            log.warning("refused %s: it speaks TLS, which is not set up here", connection.session.origin)
+            return b""
+        connection.tls = connection.tls or Tls(self._context, True)
+        return self._next(connection, data)
+
+    def _next(self, connection: Connection, data: bytes = b"") -> bytes:
+        """What comes next, decrypted; of `data`, if that has been received."""
+        while True:
+            data = data or connection.receive()
+            tls = connection.tls
+            if not tls or not data:
+                return data
+            try:
+                text = tls.feed(data)
+            except OSError as error:
+                raise ConnectionError(f"TLS failed: {error}") from None
+            if tls.urgent:
+                self._mailer.push(connection)
+            if text or tls.ended:
+                return text
+            data = b""
 
     def _obey(self, connection: Connection, lines: List[Optional[bytes]], size: int) -> None:
         """Runs commands as they came, in so many bytes: bytes that are no line count as some, for the pace."""
@@ -3414,9 +3592,10 @@ class Link:
     `events` gets ("messages", (link, messages)), and once ("closed", (link, whether it was open, reason)).
     """
 
-    def __init__(self, host: str, port: int, events: Events[Tuple[str, Any]]) -> None:
+    def __init__(self, host: str, port: int, events: Events[Tuple[str, Any]], tls: Optional[Tls] = None) -> None:
         self._address = host, port
         self._events = events
+        self._tls = tls
         self._lines: queue.Queue[bytes] = queue.Queue(QUEUED_LINES)
         self.stuck = False  # the server does not read what it is sent
         self._sock: Optional[socket.socket] = None
@@ -3446,24 +3625,59 @@ class Link:
             self._events.put(("closed", (self, False, getattr(error, "strerror", None) or str(error))))
             return
         with sock, contextlib.suppress(OSError):
+            first = self._shake_hands(sock)
+            if first is None:
+                return
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._read, args=(sock,), daemon=True).start()
+            threading.Thread(target=self._read, args=(sock, first), daemon=True).start()
             for data in iter(self._lines.get, b""):
-                sock.sendall(data)
+                sock.sendall(self._tls.send(data) if self._tls else data)
+            if self._tls:
+                self._tls.close()
+                sock.sendall(self._tls.send(b""))
             sock.shutdown(socket.SHUT_RDWR)
 
-    def _read(self, sock: socket.socket) -> None:
-        lines, data, reason = LineBuffer(SERVER_INPUT_BYTES), b"\n", ""
+    def _shake_hands(self, sock: socket.socket) -> Optional[bytes]:
+        """Begins TLS, if it is wanted. Returns what came right after it; None when that cannot be."""
+        tls, found = self._tls, b""
+        try:
+            if tls:
+                tls.feed(b"")
+                sock.sendall(tls.send(b""))
+            while tls and not tls.ready:
+                data = sock.recv(RECV_BYTES)
+                if not data:
+                    raise ConnectionError("it ended the connection; perhaps it does not speak TLS")
+                found = tls.feed(data)
+                sock.sendall(tls.send(b""))
+            return found
+        except OSError as error:
+            distrust = str(error) if isinstance(error, Distrusted) else getattr(error, "verify_message", "")
+            reason = f"TLS failed: {getattr(error, 'strerror', None) or error}"
+            self._events.put(("distrusted", distrust) if distrust else ("closed", (self, False, reason)))
+        return None
+
+    def _read(self, sock: socket.socket, first: bytes) -> None:
+        lines, data, reason = LineBuffer(SERVER_INPUT_BYTES), b"\n" + first, ""
         try:
             while data:
                 found = [parse(line.decode(errors="replace")) for line in lines.feed(data) if line is not None]
                 if found:
                     self._events.put(("messages", (self, found)))
-                data = sock.recv(1 << 16)
+                data = self._receive(sock)
         except OSError as error:
             reason = error.strerror or ""
         self._events.put(("closed", (self, True, reason)))
+
+    def _receive(self, sock: socket.socket) -> bytes:
+        while True:
+            data = sock.recv(1 << 16)
+            if not self._tls or not data:
+                return data
+            data = self._tls.feed(data)
+            if data or self._tls.ended:
+                return data
 
 
 class Line(NamedTuple):
@@ -3629,6 +3843,7 @@ class Client:
         self.channel = channel
         self.view = view
         self.password = ""
+        self.secured: Callable[[], Optional[Tls]] = lambda: None  # for each connection
         self.reconnects = True
         self.events: Events[Tuple[str, Any]] = queue.Queue(100)
         self.status: Optional[int] = None  # exit code, once known
@@ -3673,7 +3888,7 @@ class Client:
 
     def connect(self) -> None:
         """Begins a new connection."""
-        self.link = Link(*self.address, self.events)
+        self.link = Link(*self.address, self.events, self.secured())
         self.caps, self.why, self.nick, self.tries = [], "", self.wanted, 0
         self.since = self.heard = time.monotonic()
         self.send("CAP", "LS", "302")
@@ -3782,6 +3997,10 @@ class Client:
         else:
             why = self.why or f"{reason or 'at once'}; is it a chat server?"
             self.lose(f"{self.where} closed the connection: {why}")
+
+    def _on_distrusted(self, why: str) -> None:
+        hint = "" if "fingerprint" in why else "; if its own terminal shows a fingerprint, give that as --fingerprint"
+        raise Failed(f"{self.where} cannot be trusted, so nothing was sent: {why}{hint}")
 
     def _on_messages(self, item: Tuple[Link, List[Message]]) -> None:
         link, messages = item
@@ -4384,8 +4603,9 @@ def run_server(args: argparse.Namespace) -> int:
         hub.gate = Gate(args.exempt, password)
     except ValueError as error:
         raise Failed(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
+    certificate, context = encryption(args)
     try:
-        server = Server(args.host, args.port, hub)
+        server = Server(args.host, args.port, hub, context, args.tls_only)
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
@@ -4395,13 +4615,52 @@ def run_server(args: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: server.stop())
     host, port = server.address
     end_log = begin_log(args)
-    print(f"listening on {host}:{port}\n{invitation(host, port)}", flush=True)
+    print(f"listening on {host}:{port}\n{invitation(host, port, certificate, args.tls_only)}", flush=True)
     if not (password or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
         log.warning("there is no password: whoever reaches %s can join (--password-file sets one)", host)
     status = 0 if server.serve() else 1
     if not end_log():  # its thread holds the stream's lock, without which Python does not end
         os._exit(status)
     return status
+
+
+def encryption(args: argparse.Namespace) -> Tuple[str, Optional[ssl.SSLContext]]:
+    """The fingerprint of the server's certificate, and what it encrypts with; ('', None) for no TLS."""
+    if not (args.tls or args.tls_only or args.tls_cert):
+        if args.tls_key:
+            raise Failed("--tls-key needs --tls-cert")
+        return "", None
+    path = args.tls_cert or self_signed(args.server_name)
+    try:
+        context = server_context(path, args.tls_key)
+        found = re.search("-----BEGIN CERTIFICATE-----.*?-----END", pathlib.Path(path).read_text("ascii"), re.DOTALL)
+    except ImportError as error:
+        raise Failed(f"this Python has no TLS: {error}") from None
+    except (OSError, UnicodeError) as error:
+        raise Failed(f"cannot use {path} for TLS: {error}") from None
+    body = found[0].partition("\n")[2].rpartition("\n")[0] if found else ""
+    return fingerprint_of(binascii.a2b_base64(body)), context
+
+
+def self_signed(name: str) -> str:
+    """The file of a certificate of our own, with its key, which is made when it is not there yet."""
+    folder = pathlib.Path(os.path.expanduser("~"), ".chat.py")
+    path, new = folder / "tls.pem", folder / f"new-{os.getpid()}.pem"
+    if path.exists():
+        return str(path)
+    openssl = shutil.which("openssl")
+    if not openssl:
+        raise Failed("--tls needs the openssl program to make a certificate; otherwise give --tls-cert and --tls-key")
+    folder.mkdir(0o700, exist_ok=True)
+    new.touch(0o600)
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650"]
+    command = [openssl, "req", "-x509", *kind, "-subj", f"/CN={name}", "-keyout", str(new), "-out", str(new)]
+    made = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if made.returncode:
+        new.unlink()
+        raise Failed(f"openssl cannot make a certificate: {made.stderr.strip().rpartition(chr(10))[2]}")
+    os.replace(new, path)
+    return str(path)
 
 
 def chosen_limits(args: argparse.Namespace) -> Limits:
@@ -4464,16 +4723,19 @@ class Calm(logging.Filter):
         return True
 
 
-def invitation(host: str, port: int) -> str:
+def invitation(host: str, port: int, fingerprint: str, tls_only: bool) -> str:
     """How to join, ready to paste."""
     lines = []
     addresses = own_addresses() if host in ("0.0.0.0", "::") else [host]
     if host.startswith("127.") or host == "::1":
         lines.append("only this machine can join; --host 0.0.0.0 opens the chat to the network")
     for address in addresses:
-        lines.append(f"  python chat.py client --host {address} --port {port}")
-        lines.append(f"  nc {address} {port}")
-    lines.append(f"  any IRC client: server {addresses[0]}, port {port}, no TLS, then /join {DEFAULT_CHANNEL}")
+        secured = f" --fingerprint {fingerprint}" if fingerprint else ""
+        lines.append(f"  python chat.py client --host {address} --port {port}{secured}")
+        if not tls_only:
+            lines.append(f"  nc {address} {port}")
+    how = f"TLS, fingerprint (SHA-256) {fingerprint}" if fingerprint else "no TLS"
+    lines.append(f"  any IRC client: server {addresses[0]}, port {port}, {how}, then /join {DEFAULT_CHANNEL}")
     return "\n".join(lines)
 
 
@@ -4502,6 +4764,9 @@ def run_client(args: argparse.Namespace) -> int:
         while True:
             client = Client(args.host, args.port, nick, channel, view_of(args, stack))
             client.password, client.reconnects = password, args.reconnect
+            if args.tls or args.fingerprint:
+                context = client_context(bool(args.fingerprint))
+                client.secured = functools.partial(Tls, context, False, args.host, args.fingerprint or "")
             client.replay = REPLAY_LINES if isinstance(client.view, Person) else 0
             if args.replay is not None:
                 client.replay = args.replay
@@ -4595,6 +4860,14 @@ LIMIT_FLAGS = {  # of each of the Limits: flag, unit, what it bounds
 }
 
 
+def fingerprint(text: str) -> str:
+    """The type of an argument that is a SHA-256."""
+    digits = text.replace(":", "").upper()
+    if not re.fullmatch("[0-9A-F]{64}", digits):
+        raise argparse.ArgumentTypeError("must be 64 hexadecimal digits, as the server's own terminal shows them")
+    return ":".join(digits[start : start + 2] for start in range(0, 64, 2))
+
+
 def above_zero(text: str) -> float:
     """The type of an argument that is a number."""
     number = float(text)
@@ -4639,6 +4912,10 @@ def add_server(modes: Any, shared: argparse.ArgumentParser) -> None:
     add("--password-file", metavar="FILE", help="whose first line clients must know; - asks (or set CHAT_PASSWORD)")
     add("--log", metavar="FILE", help="log to FILE instead of standard error")
     add("-v", "--verbose", action="store_true", help="log more")
+    add("--tls", action="store_true", help="encrypt for who asks for it, with a certificate that is made if need be")
+    add("--tls-only", action="store_true", help="refuse clear text")
+    add("--tls-cert", metavar="FILE", help="in PEM; the certificate to encrypt with")
+    add("--tls-key", metavar="FILE", help="in PEM; its key, if that is not in the same file")
     add_limits(server.add_argument_group("limits"))
     server.set_defaults(run=run_server)
 
@@ -4662,6 +4939,9 @@ def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
     add("--name", default=login_name(), help="what others call you (default: the login name)")
     add("--channel", default=DEFAULT_CHANNEL, help="where to talk (default %(default)s)")
     add("--password-file", metavar="FILE", help="its first line is the password; - asks (or set CHAT_PASSWORD)")
+    add("--tls", action="store_true", help="encrypt; the server must have a certificate that this system trusts")
+    text = "encrypt; the server must have the certificate with this SHA-256"
+    add("--fingerprint", type=fingerprint, metavar="HEX", help=text)
     add("-m", "--message", action="append", metavar="TEXT", help="send this and leave")
     add(
         "--replay", type=whole(0, PAGE_LINES), metavar="N", help=f"shown of what was said ({REPLAY_LINES}; in a pipe 0)"

@@ -22,6 +22,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import struct
 import subprocess
 import sys
@@ -38,6 +39,11 @@ from itertools import combinations
 from math import ceil
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
+
+try:
+    import ssl
+except ImportError:  # Python can be built without it
+    ssl = None  # type: ignore[assignment]
 
 import chat
 import loadtest
@@ -1537,6 +1543,177 @@ class Passwords(ServerCase):
             self.assertGreater(time.monotonic() - began, 0.3)
 
 
+def make_certificate(path: str) -> None:
+    """A certificate for this machine, with its key."""
+    names = ["-subj", "/CN=chat.test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path, "-out", path]
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    make = ["openssl", "req", "-x509", *kind, *names]
+    subprocess.run(make, check=True, stderr=subprocess.DEVNULL, timeout=PATIENCE)
+
+
+@unittest.skipUnless(ssl and shutil.which("openssl"), "needs openssl")
+class Encrypted(ServerCase):
+    """TLS and clear text on one port."""
+
+    folder: tempfile.TemporaryDirectory[str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.folder.cleanup)
+        make_certificate(f"{cls.folder.name}/tls.pem")
+
+    def setUp(self) -> None:
+        self.start(False)
+
+    def start(self, tls_only: bool) -> None:
+        self.context = chat.server_context(f"{self.folder.name}/tls.pem", "")
+        self.server = chat.Server("127.0.0.1", 0, None, self.context, tls_only)
+        self.port = self.server.address[1]
+        self.thread = threading.Thread(target=self.server.serve)
+        self.thread.start()
+        self.addCleanup(self.stop)
+
+    def secret(self, data: str = "") -> Peer:
+        """A peer that speaks TLS."""
+        sock = chat.client_context(True).wrap_socket(socket.create_connection(("127.0.0.1", self.port), PATIENCE))
+        peer = Peer(self.port, data, sock)
+        self.addCleanup(peer.close)
+        return peer
+
+    def test_all_dialects_meet_those_in_clear_text(self) -> None:
+        ann = self.plain("ann")
+        bob = self.secret("bob\n")
+        bob.until("bob joined")
+        eve = self.secret("NICK eve\r\nUSER eve 0 * :eve\r\nJOIN #chat\r\n")
+        eve.until(" 366 ")
+        bot = self.secret('{"type":"join","user":"bot"}\n')
+        bot.until("bot joined")
+        for sender, name, line in (
+            (ann, "ann", "hello é\n"),
+            (bob, "bob", "hello é\n"),
+            (eve, "eve", "PRIVMSG #chat :hello é\r\n"),
+            (bot, "bot", '{"type":"chat","text":"hello é"}\n'),
+        ):
+            sender.send(line)
+            for receiver in {ann, bob, eve, bot} - {sender}:
+                receiver.until({eve: ":hello é", bot: "hello \\u00e9"}.get(receiver, f"{name}: hello é"))
+        bob.send("exit\n")
+        self.assertEqual(bob.rest()[-1], "*** Goodbye")
+
+    def test_whatever_way_the_bytes_are_cut(self) -> None:
+        tls = chat.Tls(chat.client_context(True), False)
+        sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        self.addCleanup(sock.close)
+        tls.send(b"ann\nexit\n")  # kept until the handshake is done
+        text = tls.feed(b"")
+        while not tls.ended:
+            for byte in tls.send(b""):
+                sock.sendall(bytes([byte]))
+            text += tls.feed(sock.recv(1))
+        self.assertEqual(text, b"*** ann joined (1 here)\n*** Goodbye\n")
+
+    def test_a_prompt_waits_for_the_handshake(self) -> None:
+        with mock.patch.object(chat, "PROMPT_S", 0.1):
+            self.start(True)
+            sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+            self.addCleanup(sock.close)
+            (session,) = self.sessions(1)
+            self.eventually(lambda: not session.silent, "no prompt")
+            secret = Peer(self.port, sock=chat.client_context(True).wrap_socket(sock))
+            self.addCleanup(secret.close)
+            self.assertEqual(secret.sock.recv(100), b"Enter your name: ")
+
+    def sessions(self, count: int) -> List[chat.Session]:
+        self.eventually(lambda: len(self.server.hub.sessions) == count, "not all are there")
+        return list(self.server.hub.sessions)
+
+    def test_clear_text_where_only_tls_is_wanted(self) -> None:
+        self.start(True)
+        self.secret("bob\n").until("bob joined")
+        for line, answer in (
+            ("ann\n", f"*** {chat.TLS_ONLY}"),
+            ("NICK ann\r\n", f":chat.local ERROR :{chat.TLS_ONLY}"),
+            ("GET / HTTP/1.0\r\n", chat.HTTP.ANSWER.splitlines()[-1]),
+        ):
+            self.assertEqual(self.peer(line).rest()[-1], answer)
+
+    def test_a_hundred_handshakes_that_never_end(self) -> None:
+        self.limit(register_s=0.5)
+        before = threading.active_count()
+        silent = [self.peer("\x16\x03\x01") for _ in range(100)]
+        bob = self.secret("bob\n")
+        bob.until("bob joined")
+        for peer in silent:
+            self.assertEqual(peer.rest(), [])
+            peer.close()
+        self.assertEqual(len(self.sessions(1)), 1)
+        self.eventually(lambda: len(self.server._mailer) == 1, "connections were left")
+        self.eventually(lambda: threading.active_count() <= before + 1, "threads were left")
+
+    def test_what_is_cut_off_does_not_count(self) -> None:
+        ann = self.plain("ann")
+        for ends_well in (False, True):
+            name = "bob" if ends_well else "eve"
+            peer = self.secret(f"{name}\n")
+            peer.until("joined")
+            peer.send("do not")
+            assert isinstance(peer.sock, ssl.SSLSocket)
+            if ends_well:
+                with contextlib.suppress(OSError):
+                    peer.sock.unwrap()
+            peer.sock.close()
+        said = [line for line in (ann.until("bob left") and ann.seen) if "do not" in line]
+        self.assertEqual(said, ["bob: do not"])
+
+    def test_garbage_ends_one_connection_only(self) -> None:
+        bob = self.secret("bob\n")
+        bob.until("bob joined")
+        raw = [self.peer(data) for data in ("\x16garbage" * 100, "\x16\x03\x01\x00\x05hello")]
+        broken = self.secret("eve\n")
+        broken.until("eve joined")
+        with socket.socket(fileno=os.dup(broken.sock.fileno())) as below:
+            below.sendall(b"in clear text now" * 10)
+        for peer in raw:
+            peer.rest()
+        bob.until("*** eve left: Connection lost")
+
+    def test_a_slow_reader_gets_everything_in_order(self) -> None:
+        ann, slow = self.plain("ann"), self.secret("slow\n")
+        ann.until("slow joined")
+        connection = next(c for c in self.server._mailer._connections.values() if c.session.nick == "slow")
+        count = 0
+        while not connection.outbox:
+            ann.send("".join(f"{number} {'x' * 400}\n" for number in range(count, count + 100)))
+            ann.send("/who\n")
+            ann.until("In #chat")
+            count += 100
+        for number in range(count):
+            slow.until(f"ann: {number} x")
+
+    def test_many_talk_at_once(self) -> None:
+        peers = [self.secret(f"u{number}\n") for number in range(8)]
+        for peer in peers:
+            peer.until("*** u7 joined")
+
+        def talk(peer: Peer) -> None:
+            for number in range(200):
+                peer.send(f"{number} {'x' * 100}\n")
+
+        threads = [threading.Thread(target=talk, args=(peer,)) for peer in peers]
+        for thread in threads:
+            thread.start()
+        seen = [
+            [peer.until(": ").partition(" ")[:1] + (peer.seen[-1].split()[1],) for _ in range(7 * 200)]
+            for peer in peers
+        ]
+        for thread in threads:
+            thread.join(PATIENCE)
+        for number, order in enumerate(seen):
+            others = [item for item in seen[0] if item[0] not in ("u0:", f"u{number}:")]
+            self.assertEqual([item for item in order if item[0] not in ("u0:", f"u{number}:")], others)
+
+
 class Past(ServerCase):
     """History as IRC clients, plain users and scripts get it."""
 
@@ -2654,19 +2831,6 @@ class ClientProgram(ProgramCase):
         )
         bob.until("bob2: hi")
 
-    def test_a_password_of_our_own_server(self) -> None:
-        _, port = self.server(env={**os.environ, "CHAT_PASSWORD": "open sesame"})
-        for secret, status, complaint in (
-            ("open sesame", 0, ""),
-            ("", 1, f"chat.py: 127.0.0.1:{port} wants a password: give it in CHAT_PASSWORD or with --password-file\n"),
-            ("sesame", 1, f"chat.py: 127.0.0.1:{port} does not accept this password\n"),
-        ):
-            with self.subTest(secret):
-                environment = {**os.environ, "CHAT_PASSWORD": secret}
-                client = self.start("client", "--port", str(port), "--name", "bob", "-m", "x", env=environment)
-                _, err = client.communicate(timeout=PATIENCE)
-                self.assertEqual((client.returncode, err), (status, complaint))
-
     def test_one_line_errors(self) -> None:
         for args, text in (
             (["client", "--name", "b\udcff"], "a name is a letter, "),
@@ -2799,6 +2963,72 @@ class ClientProgram(ProgramCase):
         assert client.stdin
         client.stdin.close()
         client.stdin = client.stdout = None
+
+
+class Secured(ProgramCase):
+    """Programs that ask for a password, or encrypt."""
+
+    def test_a_password_of_our_own_server(self) -> None:
+        _, port = self.server(env={**os.environ, "CHAT_PASSWORD": "open sesame"})
+        for secret, status, complaint in (
+            ("open sesame", 0, ""),
+            ("", 1, f"chat.py: 127.0.0.1:{port} wants a password: give it in CHAT_PASSWORD or with --password-file\n"),
+            ("sesame", 1, f"chat.py: 127.0.0.1:{port} does not accept this password\n"),
+        ):
+            with self.subTest(secret):
+                environment = {**os.environ, "CHAT_PASSWORD": secret}
+                client = self.start("client", "--port", str(port), "--name", "bob", "-m", "x", env=environment)
+                _, err = client.communicate(timeout=PATIENCE)
+                self.assertEqual((client.returncode, err), (status, complaint))
+
+    @unittest.skipUnless(ssl and shutil.which("openssl"), "needs openssl")
+    def test_encrypted(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            made, home = f"{folder}/tls.pem", {**os.environ, "HOME": folder}
+            make_certificate(made)
+            server, own = self.server("--tls", env=home)
+            assert server.stdout
+            pin = (
+                re.search("--fingerprint ([0-9A-F:]{95})\n", server.stdout.readline() + server.stdout.readline())
+                or [""]
+            )[1]
+            _, port = self.server("--tls-cert", made, "--tls-only")
+            lines = "\n".join(f"line {number}" for number in range(300))
+            for where, args, trusted, status, complaint in (
+                (own, ("--fingerprint", pin), "", 0, ""),
+                (own, ("--fingerprint", pin.replace(":", "").lower()), "", 0, ""),
+                (own, ("--fingerprint", "00" * 32), "", 1, f"so nothing was sent: its fingerprint is {pin}, not 00:00"),
+                (own, ("--tls",), "", 1, "cannot be trusted, so nothing was sent: self"),
+                (port, ("--tls",), made, 0, ""),
+                (port, (), "", 1, f"closed the connection: {chat.TLS_ONLY}"),
+            ):
+                with self.subTest(args=args):
+                    environment = {**os.environ, "SSL_CERT_FILE": trusted} if trusted else None
+                    client = self.start(
+                        "client", "--port", str(where), "--name", "bob", *args, stdin=subprocess.PIPE, env=environment
+                    )
+                    out, err = client.communicate(lines, timeout=PATIENCE)
+                    self.assertEqual(client.returncode, status, err)
+                    self.assertIn(complaint, err)
+                    self.assertEqual(err.count("\n"), status)
+            again, _ = self.server("--tls", env=home)
+            assert again.stdout
+            self.assertIn(pin, again.stdout.readline() + again.stdout.readline())
+            self.assertEqual(stat.S_IMODE(os.stat(f"{folder}/.chat.py/tls.pem").st_mode), 0o600)
+
+    def test_no_certificate_to_be_had(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            pathlib.Path(folder, "not.pem").write_text("no certificate\n", encoding="ascii")
+            for args, complaint in (
+                (("--tls",), "--tls needs the openssl program to make a certificate; otherwise give --tls-cert"),
+                (("--tls-cert", f"{folder}/not.pem"), f"cannot use {folder}/not.pem for TLS: "),
+                (("--tls-cert", f"{folder}/none"), f"cannot use {folder}/none for TLS: "),
+                (("--tls-key", f"{folder}/none"), "--tls-key needs --tls-cert"),
+            ):
+                program = self.start("server", "--port", "0", *args, env={**os.environ, "PATH": folder, "HOME": folder})
+                _, err = program.communicate(timeout=PATIENCE)
+                self.assertEqual((program.returncode, err.count("\n")), (1, 1), err)
+                self.assertIn(complaint, err)
 
 
 class AFakeServer(ProgramCase):
