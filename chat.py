@@ -4842,19 +4842,18 @@ def run_server(args: argparse.Namespace) -> int:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise Failed(f"cannot listen on {args.host}:{args.port}: {reason}") from None
-    host, port = server.address
-    print(f"listening on {host}:{port}\n{invitation(host, port, certificate, args.tls_only)}", flush=True)
-    return attend(server, args)
+    return attend(server, invitation(*server.address, certificate, args.tls_only), args)
 
 
-def attend(server: Server, args: argparse.Namespace) -> int:
+def attend(server: Server, greeting: str, args: argparse.Namespace) -> int:
     """Lets a server serve, with its log and its terminal; returns the exit code."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), lambda *_: server.stop())
     console = Console(server) if at_terminal() else None
     end_log = begin_log(args, console)
-    host = server.address[0]
+    host, port = server.address
+    print(f"listening on {host}:{port}\n{greeting}", flush=True)
     if not (server.hub.gate.locked or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
         log.warning("there is no password: whoever reaches %s can join (--password-file sets one)", host)
     if console:

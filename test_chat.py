@@ -1240,10 +1240,42 @@ class Pressure(ServerCase):
     def test_silent_connections_are_closed(self) -> None:
         self.limit(register_s=0.5)
         with mock.patch.object(chat, "PROMPT_S", 0.1):
-            silent = [self.peer() for _ in range(50)]
+            silent = [self.peer() for _ in range(500)]
             for peer in silent:
                 self.assertEqual(peer.rest()[-1:], ["Enter your name: *** No name within 0 seconds"])
         self.eventually(lambda: not self.server.hub.sessions, "sessions were left")
+
+    def test_a_name_in_drips_is_cut_off(self) -> None:
+        self.limit(register_s=0.3)
+        slow = self.peer()
+        with contextlib.suppress(OSError):
+            while True:
+                slow.send("x")
+                time.sleep(0.02)
+        self.assertEqual(slow.rest()[-1:], ["*** No name within 0 seconds"])
+
+    def test_a_storm_of_connections(self) -> None:
+        ann, bob = self.irc("ann"), self.irc("bob")
+        before = threading.active_count()
+
+        def storm() -> None:
+            for number in range(200):
+                sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+                if number % 2:  # reset
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    sock.send(b"NICK ")
+                sock.close()
+
+        storms = [threading.Thread(target=storm) for _ in range(5)]
+        for thread in storms:
+            thread.start()
+        self.write(bob, 200)
+        for number in range(200):
+            self.assertTrue(ann.until("PRIVMSG #chat").endswith(f" {number}"))
+        for thread in storms:
+            thread.join(PATIENCE)
+        self.eventually(lambda: len(self.server.mailer) == 2, "connections were left")
+        self.eventually(lambda: threading.active_count() <= before, "threads were left")
 
     def test_pings_keep_the_living_and_end_the_dead(self) -> None:
         self.limit(ping_s=0.2, pong_s=1.0)
@@ -2716,13 +2748,17 @@ class ServerProgram(ProgramCase):
         import resource
 
         program, port = self.server(
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
         )
-        peers = [Peer(port) for _ in range(60)]
+        peers = [Peer(port) for _ in range(90)]
         for peer in peers:
             self.addCleanup(peer.close)
         refused = [peer for peer in peers[-10:] if peer.line() == f"ERROR :{chat.FULL}"]
         self.assertEqual(len(refused), 10)
+        if os.path.exists("/proc"):
+            used = self.processor_seconds(program.pid)
+            time.sleep(1)  # in which it has nothing to do
+            self.assertLess(self.processor_seconds(program.pid) - used, 0.3, "it spins")
         for peer in peers:
             peer.close()
         end = time.monotonic() + PATIENCE
@@ -2737,6 +2773,11 @@ class ServerProgram(ProgramCase):
         _, err = program.communicate(timeout=PATIENCE)
         self.assertEqual(program.returncode, 0)
         self.assertNotIn("Traceback", err)
+
+    @staticmethod
+    def processor_seconds(pid: int) -> float:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     @unittest.skipUnless(shutil.which("nc"), "needs nc")
     def test_printf_into_nc(self) -> None:
@@ -2897,6 +2938,24 @@ class ClientProgram(ProgramCase):
         _, err = client.communicate()
         self.assertEqual(client.returncode, 1)
         self.assertEqual(err, f"chat.py: the connection to 127.0.0.1:{port} was lost: Server is shutting down\n")
+
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
+    def test_a_client_that_was_stopped(self) -> None:
+        _, port = self.server("--ping-time", "0.2", "--pong-time", "20")
+        ann = Peer(port, "ann\n")
+        self.addCleanup(ann.close)
+        client = self.start("client", "--port", str(port), "--name", "bob", stdin=subprocess.PIPE)
+        ann.until("bob joined")
+        client.send_signal(signal.SIGSTOP)
+        for number in range(1000):
+            ann.send(f"{number} {'x' * 400}\n")
+        ann.send("/whois bob\n")
+        ann.until("bob is bob")
+        client.send_signal(signal.SIGCONT)
+        ann.send("the end\n")
+        assert client.stdout
+        got = [line.split()[1] for line in iter(client.stdout.readline, "ann: the end\n") if line.startswith("ann: ")]
+        self.assertEqual(got, [str(number) for number in range(1000)])
 
     def test_client_interrupted(self) -> None:
         _, port = self.server()
