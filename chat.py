@@ -2612,9 +2612,10 @@ class Tls:
     def send(self, data: bytes) -> bytes:
         """What has to go over the wire so that `data` arrives, and what the handshake needs."""
         with self._lock:
-            self._early += data
-            while self.ready and self._early:
-                self._early = self._early[self._object.write(self._early) :]
+            rest = memoryview(self._early + data)
+            while self.ready and rest:
+                rest = rest[self._object.write(rest) :]
+            self._early = bytes(rest)
             return self._outgoing.read()
 
     def close(self) -> None:
@@ -2793,7 +2794,7 @@ class Mailer:
                 self._write(self._pushed.popleft(), b"")
             taken, closing = self._hub.take()
             batch = settle(self._hub, taken)
-            self.delivered += sum(delivery.size - len(delivery.roster.left) for delivery in batch)
+            self.delivered += sum(max(item.size - len(item.roster.left), 0) for item in batch)
             for session, data in fan_out(batch):
                 if session in self._connections and data:
                     self._write(self._connections[session], data)
