@@ -3766,6 +3766,7 @@ class Outgoing:
     def __init__(self) -> None:
         self.waiting: List[Line] = []
         self.sent = 0
+        self.again = False  # some of what waits was sent over a connection that is lost
         self.unsure: List[Line] = []
         self.moved = time.monotonic()  # when something was added, or turned out to have arrived
 
@@ -4074,6 +4075,7 @@ class Client:
             if now > self.since + RETRY_MAX_S:
                 self.attempts = 0
             self.since = now
+        self.outgoing.again = self.outgoing.again or self.outgoing.sent > 0
         self.outgoing.sent = 0
         if self.outgoing.unsure:
             self.view.remark(f"your last {len(self.outgoing.unsure)} line(s) may be lost: this server confirms nothing")
@@ -4412,8 +4414,9 @@ def join_arrived(client: Client, message: Message) -> bool:
     if again:
         gap = "" if recalls else "; what was said meanwhile is not known here"
         client.view.remark(f"connected again{gap}")
-    if again and client.outgoing.waiting and RESUME_CAP not in client.caps:
+    if again and client.outgoing.again and RESUME_CAP not in client.caps:
         client.view.remark("sent again, so perhaps twice: what this server has not confirmed")
+    client.outgoing.again = False
     client.flush()
     return again
 
