@@ -3831,9 +3831,11 @@ class Pace:
 
     def take(self, now: float) -> bool:
         """Whether a line may go at the monotonic time `now`; if so, it is counted."""
-        if not self.free and (self.unread == UNREAD_LINES or not self._allowance.take(now)):
+        if self.free:
+            return True
+        if self.unread == UNREAD_LINES or not self._allowance.take(now):
             return False
-        self.unread += not self.free
+        self.unread += 1
         return True
 
 
