@@ -3969,8 +3969,7 @@ class Client:
         self.fold: Callable[[str], str] = fold  # as the server compares names
         self.pace = Pace(True)
         self.keys: Dict[str, str] = {}  # folded name -> key of a channel that wants one
-        self.tried: List[str] = []  # folded names that were taken
-        self.attempts = 0  # to connect, in vain
+        self.attempts = self.tries = 0  # to connect, in vain; names that were taken
         # Monotonic seconds: link begun, joined or lost; something heard; PING sent; when to connect or to leave.
         self.since = self.heard = self.asked = self.deadline = 0.0
 
@@ -3997,7 +3996,7 @@ class Client:
     def connect(self) -> None:
         """Begins a new connection."""
         self.link = Link(*self.address, self.events, self.secured())
-        self.caps, self.negotiated, self.why, self.nick, self.tried = [], False, "", self.wanted, []
+        self.caps, self.negotiated, self.why, self.nick, self.tries = [], False, "", self.wanted, 0
         self.since = self.heard = time.monotonic()
         self.send("CAP", "LS", "302")
         if self.password:
@@ -4299,7 +4298,7 @@ def welcome_arrived(client: Client, message: Message) -> bool:
     """001 <name> :<welcome>"""
     client.nick = message.param(0) or client.nick
     if client.nick != client.wanted:
-        why = "taken" if client.tried else "not possible here"
+        why = "taken" if client.tries else "not possible here"
         client.view.remark(f"{client.wanted} is {why}; you are {client.nick}")
     client.wanted = client.nick
     if not client.welcomed:
@@ -4332,13 +4331,13 @@ def taken_arrived(client: Client, message: Message) -> bool:
         return refusal_arrived(client, message)
     if client.joined:
         return False
-    if len(refused) >= OLD_NICK_CHARS and client.nick != refused and client.nick.startswith(refused):
+    if fold(refused) != fold(client.nick):
+        if RESUME_CAP in client.caps or len(refused) < OLD_NICK_CHARS or not client.nick.startswith(refused):
+            return True  # about a name that we have given up meanwhile
         client.isupport["NICKLEN"] = str(len(refused))  # it cuts names itself
-    elif fold(refused) in client.tried:
-        return True  # about a name that we have given up meanwhile
-    if len(client.tried) == SAME_NAMES:
+    client.tries += 1
+    if client.tries > SAME_NAMES:
         raise Failed(f"the name {client.wanted} is taken, and so are others like it; choose another with --name")
-    client.tried.append(fold(client.nick))
     client.nick = next_nick(client.nick, number_of(client, "NICKLEN", NICK_CHARS, NICK_CHARS))
     client.send("NICK", client.nick)
     return True

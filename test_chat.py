@@ -2786,7 +2786,7 @@ class FromAHostileServer(PersonCase):
             ("abcdefghijkl", ("433 * abcdefghi", "433 * abcdefgh2"), "abcdefgh2 abcdefgh3"),  # it cuts names itself
         ):
             with self.subTest(first):
-                self.client.nick, self.client.tried, self.client.isupport = first, [], {}
+                self.client.nick, self.client.tries, self.client.isupport = first, 0, {}
                 self.lines.clear()
                 self.assertNotIn("***", self.arrive(*(f":s {answer} :no" for answer in answers)))
                 self.assertEqual(self.lines, [f"NICK {name}" for name in sent.split()])
@@ -2799,6 +2799,9 @@ class FromAHostileServer(PersonCase):
         self.client.joined = False
         self.arrive(":s 433 * bob :taken", ":s 433 * bob :taken")
         self.assertEqual((self.lines, self.client.nick), (["NICK bob2"], "bob2"))
+        self.client.entered = True
+        self.arrive(f":s CAP * LS :{chat.RESUME_CAP}", f":s CAP * ACK :{chat.RESUME_CAP}", ":s 433 * bob :taken")
+        self.assertEqual(self.lines[-2:], ["CAP END", "NICK bob2"])  # this one we had asked for once more
 
     def test_the_past_of_another_channel_is_not_ours(self) -> None:
         self.client.past.ask("#chat", 0)
@@ -3357,6 +3360,7 @@ class AFakeServer(ProgramCase):
                     fake.until("USER")
                 fake.send(line)
                 fake.drop()
+                client.wait(PATIENCE)
                 _, err = client.communicate(timeout=PATIENCE)
                 self.assertEqual(client.returncode, 1)
                 last = f"the connection to 127.0.0.1:{fake.port} was lost: {line[len('ERROR :') :]}\n"
