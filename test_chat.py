@@ -2683,6 +2683,16 @@ class AtOtherServers(PersonCase):
         self.arrive(f":s PONG s {line_id}")
         self.assertEqual(len(self.client.outgoing), 0)
 
+    def test_a_server_may_look_for_our_host_first(self) -> None:
+        self.client.joined = self.client.entered = False
+        self.client.link = mock.Mock(stuck=False)
+        for heard, now, text in ((0, 11, "is --port right"), (5, 34, ""), (5, 36, "does not let you in")):
+            self.client.since, self.client.heard = 1000.0, 1000.0 + heard
+            with self.subTest(now), contextlib.ExitStack() as stack:
+                if text:
+                    stack.enter_context(self.assertRaisesRegex(chat.Failed, text))
+                chat.tick(self.client, 1000.0 + now)
+
     def test_channel_keys(self) -> None:
         self.type("/join #b sesame")
         self.arrive(":bob!b@h JOIN #b")
@@ -3386,18 +3396,19 @@ class AFakeServer(ProgramCase):
         self.assertEqual((client.returncode, out, err), (0, "", ""))
 
     def test_addresses(self) -> None:
-        fake = FakeServer(self)
-        url = f"irc://bob@127.0.0.1:{fake.port}/%23caf%C3%A9?sesame"
-        client = self.start("client", url, "-m", "x")
-        self.assertEqual(fake.until("NICK"), "NICK bob")
-        fake.send(":s CAP * LS :", ":s 001 bob :Welcome")
-        self.assertEqual(fake.until("JOIN"), "JOIN #café :sesame")
-        fake.send(":s 475 bob #café :Cannot join channel (+k)")
-        _, err = client.communicate(timeout=PATIENCE)
-        self.assertEqual(
-            err,
-            "chat.py: cannot join #café: Cannot join channel (+k); its key goes behind it: --channel '#café KEY'\n",
-        )
+        for path, channel in (("%23caf%C3%A9?sesame", "#café"), ("&local?sesame", "&local"), ("x?sesame", "#x")):
+            fake = FakeServer(self)
+            client = self.start("client", f"irc://bob@127.0.0.1:{fake.port}/{path}", "-m", "x")
+            self.assertEqual(fake.until("NICK"), "NICK bob")
+            fake.send(":s CAP * LS :", ":s 001 bob :Welcome")
+            self.assertEqual(fake.until("JOIN"), f"JOIN {channel} :sesame")
+            fake.send(f":s 475 bob {channel} :Cannot join channel (+k)")
+            _, err = client.communicate(timeout=PATIENCE)
+            hint = f"its key goes behind it: --channel '{channel} KEY'"
+            self.assertEqual(err, f"chat.py: cannot join {channel}: Cannot join channel (+k); {hint}\n")
+        self.assertEqual(chat.irc_url("irc://[::1]/#a"), {"host": "::1", "port": 6667, "channel": "#a "})
+        self.assertEqual(chat.irc_url("ircs://h"), {"host": "h", "port": 6697, "tls": True})
+        self.assertEqual(chat.irc_url("IRC://h:1/"), {"host": "h", "port": 1})
         for url, what in (
             ("irc://bob:secret@localhost/chat", "others can read a password here"),
             ("http://localhost/", "it is irc://"),
