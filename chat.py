@@ -68,11 +68,13 @@ import selectors
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import threading
 import time
 import unicodedata
+import urllib.parse
 import zlib
 from typing import (
     TYPE_CHECKING,
@@ -86,6 +88,7 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
+    Set,
     Tuple,
 )
 
@@ -100,6 +103,7 @@ log = logging.getLogger("chat")
 # -----------------------------------------------------------------------------
 
 DEFAULT_PORT = 9090
+IRC_PORT, IRC_TLS_PORT = 6667, 6697  # RFC 7194, section 2
 DEFAULT_CHANNEL = "#chat"
 SERVER_NAME = "chat.local"
 LOOPBACK = "127.0.0.0/8,::1"
@@ -172,6 +176,10 @@ FRAME_S = 0.05  # between two drawings while much arrives
 MIN_PIECE = 100  # bytes of text that must fit beside a target's name
 QUEUED_LINES = 10_000  # that a server may leave unread
 SAME_NAMES = 20  # names that we try when they are taken
+OLD_NICK_CHARS = 9  # which every server allows: RFC 1459, section 1.2
+# Other servers throw out who speaks faster, or is further ahead of what they have read: InspIRCd reads a line each
+# second, and keeps 8 KiB of others.
+SPOKEN_LINES, SPOKEN_S, UNREAD_LINES = 5, 0.5, 8  # at once, then one each so many seconds; not yet read
 PEOPLE, NAME_CHARS = 100_000, 100  # names that are remembered, so that no server fills our memory
 UNECHOED_LINES = 50  # a pipe sends so many ahead of their echo: fills no buffer, hides the round trip
 HISTORY_LINES = 500  # typed lines that can be called back
@@ -327,6 +335,9 @@ MIXED_SCRIPTS = ({"CJK", "HIRAGANA", "KATAKANA"}, {"CJK", "HANGUL"}, {"CJK", "BO
 # Letters and marks that show nothing (Default_Ignorable_Code_Point), with which two names would look like one.
 INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 NICK_SYMBOLS = "_[]{}|^`"
+CHANNEL_TYPES = "#&+!"  # RFC 2811, section 2.1; our server has # only
+CHANNEL_STARTS = tuple(CHANNEL_TYPES + "~@%")  # with STATUSMSG, @#chat is the operators of #chat
+CASEMAPPINGS = {"ascii": ("", ""), "rfc1459": ("[]\\~", "{}|^"), "rfc1459-strict": ("[]\\", "{}|")}
 
 
 def fold(name: str) -> str:
@@ -334,6 +345,20 @@ def fold(name: str) -> str:
     if name.isascii():
         return name.lower()
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def folding(mapping: str) -> Callable[[str], str]:
+    """How an IRC server compares names, by its CASEMAPPING; where we do not know that, as we do."""
+    if mapping not in CASEMAPPINGS:
+        return fold
+    upper, lower = CASEMAPPINGS[mapping]
+    table = str.maketrans(string.ascii_uppercase + upper, string.ascii_lowercase + lower)
+    return lambda name: name.translate(table)
+
+
+def is_channel(target: str) -> bool:
+    """Whether a message's target is a channel, or those of a rank in one: no nick, on any server, begins like them."""
+    return target.startswith(CHANNEL_STARTS)
 
 
 def script(char: str) -> str:
@@ -377,12 +402,20 @@ def check_channel(name: str) -> str:
     return name
 
 
-def next_nick(nick: str) -> str:
-    """The name to try when `nick` is taken: bob, bob2, bob3 ..."""
+def next_nick(nick: str, size: int = NICK_CHARS) -> str:
+    """The name of at most `size` characters to try when `nick` is taken: bob, bob2, bob3 ..."""
     stem = nick.rstrip("0123456789")
     number = str(int(nick[len(stem) :] or 1) + 1)
-    room = NICK_CHARS - len(number), NICK_BYTES - len(number)
+    room = size - len(number), NICK_BYTES - len(number)
     return stem[: room[0]].encode()[: room[1]].decode(errors="ignore") + number
+
+
+def simpler_nick(nick: str) -> str:
+    """The name to try when `nick` is refused: José, Jose; or a shorter one. '' where that would be no name."""
+    if not nick.isascii():
+        return unicodedata.normalize("NFKD", nick).encode("ascii", "ignore").decode().lstrip("0123456789-")
+    stem = nick.rstrip("0123456789")
+    return stem[: max(OLD_NICK_CHARS - len(nick) + len(stem), 0)] + nick[len(stem) :]
 
 
 # -----------------------------------------------------------------------------
@@ -628,7 +661,7 @@ def text_form(message: Message, name: Callable[[str], str] = harmless) -> str:
     if is_system(message):
         text = event_of(message)[1]
         return text and f"*** {text}"
-    private = "" if message.param(0).startswith("#") else "[private] "
+    private = "" if is_channel(message.param(0)) else "[private] "
     doing = message.action
     if doing is not None:
         return f"{private}* {name(message.nick)} {harmless(doing)}"
@@ -654,7 +687,7 @@ SLASHES = {
     "me": Slash("TEXT", "says what you do", 1, 1, lambda here, words: Message("PRIVMSG", (here, action(words[0])))),
     "who": Slash("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
     "whois": Slash("NAME", "tells more about somebody", 1, 2, lambda here, words: Message("WHOIS", words[:1])),
-    "join": Slash("#CHANNEL", "goes to another channel", 1, 2, lambda here, words: Message("JOIN", words[:1])),
+    "join": Slash("#CHANNEL [KEY]", "goes to another channel", 1, 3, lambda here, words: Message("JOIN", words[:2])),
     "topic": Slash("[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))),
     "away": Slash("[TEXT]", "says why you do not answer", 0, 1, lambda here, words: Message("AWAY", words)),
     "ignore": Slash(
@@ -838,7 +871,7 @@ class Json(Dialect):
             channel = message.param(0)
             action = message.action
             said = {"type": "chat", "user": message.nick, "text": message.text, "channel": channel}
-            if not channel.startswith("#"):
+            if not is_channel(channel):
                 said = {"type": "private", "user": message.nick, "text": message.text, "to": channel}
             return said if action is None else {**said, "text": action, "action": True}
         name, text = event_of(message)
@@ -850,7 +883,7 @@ class Json(Dialect):
         item: dict[str, Any] = {"type": "system", "event": name, "text": f"*** {text}"}
         if "!" in message.source:
             item["user"] = message.nick
-        channels = [param for param in message.params[:3] if param.startswith("#")]
+        channels = [param for param in message.params[:3] if param.startswith(tuple(CHANNEL_TYPES))]
         if channels:
             item["channel"] = channels[0]
         if name == "nick":
@@ -3734,6 +3767,7 @@ class Outgoing:
     def __init__(self) -> None:
         self.waiting: List[Line] = []
         self.sent = 0
+        self.again = False  # some of what waits was sent over a connection that is lost
         self.unsure: List[Line] = []
         self.moved = time.monotonic()  # when something was added, or turned out to have arrived
 
@@ -3742,10 +3776,13 @@ class Outgoing:
         self.moved = time.monotonic()
         self.waiting.append(Line(secrets.token_hex(8), target, text))  # which nobody can guess
 
-    def next(self, echoed: bool) -> Optional[Line]:
+    @property
+    def unsent(self) -> bool:
+        """Whether there is a next one."""
+        return self.sent < len(self.waiting)
+
+    def next(self, echoed: bool) -> Line:
         """The next one to send to a server that echoes, or does not."""
-        if self.sent == len(self.waiting):
-            return None
         line = self.waiting[self.sent]
         if echoed:
             self.sent += 1
@@ -3754,7 +3791,7 @@ class Outgoing:
             self.unsure.append(line)
         return line
 
-    def settle(self, target: str, line_id: str = "") -> bool:
+    def settle(self, target: str, line_id: str = "", fold: Callable[[str], str] = fold) -> bool:
         """Something came of a line: of the one with this id; without, of the first to the target or to anybody."""
         for index, line in enumerate(self.waiting if line_id else self.waiting[: self.sent]):
             if line.id == line_id if line_id else fold(target) in (fold(line.target), fold(word(line.target)), ""):
@@ -3763,6 +3800,14 @@ class Outgoing:
                 self.moved = time.monotonic()
                 return True
         return False
+
+    def doubt(self) -> List[Line]:
+        """No more echoes will come; returns the lines that now wait for an answered PING."""
+        doubted = self.waiting[: self.sent]
+        del self.waiting[: self.sent]
+        self.sent = 0
+        self.unsure += doubted
+        return doubted
 
     def answered(self, token: str) -> bool:
         """A PING with the id of a line was answered; whether it was."""
@@ -3775,6 +3820,24 @@ class Outgoing:
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.unsure)
+
+
+class Pace:
+    """How fast we speak. Our own server slows us down itself; others throw us out."""
+
+    def __init__(self, free: bool) -> None:
+        self.free = free
+        self.unread = 0  # lines since the last answered PING; at UNREAD_LINES the next one is due
+        self._allowance = Allowance(SPOKEN_LINES, SPOKEN_S)
+
+    def take(self, now: float) -> bool:
+        """Whether a line may go at the monotonic time `now`; if so, it is counted."""
+        if self.free:
+            return True
+        if self.unread == UNREAD_LINES or not self._allowance.take(now):
+            return False
+        self.unread += 1
+        return True
 
 
 class Past:
@@ -3796,7 +3859,7 @@ class Past:
         if msgid in self._seen:
             return False
         if msgid:
-            if message.param(0).startswith("#"):
+            if is_channel(message.param(0)):
                 self.last = f"msgid={msgid}"
             self._seen[msgid] = None
             if len(self._seen) > SEEN_IDS:
@@ -3807,7 +3870,7 @@ class Past:
         """Takes a message that belongs to an answer, or has to wait for its end."""
         if self.batch and message.tags.get("batch") == self.batch:
             self.page.append(message)
-        elif self.asked and not is_system(message) and message.param(0).startswith("#"):
+        elif self.asked and not is_system(message) and is_channel(message.param(0)):
             self.held.append(message)
         else:
             return False
@@ -3861,6 +3924,10 @@ class View:
         """Empties the screen."""
 
 
+READ = "read"  # a PING with this is answered when the server has read what was sent before
+# In the last words of a server that we should not come back to.
+EXPELLED = re.compile(r"\bkilled\b|\b[dgkqz]-?lined?\b|\bbanned\b", re.IGNORECASE)
+
 Arrival = Callable[["Client", Message], bool]
 ARRIVALS: Dict[str, Arrival] = {}  # by the command of a message that arrived; True: there is nothing to show
 Entry = Callable[["Client", Message], None]
@@ -3898,6 +3965,11 @@ class Client:
         self.source = ""  # our own prefix, as the server writes it
         self.caps: List[str] = []  # granted; before that, offered
         self.why = ""  # the server's last words
+        self.negotiated = False  # what may be used over this link
+        self.isupport: Dict[str, str] = {}  # what the server says of itself, as far as we care
+        self.fold: Callable[[str], str] = fold  # as the server compares names
+        self.pace = Pace(True)
+        self.keys: Dict[str, str] = {}  # folded name -> key of a channel that wants one
         self.attempts = self.tries = 0  # to connect, in vain; names that were taken
         # Monotonic seconds: link begun, joined or lost; something heard; PING sent; when to connect or to leave.
         self.since = self.heard = self.asked = self.deadline = 0.0
@@ -3925,7 +3997,7 @@ class Client:
     def connect(self) -> None:
         """Begins a new connection."""
         self.link = Link(*self.address, self.events, self.secured())
-        self.caps, self.why, self.nick, self.tries = [], "", self.wanted, 0
+        self.caps, self.negotiated, self.why, self.nick, self.tries = [], False, "", self.wanted, 0
         self.since = self.heard = time.monotonic()
         self.send("CAP", "LS", "302")
         if self.password:
@@ -3936,7 +4008,7 @@ class Client:
     def meet(self, nick: str) -> None:
         """Somebody is in the channel."""
         if len(self.people) < PEOPLE and len(nick) < NAME_CHARS:
-            self.people.setdefault(fold(nick), nick)
+            self.people.setdefault(self.fold(nick), nick)
 
     def send(self, command: str, *params: str) -> None:
         """Sends a message, if there is a connection."""
@@ -3945,34 +4017,28 @@ class Client:
 
     def say(self, message: Message) -> None:
         """Sends a PRIVMSG, as several if need be, now or when the connection is back."""
-        doing = message.action
-        rest = self.source.partition("!")[2] or f"{'u' * USER_CHARS}@{'h' * 63}"
         for target in message.params[0].split(","):
-            prefix = f":{self.nick.ljust(NICK_CHARS)}!{rest} PRIVMSG {target} :"  # the name may change on the way
-            room = LINE_BYTES - 2 - len(prefix.encode())
-            if room < MIN_PIECE:
+            pieces = pieces_of(self, target, message)
+            if not pieces:
                 self.view.remark("Error: that name is too long")
-                continue
-            if doing is None:
-                pieces = split_text(message.text, room)
-            else:
-                pieces = [action(piece) for piece in split_text(doing, room - len(action("")))]
             for piece in pieces:
                 self.outgoing.add(target, piece)
         self.flush()
 
     def flush(self) -> None:
-        """Sends what waits, once we are in the chat."""
+        """Sends what waits, once we are in the chat, as fast as the server allows."""
         echoed, tagged = "echo-message" in self.caps, "message-tags" in self.caps
         while self.link and self.joined and not self.past.asked and not self.going:
-            line = self.outgoing.next(echoed)
-            if line is None:
+            if not self.outgoing.unsent or not self.pace.take(time.monotonic()):
                 return
+            line = self.outgoing.next(echoed)
             self.link.send(Message("PRIVMSG", line[1:], "", {ID_TAG: line.id} if tagged else NO_TAGS))
             if not echoed:
                 if len(self.outgoing.unsure) == 1:
                     self.send("PING", line.id)
                 self.view.show(Message("PRIVMSG", line[1:], self.source), True)
+            if self.pace.unread == UNREAD_LINES:
+                self.send("PING", READ)
 
     def stay(self) -> None:
         """The channel that we wanted to go to does not let us in."""
@@ -3996,13 +4062,14 @@ class Client:
         """The connection is no more."""
         if self.link:
             self.link.close()
+        hopeless = not self.entered or not self.reconnects or is_expelled(self)
         joined, self.link, self.joined = self.joined, None, False
         self.channel, self.going = self.going or self.channel, ""
         self.past.end()
         if self.leaving:
             self.end()
             return
-        if not self.entered or not self.reconnects:
+        if hopeless:
             raise Failed(reason)
         now = time.monotonic()
         if joined:
@@ -4010,6 +4077,7 @@ class Client:
             if now > self.since + RETRY_MAX_S:
                 self.attempts = 0
             self.since = now
+        self.outgoing.again = self.outgoing.again or self.outgoing.sent > 0
         self.outgoing.sent = 0
         if self.outgoing.unsure:
             self.view.remark(f"your last {len(self.outgoing.unsure)} line(s) may be lost: this server confirms nothing")
@@ -4042,7 +4110,7 @@ class Client:
         link, messages = item
         for message in messages if link is self.link else ():
             self.heard = time.monotonic()
-            early = RESUME_CAP in self.caps and not self.joined and message.param(0).startswith("#")
+            early = RESUME_CAP in self.caps and not self.joined and is_channel(message.param(0))
             early = early and not is_system(message)
             if not early and not self.past.holds(message):  # what comes before our JOIN, we ask for after it
                 self.take(message)
@@ -4068,6 +4136,33 @@ class Client:
         ENTRIES.get(message.command, ENTRIES[""])(self, message)
 
 
+def pieces_of(client: Client, target: str, message: Message) -> List[str]:
+    """What a message says, in pieces that fit in a line with our prefix; none where the target is too long."""
+    nick = client.nick.ljust(number_of(client, "NICKLEN", NICK_CHARS, NICK_BYTES))  # it may change on the way
+    rest = client.source.partition("!")[2] or f"~{'u' * USER_CHARS}@{'h' * 64}"
+    size = number_of(client, "LINELEN", LINE_BYTES, SERVER_INPUT_BYTES - TAG_BYTES)
+    room = size - 2 - len(f":{nick}!{rest} PRIVMSG {target} :".encode())
+    if room < MIN_PIECE:
+        return []
+    doing = message.action
+    if doing is None:
+        return split_text(message.text, room)
+    return [action(piece) for piece in split_text(doing, room - len(action("")))]
+
+
+def number_of(client: Client, token: str, default: int, most: int) -> int:
+    """What the server says in 005 of a limit."""
+    value = client.isupport.get(token, "")
+    return min(int(value), most) if re.fullmatch("[1-9][0-9]{0,4}", value) else default
+
+
+def is_expelled(client: Client) -> bool:
+    """Whether the server has said that it does not want us, rather than only gone away."""
+    if client.pace.free or not client.why:
+        return False
+    return not client.joined or bool(EXPELLED.search(client.why))
+
+
 def tick(client: Client, now: float) -> None:
     """Does what is due."""
     if client.leaving:
@@ -4076,6 +4171,7 @@ def tick(client: Client, now: float) -> None:
     elif client.view.ended and now > client.outgoing.moved + GIVE_UP_S:
         raise Failed(f"not delivered: {len(client.outgoing)} line(s); {client.where} does not confirm them")
     elif client.link:
+        client.flush()
         watch(client, now)
     elif now > client.deadline:
         client.connect()
@@ -4086,8 +4182,10 @@ def watch(client: Client, now: float) -> None:
     if client.link and client.link.stuck:
         client.lose(f"{client.where} does not read what it is sent")
     elif not client.joined:
-        if now > client.since + CONNECT_S:
+        if client.heard == client.since and now > client.since + CONNECT_S:
             client.lose(f"{client.where} does not answer as a chat or IRC server does; is --port right?")
+        elif now > client.heard + ASK_S:  # a server may look for our name and host first
+            client.lose(f"{client.where} does not let you in")
     elif client.past.asked and now > client.past.asked + CONNECT_S:
         catch_up(client)
     elif client.going and now > client.deadline:
@@ -4124,8 +4222,12 @@ def catch_up(client: Client, more: bool = False) -> None:
 # What a message means to the client, a function by its command; True: there is nothing to show.
 
 WANTED = {
-    "batch", "draft/chathistory", "echo-message", "message-tags", "server-time", "standard-replies", RESUME_CAP,
+    "batch", "chghost", "draft/chathistory", "echo-message", "message-tags", "server-time", "standard-replies",
+    RESUME_CAP,
 }  # fmt: skip
+
+
+HONOURED = ("CASEMAPPING", "LINELEN", "NICKLEN", "PREFIX")  # of what servers say in 005
 
 
 def arrival(*commands: str) -> Callable[[Arrival], Arrival]:
@@ -4140,15 +4242,18 @@ def arrival(*commands: str) -> Callable[[Arrival], Arrival]:
 
 @arrival("CAP")
 def cap_arrived(client: Client, message: Message) -> bool:
-    """CAP <name> LS [*] :<capabilities> | ACK :<capabilities> | NAK :<capabilities>"""
-    verb, offered = message.param(1), message.text.split()
-    if verb == "LS":
-        names = {item.partition("=")[0] for item in offered}
-        client.caps += sorted(names & WANTED - set(client.caps))
+    """CAP <name> LS [*] :<capabilities> | ACK, NAK, NEW or DEL :<capabilities>"""
+    verb, names = message.param(1), {item.partition("=")[0] for item in message.text.split()}
+    wanted = sorted(names & WANTED - set(client.caps))
+    if client.negotiated:
+        caps_changed(client, verb, names, wanted)
+    elif verb == "LS":
+        client.caps += wanted
         if message.param(2) != "*":  # the last line of the list
+            client.negotiated = not client.caps
             client.send(*(("CAP", "REQ", " ".join(client.caps)) if client.caps else ("CAP", "END")))
     elif verb in ("ACK", "NAK"):
-        client.caps = offered if verb == "ACK" else []
+        client.caps, client.negotiated = message.text.split() if verb == "ACK" else [], True
         if RESUME_CAP in client.caps:  # our name may be held by our last connection
             client.send("RESUME", client.token)
             if client.entered:
@@ -4156,6 +4261,19 @@ def cap_arrived(client: Client, message: Message) -> bool:
                 client.send("NICK", client.nick)
         client.send("CAP", "END")
     return True
+
+
+def caps_changed(client: Client, verb: str, names: Set[str], wanted: List[str]) -> None:
+    """CAP NEW, DEL, or the answer to what we asked for then."""
+    if verb == "NEW" and wanted:
+        client.send("CAP", "REQ", " ".join(wanted))
+    elif verb == "ACK":
+        client.caps += wanted
+    elif verb == "DEL":
+        client.caps = [name for name in client.caps if name not in names]
+    for line in client.outgoing.doubt() if "echo-message" not in client.caps else ():
+        client.send("PING", line.id)
+        client.view.show(Message("PRIVMSG", line[1:], client.source), True)
 
 
 @arrival("PING")
@@ -4170,6 +4288,9 @@ def pong_arrived(client: Client, message: Message) -> bool:
     """PONG <server> <token>: what was sent before the PING has arrived"""
     if client.outgoing.answered(message.text) and client.outgoing.unsure:
         client.send("PING", client.outgoing.unsure[-1].id)
+    if message.text == READ:
+        client.pace.unread = 0
+        client.flush()
     return True
 
 
@@ -4184,26 +4305,61 @@ def welcome_arrived(client: Client, message: Message) -> bool:
     if not client.welcomed:
         client.view.start(client)
     client.welcomed = True
-    client.send("JOIN", client.channel)
+    client.pace = Pace(RESUME_CAP in client.caps)
+    client.fold = fold if client.pace.free else folding(client.isupport.get("CASEMAPPING", "rfc1459"))
+    key = client.keys.get(fold(client.channel))
+    client.send("JOIN", client.channel, *([key] if key else []))
     return True
 
 
-@arrival("433")
+@arrival("005")
+def isupport_arrived(client: Client, message: Message) -> bool:
+    """005 <name> {<token>[=<value>]} :<text>"""
+    for item in message.params[1:]:
+        token, _, value = item.partition("=")
+        if token in HONOURED:
+            client.isupport[token] = value
+    if not client.pace.free:  # ours knows more than a CASEMAPPING can say
+        client.fold = folding(client.isupport.get("CASEMAPPING", "rfc1459"))
+    return True
+
+
+@arrival("433", "436", "437")
 def taken_arrived(client: Client, message: Message) -> bool:
-    """433 <name> <wanted> :<text>"""
+    """433 <name> <wanted> :<text>; 437 is about a channel, too"""
+    refused = message.param(1)
+    if is_channel(refused):
+        return refusal_arrived(client, message)
     if client.joined:
         return False
-    if fold(message.param(1)) != fold(client.nick):
-        return True  # about a name that we have given up meanwhile
+    if fold(refused) != fold(client.nick):
+        if RESUME_CAP in client.caps or len(refused) < OLD_NICK_CHARS or not client.nick.startswith(refused):
+            return True  # about a name that we have given up meanwhile
+        client.isupport["NICKLEN"] = str(len(refused))  # it cuts names itself
     client.tries += 1
     if client.tries > SAME_NAMES:
         raise Failed(f"the name {client.wanted} is taken, and so are others like it; choose another with --name")
-    client.nick = next_nick(client.nick)
+    client.nick = next_nick(client.nick, number_of(client, "NICKLEN", NICK_CHARS, NICK_CHARS))
     client.send("NICK", client.nick)
     return True
 
 
-@arrival("432", "464", "465", "403", "405", "437", "471", "473", "474", "475", "476", "477")
+@arrival("431", "432")
+def unfit_arrived(client: Client, message: Message) -> bool:
+    """432 <name> <wanted> :<text>"""
+    if client.joined:
+        return False
+    simpler = simpler_nick(client.nick)
+    if simpler in ("", client.nick):
+        raise Failed(f"the server refuses the name {client.nick}: {message.text}; choose another with --name")
+    if client.nick.isascii():
+        client.isupport["NICKLEN"] = str(OLD_NICK_CHARS)
+    client.nick = simpler
+    client.send("NICK", client.nick)
+    return True
+
+
+@arrival("464", "465", "403", "405", "471", "473", "474", "475", "476", "477")
 def refusal_arrived(client: Client, message: Message) -> bool:
     """<numeric> <name> ... :<text>, which ends all hope unless we are in"""
     if client.joined:
@@ -4216,9 +4372,12 @@ def refusal_arrived(client: Client, message: Message) -> bool:
         raise Failed(f"{client.where} does not accept this password")
     if code == "465":
         raise Failed(f"{client.where} does not let you in: {text}")
-    if code == "432":
-        raise Failed(f"the server refuses the name {client.nick}: {text}; choose another with --name")
-    raise Failed(f"cannot join {client.channel}: {text}; choose another with --channel")
+    hint = (
+        f"its key goes behind it: --channel '{client.channel} KEY'"
+        if code == "475"
+        else "choose another with --channel"
+    )
+    raise Failed(f"cannot join {client.channel}: {text}; {hint}")
 
 
 @arrival("401", "402", "404", "407", "411", "412", "417", "FAIL")
@@ -4230,7 +4389,7 @@ def refused_arrived(client: Client, message: Message) -> bool:
         return False
     nobodys = message.command in ("411", "412", "417", "FAIL")  # does not tell whom the line was for
     target = "" if nobodys else message.param(1) or "?"
-    if client.outgoing.settle(target) and not client.view.patient:
+    if client.outgoing.settle(target, "", client.fold) and not client.view.patient:
         raise Failed(f"a line was not delivered: {message.text}")
     return False
 
@@ -4242,7 +4401,7 @@ def join_arrived(client: Client, message: Message) -> bool:
         client.meet(message.nick)
         return False
     again = client.entered and not client.joined
-    if client.joined and fold(message.param(0)) != fold(client.channel):
+    if client.joined and client.fold(message.param(0)) != client.fold(client.channel):
         client.send("PART", client.channel)
     client.channel, client.source, client.people, client.going = message.param(0), message.source, {}, ""
     if not client.joined:
@@ -4257,8 +4416,9 @@ def join_arrived(client: Client, message: Message) -> bool:
     if again:
         gap = "" if recalls else "; what was said meanwhile is not known here"
         client.view.remark(f"connected again{gap}")
-    if again and client.outgoing.waiting and RESUME_CAP not in client.caps:
+    if again and client.outgoing.again and RESUME_CAP not in client.caps:
         client.view.remark("sent again, so perhaps twice: what this server has not confirmed")
+    client.outgoing.again = False
     client.flush()
     return again
 
@@ -4267,7 +4427,7 @@ def join_arrived(client: Client, message: Message) -> bool:
 def batch_arrived(client: Client, message: Message) -> bool:
     """BATCH +<reference> chathistory <channel> | BATCH -<reference>"""
     reference = message.param(0)
-    ours = message.param(1) == "chathistory" and fold(message.param(2)) == fold(client.past.channel)
+    ours = message.param(1) == "chathistory" and client.fold(message.param(2)) == client.fold(client.past.channel)
     if reference.startswith("+") and client.past.asked and ours:
         client.past.batch = reference[1:]
     elif reference == f"-{client.past.batch}":
@@ -4279,9 +4439,9 @@ def batch_arrived(client: Client, message: Message) -> bool:
 def gone_arrived(client: Client, message: Message) -> bool:
     """PART <channel> [:<reason>] | KICK <channel> <name> [:<reason>] | QUIT [:<reason>]"""
     nick = message.param(1) if message.command == "KICK" else message.nick
-    if message.command == "QUIT" or fold(message.param(0)) == fold(client.channel):
-        client.people.pop(fold(nick), None)
-        if nick == client.nick and message.command != "QUIT":
+    if message.command == "QUIT" or client.fold(message.param(0)) == client.fold(client.channel):
+        client.people.pop(client.fold(nick), None)
+        if client.fold(nick) == client.fold(client.nick) and message.command != "QUIT":
             client.view.show(message, False)
             client.view.remark(f"you are no longer in {client.channel}; /join {client.channel} may bring you back")
             return True
@@ -4293,8 +4453,8 @@ def gone_arrived(client: Client, message: Message) -> bool:
 def nick_arrived(client: Client, message: Message) -> bool:
     """NICK <new name>"""
     for names in (client.people, client.ignored):
-        if names.pop(fold(message.nick), None):
-            names[fold(message.param(0))] = message.param(0)
+        if names.pop(client.fold(message.nick), None):
+            names[client.fold(message.param(0))] = message.param(0)
     if message.nick == client.nick:
         client.nick = client.wanted = message.param(0)
         client.source = f"{client.nick}!{message.source.partition('!')[2]}"
@@ -4304,10 +4464,10 @@ def nick_arrived(client: Client, message: Message) -> bool:
 @arrival("353")
 def names_arrived(client: Client, message: Message) -> bool:
     """353 <name> = <channel> :[@+]<name>{ [@+]<name>}"""
-    if fold(message.param(2)) == fold(client.channel):
-        names = [name.lstrip("~&@%+").partition("!")[0] for name in message.text.split()]
-        for name in names:
-            client.meet(name)
+    if client.fold(message.param(2)) == client.fold(client.channel):
+        ranks = client.isupport.get("PREFIX", "(qaohv)~&@%+").partition(")")[2]
+        for name in message.text.split():
+            client.meet(name.lstrip(ranks).partition("!")[0])
     return not client.asking
 
 
@@ -4325,18 +4485,20 @@ def said_arrived(client: Client, message: Message) -> bool:
     """PRIVMSG <target> :<text>; our own is a receipt"""
     if is_system(message):
         return False
-    mine, key = message.nick == client.nick, fold(message.nick)
+    mine, key = message.nick == client.nick, client.fold(message.nick)
     if mine and (ID_TAG in message.tags or "batch" not in message.tags):  # the past has many lines of ours
-        client.outgoing.settle(message.param(0), message.tags.get(ID_TAG, ""))
+        client.outgoing.settle(message.param(0), message.tags.get(ID_TAG, ""), client.fold)
     if not client.past.is_new(message):
         return True
     if mine:
         client.source = message.source
         client.view.show(message, True)
         return True
+    if message.text.startswith("\x01") and message.action is None:
+        return True  # a CTCP request, or an answer to one that we have not made
     if key in client.people:
         client.people[key] = client.people.pop(key)
-    if key not in client.ignored and fold(message.param(0)) == fold(client.nick):
+    if key not in client.ignored and client.fold(message.param(0)) == client.fold(client.nick):
         client.partner = message.nick
     return key in client.ignored
 
@@ -4345,7 +4507,31 @@ def said_arrived(client: Client, message: Message) -> bool:
 def error_arrived(client: Client, message: Message) -> bool:
     """ERROR :<text>: the server's last words"""
     client.why = message.text
+    first = not client.entered and not client.password
+    if first and re.search("password|denied by config", message.text, re.IGNORECASE):  # ngircd, InspIRCd
+        how = "if it wants a password, give it in CHAT_PASSWORD or with --password-file"
+        raise PasswordWanted(f"{client.where} does not let you in: {message.text}; {how}")
     return True
+
+
+@arrival("311", "396", "CHGHOST")
+def host_arrived(client: Client, message: Message) -> bool:
+    """311 <name> <nick> <user> <host> * :<real name> | 396 <name> [<user>@]<host> :<text> | CHGHOST <user> <host>"""
+    command, (who, user, host) = message.command, [*message.params[1:], "", "", ""][:3]
+    if command == "CHGHOST":
+        who, user, host = message.nick, message.param(0), message.param(1)
+    elif command == "396":
+        who, (user, _, host) = message.param(0), message.param(1).rpartition("@")
+    if client.source and client.fold(who) == client.fold(client.nick):
+        user = user or client.source.partition("!")[2].partition("@")[0]
+        client.source = f"{client.nick}!{user}@{host}"
+    return command != "311"
+
+
+@arrival("421", "451")
+def unknown_arrived(client: Client, message: Message) -> bool:
+    """421 <name> <command> :<text>"""
+    return message.param(1) == "CAP"  # an old server, where nothing is lacking
 
 
 ARRIVALS["422"] = lambda client, message: True  # no message of the day
@@ -4360,8 +4546,11 @@ def forward(client: Client, message: Message) -> None:
         client.view.remark("Error: not connected; only messages wait until we are")
         return
     client.asking = client.asking or message.command == "NAMES"
-    if message.command == "JOIN" and fold(message.text) != fold(client.channel):
-        client.going, client.deadline = message.text, time.monotonic() + CONNECT_S
+    if message.command == "JOIN":
+        if message.param(1):
+            client.keys[fold(message.param(0))] = message.param(1)
+        if client.fold(message.param(0)) != client.fold(client.channel):
+            client.going, client.deadline = message.param(0), time.monotonic() + CONNECT_S
     client.send(message.command, *message.params)
 
 
@@ -4375,7 +4564,7 @@ def enter_reply(client: Client, message: Message) -> None:
 
 def enter_ignore(client: Client, message: Message) -> None:
     """/ignore [NAME]"""
-    name, key = message.text, fold(message.text)
+    name, key = message.text, client.fold(message.text)
     if not name:
         client.view.remark(f"ignored: {', '.join(client.ignored.values()) or 'nobody'}")
     elif client.ignored.pop(key, None):
@@ -4521,7 +4710,7 @@ class Person(View):
 
     def show(self, message: Message, mine: bool) -> None:
         system, paint = is_system(message), self._screen.paint
-        private = not system and not message.param(0).startswith("#")
+        private = not system and not is_channel(message.param(0))
         mentioned = not (system or mine) and mentions(message.text, self._nick)
         text = text_form(message, functools.partial(self._name, mentioned) if not system else harmless)
         if not text:
@@ -4610,7 +4799,7 @@ def completions(client: Client, head: str) -> Tuple[int, List[str]]:
     word = head[start:]
     if start == 0 and word.startswith("/"):
         return 0, [f"/{name} " for name in SLASHES if name.startswith(word[1:].lower())]
-    names = [nick for key, nick in reversed(list(client.people.items())) if key.startswith(fold(word))]
+    names = [nick for key, nick in reversed(list(client.people.items())) if key.startswith(client.fold(word))]
     return start, [nick + (" " if start else ": ") for nick in names if nick != client.nick]
 
 
@@ -5022,9 +5211,14 @@ def own_addresses() -> List[str]:
 
 def run_client(args: argparse.Namespace) -> int:
     """chat.py client"""
+    vars(args).update(args.url or {})
+    channel, _, key = args.channel.partition(" ")
     try:
         nick = check_nick(args.name)
-        channel = check_channel(args.channel)
+        if channel.startswith(tuple(CHANNEL_TYPES)):  # what else a server wants of it, it will say
+            channel = channel[0] + check_channel(f"#{channel[1:]}")[1:]
+        else:
+            check_channel(channel)
     except Refused as refused:
         raise Failed(refused.numeric.text.format().replace("; send another", "")) from None
     password = read_password(args.password_file)
@@ -5034,7 +5228,7 @@ def run_client(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         while True:
             client = Client(args.host, args.port, nick, channel, view_of(args, stack))
-            client.password, client.reconnects = password, args.reconnect
+            client.password, client.reconnects, client.keys = password, args.reconnect, {fold(channel): key.strip()}
             if args.tls or args.fingerprint:
                 context = client_context(bool(args.fingerprint))
                 client.secured = functools.partial(Tls, context, False, args.host, args.fingerprint or "")
@@ -5076,6 +5270,28 @@ def read_password(path: Optional[str]) -> str:
     if not password:
         raise Failed(f"there is no password in {path}")
     return password
+
+
+def irc_url(text: str) -> Dict[str, Any]:
+    """The type of an argument irc://[nick@]host[:port]/[channel[?key]]; ircs is with TLS: draft-butcher-irc-url."""
+    form = r"(ircs?)://(?:([^/@]*)@)?(\[[0-9a-f:.]+\]|[^][/:@?#]+)(?::([0-9]{1,5}))?(?:/([^?]*)(?:\?(.*))?)?"
+    match = re.fullmatch(form, text, re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError("it is irc://[nick@]host[:port]/[channel[?key]]")
+    scheme, user, host, port, channel, key = (urllib.parse.unquote(part or "") for part in match.groups())
+    if ":" in user:
+        raise argparse.ArgumentTypeError("others can read a password here: use --password-file or CHAT_PASSWORD")
+    found: Dict[str, Any] = {"host": host.strip("[]"), "port": IRC_PORT}
+    if scheme.lower() == "ircs":
+        found.update(port=IRC_TLS_PORT, tls=True)
+    if port:
+        found["port"] = whole(1, 65535)(port)
+    if user:
+        found["name"] = user
+    if channel:
+        prefix = "" if channel.startswith(tuple(CHANNEL_TYPES)) else "#"
+        found["channel"] = f"{prefix}{channel} {key}"
+    return found
 
 
 def run_history(args: argparse.Namespace) -> int:
@@ -5207,8 +5423,11 @@ def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
     """The arguments of `chat.py client`."""
     client = modes.add_parser("client", parents=[shared], help="join a chat", description="Joins a chat.")
     add = client.add_argument
+    add(
+        "url", nargs="?", type=irc_url, metavar="URL", help="irc://[nick@]host[:port]/[channel[?key]], ircs:// with TLS"
+    )
     add("--name", default=login_name(), help="what others call you (default: the login name)")
-    add("--channel", default=DEFAULT_CHANNEL, help="where to talk (default %(default)s)")
+    add("--channel", default=DEFAULT_CHANNEL, help="where to talk, '#x KEY' with a key (default %(default)s)")
     add("--password-file", metavar="FILE", help="its first line is the password; - asks (or set CHAT_PASSWORD)")
     add("--tls", action="store_true", help="encrypt; the server must have a certificate that this system trusts")
     text = "encrypt; the server must have the certificate with this SHA-256"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
@@ -154,6 +155,39 @@ class Names(unittest.TestCase):
         self.assertEqual(chat.next_nick("bob9"), "bob10")
         self.assertEqual(chat.next_nick("x" * 24), "x" * 23 + "2")
         self.assertEqual(chat.next_nick("\U00020000" * 16), "\U00020000" * 15 + "2")
+        self.assertEqual(chat.next_nick("bobbobbob", 9), "bobbobbo2")
+
+    def test_simpler_nick(self) -> None:
+        for nick, simpler in (
+            ("José", "Jose"),
+            ("é2é", "e2e"),
+            ("Joséphine-Alexandra", "Josephine-Alexandra"),
+            ("Josephine-Alexandra", "Josephine"),
+            ("Josephine12", "Josephi12"),
+            ("bob", "bob"),
+            ("Борис", ""),
+            ("美咲2", ""),
+        ):
+            self.assertEqual(chat.simpler_nick(nick), simpler)
+
+    def test_names_are_one_where_the_server_says_so(self) -> None:
+        for mapping, same in (
+            ("ascii", "Bob bob"),
+            ("rfc1459", "B[]\\~ b{}|^"),
+            ("rfc1459-strict", "B[]\\^ b{}|^"),
+            ("unheard-of", "BÉ bé"),
+        ):
+            one, other = map(chat.folding(mapping), same.split())
+            self.assertEqual(one, other, mapping)
+        for mapping, different in (("ascii", "b[ b{"), ("rfc1459-strict", "b~ b^"), ("rfc1459", "É é")):
+            one, other = map(chat.folding(mapping), different.split())
+            self.assertNotEqual(one, other, mapping)
+
+    def test_channels_and_nicks_are_told_apart(self) -> None:
+        for target in ("#chat", "&local", "+modeless", "!12345safe", "@#chat", "%#chat"):
+            self.assertTrue(chat.is_channel(target), target)
+        for target in ("bob", "[bob]", "é", ""):
+            self.assertFalse(chat.is_channel(target), target)
 
 
 class WireFormat(unittest.TestCase):
@@ -2547,6 +2581,9 @@ class WhatItMeans(PersonCase):
         self.assertEqual(len(self.client.outgoing), 1)
 
     def test_being_kicked(self) -> None:
+        written = self.arrive(":ann!a@b KICK #chat BOB :go away")
+        self.assertIn("*** BOB was kicked out by ann: go away", written)
+        self.assertIn("you are no longer in #chat; /join #chat may bring you back", written)
         written = self.arrive(":ann!a@b KICK #chat bob :go away")
         self.assertIn("*** bob was kicked out by ann: go away", written)
         self.assertIn("you are no longer in #chat; /join #chat may bring you back", written)
@@ -2575,6 +2612,160 @@ class WhatItMeans(PersonCase):
         self.assertEqual(chat.split_text("ééé", 1), ["é", "é", "é"])
 
 
+class AtOtherServers(PersonCase):
+    """What a client makes of a server's own ways."""
+
+    def test_local_channels_are_no_people(self) -> None:
+        self.screen.colours = False
+        self.assertIn("\x1b[K" + time.strftime("%H:%M ann: hi\n"), self.arrive(":ann!a@b PRIVMSG &local :hi"))
+        item = json.loads(chat.JSON.encode(chat.parse(":ann!a@b PRIVMSG &local :hi")))
+        self.assertEqual((item["type"], item["channel"]), ("chat", "&local"))
+
+    def test_ctcp_is_not_shown_nor_answered(self) -> None:
+        for line in (":ann!a@b PRIVMSG bob :\x01VERSION\x01", ":ann!a@b NOTICE bob :\x01PING 1\x01"):
+            self.assertNotIn("ann", self.arrive(line))
+        self.assertIn("waves", self.arrive(":ann!a@b PRIVMSG #chat :\x01ACTION waves\x01"))
+        self.assertEqual((self.lines, self.client.partner), ([], ""))
+
+    def test_what_the_server_says_of_itself(self) -> None:
+        self.client.pace.free = False
+        self.arrive(":s 005 bob CASEMAPPING=rfc1459 PREFIX=(xo)*@ NICKLEN=9 LINELEN=1024 FOO=BAR :are supported")
+        self.assertEqual(sorted(self.client.isupport), ["CASEMAPPING", "LINELEN", "NICKLEN", "PREFIX"])
+        self.client.people = {}
+        self.arrive(":s 353 bob = #chat :*@dan[ ~tim @bob", ":DAN{!a@b PRIVMSG #chat :x", ":dan{!a@b PART #CHAT")
+        self.assertEqual(list(self.client.people.values()), ["~tim", "bob"])
+        self.client.outgoing.add("Dan[]", "x")
+        self.client.outgoing.next(True)
+        self.arrive(":s 401 bob dan{} :nobody")
+        self.assertEqual(len(self.client.outgoing), 0)
+        self.client.source = f"bob!u@{'h' * 30}"
+        line = chat.Message("PRIVMSG", ("#chat", "é" * 1000))
+        room = 1024 - 2 - len(f":123456789!u@{'h' * 30} PRIVMSG #chat :")
+        self.assertEqual([len(piece) for piece in chat.pieces_of(self.client, "#chat", line)][0], room // 2)
+
+    def test_numbers_that_are_none(self) -> None:
+        for value in ("", "0", "-5", "x", "9" * 50, "\u0663"):
+            self.client.isupport["LINELEN"] = value
+            self.assertEqual(chat.number_of(self.client, "LINELEN", 512, 4096), 512, value)
+        self.client.isupport["LINELEN"] = "99999"
+        self.assertEqual(chat.number_of(self.client, "LINELEN", 512, 4096), 4096)
+
+    def test_our_prefix_is_learnt(self) -> None:
+        self.client.source = "bob!b@h"
+        for line, source in (
+            (":s 396 bob cloak.example :is now your displayed host", "bob!b@cloak.example"),
+            (":s 396 bob user@other.example :is now your displayed host", "bob!user@other.example"),
+            (":bob!b@h CHGHOST ident new.example", "bob!ident@new.example"),
+            (":ann!b@h CHGHOST ident else.example", "bob!ident@new.example"),
+            (":s 311 bob bob u h.example * :Bob", "bob!u@h.example"),
+            (":s 311 bob ann u else.example * :Ann", "bob!u@h.example"),
+            (":bob!b@h CHGHOST", "bob!u@"),
+        ):
+            self.arrive(line)
+            self.assertEqual(self.client.source, source, line)
+
+    def test_capabilities_come_and_go(self) -> None:
+        self.arrive(":s CAP * LS * :batch sasl=PLAIN", ":s CAP * LS :echo-message message-tags=x")
+        self.assertEqual(self.lines, ["CAP REQ batch echo-message message-tags"])
+        self.arrive(":s CAP bob ACK :batch echo-message message-tags")
+        self.assertEqual(self.lines[1:], ["CAP END"])
+        self.arrive(":s CAP bob NEW :server-time=1 sasl batch", ":s CAP bob NEW :sasl")
+        self.assertEqual(self.lines[2:], ["CAP REQ server-time"])
+        self.assertNotIn("server-time", self.client.caps)
+        self.arrive(":s CAP bob NAK :server-time", ":s CAP bob ACK :server-time sasl")
+        self.assertEqual(self.lines[3:], [])
+        self.assertEqual(self.client.caps, ["batch", "echo-message", "message-tags", "server-time"])
+        self.client.link, self.client.source = mock.Mock(), "bob!b@h"
+        self.type("hello")
+        line_id = self.client.outgoing.waiting[0].id
+        self.client.link = None
+        self.assertIn("\x1b[0m: hello\n", self.arrive(":s CAP bob DEL :echo-message message-tags"))
+        self.assertEqual(self.client.caps, ["batch", "server-time"])
+        self.assertEqual(self.lines[3:], [f"PING {line_id}"])  # for no echo will come
+        self.arrive(f":s PONG s {line_id}")
+        self.assertEqual(len(self.client.outgoing), 0)
+
+    def test_a_server_may_look_for_our_host_first(self) -> None:
+        self.client.joined = self.client.entered = False
+        self.client.link = mock.Mock(stuck=False)
+        for heard, now, text in ((0, 11, "is --port right"), (5, 34, ""), (5, 36, "does not let you in")):
+            self.client.since, self.client.heard = 1000.0, 1000.0 + heard
+            with self.subTest(now), contextlib.ExitStack() as stack:
+                if text:
+                    stack.enter_context(self.assertRaisesRegex(chat.Failed, text))
+                chat.tick(self.client, 1000.0 + now)
+
+    def test_channel_keys(self) -> None:
+        self.type("/join #b sesame")
+        self.arrive(":bob!b@h JOIN #b")
+        self.client.joined = False
+        self.arrive(":s 001 bob :hi")
+        self.assertEqual(self.lines, ["JOIN #b sesame", "PART #chat", "JOIN #b sesame"])
+
+
+class AtAStrictServer(PersonCase):
+    """One that throws out who is too fast, or too far ahead of what it has read: InspIRCd as installed."""
+
+    THRESHOLD, RECVQ = 10, 8192  # lines at once, then one each second; bytes that may wait
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 1000.0
+        self.recvq: List[Message] = []
+        self.read: List[Message] = []
+        self.penalty = 0.0
+        patch = mock.patch.object(chat.time, "monotonic", lambda: self.now)  # type: ignore[attr-defined]
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.client.link = mock.Mock(stuck=False)
+        self.client.link.send = self.recvq.append
+        self.client.source = "bob!b@h"
+        del self.client.send
+
+    def second(self) -> None:
+        """Lets the server read, and the client do what is due."""
+        self.penalty = max(self.penalty - 1, 0)
+        while self.recvq and self.penalty < self.THRESHOLD:
+            message = self.recvq.pop(0)
+            self.read.append(message)
+            self.penalty += message.command != "PING"
+            if message.command == "PING":
+                self.client.take(Message("PONG", ("s", *message.params)))
+        self.client.heard = self.now
+        for _ in range(10):
+            self.now += 0.1
+            chat.tick(self.client, self.now)
+        self.assertLessEqual(sum(len(chat.format_tagged(message)) + 2 for message in self.recvq), self.RECVQ)
+
+    def said(self) -> List[str]:
+        return [message.text for message in self.read if message.command == "PRIVMSG"]
+
+    def test_a_long_paste_arrives(self) -> None:
+        for caps in ([], ["echo-message", "message-tags"]):
+            self.client.caps, self.client.pace, self.read = caps, chat.Pace(False), []
+            lines = [f"{number} {'x' * 400}" for number in range(100)]
+            for line in lines:
+                self.type(line)
+            self.assertEqual(len([message for message in self.recvq if message.command == "PRIVMSG"]), 5)
+            for _ in range(110):
+                self.second()
+            self.assertEqual(self.said(), lines)
+
+    def test_what_is_urgent_does_not_wait(self) -> None:
+        self.client.pace = chat.Pace(False)
+        for number in range(100):
+            self.type(f"{number}")
+        self.client.take(Message("PING", ("x",)))
+        self.type("/quit")
+        self.assertEqual([message.command for message in self.recvq[-2:]], ["PONG", "QUIT"])
+        self.assertLess(len(self.recvq), 10)
+
+    def test_our_own_server_is_not_spared(self) -> None:
+        for number in range(100):
+            self.type(f"{number}")
+        self.assertEqual(len([message for message in self.recvq if message.command == "PRIVMSG"]), 100)
+
+
 class FromAHostileServer(PersonCase):
     def test_hostile_remarks(self) -> None:
         self.client.joined = False
@@ -2598,10 +2789,31 @@ class FromAHostileServer(PersonCase):
             for _ in range(chat.SAME_NAMES + 1):
                 self.arrive(f":s 433 * {self.client.nick} :taken")
 
+    def test_names_that_are_not_to_be_had(self) -> None:
+        self.client.joined = False
+        for first, answers, sent in (
+            ("bob", ("433 * bob", "436 * bob2", "437 * bob3"), "bob2 bob3 bob4"),
+            ("José", ("432 * José", "433 * Jose"), "Jose Jose2"),
+            ("Josephine-Alexandra", ("432 *", "433 * Josephine", "433 * Josephin2"), "Josephine Josephin2 Josephin3"),
+            ("abcdefghijkl", ("433 * abcdefghi", "433 * abcdefgh2"), "abcdefgh2 abcdefgh3"),  # it cuts names itself
+        ):
+            with self.subTest(first):
+                self.client.nick, self.client.tries, self.client.isupport = first, 0, {}
+                self.lines.clear()
+                self.assertNotIn("***", self.arrive(*(f":s {answer} :no" for answer in answers)))
+                self.assertEqual(self.lines, [f"NICK {name}" for name in sent.split()])
+        for first, line in (("Борис", "432 * Борис"), ("bob", "432 * bob"), ("bob", "437 * #chat"), ("bob", "431 *")):
+            self.client.nick = first
+            with self.subTest(line), self.assertRaises(chat.Failed):
+                self.arrive(f":s {line} :no")
+
     def test_an_old_answer_about_a_name_counts_for_nothing(self) -> None:
         self.client.joined = False
         self.arrive(":s 433 * bob :taken", ":s 433 * bob :taken")
         self.assertEqual((self.lines, self.client.nick), (["NICK bob2"], "bob2"))
+        self.client.entered = True
+        self.arrive(f":s CAP * LS :{chat.RESUME_CAP}", f":s CAP * ACK :{chat.RESUME_CAP}", ":s 433 * bob :taken")
+        self.assertEqual(self.lines[-2:], ["CAP END", "NICK bob2"])  # this one we had asked for once more
 
     def test_the_past_of_another_channel_is_not_ours(self) -> None:
         self.client.past.ask("#chat", 0)
@@ -3144,11 +3356,82 @@ class AFakeServer(ProgramCase):
             self.assertEqual(client.returncode, 0 if answered else 1)
             self.assertEqual("not known whether all lines were delivered" in err, not answered)
 
+    def test_a_server_that_does_not_want_us_is_left_alone(self) -> None:
+        for line, entered in (
+            ("ERROR :Closing Link: bob (Killed (ann (go away)))", True),
+            ("ERROR :Closing link: (bob@h) [K-lined: spam]", True),
+            ("ERROR :Closing Link: h (Trying to reconnect too fast.)", False),
+        ):
+            with self.subTest(line):
+                fake = FakeServer(self)
+                client = self.start("client", "--port", str(fake.port), "--name", "bob", stdin=subprocess.PIPE)
+                fake.welcome()
+                if not entered:
+                    fake.send("ERROR :Closing link: (bob@h) [Server shutting down]")  # this is tried again
+                    fake.drop()
+                    fake.until("USER")
+                fake.send(line)
+                fake.drop()
+                client.wait(PATIENCE)
+                _, err = client.communicate(timeout=PATIENCE)
+                self.assertEqual(client.returncode, 1)
+                last = f"the connection to 127.0.0.1:{fake.port} was lost: {line[len('ERROR :') :]}\n"
+                self.assertEqual(err.splitlines(True)[-1], f"chat.py: {last}")
+                self.assertEqual(err.count("\n"), 1 if entered else 2)
+
+    def test_a_server_from_long_ago(self) -> None:
+        fake = FakeServer(self)
+        client = self.start("client", "--port", str(fake.port), "--name", "bob", "-m", "x", "-m", "y")
+        fake.until("CAP LS")
+        fake.send(":s 421 * CAP :Unknown command", "PING :cookie")
+        fake.until("PONG cookie")
+        fake.send(":s 001 bob :Welcome")
+        fake.until("JOIN")
+        fake.send(":bob!b@h JOIN :#chat", ":s 366 bob #chat :End")
+        token = fake.until("PING").partition(" ")[2]
+        fake.send(f":s PONG s {token}")
+        token = fake.until("PING").partition(" ")[2]
+        fake.send(f":s PONG s {token}")
+        fake.until("QUIT")
+        fake.drop()
+        out, err = client.communicate(timeout=PATIENCE)
+        self.assertEqual((client.returncode, out, err), (0, "", ""))
+
+    def test_addresses(self) -> None:
+        for path, channel in (("%23caf%C3%A9?sesame", "#café"), ("&local?sesame", "&local"), ("x?sesame", "#x")):
+            fake = FakeServer(self)
+            client = self.start("client", f"irc://bob@127.0.0.1:{fake.port}/{path}", "-m", "x")
+            self.assertEqual(fake.until("NICK"), "NICK bob")
+            fake.send(":s CAP * LS :", ":s 001 bob :Welcome")
+            self.assertEqual(fake.until("JOIN"), f"JOIN {channel} :sesame")
+            fake.send(f":s 475 bob {channel} :Cannot join channel (+k)")
+            _, err = client.communicate(timeout=PATIENCE)
+            hint = f"its key goes behind it: --channel '{channel} KEY'"
+            self.assertEqual(err, f"chat.py: cannot join {channel}: Cannot join channel (+k); {hint}\n")
+        self.assertEqual(chat.irc_url("irc://[::1]/#a"), {"host": "::1", "port": 6667, "channel": "#a "})
+        self.assertEqual(chat.irc_url("ircs://h"), {"host": "h", "port": 6697, "tls": True})
+        self.assertEqual(chat.irc_url("IRC://h:1/"), {"host": "h", "port": 1})
+        for url, what in (
+            ("irc://bob:secret@localhost/chat", "others can read a password here"),
+            ("http://localhost/", "it is irc://"),
+            ("irc://localhost:99999/", "must be from 1 to 65535"),
+        ):
+            client = self.start("client", url)
+            _, err = client.communicate(timeout=PATIENCE)
+            self.assertEqual(client.returncode, 2)
+            self.assertIn(what, err)
+            self.assertNotIn("secret", err)
+
     def test_first_contact(self) -> None:
         for line, text in (
             (":s 464 * :Password incorrect", "wants a password: give it in CHAT_PASSWORD or with --password-file"),
             (":s 465 * :You are ba\x1bnned", "does not let you in: You are ba\\x1bnned"),
             (":s 432 * bob :Erroneous", "the server refuses the name bob: Erroneous; choose another with --name"),
+            (
+                "ERROR :Access denied: Bad password?",
+                "does not let you in: Access denied: Bad password?;"
+                " if it wants a password, give it in CHAT_PASSWORD or with --password-file",
+            ),
             ("ERROR :This server is full", "closed the connection: This server is full"),
             ("SSH-2.0-OpenSSH_9.2", "closed the connection: at once; is it a chat server?"),
             (":s 473 bob #chat :Invite only", "cannot join #chat: Invite only; choose another with --channel"),
@@ -3775,6 +4058,163 @@ class InTmux(ProgramCase):
         self.tmux("send-keys", "-t", "chat", "Enter")
         ann.until(f"bob: {typed}")
         self.until(r"bob: a line .*\n\[#chat 2\] bob>$")
+
+
+NGIRCD = """[Global]
+Name = irc.test
+Info = test
+Listen = 127.0.0.1
+Ports = {port}
+Password = sesame
+[Limits]
+MaxConnectionsIP = 0
+[Options]
+Ident = no
+PAM = no
+DNS = no
+"""
+INSPIRCD = """<config format="xml">
+<server name="irc.test" description="test" network="Test" id="001">
+<admin name="a" nick="a" email="a@b.c">
+<bind address="127.0.0.1" port="{port}" type="clients">
+<connect allow="*" password="sesame" timeout="60" threshold="10" recvq="8192" localmax="100" globalmax="100"
+ resolvehostnames="no">
+<channels users="20" opers="60">
+<dns server="127.0.0.1" timeout="1">
+<pid file="{folder}/pid">
+<log method="file" type="*" level="none" target="{folder}/log">
+<module name="cap"><module name="ircv3_echomessage"><module name="ircv3_ctctags"><module name="ircv3_servertime">
+"""  # with the flood limits that Debian installs
+
+
+class Foreign:
+    """A server of somebody else's, with its flood limits, and ann, a raw connection, as operator of #chat."""
+
+    def __init__(self, case: ProgramCase, name: str, config: str, *command: str) -> None:
+        self.name = name
+        folder = tempfile.TemporaryDirectory()
+        case.addCleanup(folder.cleanup)
+        path = pathlib.Path(folder.name, "conf")
+        self.port = loadtest.free_port()
+        self.ann: Any = mock.Mock()
+        path.write_text(config.format(port=self.port, folder=folder.name), encoding="ascii")
+        self._command = [part.format(path=path) for part in command]
+        case.addCleanup(self.stop)
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts it, and lets ann in."""
+        quiet = subprocess.DEVNULL
+        self.program = subprocess.Popen(self._command, stdin=quiet, stdout=quiet, stderr=quiet)
+        end = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                self.ann = Peer(self.port, "PASS sesame\r\nNICK ann\r\nUSER ann 0 * :ann\r\n")
+                break
+            if time.monotonic() > end:
+                raise AssertionError(f"{self.name} does not start")
+            time.sleep(0.02)
+        self.ann.until(" 001 ")
+        self.ann.send("JOIN #chat\r\n")
+        self.ann.until(" 366 ")
+
+    def stop(self) -> None:
+        self.ann.close()
+        if self.program.poll() is None:
+            self.program.terminate()
+        self.program.wait(PATIENCE)
+
+
+@unittest.skipUnless(shutil.which("ngircd") and shutil.which("inspircd"), "needs ngircd and inspircd")
+class ForeignServers(SeatCase):
+    """The client at other people's servers."""
+
+    FLOOD = 60 if os.environ.get("CHAT_TEST_LONG") else 12
+
+    def test_people_and_pipes(self) -> None:
+        """All at once, for these servers do about one thing a second for each of us."""
+        ngircd = "ngircd", NGIRCD, "ngircd", "-n", "-f", "{path}"
+        inspircd = "inspircd", INSPIRCD, "inspircd", "--config={path}", "--nofork", "--runasroot"
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            jobs = [
+                *(pool.submit(self.visit, Foreign(self, *server)) for server in (ngircd, inspircd)),
+                pool.submit(self.flood, Foreign(self, *ngircd), "Josephine"),
+                pool.submit(self.flood, Foreign(self, *inspircd), "Josephine-Alexandra"),
+            ]
+            for job in jobs:
+                job.result()
+
+    def pipe(self, server: Foreign, *args: str, password: str = "sesame") -> subprocess.Popen[str]:
+        environment = {**os.environ, "CHAT_PASSWORD": password}
+        return self.start("client", f"irc://127.0.0.1:{server.port}/chat", *args, env=environment)
+
+    def flood(self, server: Foreign, name: str) -> None:
+        """More at once than the server takes, under a name that it does not; and a stranger without the password."""
+        lines = [f"{number} {'é' * 200}" for number in range(self.FLOOD)]
+        flood = self.pipe(server, "--name", "Joséphine-Alexandra", *[arg for line in lines for arg in ("-m", line)])
+        _, err = self.pipe(server, "-m", "x", password="").communicate(timeout=PATIENCE)
+        self.assertRegex(err, r"^chat\.py: .* does not let you in: .*CHAT_PASSWORD or with --password-file\n$")
+        self.assertEqual([server.ann.until("PRIVMSG").partition(" :")[2] for _ in lines], lines)
+        _, err = flood.communicate(timeout=PATIENCE)
+        remark = f"*** Joséphine-Alexandra is not possible here; you are {name}\n"
+        self.assertEqual((flood.returncode, err), (0, remark))
+
+    def visit(self, server: Foreign) -> None:
+        args = ["client", f"irc://ann@127.0.0.1:{server.port}/chat"]
+        seat = Seat(self, args, 200, "exec %s", {"CHAT_PASSWORD": "sesame", "NO_COLOR": "1"})
+        self.addCleanup(seat.end)
+        self.shows(seat, r"\[#chat 2\] ann2>")
+        self.shows(seat, r"\*\*\* ann is taken; you are ann2\n")
+        self.talk(server.ann, seat)
+        self.thrown_out(server.ann, seat)
+        self.gone(server, seat)
+        seat.type("/quit bye\r")
+        self.assertEqual(seat.wait(), 0)
+
+    def shows(self, seat: Seat, pattern: str) -> None:
+        seat.until(lambda: re.search(pattern, seat.glass.text()))
+
+    def talk(self, ann: Peer, seat: Seat) -> None:
+        seat.type("grüß dich 你好\r/me wäves\r/msg ann psst\r")
+        self.assertRegex(ann.until("PRIVMSG"), "^:ann2!.* PRIVMSG #chat :grüß dich 你好$")
+        self.assertRegex(ann.until("PRIVMSG"), "^:ann2!.* PRIVMSG #chat :\x01ACTION wäves\x01$")
+        self.assertRegex(ann.until("PRIVMSG"), "^:ann2!.* PRIVMSG ann :psst$")
+        self.shows(seat, r"\d \[private to ann\] ann2: psst")
+        self.assertEqual(seat.glass.text().count("ann2: grüß"), 1)
+        ann.send("PRIVMSG ann2 :\x01VERSION\x01\r\nPRIVMSG ann2 :so só\r\nPRIVMSG #chat :an alle\r\n")
+        self.shows(seat, r"\[private\] ann: so só\n")
+        self.shows(seat, " ann: an alle\n")
+        self.assertNotIn("VERSION", seat.glass.text())
+        seat.type("é" * 700 + "\r")
+        pieces: List[str] = []
+        while len("".join(pieces)) < 700:
+            line = ann.until("PRIVMSG #chat")
+            self.assertLessEqual(len(line.encode()) + 2, 512)
+            pieces.append(line.partition(" :")[2])
+        self.assertEqual("".join(pieces), "é" * 700)
+
+    def thrown_out(self, ann: Peer, seat: Seat) -> None:
+        ann.send("MODE #chat +k key\r\nKICK #chat ann2 :enough\r\n")
+        self.shows(seat, "ann2 was kicked out by ann: enough")
+        self.shows(seat, "you are no longer in #chat; /join #chat may bring you back")
+        seat.type("/join #chat\r")
+        self.shows(seat, r"\*\*\* Error: Cannot join channel \(")
+        seat.type("/join #chat key\r")
+        ann.until("JOIN")
+        ann.send("PRIVMSG #chat :welcome back\r\n")
+        self.shows(seat, "ann: welcome back")
+
+    def gone(self, server: Foreign, seat: Seat) -> None:
+        server.stop()
+        self.shows(seat, "was lost: ")
+        seat.type("said meanwhile\r")
+        self.shows(seat, r"  \.\.\. ann2: said meanwhile")
+        server.begin()
+        self.shows(seat, r"\*\*\* connected again; what was said meanwhile is not known here")
+        server.ann.send("PRIVMSG #chat :here again\r\n")
+        self.shows(seat, "ann: here again")
+        self.shows(seat, r"\d ann2: said meanwhile")
+        self.assertNotIn("perhaps twice", seat.glass.text())  # it was not sent before
 
 
 class Recorder(chat.View):
