@@ -95,11 +95,15 @@ USER_CHARS = 10
 CHANNEL_CHARS, CHANNEL_BYTES = 50, 64
 # With any prefix, a line and its numeric stay within 512; NAMES_BYTES are of names in one 353 line.
 TOPIC_BYTES, NAMES_BYTES, AWAY_BYTES, REASON_BYTES, REALNAME_BYTES = 300, 300, 200, 200, 100
+MASK_BYTES, KEY_BYTES = 80, 32  # of a ban, so that MAX_MODES of them fit in a MODE line; of a channel's key
 
 # How many, per server or per session.
 MAX_CLIENTS = 10_000  # a thread each: 9,000 were measured in well under 300 MB
 SESSION_CHANNELS = 50  # nobody follows more; bounds what one client can create
-MAX_TARGETS = 4  # recipients of one PRIVMSG
+MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
+MAX_MODES = 4  # with a parameter, in one MODE
+MAX_BANS = 100  # of a channel
+BANNED_KNOWN = 10_000  # of whom a channel remembers whether they are banned
 NICK_CHANGES, NICK_CHANGE_S = 5, 10.0  # at once, then one each so many seconds: each is told to everybody
 
 # Memory between a sender and a slow recipient.
@@ -202,16 +206,18 @@ RPL_WHOISCHANNELS = Numeric("319", "whois-channels", form="{1} is in {text}")
 RPL_LISTSTART = Numeric("321", "list-start", "Users  Name")
 RPL_LIST = Numeric("322", "list", form="{1}: {2} here. {text}")
 RPL_LISTEND = Numeric("323", "list-end", "End of LIST")
-RPL_CHANNELMODEIS = Numeric("324", "channel-mode")
+RPL_CHANNELMODEIS = Numeric("324", "channel-mode", form="The modes of {1} are: {rest}")
 RPL_CREATIONTIME = Numeric("329", "channel-created")
 RPL_NOTOPIC = Numeric("331", "no-topic", "No topic is set", form="{1} has no topic")
 RPL_TOPIC = Numeric("332", "topic", form="The topic of {1} is: {text}")
 RPL_TOPICWHOTIME = Numeric("333", "topic-by")
+RPL_INVITING = Numeric("341", "inviting", form="You invited {1} to {text}")
 RPL_WHOREPLY = Numeric("352", "who")
 RPL_NAMREPLY = Numeric("353", "names", form="In {2}: {text}")
 RPL_WHOSPCRPL = Numeric("354", "whox")
 RPL_ENDOFNAMES = Numeric("366", "end-of-names", "End of NAMES list")
-RPL_ENDOFBANLIST = Numeric("368", "end-of-bans", "End of channel ban list")
+RPL_BANLIST = Numeric("367", "ban", form="Banned from {1}: {2}, by {3}")
+RPL_ENDOFBANLIST = Numeric("368", "end-of-bans", "End of channel ban list", form="{text}")
 RPL_ENDOFWHOWAS = Numeric("369", "end-of-whowas", "End of WHOWAS")
 RPL_MOTD = Numeric("372", "motd")
 RPL_MOTDSTART = Numeric("375", "motd-start")
@@ -222,9 +228,11 @@ RPL_ENDOFHELP = Numeric("706", "end-of-help", "End of HELP")
 ERR_NOSUCHNICK = Numeric("401", "no-such-user", "nobody here is called {0}")
 ERR_NOSUCHCHANNEL = Numeric("403", "no-such-channel", "there is no channel {0}")
 ERR_CANNOTSENDTOCHAN = Numeric("404", "cannot-send", "only members may write to {0}")
+ERR_MODERATED = ERR_CANNOTSENDTOCHAN._replace(text="{0} is moderated: only who has a rank may write there")
+ERR_SILENCED = ERR_CANNOTSENDTOCHAN._replace(text="you are banned from {0}, so you cannot write there")
 ERR_TOOMANYCHANNELS = Numeric("405", "too-many-channels", f"nobody may be in more than {SESSION_CHANNELS} channels")
 ERR_WASNOSUCHNICK = Numeric("406", "was-no-such-user", "nothing is known of {0}")
-ERR_TOOMANYTARGETS = Numeric("407", "too-many-targets", f"a message has at most {MAX_TARGETS} recipients")
+ERR_TOOMANYTARGETS = Numeric("407", "too-many-targets", "that is too many names in one command")
 ERR_NOORIGIN = Numeric("409", "no-origin", "PING needs a token")
 ERR_INVALIDCAPCMD = Numeric("410", "invalid-cap", "CAP knows LS, LIST, REQ and END")
 ERR_NORECIPIENT = Numeric("411", "no-recipient", "to whom?")
@@ -240,17 +248,26 @@ ERR_ERRONEUSNICKNAME = Numeric(
 )
 ERR_NICKNAMEINUSE = Numeric("433", "name-taken", "that name is taken; send another")
 ERR_NICKTOOFAST = Numeric("438", "name-too-fast", "too many name changes; wait a little")
+ERR_USERNOTINCHANNEL = Numeric("441", "user-not-in-channel", "{0} is not in {1}")
 ERR_NOTONCHANNEL = Numeric("442", "not-in-channel", "you are not in {0}")
+ERR_NOWHERE = ERR_NOTONCHANNEL._replace(text="you are in no channel; /join one first")
+ERR_USERONCHANNEL = Numeric("443", "user-in-channel", "{0} is in {1} already")
 ERR_NOTREGISTERED = Numeric("451", "not-joined", "say who you are first")
 ERR_NEEDMOREPARAMS = Numeric("461", "too-few-parameters", "{0} needs more than that")
 ERR_ALREADYREGISTERED = Numeric("462", "already-joined", "you have said who you are")
-ERR_UNKNOWNMODE = Numeric("472", "unknown-mode", "channel modes cannot be changed here")
+ERR_CHANNELISFULL = Numeric("471", "channel-full", "{0} has as many members as it may have")
+ERR_UNKNOWNMODE = Numeric("472", "unknown-mode", "{0} is not a channel mode here")
+ERR_INVITEONLYCHAN = Numeric("473", "invite-only", "only who was invited may join {0}")
+ERR_BANNEDFROMCHAN = Numeric("474", "banned", "you are banned from {0}")
+ERR_BADCHANNELKEY = Numeric("475", "bad-key", "{0} has a key: join it with the right one")
 ERR_BADCHANMASK = Numeric(
     "476", "bad-channel", f"a channel is # and up to {CHANNEL_CHARS - 1} printable characters without space or comma"
 )
+ERR_BANLISTFULL = Numeric("478", "too-many-bans", f"{{0}} has {MAX_BANS} bans; remove one first")
 ERR_CHANOPRIVSNEEDED = Numeric("482", "not-operator", "only an operator of {0} may do that")
 ERR_UMODEUNKNOWNFLAG = Numeric("501", "unknown-user-mode", "that user mode is not known")
 ERR_USERSDONTMATCH = Numeric("502", "not-you", "only your own modes can be seen")
+ERR_INVALIDMODEPARAM = Numeric("696", "bad-mode-parameter", "mode {1} cannot be set to that")
 
 # Replies of the IRCv3 standard-replies form: FAIL <command> <code> :<text>.
 FAIL_INVALID_UTF8 = Numeric("FAIL", "invalid-utf8", "that line is not UTF-8 text")
@@ -335,6 +352,36 @@ def next_nick(nick: str) -> str:
     number = str(int(nick[len(stem) :] or 1) + 1)
     room = NICK_CHARS - len(number), NICK_BYTES - len(number)
     return stem[: room[0]].encode()[: room[1]].decode(errors="ignore") + number
+
+
+def is_word(text: str, size: int) -> bool:
+    """Whether `text` can stand as a parameter anywhere in a line, and in a list, with at most `size` bytes."""
+    apart = text[:1] in ("", ":") or set(text) & set(" ,")
+    return not apart and text.isprintable() and len(text.encode()) <= size
+
+
+def full_mask(mask: str) -> str:
+    """A mask of names as nick!user@host, with * for what it does not tell."""
+    if "!" not in mask:
+        mask = f"*!{mask}" if "@" in mask else f"{mask}!*"
+    return mask if "@" in mask else f"{mask}@*"
+
+
+def matches(mask: str, text: str) -> bool:
+    """Whether a mask is about `text`: * stands for any characters, ? for one. A mask of many * takes no longer."""
+    at = place = 0
+    star, resume = -1, 0  # the last * so far, and where the text after what it stands for begins
+    while at < len(text):
+        if mask[place : place + 1] == "*":
+            star, resume, place = place, at, place + 1
+        elif mask[place : place + 1] in ("?", text[at]):
+            at, place = at + 1, place + 1
+        elif star < 0:
+            return False
+        else:
+            resume += 1
+            at, place = resume, star + 1
+    return not mask[place:].strip("*")
 
 
 # -----------------------------------------------------------------------------
@@ -514,12 +561,15 @@ def server_time(moment: float) -> str:
 # -----------------------------------------------------------------------------
 
 PROMPT = Message("PROMPT")  # asks a plain user for a name; other dialects do not show it
-# How events read: their name in JSON, and a text of {nick}, {text} (the last parameter), {here} and {reason}.
+# How events read: their name in JSON, and a text of {nick}, {text} (the last parameter), {rest} (all parameters after
+# the channel), {here} and {reason}.
 EVENT_FORMS = {
     "JOIN": ("join", "{nick} joined{here}"),
     "PART": ("leave", "{nick} left{reason}"),
     "QUIT": ("leave", "{nick} left{reason}"),
     "KICK": ("kick", "{1} was kicked out by {nick}{reason}"),
+    "INVITE": ("invite", "{nick} invited {0} to {1}"),
+    "MODE": ("mode", "{nick} set {rest}"),
     "NICK": ("nick", "{nick} is now {text}"),
     "TOPIC": ("topic", "{nick} set the topic: {text}"),
     "NOTICE": ("notice", "{text}"),  # from a server
@@ -565,6 +615,7 @@ def event_of(message: Message) -> Tuple[str, str]:
         *values,
         nick=harmless(message.nick),
         text=harmless(message.text),
+        rest=harmless(" ".join(message.params[2 if numeric else 1 :])),
         here=f" ({harmless(message.tags[COUNT_TAG])} here)" if COUNT_TAG in message.tags else "",
         reason=f": {harmless(reason)}" if reason else "",
     )
@@ -604,8 +655,11 @@ SLASHES = {
     "me": Slash("TEXT", "says what you do", 1, 1, lambda here, words: Message("PRIVMSG", (here, action(words[0])))),
     "who": Slash("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
     "whois": Slash("NAME", "tells more about somebody", 1, 2, lambda here, words: Message("WHOIS", words[:1])),
-    "join": Slash("#CHANNEL", "goes to another channel", 1, 2, lambda here, words: Message("JOIN", words[:1])),
+    "join": Slash("#NAME [KEY]", "goes to another channel", 1, 3, lambda here, words: Message("JOIN", words[:2])),
     "topic": Slash("[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))),
+    "invite": Slash("NAME", "asks somebody to come", 1, 2, lambda here, words: Message("INVITE", (words[0], here))),
+    "kick": Slash("NAME [TEXT]", "puts somebody out", 1, 2, lambda here, words: Message("KICK", (here, *words))),
+    "mode": Slash("[MODES]", "shows or sets modes: +o NAME", 0, 9, lambda here, words: Message("MODE", (here, *words))),
     "away": Slash("[TEXT]", "says why you do not answer", 0, 1, lambda here, words: Message("AWAY", words)),
     "ignore": Slash(
         "[NAME]", "hides somebody, or no more", 0, 2, lambda here, words: Message("IGNORE", words[:1]), True
@@ -712,6 +766,7 @@ class Json(Dialect):
     """A JSON object a line, for scripts."""
 
     caps = frozenset({"labeled-response"})  # ref and ack are what label and ACK are on IRC
+    NAMED = {"nick": 0, "kick": 1}  # events with a name: of a parameter
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
         item = self._load(decode_text(line))
@@ -793,8 +848,8 @@ class Json(Dialect):
         channels = [param for param in message.params[:3] if param.startswith("#")]
         if channels:
             item["channel"] = channels[0]
-        if name == "nick":
-            item["name"] = message.text
+        if name in Json.NAMED:
+            item["name"] = message.param(Json.NAMED[name])
         elif name == "names":
             item["users"] = [user.lstrip("@+") for user in message.text.split()]
         return item
@@ -1111,13 +1166,21 @@ def union(rosters: List[Roster]) -> Roster:
     return Roster(list(dict.fromkeys(itertools.chain(*(roster.present() for roster in rosters)))))
 
 
+SIGNS = {"": "", "o": "@", "v": "+", "ov": "@+"}  # how ranks are shown
+
+
+def signs(rank: str, caps: frozenset[str]) -> str:
+    """A rank as a client with these capabilities sees it before a name: one sign, or all."""
+    return SIGNS[rank] if "multi-prefix" in caps else SIGNS[rank][:1]
+
+
 class Session:
     """Somebody connected, named or not yet. Guarded by the hub's lock, but for what its reader alone sets."""
 
     __slots__ = (
-        "absent", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard", "host", "missed",
-        "negotiating", "nick", "nick_changes", "prefix", "realname", "registered", "signon", "silent", "since",
-        "spoke", "token", "user", "view",
+        "absent", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard", "host", "invites",
+        "missed", "negotiating", "nick", "nick_changes", "prefix", "realname", "registered", "signon", "silent",
+        "since", "spoke", "token", "user", "view",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float) -> None:
@@ -1133,7 +1196,8 @@ class Session:
         self.token = ""  # a hash of the secret by which this client is known again
         self.absent = ""  # why, since its connection was lost; it may come back
         self.missed: List[Message] = []  # said to it alone since then
-        self.channels: Dict[Channel, str] = {}  # channel -> '' or 'o'
+        self.channels: Dict[Channel, str] = {}  # channel -> rank: '', 'o', 'v' or 'ov'
+        self.invites: Dict[Channel, None] = {}  # channels that an operator invited it to; the last few
         self.alone = Roster([self])  # of what is for it alone
         self.since = self.heard = now  # monotonic seconds: connected; last bytes received (the reader's)
         self.spoke = self.signon = time.time()  # Unix seconds: last said something, registered
@@ -1150,8 +1214,11 @@ class Channel:
         self.created = int(time.time())
         self.topic = self.topic_by = ""
         self.topic_time = 0
+        self.modes = {"n": ""}  # letter -> parameter, or ''
+        self.masks: Dict[str, Tuple[str, str, str]] = {}  # folded mask of a ban -> mask, by whom, Unix time
         self.roster = Roster([])
-        self._names: List[str] = []  # chunks for 353; empty when out of date
+        self._banned: Dict[str, bool] = {}  # prefix -> whether a mask matches it, as far as that was asked
+        self._names: Dict[frozenset[str], List[str]] = {}  # caps that matter -> chunks for 353; empty when out of date
 
     def __len__(self) -> int:
         return len(self.roster.members) - len(self.roster.left)
@@ -1162,37 +1229,52 @@ class Channel:
             self.roster = Roster(self.roster.present())
         session.channels[self] = "" if len(self) else "o"
         self.roster.members.append(session)
-        if self._names:
-            self._add_name(self.title(session))
+        for caps in self._names:
+            self._add_name(session, caps)
 
     def remove(self, session: Session) -> None:
         """Lets a session out."""
         del session.channels[self]
         self.roster.left[session] = self.roster.sent
-        if len(self.roster.left) > 8 + len(self) // 8:
+        if not len(self) or len(self.roster.left) > 8 + len(self) // 8:
             self.roster = Roster(self.roster.present())
         self.names_changed()
 
-    def title(self, session: Session) -> str:
+    def title(self, session: Session, caps: frozenset[str] = frozenset()) -> str:
         """A member's name with the sign of its rank."""
-        return ("@" if session.channels[self] else "") + session.nick
+        return signs(session.channels[self], caps) + session.nick
 
-    def names(self) -> list[str]:
+    def names(self, caps: frozenset[str] = frozenset()) -> list[str]:
         """All titles, in chunks that fit in a 353 line. A thousand joiners in a row share one list."""
-        if not self._names:
+        caps = caps & {"multi-prefix"}
+        if caps not in self._names:
+            self._names[caps] = []
             for member in self.roster.present():
-                self._add_name(self.title(member))
-        return self._names
+                self._add_name(member, caps)
+        return self._names[caps]
 
     def names_changed(self) -> None:
         """To be called when a member's title has changed."""
-        self._names = []
+        self._names = {}
 
-    def _add_name(self, title: str) -> None:
-        if self._names and len(f"{self._names[-1]} {title}".encode()) <= NAMES_BYTES:
-            self._names[-1] += f" {title}"
+    def _add_name(self, session: Session, caps: frozenset[str]) -> None:
+        title, chunks = self.title(session, caps), self._names[caps]
+        if chunks and len(f"{chunks[-1]} {title}".encode()) <= NAMES_BYTES:
+            chunks[-1] += f" {title}"
         else:
-            self._names.append(title)
+            chunks.append(title)
+
+    def bans(self, session: Session) -> bool:
+        """Whether a session is banned. Every message asks, so the masks are compared once only."""
+        if session.prefix not in self._banned:
+            if len(self._banned) >= BANNED_KNOWN:
+                self._banned = {}
+            self._banned[session.prefix] = any(matches(mask, fold(session.prefix)) for mask in self.masks)
+        return self._banned[session.prefix]
+
+    def bans_changed(self) -> None:
+        """To be called when a mask has come or gone."""
+        self._banned = {}
 
 
 class Saying(NamedTuple):
@@ -1399,10 +1481,11 @@ class Hub:
             self.ping_locked(session, now, PROBE_S)
             self._timers.set(session, session.answer_by)
 
-    def part_locked(self, session: Session, channel: Channel, reason: str) -> None:
-        """Takes a session out of a channel and tells its members."""
-        words = (channel.name, reason) if reason else (channel.name,)
-        self.send_locked(Message("PART", words, session.prefix, self.stamps.next()), channel.roster)
+    def part_locked(self, session: Session, channel: Channel, reason: str, by: Optional[Session] = None) -> None:
+        """Takes a session out of a channel, by itself or by somebody else, and tells its members."""
+        words = (channel.name, *([session.nick] if by else []), *([reason] if reason else []))
+        gone = Message("KICK" if by else "PART", words, (by or session).prefix, self.stamps.next())
+        self.send_locked(gone, channel.roster)
         self._remove_locked(session, channel)
 
     def quit_locked(self, session: Session, reason: str, farewell: str) -> None:
@@ -1753,9 +1836,15 @@ def word(text: str) -> str:
     return cut(harmless(text.lstrip(" :").partition(" ")[0]), NICK_BYTES) or "*"
 
 
-def each(hub: Hub, session: Session, message: Message, act: Callable[[str], None]) -> None:
-    """Does something for every item of the first parameter's list; a refusal does not stop the rest."""
-    for item in dict.fromkeys(message.params[0].split(",")):
+def each(
+    hub: Hub, session: Session, message: Message, act: Callable[[str], None], index: int = 0, most: int = MAX_TARGETS
+) -> None:
+    """Does something for every item of a parameter's list, in which they may not be more; a refusal does not stop
+    the rest."""
+    items = dict.fromkeys(message.param(index).split(","))
+    if len(items) > most:
+        raise Refused(ERR_TOOMANYTARGETS)
+    for item in items:
         try:
             act(item)
         except Refused as refused:
@@ -1764,8 +1853,10 @@ def each(hub: Hub, session: Session, message: Message, act: Callable[[str], None
 
 def channel_of(hub: Hub, session: Session, name: str) -> Channel:
     """The channel that a parameter names; raises Refused."""
-    if name == HERE and session.view.single and session.channels:
-        return next(iter(session.channels))
+    if name == HERE and session.view.single:
+        if session.channels:
+            return next(iter(session.channels))
+        raise Refused(ERR_NOWHERE, HERE)
     channel = hub.channels.get(fold(name))
     if channel is None:
         raise Refused(ERR_NOSUCHCHANNEL, name)
@@ -1778,6 +1869,22 @@ def user_of(hub: Hub, nick: str) -> Session:
     if session is None or not session.registered:
         raise Refused(ERR_NOSUCHNICK, nick)
     return session
+
+
+def member_of(hub: Hub, channel: Channel, nick: str) -> Session:
+    """The member of a channel that a parameter names; raises Refused."""
+    session = user_of(hub, nick)
+    if channel not in session.channels:
+        raise Refused(ERR_USERNOTINCHANNEL, session.nick, channel.name)
+    return session
+
+
+def check_member(session: Session, channel: Channel, rank: str = "") -> None:
+    """Raises Refused for who is not in a channel, or lacks a rank there."""
+    if channel not in session.channels:
+        raise Refused(ERR_NOTONCHANNEL, channel.name)
+    if rank not in session.channels[channel]:
+        raise Refused(ERR_CHANOPRIVSNEEDED, channel.name)
 
 
 # Entering and leaving.
@@ -1850,7 +1957,7 @@ def take_over(hub: Hub, old: Session, session: Session) -> None:
         channel.add(session)
         session.channels[channel] = rank
         channel.names_changed()
-    session.missed, session.away = old.missed, old.away
+    session.missed, session.away, session.invites = old.missed, old.away, old.invites
     hub.tell_locked(old, Message("ERROR", ("You have come back on another connection",), hub.name))
     hub.forget_locked(old)
 
@@ -1908,8 +2015,10 @@ def register(hub: Hub, session: Session) -> None:
 _TOKENS = (
     "NETWORK=chat.py CASEMAPPING=ascii CHANTYPES=# PREFIX=(ov)@+ CHANMODES=b,k,l,imnt"
     f" NICKLEN={NICK_CHARS} CHANNELLEN={CHANNEL_CHARS} TOPICLEN={TOPIC_BYTES} AWAYLEN={AWAY_BYTES}"
-    f" KICKLEN={REASON_BYTES} MODES=4 MAXLIST=b:100 TARGMAX=PRIVMSG:{MAX_TARGETS},NOTICE:{MAX_TARGETS}"
-    f" CHANLIMIT=#:{SESSION_CHANNELS} UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
+    f" KICKLEN={REASON_BYTES} KEYLEN={KEY_BYTES} MODES={MAX_MODES} MAXLIST=b:{MAX_BANS}"
+    f" TARGMAX=JOIN:{SESSION_CHANNELS},PART:{SESSION_CHANNELS},"
+    + ",".join(f"{name}:{MAX_TARGETS}" for name in ("KICK", "NAMES", "NOTICE", "PRIVMSG"))
+    + f" CHANLIMIT=#:{SESSION_CHANNELS} UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
 ).split()
 ISUPPORT = [_TOKENS[start : start + 13] for start in range(0, len(_TOKENS), 13)]  # a line each
 
@@ -1953,19 +2062,26 @@ def join(hub: Hub, session: Session, message: Message) -> None:
         for channel in list(session.channels):
             hub.part_locked(session, channel, "")
         return
-    each(hub, session, message, lambda name: enter(hub, session, check_channel(name)))
+    keys = dict(zip(message.params[0].split(","), message.param(1).split(",")))
+
+    def enter_one(name: str) -> None:
+        enter(hub, session, check_channel(name), keys.get(name, ""))
+
+    each(hub, session, message, enter_one, most=SESSION_CHANNELS)
 
 
-def enter(hub: Hub, session: Session, name: str) -> None:
+def enter(hub: Hub, session: Session, name: str, key: str) -> None:
     """Takes a session into a channel, which is made when it is the first, and shows it round."""
     channel = hub.channels.get(fold(name)) or Channel(name)
     if channel in session.channels:
         return
+    check_entry(session, channel, key)
     if session.view.single:
         for old in list(session.channels):
             hub.part_locked(session, old, f"went to {name}")
     if len(session.channels) >= SESSION_CHANNELS:
         raise Refused(ERR_TOOMANYCHANNELS, name)
+    session.invites.pop(channel, None)
     hub.channels[fold(name)] = channel
     channel.add(session)
     tags = {**hub.stamps.next(), COUNT_TAG: str(len(channel))}
@@ -1973,6 +2089,19 @@ def enter(hub: Hub, session: Session, name: str) -> None:
     show_round(hub, session, channel)
     if hub.replay and fold(name) in hub.history and "draft/chathistory" not in session.view.caps:
         hub.ask_locked(session, functools.partial(replay, hub, channel.name, hub.stamps.last), hub.replay)
+
+
+def check_entry(session: Session, channel: Channel, key: str) -> None:
+    """Raises Refused where the modes of a channel keep a session out."""
+    modes = channel.modes
+    if channel.masks and channel.bans(session):
+        raise Refused(ERR_BANNEDFROMCHAN, channel.name)
+    if "i" in modes and channel not in session.invites:
+        raise Refused(ERR_INVITEONLYCHAN, channel.name)
+    if "k" in modes and not hmac.compare_digest(key.encode(), modes["k"].encode()):
+        raise Refused(ERR_BADCHANNELKEY, channel.name)
+    if "l" in modes and len(channel) >= int(modes["l"]):
+        raise Refused(ERR_CHANNELISFULL, channel.name)
 
 
 def show_round(hub: Hub, session: Session, channel: Channel) -> None:
@@ -2007,22 +2136,51 @@ def part(hub: Hub, session: Session, message: Message) -> None:
 
     def leave(name: str) -> None:
         channel = channel_of(hub, session, name)
-        if channel not in session.channels:
-            raise Refused(ERR_NOTONCHANNEL, name)
+        check_member(session, channel)
         hub.part_locked(session, channel, cut(message.param(1), REASON_BYTES))
 
-    each(hub, session, message, leave)
+    each(hub, session, message, leave, most=SESSION_CHANNELS)
+
+
+@command("KICK", 2)
+def kick(hub: Hub, session: Session, message: Message) -> None:
+    """KICK <channel> <name>{,<name>} [:<reason>]"""
+    channel = channel_of(hub, session, message.params[0])
+
+    def put_out(nick: str) -> None:
+        check_member(session, channel, "o")  # each time: one may put out oneself, too
+        hub.part_locked(member_of(hub, channel, nick), channel, cut(message.param(2), REASON_BYTES), session)
+
+    each(hub, session, message, put_out, index=1)
+
+
+@command("INVITE", 2)
+def invite(hub: Hub, session: Session, message: Message) -> None:
+    """INVITE <name> <channel>"""
+    other, channel = user_of(hub, message.params[0]), channel_of(hub, session, message.params[1])
+    check_member(session, channel, "o" if "i" in channel.modes else "")
+    if channel in other.channels:
+        raise Refused(ERR_USERONCHANNEL, other.nick, channel.name)
+    if "o" in session.channels[channel]:
+        other.invites[channel] = None
+        if len(other.invites) > SESSION_CHANNELS:
+            del other.invites[next(iter(other.invites))]
+    hub.reply_locked(session, RPL_INVITING, other.nick, channel.name)
+    if other.away:
+        hub.reply_locked(session, RPL_AWAY, other.nick, text=other.away)
+    asked = Message("INVITE", (other.nick, channel.name), session.prefix, hub.stamps.next())
+    hub.tell_locked(other, asked)
 
 
 @command("TOPIC", 1)
 def topic(hub: Hub, session: Session, message: Message) -> None:
     """TOPIC <channel> [:<topic>]"""
     channel = channel_of(hub, session, message.params[0])
-    if channel not in session.channels:
-        raise Refused(ERR_NOTONCHANNEL, channel.name)
+    check_member(session, channel)
     if len(message.params) == 1:
         tell_topic(hub, session, channel)
         return
+    check_member(session, channel, "o" if "t" in channel.modes else "")
     if len(message.params[1].encode()) > TOPIC_BYTES:
         raise Refused(ERR_INPUTTOOLONG)
     channel.topic, channel.topic_by, channel.topic_time = message.params[1], session.prefix, int(time.time())
@@ -2042,16 +2200,21 @@ def tell_topic(hub: Hub, session: Session, channel: Channel) -> None:
 @command("NAMES")
 def names(hub: Hub, session: Session, message: Message) -> None:
     """NAMES <channel>{,<channel>}"""
-    for name in message.param(0).split(","):
+
+    def tell(name: str) -> None:
         try:
             tell_names(hub, session, channel_of(hub, session, name))
         except Refused:
+            if session.view.single:  # a person is told why there is no answer
+                raise
             hub.reply_locked(session, RPL_ENDOFNAMES, word(name))
+
+    each(hub, session, message, tell)
 
 
 def tell_names(hub: Hub, session: Session, channel: Channel) -> None:
     """353 for each chunk of the members, then 366."""
-    for chunk in channel.names():
+    for chunk in channel.names(session.view.caps):
         hub.reply_locked(session, RPL_NAMREPLY, "=", channel.name, text=chunk)
     hub.reply_locked(session, RPL_ENDOFNAMES, channel.name)
 
@@ -2067,27 +2230,175 @@ def list_(hub: Hub, session: Session, message: Message) -> None:
     hub.reply_locked(session, RPL_LISTEND)
 
 
+# Modes.
+
+
+class Change(NamedTuple):
+    """A change of one mode, as MODE asks for it."""
+
+    on: bool
+    letter: str
+    param: str  # '' where there is none
+
+
+# Makes a change; the parameter that the members are told, or None where there was nothing to change. May raise Refused.
+Changer = Callable[[Hub, Session, Channel, Change], Optional[str]]
+
+
 @command("MODE", 1)
 def mode(hub: Hub, session: Session, message: Message) -> None:
-    """MODE <channel> [b] | <name>: asking only"""
-    target, change = message.params[0], message.param(1)
+    """MODE <name> [<modes>] | <channel> [<modes>{ <parameter>}]"""
+    target, asked = message.params[0], message.param(1)
     if not target.startswith("#") and target != HERE:
         if user_of(hub, target) is not session:
             raise Refused(ERR_USERSDONTMATCH)
-        if change not in ("", "+i", "-i"):  # i, asked for by every client, hides from nothing here
+        if asked not in ("", "+i", "-i"):  # i, asked for by every client, hides from nothing here
             raise Refused(ERR_UMODEUNKNOWNFLAG)
         hub.reply_locked(session, RPL_UMODEIS, "+")
         return
     channel = channel_of(hub, session, target)
-    if not change:
-        hub.reply_locked(session, RPL_CHANNELMODEIS, channel.name, "+n")
-        hub.reply_locked(session, RPL_CREATIONTIME, channel.name, str(channel.created))
-    elif change.lstrip("+") == "b" and len(message.params) == 2:
-        hub.reply_locked(session, RPL_ENDOFBANLIST, channel.name)
-    elif session.channels.get(channel) != "o":
-        raise Refused(ERR_CHANOPRIVSNEEDED, channel.name)
+    if not asked:
+        tell_modes(hub, session, channel)
+        return
+    last = {(change.letter, change.param): change for change in asked_changes(message.params[1:])}
+    changes = list(last.values())  # of changes to and fro, the last counts
+    wanted = [change for change in changes if change.letter != "b" or change.param]
+    if len(wanted) < len(changes):
+        tell_bans(hub, session, channel)
+    if wanted:
+        check_member(session, channel, "o")
+        change_modes(hub, session, channel, message, wanted)
+
+
+def asked_changes(params: Tuple[str, ...]) -> Iterator[Change]:
+    """What the parameters of MODE ask for, without those for which there are too many parameters."""
+    on, words, room = True, iter(params[1:]), MAX_MODES
+    for letter in params[0]:
+        if letter in "+-":
+            on = letter == "+"
+            continue
+        takes = letter in "bkov" or (letter == "l" and on)
+        param = next(words, "") if takes else ""
+        room -= bool(param)
+        if room >= 0 or not param:
+            yield Change(on, letter, param)
+
+
+def change_modes(hub: Hub, session: Session, channel: Channel, message: Message, changes: List[Change]) -> None:
+    """Makes changes, as far as each is possible, and tells the members in one line what has changed."""
+    done: List[Change] = []
+    for change in changes:
+        try:
+            if change.letter not in MODES:
+                raise Refused(ERR_UNKNOWNMODE, change.letter)
+            param = MODES[change.letter](hub, session, channel, change)
+        except Refused as refused:
+            refuse(hub, session, refused, message)
+        else:
+            done += [change._replace(param=param)] if param is not None else []
+    if not done:
+        return
+    flags = ""
+    for on, same in itertools.groupby(done, key=lambda change: change.on):
+        flags += ("+" if on else "-") + "".join(change.letter for change in same)
+    words = (channel.name, flags, *(change.param for change in done if change.param))
+    hub.send_locked(Message("MODE", words, session.prefix, hub.stamps.next()), channel.roster)
+
+
+def change_flag(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
+    """[+-]i: only who was invited may join; m: only who has a rank may speak; n: only members may; t: only operators
+    set the topic"""
+    if change.on == (change.letter in channel.modes):
+        return None
+    if change.on:
+        channel.modes[change.letter] = ""
     else:
-        raise Refused(ERR_UNKNOWNMODE, change)
+        del channel.modes[change.letter]
+    return ""
+
+
+def change_key(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
+    """+k <key> | -k [<key>]: only who knows it may join"""
+    if not change.on:
+        return "*" if channel.modes.pop("k", None) else None
+    if not change.param:
+        raise Refused(ERR_NEEDMOREPARAMS, "MODE")
+    if not is_word(change.param, KEY_BYTES):
+        raise Refused(ERR_INVALIDMODEPARAM, channel.name, "k", "*")
+    return set_mode(channel, "k", change.param)
+
+
+def change_limit(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
+    """+l <members> | -l: nobody may join who would be one too many"""
+    if not change.on:
+        return "" if channel.modes.pop("l", None) else None
+    if not change.param:
+        raise Refused(ERR_NEEDMOREPARAMS, "MODE")
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", change.param):
+        raise Refused(ERR_INVALIDMODEPARAM, channel.name, "l", change.param)
+    return set_mode(channel, "l", str(int(change.param)))
+
+
+def set_mode(channel: Channel, letter: str, param: str) -> Optional[str]:
+    """Sets a mode that has a parameter; None where it was set to that."""
+    before, channel.modes[letter] = channel.modes.get(letter), param
+    return param if param != before else None
+
+
+def change_ban(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
+    """[+-]b <mask>: whom it matches may neither join nor, without a rank, speak"""
+    mask = full_mask(change.param)
+    if not is_word(mask, MASK_BYTES):
+        raise Refused(ERR_INVALIDMODEPARAM, channel.name, "b", change.param)
+    if change.on == (fold(mask) in channel.masks):
+        return None
+    if not change.on:
+        mask = channel.masks.pop(fold(mask))[0]
+    elif len(channel.masks) >= MAX_BANS:
+        raise Refused(ERR_BANLISTFULL, channel.name, "b")
+    else:
+        channel.masks[fold(mask)] = (mask, session.prefix, str(int(time.time())))
+    channel.bans_changed()
+    return mask
+
+
+def change_rank(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
+    """[+-]o <name>: operator; [+-]v <name>: may speak in a moderated channel"""
+    if not change.param:
+        raise Refused(ERR_NEEDMOREPARAMS, "MODE")
+    member = member_of(hub, channel, change.param)
+    rank = member.channels[channel]
+    if change.on == (change.letter in rank):
+        return None
+    member.channels[channel] = "".join(x for x in "ov" if (change.on if x == change.letter else x in rank))
+    channel.names_changed()
+    return member.nick
+
+
+MODES: Dict[str, Changer] = {
+    "b": change_ban,
+    "k": change_key,
+    "l": change_limit,
+    "o": change_rank,
+    "v": change_rank,
+    **dict.fromkeys("imnt", change_flag),
+}
+
+
+def tell_modes(hub: Hub, session: Session, channel: Channel) -> None:
+    """324, in which only members see the key, and 329."""
+    letters = sorted(channel.modes)
+    shown = {**channel.modes, **({} if channel in session.channels else {"k": "*"})}
+    words = [shown[letter] for letter in letters if shown[letter]]
+    hub.reply_locked(session, RPL_CHANNELMODEIS, channel.name, f"+{''.join(letters)}", *words)
+    hub.reply_locked(session, RPL_CREATIONTIME, channel.name, str(channel.created))
+
+
+def tell_bans(hub: Hub, session: Session, channel: Channel) -> None:
+    """367 for each ban, then 368."""
+    for ban in channel.masks.values():
+        hub.reply_locked(session, RPL_BANLIST, channel.name, *ban)
+    hub.reply_locked(session, RPL_ENDOFBANLIST, channel.name)
 
 
 # Talking.
@@ -2096,8 +2407,8 @@ def mode(hub: Hub, session: Session, message: Message) -> None:
 def say(hub: Hub, session: Session, message: Message, target: str) -> None:
     """Relays a message to one target, once, also when it is sent again; raises Refused."""
     channel = channel_of(hub, session, target) if target.startswith("#") or target == HERE else None
-    if channel and channel not in session.channels:
-        raise Refused(ERR_CANNOTSENDTOCHAN, target)
+    if channel:
+        check_speech(session, channel)
     other = None if channel else user_of(hub, target)
     to = channel.name if channel else other.nick if other else ""
     line_id = message.tags.get(ID_TAG, "")
@@ -2112,7 +2423,8 @@ def say(hub: Hub, session: Session, message: Message, target: str) -> None:
     saying = None
     if channel and message.command != "TAGMSG":
         saying = Saying(session, fold(to), message.tags.get("label", ""), key)
-    apart = "label" in message.tags or "echo-message" not in session.view.caps or bool(before)
+    unheard = "echo-message" not in session.view.caps or channel not in session.channels
+    apart = unheard or "label" in message.tags or bool(before)
     if channel and not before:
         hub.send_locked(relay, channel.roster, session if apart else None, saying)
     elif other and not before:
@@ -2123,6 +2435,19 @@ def say(hub: Hub, session: Session, message: Message, target: str) -> None:
             del hub.seen[next(iter(hub.seen))]
     if apart if channel else other is not session:
         confirm(hub, session, relay, message.tags.get("label", ""), saying)
+
+
+def check_speech(session: Session, channel: Channel) -> None:
+    """Raises Refused where a session may not speak in a channel."""
+    rank = session.channels.get(channel)
+    if rank:
+        return
+    if rank is None and "n" in channel.modes:
+        raise Refused(ERR_CANNOTSENDTOCHAN, channel.name)
+    if "m" in channel.modes:
+        raise Refused(ERR_MODERATED, channel.name)
+    if channel.masks and channel.bans(session):
+        raise Refused(ERR_SILENCED, channel.name)
 
 
 def say_alone(hub: Hub, session: Session, other: Session, relay: Message) -> None:
@@ -2155,8 +2480,6 @@ def privmsg(hub: Hub, session: Session, message: Message) -> None:
         raise Refused(ERR_NORECIPIENT)
     if not message.param(1):
         raise Refused(ERR_NOTEXTTOSEND)
-    if message.params[0].count(",") >= MAX_TARGETS:
-        raise Refused(ERR_TOOMANYTARGETS)
     each(hub, session, message, lambda target: say(hub, session, message, target))
 
 
@@ -2252,7 +2575,7 @@ def who(hub: Hub, session: Session, message: Message) -> None:
     members = channel.roster.present() if channel else [other] if other and other.registered else []
     fields, _, token = message.param(1).partition("%")[2].partition(",")
     for member in members:
-        values = who_fields(hub, member, channel)
+        values = who_fields(hub, member, channel, session.view.caps)
         if fields:  # WHOX: only what was asked for, in the order of its specification
             values["t"] = token[:3] or "0"
             hub.reply_locked(session, RPL_WHOSPCRPL, *(values[key] for key in "tcuihsnfdlaor" if key in fields))
@@ -2262,9 +2585,9 @@ def who(hub: Hub, session: Session, message: Message) -> None:
     hub.reply_locked(session, RPL_ENDOFWHO, word(mask))
 
 
-def who_fields(hub: Hub, member: Session, channel: Optional[Channel]) -> Dict[str, str]:
+def who_fields(hub: Hub, member: Session, channel: Optional[Channel], caps: frozenset[str]) -> Dict[str, str]:
     """What WHO tells of a member, under the letters of WHOX."""
-    rank = "@" if channel and member.channels.get(channel) else ""
+    rank = signs(member.channels[channel], caps) if channel else ""
     return {
         "c": channel.name if channel else "*",
         "u": member.user,
@@ -2291,7 +2614,7 @@ def whois(hub: Hub, session: Session, message: Message) -> None:
         hub.reply_locked(session, RPL_ENDOFWHOIS, word(message.params[-1]))
         return
     hub.reply_locked(session, RPL_WHOISUSER, other.nick, other.user, other.host, "*", text=other.realname)
-    titles = [("@" if rank else "") + channel.name for channel, rank in other.channels.items()]
+    titles = [signs(rank, session.view.caps) + channel.name for channel, rank in other.channels.items()]
     for start in range(0, len(titles), 4):  # so many fit in a line, however long they are
         hub.reply_locked(session, RPL_WHOISCHANNELS, other.nick, text=" ".join(titles[start : start + 4]))
     hub.reply_locked(session, RPL_WHOISSERVER, other.nick, hub.name, text=VERSION)
@@ -3819,6 +4142,12 @@ def gone_arrived(client: Client, message: Message) -> bool:
     return nick == client.nick  # our leaving of the channel that we come from
 
 
+@arrival("MODE")
+def mode_arrived(client: Client, message: Message) -> bool:
+    """MODE <channel> <modes>{ <parameter>} | <name> <modes>"""
+    return fold(message.param(0)) != fold(client.channel)
+
+
 @arrival("NICK")
 def nick_arrived(client: Client, message: Message) -> bool:
     """NICK <new name>"""
@@ -3890,8 +4219,8 @@ def forward(client: Client, message: Message) -> None:
         client.view.remark("Error: not connected; only messages wait until we are")
         return
     client.asking = client.asking or message.command == "NAMES"
-    if message.command == "JOIN" and fold(message.text) != fold(client.channel):
-        client.going, client.deadline = message.text, time.monotonic() + CONNECT_S
+    if message.command == "JOIN" and fold(message.param(0)) != fold(client.channel):
+        client.going, client.deadline = message.param(0), time.monotonic() + CONNECT_S
     client.send(message.command, *message.params)
 
 
