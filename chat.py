@@ -104,6 +104,7 @@ MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
 MAX_MODES = 4  # with a parameter, in one MODE
 MAX_BANS = 100  # of a channel
 BANNED_KNOWN = 10_000  # of whom a channel remembers whether they are banned
+VIEWS = 1000  # sets of capabilities that are remembered; there are few, unless somebody tries them all
 NICK_CHANGES, NICK_CHANGE_S = 5, 10.0  # at once, then one each so many seconds: each is told to everybody
 
 # Memory between a sender and a slow recipient.
@@ -192,6 +193,7 @@ RPL_LUSEROP = Numeric("252", "operators", "operators online")
 RPL_LUSERUNKNOWN = Numeric("253", "unregistered", "connections without a name yet")
 RPL_LUSERCHANNELS = Numeric("254", "channel-count", "channels formed")
 RPL_LUSERME = Numeric("255", "local-users")
+RPL_TRYAGAIN = Numeric("263", "too-fast", "{0} is too much now; wait a little", form="Error: {text}")
 RPL_AWAY = Numeric("301", "away", form="{1} is away: {text}")
 RPL_USERHOST = Numeric("302", "userhost")
 RPL_ISON = Numeric("303", "ison")
@@ -276,6 +278,7 @@ FAIL_BAD_JSON = Numeric("FAIL", "bad-json", "that line is not a JSON object")
 FAIL_BAD_TYPE = Numeric("FAIL", "unknown-type", "type is join, chat, private, leave or command")
 FAIL_BAD_FIELD = Numeric("FAIL", "bad-field", "{0} must be a string")
 FAIL_BAD_SLASH = Numeric("FAIL", "bad-command", "{0}")
+FAIL_INVALID_REALNAME = Numeric("FAIL", "invalid-realname", f"a real name has 1 to {REALNAME_BYTES} bytes")
 FAIL_CANNOT_STORE = Numeric("FAIL", "cannot-store", "not said, because it cannot be stored: {0}")
 # IRCv3 draft/chathistory, "Errors and Warnings"; their parameters stand before the text.
 FAIL_INVALID_PARAMS = Numeric("FAIL", "invalid-params", "these are not parameters of CHATHISTORY")
@@ -397,6 +400,7 @@ ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msg
 BY_TAG = "chat.py/by"  # only in the history: who used that id
 REPLAYED_TAG = "chat.py/replayed"  # on what was said before, for clients that did not ask
 COUNT_TAG = "chat.py/here"  # on JOIN: how many are in the channel now
+FOR_TAG = "chat.py/for"  # only in the log: the capability without which an IRC client is not told
 
 
 class Message(NamedTuple):
@@ -704,10 +708,12 @@ TLS_HANDSHAKE = 0x16  # first byte of a TLS ClientHello: RFC 8446, section 5.1
 
 RESUME_CAP = "chat.py/resume"
 CAPABILITIES = (
-    "batch", "chat.py/resume", "draft/chathistory", "echo-message", "labeled-response", "message-tags", "multi-prefix",
-    "server-time", "standard-replies",
+    "away-notify", "batch", "cap-notify", "chat.py/resume", "chghost", "draft/chathistory", "echo-message",
+    "extended-join", "invite-notify", "labeled-response", "message-tags", "multi-prefix", "server-time", "setname",
+    "standard-replies", "userhost-in-names",
 )  # fmt: skip
-TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response"}  # other tags: message-tags
+# By which capability a client gets a tag; others by message-tags, and that one by none.
+TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: ""}
 
 
 def decode_text(line: bytes) -> str:
@@ -878,15 +884,18 @@ class Irc(Dialect):
         return [message] if message.command else []
 
     def encode(self, message: Message) -> bytes:
-        if message is PROMPT or (message.command == "TAGMSG" and "message-tags" not in self.caps):
+        needed = "message-tags" if message.command == "TAGMSG" else message.tags.get(FOR_TAG)
+        if message is PROMPT or (needed and needed not in self.caps):
             return b""
+        if message.command == "JOIN" and "extended-join" not in self.caps:
+            message = message._replace(params=message.params[:1])
         if message.command == "FAIL" and "standard-replies" not in self.caps:
             message = Message("NOTICE", ("*", message.text), message.source, message.tags)
         wanted = [item for item in message.tags.items() if TAG_CAPS.get(item[0], "message-tags") in self.caps]
         return f"{format_tags(wanted)}{format_line(message)}\r\n".encode()
 
 
-irc = functools.lru_cache(maxsize=None)(Irc)  # one view for all who negotiated the same capabilities
+irc = functools.lru_cache(maxsize=VIEWS)(Irc)  # one view for all who negotiated the same capabilities
 
 
 class Http(Dialect):
@@ -1167,6 +1176,7 @@ def union(rosters: List[Roster]) -> Roster:
 
 
 SIGNS = {"": "", "o": "@", "v": "+", "ov": "@+"}  # how ranks are shown
+NAMES_CAPS = frozenset({"multi-prefix", "userhost-in-names"})  # on which the form of names in 353 depends
 
 
 def signs(rank: str, caps: frozenset[str]) -> str:
@@ -1218,7 +1228,7 @@ class Channel:
         self.masks: Dict[str, Tuple[str, str, str]] = {}  # folded mask of a ban -> mask, by whom, Unix time
         self.roster = Roster([])
         self._banned: Dict[str, bool] = {}  # prefix -> whether a mask matches it, as far as that was asked
-        self._names: Dict[frozenset[str], List[str]] = {}  # caps that matter -> chunks for 353; empty when out of date
+        self._names: Dict[frozenset[str], List[str]] = {}  # of NAMES_CAPS -> chunks for 353; empty when out of date
 
     def __len__(self) -> int:
         return len(self.roster.members) - len(self.roster.left)
@@ -1242,11 +1252,12 @@ class Channel:
 
     def title(self, session: Session, caps: frozenset[str] = frozenset()) -> str:
         """A member's name with the sign of its rank."""
-        return signs(session.channels[self], caps) + session.nick
+        name = session.prefix if "userhost-in-names" in caps else session.nick
+        return signs(session.channels[self], caps) + name
 
     def names(self, caps: frozenset[str] = frozenset()) -> list[str]:
         """All titles, in chunks that fit in a 353 line. A thousand joiners in a row share one list."""
-        caps = caps & {"multi-prefix"}
+        caps = NAMES_CAPS & caps
         if caps not in self._names:
             self._names[caps] = []
             for member in self.roster.present():
@@ -1887,6 +1898,13 @@ def check_member(session: Session, channel: Channel, rank: str = "") -> None:
         raise Refused(ERR_CHANOPRIVSNEEDED, channel.name)
 
 
+def notify(hub: Hub, session: Session, message: Message, cap: str) -> None:
+    """Tells of a change those who share a channel with a session, if they negotiated a capability."""
+    if session.channels:
+        told = message._replace(tags={**message.tags, FOR_TAG: cap})
+        hub.send_locked(told, union([channel.roster for channel in session.channels]), session)
+
+
 # Entering and leaving.
 
 
@@ -1901,6 +1919,8 @@ def cap(hub: Hub, session: Session, message: Message) -> None:
     if sub not in ("LS", "LIST", "REQ"):
         raise Refused(ERR_INVALIDCAPCMD, sub)
     session.negotiating = not session.registered and (sub != "LIST" or session.negotiating)
+    if sub == "LS" and message.param(1).isdecimal() and int(message.param(1)) >= 302:  # IRCv3 cap-notify: implied
+        session.view = irc(session.view.caps | {"cap-notify"})
     answer, text = sub, " ".join(CAPABILITIES if sub == "LS" else sorted(session.view.caps))
     if sub == "REQ":
         text = message.param(1)
@@ -1909,7 +1929,7 @@ def cap(hub: Hub, session: Session, message: Message) -> None:
         check_length(Message("CAP", (session.nick, "NAK", text), hub.name))
         answer = "ACK" if known else "NAK"
         if known:
-            dropped = {name[1:] for name in names if name[0] == "-"}
+            dropped = {name[1:] for name in names if name[0] == "-"} - {"cap-notify"}
             session.view = irc((session.view.caps | {name for name in names if name[0] != "-"}) - dropped)
     hub.tell_locked(session, Message("CAP", (session.nick or "*", answer, text), hub.name))
 
@@ -2005,7 +2025,7 @@ def register(hub: Hub, session: Session) -> None:
     lusers(hub, session, Message("LUSERS"))
     motd(hub, session, Message("MOTD"))
     for channel in session.channels:  # which it has taken over
-        hub.tell_locked(session, Message("JOIN", (channel.name,), session.prefix))
+        hub.tell_locked(session, joined(session, channel, NO_TAGS))
         show_round(hub, session, channel)
     for message in session.missed:
         hub.tell_locked(session, message)
@@ -2015,7 +2035,7 @@ def register(hub: Hub, session: Session) -> None:
 _TOKENS = (
     "NETWORK=chat.py CASEMAPPING=ascii CHANTYPES=# PREFIX=(ov)@+ CHANMODES=b,k,l,imnt"
     f" NICKLEN={NICK_CHARS} CHANNELLEN={CHANNEL_CHARS} TOPICLEN={TOPIC_BYTES} AWAYLEN={AWAY_BYTES}"
-    f" KICKLEN={REASON_BYTES} KEYLEN={KEY_BYTES} MODES={MAX_MODES} MAXLIST=b:{MAX_BANS}"
+    f" KICKLEN={REASON_BYTES} KEYLEN={KEY_BYTES} NAMELEN={REALNAME_BYTES} MODES={MAX_MODES} MAXLIST=b:{MAX_BANS}"
     f" TARGMAX=JOIN:{SESSION_CHANNELS},PART:{SESSION_CHANNELS},"
     + ",".join(f"{name}:{MAX_TARGETS}" for name in ("KICK", "NAMES", "NOTICE", "PRIVMSG"))
     + f" CHANLIMIT=#:{SESSION_CHANNELS} UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
@@ -2085,7 +2105,10 @@ def enter(hub: Hub, session: Session, name: str, key: str) -> None:
     hub.channels[fold(name)] = channel
     channel.add(session)
     tags = {**hub.stamps.next(), COUNT_TAG: str(len(channel))}
-    hub.send_locked(Message("JOIN", (channel.name,), session.prefix, tags), channel.roster)
+    hub.send_locked(joined(session, channel, tags), channel.roster)
+    if session.away:
+        tags = {**hub.stamps.next(), FOR_TAG: "away-notify"}
+        hub.send_locked(Message("AWAY", (session.away,), session.prefix, tags), channel.roster, session)
     show_round(hub, session, channel)
     if hub.replay and fold(name) in hub.history and "draft/chathistory" not in session.view.caps:
         hub.ask_locked(session, functools.partial(replay, hub, channel.name, hub.stamps.last), hub.replay)
@@ -2102,6 +2125,11 @@ def check_entry(session: Session, channel: Channel, key: str) -> None:
         raise Refused(ERR_BADCHANNELKEY, channel.name)
     if "l" in modes and len(channel) >= int(modes["l"]):
         raise Refused(ERR_CHANNELISFULL, channel.name)
+
+
+def joined(session: Session, channel: Channel, tags: Mapping[str, str]) -> Message:
+    """Tells that a session is in a channel: with its account, of which there are none, and its real name."""
+    return Message("JOIN", (channel.name, "*", session.realname), session.prefix, tags)
 
 
 def show_round(hub: Hub, session: Session, channel: Channel) -> None:
@@ -2170,6 +2198,8 @@ def invite(hub: Hub, session: Session, message: Message) -> None:
         hub.reply_locked(session, RPL_AWAY, other.nick, text=other.away)
     asked = Message("INVITE", (other.nick, channel.name), session.prefix, hub.stamps.next())
     hub.tell_locked(other, asked)
+    told = asked._replace(tags={**asked.tags, FOR_TAG: "invite-notify"})
+    hub.send_locked(told, channel.roster, session)
 
 
 @command("TOPIC", 1)
@@ -2503,8 +2533,31 @@ def away(hub: Hub, session: Session, message: Message) -> None:
     """AWAY [:<text>]"""
     if len(message.param(0).encode()) > AWAY_BYTES:
         raise Refused(ERR_INPUTTOOLONG)
-    session.away = message.param(0)
+    if session.away != message.param(0):
+        check_pace(session, message)
+        session.away = message.param(0)
+        words = (session.away,) if session.away else ()
+        notify(hub, session, Message("AWAY", words, session.prefix, hub.stamps.next()), "away-notify")
     hub.reply_locked(session, RPL_NOWAWAY if session.away else RPL_UNAWAY)
+
+
+@command("SETNAME", 1)
+def setname(hub: Hub, session: Session, message: Message) -> None:
+    """SETNAME :<real name>"""
+    if not 0 < len(message.params[0].encode()) <= REALNAME_BYTES:
+        raise Refused(FAIL_INVALID_REALNAME)
+    check_pace(session, message)
+    session.realname = message.params[0]
+    change = Message("SETNAME", (session.realname,), session.prefix, hub.stamps.next())
+    if "setname" in session.view.caps:
+        hub.tell_locked(session, change)
+    notify(hub, session, change, "setname")
+
+
+def check_pace(session: Session, message: Message) -> None:
+    """Raises Refused for too many changes that all are told, as NICK does."""
+    if not session.nick_changes.take(time.monotonic()):
+        raise Refused(RPL_TRYAGAIN, message.command)
 
 
 # Asking.

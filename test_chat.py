@@ -476,6 +476,12 @@ class Dialects(unittest.TestCase):
         ):
             self.assertEqual(chat.irc(frozenset(caps)).encode(message), line)
         self.assertEqual(chat.irc().encode(Message("TAGMSG", ("#c",), "n!u@h")), b"")
+        joined = Message("JOIN", ("#c", "*", "Ann"), "n!u@h")
+        self.assertEqual(chat.irc().encode(joined), b":n!u@h JOIN #c\r\n")
+        self.assertEqual(chat.irc(frozenset({"extended-join"})).encode(joined), b":n!u@h JOIN #c * :Ann\r\n")
+        away = Message("AWAY", ("tea",), "n!u@h", {chat.FOR_TAG: "away-notify"})
+        self.assertEqual(chat.irc(frozenset({"message-tags"})).encode(away), b"")
+        self.assertEqual(chat.irc(frozenset({"away-notify", "message-tags"})).encode(away), b":n!u@h AWAY tea\r\n")
         self.assertEqual(chat.irc().encode(chat.PROMPT), b"")
 
     def test_irc_line_lengths(self) -> None:
@@ -725,13 +731,16 @@ class State(unittest.TestCase):
         channel, sessions = chat.Channel("#a"), [chat.Session("h", 0.0) for _ in range(200)]
         rng = random.Random(2)
         for number, session in enumerate(sessions):
-            session.nick = f"user{number}"
+            session.nick, session.prefix = f"user{number}", f"user{number}!u@h"
             channel.add(session)
             if number % 3 == 2:
                 channel.remove(rng.choice(channel.roster.present()))
             names = " ".join(channel.names()).split()
             self.assertEqual(names, [channel.title(member) for member in channel.roster.present()])
             self.assertLessEqual(max(len(chunk.encode()) for chunk in channel.names()), chat.NAMES_BYTES)
+            names = " ".join(channel.names(frozenset({"userhost-in-names", "server-time"}))).split()
+            present = channel.roster.present()
+            self.assertEqual([name.lstrip("@") for name in names], [member.prefix for member in present])
 
     def test_an_empty_channel_holds_nobody(self) -> None:
         channel, session = chat.Channel("#a"), chat.Session("h", 0.0)  # an invitation to it may hold the channel
@@ -1021,7 +1030,7 @@ class IrcClients(ServerCase):
         self.assertEqual(peer.line(), ":chat.local CAP * ACK :server-time multi-prefix")
         peer.send("CAP REQ :sasl\r\nCAP LIST\r\nCAP DANCE\r\nCAP END\r\n")
         self.assertEqual(peer.line(), ":chat.local CAP ann NAK :sasl")
-        self.assertEqual(peer.line(), ":chat.local CAP ann LIST :multi-prefix server-time")
+        self.assertEqual(peer.line(), ":chat.local CAP ann LIST :cap-notify multi-prefix server-time")
         self.assertIn(" 410 ann DANCE ", peer.line() or "")
         codes = [chat.parse(peer.line() or "").command for _ in range(14)]
         self.assertEqual(" ".join(codes), "001 002 003 004 005 005 251 252 253 254 255 375 372 376")
@@ -1159,7 +1168,7 @@ class IrcClients(ServerCase):
         ann = self.irc("ann")
         heads = "|PING |PART #|WHOIS |CAP REQ :|CAP |JOIN #|NICK |NAMES #|WHO |ISON |WHO #chat %t,|PRIVMSG |MODE "
         for head in (
-            heads + "|MODE #chat |USERHOST |WHOWAS |MODE #chat +b |KICK #chat |INVITE "
+            heads + "|MODE #chat |USERHOST |WHOWAS |MODE #chat +b |KICK #chat |INVITE |SETNAME "
         ).split("|"):
             ann.send(head + "x" * (chat.LINE_BYTES - 2 - len(head)) + "\r\n")
         for line in ann.sync():
@@ -1473,14 +1482,14 @@ class Operators(Stage):
 
     def test_an_operator_who_comes_back_is_one_still(self) -> None:
         enter = (
-            f"CAP REQ :{chat.RESUME_CAP}\r\nRESUME 0123456789abcdef\r\nNICK rob\r\nUSER rob 0 * :Rob\r\n"
+            f"CAP REQ :{chat.RESUME_CAP} extended-join\r\nRESUME 0123456789abcdef\r\nNICK rob\r\nUSER rob 0 * :Rob\r\n"
         )
         rob = self.peer(f"{enter}CAP END\r\nJOIN #tea\r\n")
         rob.until(" 366 ")
         self.people["ann"].send("JOIN #tea\r\n")
         rob.until("JOIN #tea")
         again = self.peer(f"{enter}CAP END\r\n")
-        again.until(":rob!rob@localhost JOIN #tea")
+        again.until(":rob!rob@localhost JOIN #tea * :Rob")
         self.assertEqual(again.until(" 353 "), ":chat.local 353 rob = #tea :ann @rob")
         again.send("MODE #tea +m\r\n")
         self.assertEqual(again.sync()[-1], ":rob!rob@localhost MODE #tea :+m")
@@ -1521,6 +1530,105 @@ class Operators(Stage):
         self.assertEqual(tom.line(), "*** Error: #tea has a key: join it with the right one")
         self.assertEqual(tom.line(), "*** tom left: went to #tea")
         self.assertEqual(tom.line(), "*** tom joined (2 here)")
+
+
+class Capabilities(ServerCase):
+    """What a client gets only if it negotiated that it understands it."""
+
+    def pair(self, *caps: str) -> Tuple[Peer, Peer, Peer]:
+        """One with the capabilities, one without, and bob, whom they are about."""
+        able, plain, bob = self.irc("able", *caps), self.irc("plain"), self.irc("bob")
+        for peer in (able, plain):
+            peer.until("bob!bob@localhost JOIN")
+        return able, plain, bob
+
+    def test_notify_is_implied_by_302(self) -> None:
+        for first, caps in (("CAP LS 302", "cap-notify"), ("CAP LS", "")):
+            peer = self.peer(f"{first}\r\nCAP REQ :-cap-notify\r\nCAP LIST\r\n")
+            self.assertEqual(peer.until(" LIST "), f":chat.local CAP * LIST :{caps}")
+        self.assertLessEqual(len(peer.seen[0]) + 2 + chat.NICK_BYTES, chat.LINE_BYTES)
+
+    def test_extended_join(self) -> None:
+        able, plain, bob = self.pair("extended-join")
+        bob.send("JOIN #tea\r\nPART #chat\r\nSETNAME :Bob the Great\r\nJOIN #chat\r\n")
+        self.assertEqual(able.until("JOIN"), ":bob!bob@localhost JOIN #chat * :Bob the Great")
+        self.assertEqual(plain.until("JOIN"), ":bob!bob@localhost JOIN #chat")
+
+    def test_away_notify(self) -> None:
+        able, plain, bob = self.pair("away-notify")
+        able.send("JOIN #tea\r\n")
+        able.sync()
+        bob.send("JOIN #tea\r\nAWAY :tea time\r\nAWAY :tea time\r\nPART #chat\r\nJOIN #chat\r\nAWAY\r\n")
+        self.assertNotIn("bob!bob@localhost AWAY", "".join(bob.sync()))
+        self.assertEqual(
+            able.sync(),
+            [
+                ":bob!bob@localhost JOIN #tea",
+                ":bob!bob@localhost AWAY :tea time",
+                ":bob!bob@localhost PART #chat",
+                ":bob!bob@localhost JOIN #chat",
+                ":bob!bob@localhost AWAY :tea time",
+                ":bob!bob@localhost AWAY",
+            ],
+        )
+        self.assertEqual(plain.sync(), [":bob!bob@localhost PART #chat", ":bob!bob@localhost JOIN #chat"])
+
+    def test_changes_that_all_are_told_are_throttled(self) -> None:
+        able, _, bob = self.pair("away-notify")
+        bob.send("".join(f"AWAY :{number}\r\n" for number in range(100)))
+        refused = [line for line in bob.sync() if " 263 bob AWAY :AWAY is too much now" in line]
+        self.assertEqual(len(refused), 100 - chat.NICK_CHANGES)
+        self.assertEqual(len(able.sync()), chat.NICK_CHANGES)
+
+    def test_setname(self) -> None:
+        able, plain, bob = self.pair("setname")
+        changed = ":able!able@localhost SETNAME :Able Seaman"
+        able.send(f"SETNAME :Able Seaman\r\nSETNAME :\r\nSETNAME :{'x' * 101}\r\nWHOIS able\r\n")
+        self.assertEqual(able.line(), changed)
+        self.assertEqual(able.line(), ":chat.local NOTICE * :a real name has 1 to 100 bytes")
+        self.assertEqual(able.line(), ":chat.local NOTICE * :a real name has 1 to 100 bytes")
+        self.assertEqual(able.line(), ":chat.local 311 able able able localhost * :Able Seaman")
+        bob.send("SETNAME :Bob\r\n")
+        self.assertEqual(able.until("SETNAME"), ":bob!bob@localhost SETNAME Bob")
+        self.assertEqual(bob.sync() + plain.sync(), [])
+
+    def test_setname_fails_by_standard_replies(self) -> None:
+        ann = self.irc("ann", "setname", "standard-replies")
+        ann.send("SETNAME :\r\n")
+        self.assertEqual(ann.line(), ":chat.local FAIL SETNAME INVALID_REALNAME :a real name has 1 to 100 bytes")
+
+    def test_invite_notify(self) -> None:
+        able, plain, bob = self.pair("invite-notify")
+        bob.send("PART #chat\r\n")
+        for peer in (able, plain):
+            peer.until("PART")
+        plain.send("INVITE bob #chat\r\n")
+        self.assertEqual(plain.sync(), [":chat.local 341 plain bob :#chat"])
+        for peer in (able, bob):
+            self.assertEqual(peer.until("INVITE"), ":plain!plain@localhost INVITE bob :#chat")
+
+    def test_names_and_ranks(self) -> None:
+        op = self.irc("op")
+        for caps, names, flags in (
+            ((), "@op", "H@"),
+            (("multi-prefix",), "@+op", "H@+"),
+            (("userhost-in-names",), "@op!op@localhost", "H@"),
+            (("multi-prefix", "userhost-in-names"), "@+op!op@localhost", "H@+"),
+        ):
+            with self.subTest(caps):
+                peer = self.irc("ann", *caps)
+                op.send("MODE #chat +v op\r\n")
+                op.sync()
+                peer.sync()
+                peer.send("NAMES #chat\r\nWHO op\r\nWHO #chat %nf\r\nWHOIS op\r\n")
+                self.assertEqual(
+                    peer.line(), f":chat.local 353 ann = #chat :{names} ann{'!ann@localhost' * ('!' in names)}"
+                )
+                self.assertEqual(peer.until(" 352 "), ":chat.local 352 ann * op localhost chat.local op H :0 op")
+                self.assertEqual(peer.until(" 354 "), f":chat.local 354 ann op :{flags}")
+                self.assertEqual(peer.until(" 319 "), f":chat.local 319 ann op :{flags[1:]}#chat")
+                peer.send("QUIT\r\n")
+                peer.rest()
 
 
 class Identity(ServerCase):
@@ -2094,7 +2202,7 @@ class Fuzz(ServerCase):
     """Generated garbage at every dialect; the seed of a failure is in its name."""
 
     WORDS = """NICK USER JOIN PART PRIVMSG TOPIC WHO WHOIS MODE CAP LS REQ END NOTICE TAGMSG PING LIST AWAY ISON
-        USERHOST NAMES HELP GUEST KICK INVITE +ovkl -b+mi x!y@z
+        USERHOST NAMES HELP GUEST KICK INVITE SETNAME +ovkl -b+mi x!y@z
         #chat #a,#b : :: @a=b \x01ACTION %tcuihsnfdlaor,1 * 0 u1 - +b \u202e {} %s {0}
         /nick /msg // exit {"type": "chat"} \u3164"""
 
