@@ -104,6 +104,7 @@ MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
 MAX_MODES = 4  # with a parameter, in one MODE
 MAX_BANS = 100  # of a channel
 BANNED_KNOWN = 10_000  # of whom a channel remembers whether they are banned
+MAX_LISTED = 1000  # channels in one LIST
 VIEWS = 1000  # sets of capabilities that are remembered; there are few, unless somebody tries them all
 NICK_CHANGES, NICK_CHANGE_S = 5, 10.0  # at once, then one each so many seconds: each is told to everybody
 
@@ -214,20 +215,27 @@ RPL_NOTOPIC = Numeric("331", "no-topic", "No topic is set", form="{1} has no top
 RPL_TOPIC = Numeric("332", "topic", form="The topic of {1} is: {text}")
 RPL_TOPICWHOTIME = Numeric("333", "topic-by")
 RPL_INVITING = Numeric("341", "inviting", form="You invited {1} to {text}")
+RPL_VERSION = Numeric("351", "version")
 RPL_WHOREPLY = Numeric("352", "who")
 RPL_NAMREPLY = Numeric("353", "names", form="In {2}: {text}")
 RPL_WHOSPCRPL = Numeric("354", "whox")
+RPL_LINKS = Numeric("364", "link")
+RPL_ENDOFLINKS = Numeric("365", "end-of-links", "End of LINKS list")
 RPL_ENDOFNAMES = Numeric("366", "end-of-names", "End of NAMES list")
 RPL_BANLIST = Numeric("367", "ban", form="Banned from {1}: {2}, by {3}")
 RPL_ENDOFBANLIST = Numeric("368", "end-of-bans", "End of channel ban list", form="{text}")
 RPL_ENDOFWHOWAS = Numeric("369", "end-of-whowas", "End of WHOWAS")
+RPL_INFO = Numeric("371", "info")
 RPL_MOTD = Numeric("372", "motd")
+RPL_ENDOFINFO = Numeric("374", "end-of-info", "End of INFO list")
 RPL_MOTDSTART = Numeric("375", "motd-start")
 RPL_ENDOFMOTD = Numeric("376", "motd-end", "End of MOTD")
+RPL_TIME = Numeric("391", "time")
 RPL_HELPTXT = Numeric("705", "help", form="{text}")
 RPL_ENDOFHELP = Numeric("706", "end-of-help", "End of HELP")
 
 ERR_NOSUCHNICK = Numeric("401", "no-such-user", "nobody here is called {0}")
+ERR_NOSUCHSERVER = Numeric("402", "no-such-server", "no server here is called {0}")
 ERR_NOSUCHCHANNEL = Numeric("403", "no-such-channel", "there is no channel {0}")
 ERR_CANNOTSENDTOCHAN = Numeric("404", "cannot-send", "only members may write to {0}")
 ERR_MODERATED = ERR_CANNOTSENDTOCHAN._replace(text="{0} is moderated: only who has a rank may write there")
@@ -239,6 +247,7 @@ ERR_NOORIGIN = Numeric("409", "no-origin", "PING needs a token")
 ERR_INVALIDCAPCMD = Numeric("410", "invalid-cap", "CAP knows LS, LIST, REQ and END")
 ERR_NORECIPIENT = Numeric("411", "no-recipient", "to whom?")
 ERR_NOTEXTTOSEND = Numeric("412", "no-text", "there is no text to send")
+ERR_TOOMANYMATCHES = Numeric("416", "too-many-matches", f"only the first {MAX_LISTED} channels are listed")
 ERR_INPUTTOOLONG = Numeric("417", "too-long", "that line is too long; send it in pieces")
 ERR_UNKNOWNCOMMAND = Numeric("421", "unknown-command", "{0} is not a command here")
 ERR_NONICKNAMEGIVEN = Numeric("431", "no-name", "which name?")
@@ -266,7 +275,9 @@ ERR_BADCHANMASK = Numeric(
     "476", "bad-channel", f"a channel is # and up to {CHANNEL_CHARS - 1} printable characters without space or comma"
 )
 ERR_BANLISTFULL = Numeric("478", "too-many-bans", f"{{0}} has {MAX_BANS} bans; remove one first")
+ERR_NOPRIVILEGES = Numeric("481", "no-privileges", "nobody is operator of this server")
 ERR_CHANOPRIVSNEEDED = Numeric("482", "not-operator", "only an operator of {0} may do that")
+ERR_NOOPERHOST = Numeric("491", "no-operators", "nobody can become operator of this server")
 ERR_UMODEUNKNOWNFLAG = Numeric("501", "unknown-user-mode", "that user mode is not known")
 ERR_USERSDONTMATCH = Numeric("502", "not-you", "only your own modes can be seen")
 ERR_INVALIDMODEPARAM = Numeric("696", "bad-mode-parameter", "mode {1} cannot be set to that")
@@ -2252,11 +2263,13 @@ def tell_names(hub: Hub, session: Session, channel: Channel) -> None:
 @command("LIST")
 def list_(hub: Hub, session: Session, message: Message) -> None:
     """LIST [<channel>{,<channel>}]"""
-    asked = {fold(name) for name in message.param(0).split(",") if name}
+    asked = dict.fromkeys(fold(name) for name in message.param(0).split(",") if name)
+    found = [hub.channels[key] for key in asked or hub.channels if key in hub.channels]
     hub.reply_locked(session, RPL_LISTSTART, "Channel")
-    for key, channel in hub.channels.items():
-        if not asked or key in asked:
-            hub.reply_locked(session, RPL_LIST, channel.name, str(len(channel)), text=channel.topic)
+    for channel in found[:MAX_LISTED]:
+        hub.reply_locked(session, RPL_LIST, channel.name, str(len(channel)), text=channel.topic)
+    if len(found) > MAX_LISTED:
+        hub.reply_locked(session, ERR_TOOMANYMATCHES, "LIST")
     hub.reply_locked(session, RPL_LISTEND)
 
 
@@ -2696,9 +2709,61 @@ def lusers(hub: Hub, session: Session, message: Message) -> None:
     hub.reply_locked(session, RPL_LUSERME, text=f"I have {connected} clients and 0 servers")
 
 
+def check_server(hub: Hub, message: Message) -> None:
+    """Raises Refused for a question to another server."""
+    if message.params and not matches(fold(message.params[0]), fold(hub.name)):
+        raise Refused(ERR_NOSUCHSERVER, message.params[0])
+
+
+@command("VERSION")
+def version(hub: Hub, session: Session, message: Message) -> None:
+    """VERSION [<server>]"""
+    check_server(hub, message)
+    hub.reply_locked(session, RPL_VERSION, VERSION, hub.name, text="a small chat that is one file")
+    for tokens in ISUPPORT:
+        hub.reply_locked(session, RPL_ISUPPORT, *tokens)
+
+
+@command("TIME")
+def time_(hub: Hub, session: Session, message: Message) -> None:
+    """TIME [<server>]"""
+    check_server(hub, message)
+    hub.reply_locked(session, RPL_TIME, hub.name, text=server_time(time.time()))
+
+
+@command("INFO")
+def info(hub: Hub, session: Session, message: Message) -> None:
+    """INFO [<server>]"""
+    check_server(hub, message)
+    for text in (f"{VERSION}, a small chat that is one file", f"Started {server_time(hub.started)}"):
+        hub.reply_locked(session, RPL_INFO, text=text)
+    hub.reply_locked(session, RPL_ENDOFINFO)
+
+
+@command("LINKS")
+def links(hub: Hub, session: Session, message: Message) -> None:
+    """LINKS: there is one server"""
+    hub.reply_locked(session, RPL_LINKS, hub.name, hub.name, text=f"0 {VERSION}")
+    hub.reply_locked(session, RPL_ENDOFLINKS, "*")
+
+
+@command("OPER")
+def oper(hub: Hub, session: Session, message: Message) -> None:
+    """OPER <name> <password>: nobody is operator of the server"""
+    raise Refused(ERR_NOOPERHOST)
+
+
+@command("KILL")
+@command("WALLOPS")
+def kill(hub: Hub, session: Session, message: Message) -> None:
+    """KILL <name> :<reason> | WALLOPS :<text>: for operators of the server"""
+    raise Refused(ERR_NOPRIVILEGES)
+
+
 @command("MOTD")
 def motd(hub: Hub, session: Session, message: Message) -> None:
-    """MOTD"""
+    """MOTD [<server>]"""
+    check_server(hub, message)
     hub.reply_locked(session, RPL_MOTDSTART, text=f"- {hub.name} message of the day -")
     hub.reply_locked(session, RPL_MOTD, text=f"- Everybody meets in {DEFAULT_CHANNEL}.")
     hub.reply_locked(session, RPL_ENDOFMOTD)

@@ -847,6 +847,16 @@ class ServerCase(unittest.TestCase):
         peer.until(" 366 ")
         return peer
 
+    def answers(self, peer: Peer, rows: List[Tuple[str, List[str]]]) -> None:
+        """Sends lines of IRC, and compares what is answered with what must be in it."""
+        for line, replies in rows:
+            with self.subTest(line):
+                peer.send(f"{line}\r\n")
+                got = peer.sync()
+                self.assertEqual(len(got), len(replies), got)
+                for reply, wanted in zip(got, replies):
+                    self.assertIn(wanted, reply)
+
     def eventually(self, condition: Callable[[], Any], what: str) -> None:
         end = time.monotonic() + PATIENCE
         while not condition():
@@ -1101,14 +1111,7 @@ class IrcClients(ServerCase):
         bob = self.irc("bob")
         bob.send("JOIN #tea\r\nTOPIC #tea :Earl Grey\r\nAWAY :brb\r\n")
         bob.sync()
-        ann = self.irc("ann")
-        for line, replies in self.REPLIES:
-            with self.subTest(line):
-                ann.send(f"{line}\r\n")
-                got = ann.sync()
-                self.assertEqual(len(got), len(replies), got)
-                for reply, wanted in zip(got, replies):
-                    self.assertIn(wanted, reply)
+        self.answers(self.irc("ann"), self.REPLIES)
 
     def test_join_part_topic_nick_quit_as_others_see_them(self) -> None:
         ann, bob = self.irc("ann"), self.irc("bob")
@@ -1168,7 +1171,7 @@ class IrcClients(ServerCase):
         ann = self.irc("ann")
         heads = "|PING |PART #|WHOIS |CAP REQ :|CAP |JOIN #|NICK |NAMES #|WHO |ISON |WHO #chat %t,|PRIVMSG |MODE "
         for head in (
-            heads + "|MODE #chat |USERHOST |WHOWAS |MODE #chat +b |KICK #chat |INVITE |SETNAME "
+            heads + "|MODE #chat |USERHOST |WHOWAS |MODE #chat +b |KICK #chat |INVITE |VERSION |SETNAME "
         ).split("|"):
             ann.send(head + "x" * (chat.LINE_BYTES - 2 - len(head)) + "\r\n")
         for line in ann.sync():
@@ -1208,6 +1211,44 @@ class IrcClients(ServerCase):
         bob.close()
         self.assertIn(" QUIT ", ann.until("bob"))
         self.assertEqual(ann.sync(), [])
+
+
+class Answers(ServerCase):
+    """What there is to ask of a server, and what nobody may do here."""
+
+    REPLIES = [
+        ("MOTD else.where", ["402 ann else.where :no server here is called else.where"]),
+        ("VERSION", ["351 ann chat.py-0.1 chat.local :", "005 ann ", "005 ann "]),
+        ("VERSION x", ["402 ann x :"]),
+        ("TIME chat.*", ["391 ann chat.local :20"]),
+        ("INFO", ["371 ann :chat.py", "371 ann :Started 20", "374 ann :"]),
+        ("LINKS", ["364 ann chat.local chat.local :0 ", "365 ann * :"]),
+        ("OPER x y", ["491 ann :"]),
+        ("KILL bob :x", ["481 ann :"]),
+        ("WALLOPS x", ["481 ann :"]),
+        ("INVITE bob", ["461 ann INVITE :"]),
+        ("INVITE bob #chat", ["443 ann bob #chat :"]),
+        ("INVITE bob #nix", ["403 ann #nix :"]),
+        ("INVITE nobody #chat", ["401 ann nobody :"]),
+        ("KICK #chat bob", ["482 ann #chat :"]),
+        ("KICK #nix bob", ["403 ann #nix :"]),
+        ("NAMES", ["366 ann * :"]),
+        ("NAMES #a,#a,#a", ["366 ann #a :"]),
+        ("NAMES #a,#b,#c,#d,#e", ["407 ann :"]),
+    ]
+
+    def test_every_command_answers(self) -> None:
+        self.irc("bob")
+        self.answers(self.irc("ann"), self.REPLIES)
+
+    def test_a_long_list_is_cut(self) -> None:
+        ann = self.irc("ann")
+        ann.send("JOIN #a,#b,#c\r\n")
+        ann.sync()
+        with mock.patch.object(chat, "MAX_LISTED", 2):
+            ann.send("LIST\r\n")
+            codes = [chat.parse(line).command for line in ann.sync()]
+        self.assertEqual(codes, ["321", "322", "322", "416", "323"])
 
 
 class Stage(ServerCase):
@@ -2202,7 +2243,7 @@ class Fuzz(ServerCase):
     """Generated garbage at every dialect; the seed of a failure is in its name."""
 
     WORDS = """NICK USER JOIN PART PRIVMSG TOPIC WHO WHOIS MODE CAP LS REQ END NOTICE TAGMSG PING LIST AWAY ISON
-        USERHOST NAMES HELP GUEST KICK INVITE SETNAME +ovkl -b+mi x!y@z
+        USERHOST NAMES HELP GUEST KICK INVITE SETNAME VERSION +ovkl -b+mi x!y@z
         #chat #a,#b : :: @a=b \x01ACTION %tcuihsnfdlaor,1 * 0 u1 - +b \u202e {} %s {0}
         /nick /msg // exit {"type": "chat"} \u3164"""
 
