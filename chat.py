@@ -1327,6 +1327,12 @@ class Delivery(NamedTuple):
     keep: bool = False
     ask: Optional[Ask] = None
 
+    def tells(self, session: Session) -> bool:
+        """Whether it is also for the session whose command caused it: alone, or as one of a channel."""
+        if self.roster is session.alone:
+            return True
+        return self.but is None and self.roster is not self.roster.members[0].alone
+
 
 class Timers:
     """When to look at which session; each at the latest of the times it was given."""
@@ -1480,10 +1486,10 @@ class Hub:
         return len(self._log)
 
     def gather_locked(self, session: Session, mark: int, present: Callable[[List[Delivery]], Ask]) -> None:
-        """Lets `present` make one answer of all that a session was answered since `mark`."""
+        """Lets `present` make one answer of all that the command of a session since `mark` tells it."""
         since = self._log[mark:]
-        answers = [delivery for delivery in since if delivery.roster is session.alone]
-        others = [delivery for delivery in since if delivery.roster is not session.alone]
+        answers = [delivery for delivery in since if delivery.tells(session)]
+        others = [delivery._replace(but=session) for delivery in since if delivery.roster is not session.alone]
         saying = next((delivery.saying for delivery in since if delivery.saying), None)
         self._log[mark:] = [*others, Delivery(PROMPT, session.alone, saying=saying, ask=present(answers))]
         self._weight += len(answers)
@@ -1800,7 +1806,7 @@ def run(hub: Hub, session: Session, message: Message) -> bool:
         done = True
     except Refused as refused:
         refuse(hub, session, refused, message)
-    if label and len(label.encode()) <= LABEL_BYTES:
+    if label and len(label.encode()) <= LABEL_BYTES and not session.gone:  # its last words do not wait for history
         hub.gather_locked(session, mark, lambda answers: functools.partial(labeled, label, hub.name, answers))
     return done
 

@@ -1576,6 +1576,8 @@ class Operators(Stage):
 class Capabilities(ServerCase):
     """What a client gets only if it negotiated that it understands it."""
 
+    LABELS = ("batch", "labeled-response", "message-tags", "server-time")
+
     def pair(self, *caps: str) -> Tuple[Peer, Peer, Peer]:
         """One with the capabilities, one without, and bob, whom they are about."""
         able, plain, bob = self.irc("able", *caps), self.irc("plain"), self.irc("bob")
@@ -1670,6 +1672,44 @@ class Capabilities(ServerCase):
                 self.assertEqual(peer.until(" 319 "), f":chat.local 319 ann op :{flags[1:]}#chat")
                 peer.send("QUIT\r\n")
                 peer.rest()
+
+    def test_what_a_labeled_command_makes_all_see_carries_the_label(self) -> None:
+        ann, bob = self.irc("ann", "away-notify", *self.LABELS), self.irc("bob")
+        bob.send("JOIN #tea\r\n")
+        bob.sync()
+        ann.sync()
+        for command, answer in (
+            ("AWAY x", "306 ann :You are marked as away"),
+            ("JOIN #chat", "ACK"),
+            ("INVITE bob #chat", "443 ann bob #chat :bob is in #chat already"),
+        ):
+            ann.send(f"@label=L {command}\r\n")
+            self.assertEqual(ann.sync(), [f"@label=L :chat.local {answer}"])
+        self.irc("eve").send("PART #chat\r\n")
+        ann.until(" PART ")
+        ann.send("AWAY\r\n@label=L INVITE eve #chat\r\n")
+        self.assertEqual(ann.sync()[1:], ["@label=L :chat.local 341 ann eve :#chat"])
+        for command, seen in (
+            ("TOPIC #chat tea", "TOPIC #chat :tea"),
+            ("MODE #chat +m", "MODE #chat :+m"),
+            ("KICK #chat bob", "KICK #chat :bob"),
+            ("PART #chat", "PART #chat"),
+            ("NICK anna", "NICK anna"),
+        ):
+            with self.subTest(command):
+                ann.send(f"@label=L {command}\r\n")
+                (line,) = ann.sync()
+                self.assertRegex(line, f"^@time=[^;]*;msgid=[^;]*;label=L :ann!ann@localhost {re.escape(seen)}$")
+        self.assertIn(":ann!ann@localhost KICK #chat :bob", bob.sync())
+        ann.send("@label=L JOIN #tea\r\n")
+        first, *inside, last = [chat.parse(line) for line in ann.sync()]
+        self.assertEqual((first.command, first.tags["label"], last.command), ("BATCH", "L", "BATCH"))
+        self.assertEqual([message.command for message in inside], ["JOIN", "353", "366"])
+        self.assertEqual({message.tags["batch"] for message in inside}, {first.param(0)[1:]})
+        self.assertEqual(bob.sync(), [":anna!ann@localhost JOIN #tea"])
+        ann.send("@label=L QUIT\r\n")
+        self.assertEqual(ann.rest(), [":chat.local ERROR Goodbye"])
+        self.assertEqual(bob.sync(), [":anna!ann@localhost QUIT"])
 
 
 class Identity(ServerCase):
