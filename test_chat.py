@@ -2723,6 +2723,12 @@ class WhatItMeans(PersonCase):
         self.assertIn("*** bob was kicked out by ann: go away", written)
         self.assertIn("you are no longer in #chat; /join #chat may bring you back", written)
 
+    def test_modes_of_the_channel_are_shown(self) -> None:
+        self.assertIn("*** ann set +o bob", self.arrive(":ann!a@b MODE #chat +o bob"))
+        self.assertNotIn("set", self.arrive(":bob!b@c MODE bob :+i", ":ann!a@b MODE #tea +m"))
+        self.type("/join #tea green")
+        self.assertEqual((self.client.going, self.lines), ("#tea", ["JOIN #tea green"]))
+
     def test_who_goes_to_another_channel_speaks_there(self) -> None:
         self.client.caps = ["echo-message"]
         self.client.link = mock.Mock(stuck=False)
