@@ -15,6 +15,7 @@ Sections, from pure to effectful; each uses only those above it:
     chat state             Session, Channel, Hub: who is here, who is where; the log; one lock
     delivery               a batch of the log: what of it is stored, and which bytes of it go to whom
     commands               one function per command, in a table with its minimum parameters
+    encryption             TLS as bytes in, bytes out; who is at the other end
     server                 connections and their readers, the mailer, the listener
     terminal               line editor and screen, for people
     client                 connection to a server, and what is known of the chat there
@@ -34,6 +35,7 @@ held. No I/O happens under it, and no other lock is taken under it.
 from __future__ import annotations
 
 import argparse
+import binascii
 import bisect
 import calendar
 import codecs
@@ -47,9 +49,11 @@ import hashlib
 import heapq
 import hmac
 import io
+import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import os
 import pathlib
@@ -59,14 +63,32 @@ import re
 import secrets
 import select
 import selectors
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import unicodedata
 import zlib
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+)
+
+if TYPE_CHECKING:  # imported where it is needed: Python can be built without it, and most servers do not use it
+    import ssl
 
 VERSION = "chat.py-0.1"
 log = logging.getLogger("chat")
@@ -78,6 +100,7 @@ log = logging.getLogger("chat")
 DEFAULT_PORT = 9090
 DEFAULT_CHANNEL = "#chat"
 SERVER_NAME = "chat.local"
+LOOPBACK = "127.0.0.0/8,::1"
 
 # On the wire, in bytes.
 LINE_BYTES = 512  # an IRC line with CRLF and without tags: RFC 1459, section 2.3
@@ -98,9 +121,8 @@ TOPIC_BYTES, NAMES_BYTES, AWAY_BYTES, REASON_BYTES, REALNAME_BYTES = 300, 300, 2
 MASK_BYTES, KEY_BYTES = 80, 32  # of a ban, so that MAX_MODES of them fit in a MODE line; of a channel's key
 
 # How many, per server or per session.
-MAX_CLIENTS = 10_000  # a thread each: 9,000 were measured in well under 300 MB
-SESSION_CHANNELS = 50  # nobody follows more; bounds what one client can create
 MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
+MAX_JOINS = 50  # channels in one JOIN or PART, and invitations that are remembered
 MAX_MODES = 4  # with a parameter, in one MODE
 MAX_BANS = 100  # of a channel
 BANNED_KNOWN = 10_000  # of whom a channel remembers whether they are banned
@@ -111,7 +133,6 @@ NICK_CHANGES, NICK_CHANGE_S = 5, 10.0  # at once, then one each so many seconds:
 # Memory between a sender and a slow recipient.
 LOG_BROADCASTS = 500  # not yet taken by the mailer; over it senders wait, which TCP passes on to them
 LOG_LENGTH = 20_000  # the same with answers to one session: NAMES alone may be hundreds
-OUTBOX_BYTES = 1 << 20  # what one recipient may owe us beyond its socket's buffer, before it is dropped
 STACK_BYTES = 256 << 10  # of a reader thread; the default of 8 MiB would forbid thousands of them
 
 # History.
@@ -128,8 +149,9 @@ ALL = 1 << 62  # above every message's number
 
 # Time, in seconds.
 PROMPT_S = 1.0  # of silence before a person is asked for a name; IRC clients speak first
-REGISTER_S = 20.0  # to give a name: a person types it, and an attacker holds a thread no longer
-PING_S, PONG_S = 90.0, 60.0  # silence before we ask, and then before we give up
+FLOOD_S, FLOOD_BYTES = 10.0, 32 << 10  # who leaves so much unread for so long, while its lines wait, is dropped
+WRONG_PASSWORDS, WRONG_S = 5, 60.0  # from one address, which then is refused for so long
+WRONG_DELAY_S = 1.0  # until the next line of somebody who was wrong is read
 REFUSED_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
 ABSENT = 1000  # at most, whose connection is lost
 GRACE_S = 30.0  # for a client to come back before the others are told that it left
@@ -140,6 +162,11 @@ STOP_S = 3.0  # for the last lines to be delivered when the server stops; it is 
 # Thread switch interval. Each of N threads that want to run wakes once in it, for nothing, so it grows with N: when
 # 9,000 clients spoke at once, they had joined after 19 s with 1 ms, after 10 s with 50 ms.
 SWITCH_S, SWITCH_CLIENT_S = 0.005, 5e-6
+
+# The log.
+LOG_RECORDS = 1000  # that wait to be written: a terminal that is stopped with Ctrl-S must not stop the chat
+LOG_END_S = 0.5  # for the rest of them at the end, twice
+LOG_BURST, LOG_INTERVAL_S = 200, 0.125  # of one kind, at once and then one each: nobody fills our disk with complaints
 
 # The client.
 CONNECT_S = 10.0  # for a connection, and then for being let in
@@ -159,6 +186,24 @@ GREETED = 20  # names that are told on entering a channel
 # Looks: parameters of Select Graphic Rendition (ECMA-48, 8.3.117); names in colours seen on dark and light ground.
 BOLD, DIM, REVERSE, RED, MAGENTA = 1, 2, 7, 31, 35
 NAME_COLOURS = (32, 33, 34, 35, 36, 91, 92, 94, 95, 96)
+
+
+class Limits(NamedTuple):
+    """What clients may ask of a server, each with a flag; math.inf lifts one. Meant for a LAN and for loopback."""
+
+    clients: float = 10_000  # connections, a thread each: 9,000 were measured in under 300 MB
+    per_address: float = 16  # of them: a classroom behind one router needs more
+    register_s: float = 20.0  # to give a name: a person types it, and an attacker holds a thread no longer
+    ping_s: float = 90.0  # silence before we ask
+    pong_s: float = 60.0  # and then before we give up
+    burst: float = 10  # lines at once: enough for a client that joins
+    rate: float = 2.0  # lines/s afterwards; more of them wait
+    outbox: float = 1 << 20  # bytes that one recipient may owe us beyond its socket's buffer, before it is dropped
+    channels: float = 50  # that one client is in: nobody follows more
+    all_channels: float = 10_000  # of the server
+
+
+NO_LIMITS = Limits(*[math.inf] * len(Limits._fields))
 
 
 class Numeric(NamedTuple):
@@ -240,7 +285,7 @@ ERR_NOSUCHCHANNEL = Numeric("403", "no-such-channel", "there is no channel {0}")
 ERR_CANNOTSENDTOCHAN = Numeric("404", "cannot-send", "only members may write to {0}")
 ERR_MODERATED = ERR_CANNOTSENDTOCHAN._replace(text="{0} is moderated: only who has a rank may write there")
 ERR_SILENCED = ERR_CANNOTSENDTOCHAN._replace(text="you are banned from {0}, so you cannot write there")
-ERR_TOOMANYCHANNELS = Numeric("405", "too-many-channels", f"nobody may be in more than {SESSION_CHANNELS} channels")
+ERR_TOOMANYCHANNELS = Numeric("405", "too-many-channels", "{0} would be one channel too many")
 ERR_WASNOSUCHNICK = Numeric("406", "was-no-such-user", "nothing is known of {0}")
 ERR_TOOMANYTARGETS = Numeric("407", "too-many-targets", "that is too many names in one command")
 ERR_NOORIGIN = Numeric("409", "no-origin", "PING needs a token")
@@ -266,6 +311,7 @@ ERR_USERONCHANNEL = Numeric("443", "user-in-channel", "{0} is in {1} already")
 ERR_NOTREGISTERED = Numeric("451", "not-joined", "say who you are first")
 ERR_NEEDMOREPARAMS = Numeric("461", "too-few-parameters", "{0} needs more than that")
 ERR_ALREADYREGISTERED = Numeric("462", "already-joined", "you have said who you are")
+ERR_PASSWDMISMATCH = Numeric("464", "wrong-password", "the right password is wanted")
 ERR_CHANNELISFULL = Numeric("471", "channel-full", "{0} has as many members as it may have")
 ERR_UNKNOWNMODE = Numeric("472", "unknown-mode", "{0} is not a channel mode here")
 ERR_INVITEONLYCHAN = Numeric("473", "invite-only", "only who was invited may join {0}")
@@ -575,7 +621,9 @@ def server_time(moment: float) -> str:
 # text form
 # -----------------------------------------------------------------------------
 
-PROMPT = Message("PROMPT")  # asks a plain user for a name; other dialects do not show it
+# What a plain user is asked for; other dialects do not show it.
+PROMPT = Message("PROMPT", ("Enter your name: ",))
+PASSWORD_PROMPT = Message("PROMPT", ("Enter the password: ",))
 # How events read: their name in JSON, and a text of {nick}, {text} (the last parameter), {rest} (all parameters after
 # the channel), {here} and {reason}.
 EVENT_FORMS = {
@@ -755,10 +803,11 @@ class Dialect:
         raise NotImplementedError
 
 
-def entry(nick: str, by: str, channel: str = DEFAULT_CHANNEL) -> list[Message]:
-    """What an IRC client would send to enter: a name (none: the server chooses one), a user, a channel."""
+def entry(nick: str, by: str, channel: str = DEFAULT_CHANNEL, password: str = "") -> list[Message]:
+    """What an IRC client would send to enter: a password, a name (none: the server chooses one), a user, a channel."""
     first = Message("NICK", (nick,)) if nick else Message("GUEST")
-    return [first, Message("USER", (by, "0", "*", f"{by} user")), Message("JOIN", (channel,))]
+    knock = [Message("PASS", (password,))] if password else []
+    return [*knock, first, Message("USER", (by, "0", "*", f"{by} user")), Message("JOIN", (channel,))]
 
 
 class Plain(Dialect):
@@ -773,10 +822,18 @@ class Plain(Dialect):
         return entry(text.strip(), "plain")
 
     def encode(self, message: Message) -> bytes:
-        if message is PROMPT:
-            return b"Enter your name: "
+        if message.command == "PROMPT":
+            return message.text.encode()
         text = text_form(message)
         return f"{text}\n".encode() if text else b""
+
+
+class PlainPassword(Plain):
+    """The same, while the next line is the password."""
+
+    def decode(self, line: bytes, registered: bool) -> list[Message]:
+        text = decode_text(TELNET.sub(b"", line))
+        return [Message("QUIT") if text.strip() == "exit" else Message("PASS", (text,))]
 
 
 class Json(Dialect):
@@ -830,7 +887,8 @@ class Json(Dialect):
     def _messages(self, item: dict[str, Any], registered: bool) -> list[Message]:
         kind = item.get("type")
         if kind == "join":
-            steps = entry(self._field(item, "user", ""), "json", self._field(item, "channel", DEFAULT_CHANNEL))
+            user, password = self._field(item, "user", ""), self._field(item, "password", "")
+            steps = entry(user, "json", self._field(item, "channel", DEFAULT_CHANNEL), password)
             return steps[-1:] if registered else steps
         if kind == "chat":
             return [Message("PRIVMSG", (HERE, self._field(item, "text")))]
@@ -896,7 +954,7 @@ class Irc(Dialect):
 
     def encode(self, message: Message) -> bytes:
         needed = "message-tags" if message.command == "TAGMSG" else message.tags.get(FOR_TAG)
-        if message is PROMPT or (needed and needed not in self.caps):
+        if message.command == "PROMPT" or (needed and needed not in self.caps):
             return b""
         if message.command == "JOIN" and "extended-join" not in self.caps:
             message = message._replace(params=message.params[:1])
@@ -924,7 +982,7 @@ class Http(Dialect):
         return self.ANSWER.encode() if message.command == "ERROR" else b""
 
 
-PLAIN, JSON, HTTP = Plain(), Json(), Http()
+PLAIN, PLAIN_PASSWORD, JSON, HTTP = Plain(), PlainPassword(), Json(), Http()
 
 
 def dialect_of(first: bytes) -> Dialect:
@@ -1144,20 +1202,90 @@ class Archive(History):
 class Allowance:
     """A token bucket: `burst` at once, then one every `interval` seconds."""
 
-    __slots__ = ("_burst", "_full_at", "_interval")
+    __slots__ = ("_full_at", "_interval", "_span")
 
-    def __init__(self, burst: int, interval: float) -> None:
-        self._burst = burst
+    def __init__(self, burst: float, interval: float) -> None:
         self._interval = interval
+        self._span = burst * interval
         self._full_at = 0.0  # when all that was taken has been given back
 
     def take(self, now: float) -> bool:
         """Takes one at the monotonic time `now`; False when there is none."""
-        full_at = max(self._full_at, now) + self._interval
-        if full_at > now + self._burst * self._interval:
+        if max(self._full_at, now) + self._interval > now + self._span:
             return False
-        self._full_at = full_at
+        self.owe(now)
         return True
+
+    def owe(self, now: float) -> float:
+        """Takes one in any case; returns in how many seconds it will have been there."""
+        self._full_at = max(self._full_at, now) + self._interval
+        return max(self._full_at - now - self._span, 0.0)
+
+
+def origin_of(address: str) -> str:
+    """An address as limits count it: of IPv6 the network of one customer, within which addresses cost nothing."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped:
+            return str(found.ipv4_mapped)
+        if not found.is_loopback:
+            return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
+    return str(found)
+
+
+def digest(secret: str) -> bytes:
+    """What stands for a secret where it is kept or compared."""
+    return hashlib.sha256(secret.encode(errors="surrogateescape")).digest()
+
+
+class Gate:
+    """Who may connect. Guarded by Hub.lock."""
+
+    def __init__(self, exempt: str = LOOPBACK, password: str = "") -> None:
+        self.locked = bool(password)
+        self._digest = digest(password)
+        self._wrong: Dict[str, Tuple[int, float]] = {}  # origin -> wrong passwords, and when they are forgotten
+        self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
+        self._here: Dict[str, int] = {}  # origin -> connections
+
+    def exempts(self, origin: str) -> bool:
+        """Whether the limits for an address and the rate do not count for one. Any thread."""
+        found = ipaddress.ip_address(origin.partition("/")[0])
+        return any(found in network for network in self._exempt)
+
+    def enter(self, origin: str, most: float) -> str:
+        """Counts one more connection of at most so many; or returns why there must not be one."""
+        if self.shut(origin):
+            return "Too many wrong passwords; try again later"
+        count = self._here.get(origin, 0) + 1
+        if count > most and not self.exempts(origin):
+            return "Too many connections from your address"
+        self._here[origin] = count
+        return ""
+
+    def opens(self, origin: str, password: str) -> bool:
+        """Whether a password is right; to be found out a few times only, also by who comes from loopback."""
+        right = hmac.compare_digest(digest(password), self._digest)
+        if self.shut(origin):
+            return False
+        if right:
+            self._wrong.pop(origin, None)
+            return True
+        now = time.monotonic()
+        self._wrong = {known: item for known, item in self._wrong.items() if now < item[1]}
+        self._wrong[origin] = self._wrong.get(origin, (0, 0.0))[0] + 1, now + WRONG_S
+        return False
+
+    def shut(self, origin: str) -> bool:
+        """Whether there were too many wrong passwords from an origin."""
+        count, until = self._wrong.get(origin, (0, 0.0))
+        return count >= WRONG_PASSWORDS and time.monotonic() < until
+
+    def leave(self, origin: str) -> None:
+        """A connection that was counted is no more."""
+        self._here[origin] -= 1
+        if not self._here[origin]:
+            del self._here[origin]
 
 
 class Roster:
@@ -1199,18 +1327,23 @@ class Session:
     """Somebody connected, named or not yet. Guarded by the hub's lock, but for what its reader alone sets."""
 
     __slots__ = (
-        "absent", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard", "host", "invites",
-        "missed", "negotiating", "nick", "nick_changes", "prefix", "realname", "registered", "signon", "silent",
-        "since", "spoke", "token", "user", "view",
+        "absent", "admitted", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard",
+        "held", "host", "invites", "missed", "negotiating", "nick", "nick_changes", "origin", "pace", "prefix",
+        "realname", "registered", "signon", "silent", "since", "spoke", "token", "user", "view", "wrong",
     )  # fmt: skip
 
-    def __init__(self, host: str, now: float) -> None:
+    def __init__(self, host: str, now: float, origin: str = "", pace: Optional[Allowance] = None) -> None:
         self.host = host  # shown to others, so not the address
+        self.origin = origin  # where it comes from, as the gate counts it
+        self.pace = pace  # of its lines; the reader's
         self.view: Dialect = PLAIN  # until the first line tells; the reader's
         self.fresh = True  # has sent no line yet; the reader's
         self.nick = self.user = self.realname = self.away = ""
         self.prefix = ""  # nick!user@host, once registered
         self.registered = False
+        self.admitted = False  # has told the password, where one is wanted
+        self.held: List[Message] = []  # commands of a plain user that wait for it
+        self.wrong = False  # has just told another one
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
         self.silent = True  # has sent nothing, nor been asked for a name
         self.gone = False  # no longer in the hub: what it still sends is ignored
@@ -1225,6 +1358,10 @@ class Session:
         self.due = 0.0  # when Hub.tick looks at it next
         self.asked = self.answer_by = 0.0  # when the last PING went out, and until when it must be answered
         self.nick_changes = Allowance(NICK_CHANGES, NICK_CHANGE_S)
+
+    def called(self) -> str:
+        """How the log calls it."""
+        return f"{self.nick or 'someone without a name'} from {self.origin or self.host}"
 
 
 class Channel:
@@ -1365,10 +1502,14 @@ class Hub:
     `with hub:` holds the lock; whatever was appended to the log meanwhile wakes the mailer afterwards.
     """
 
-    def __init__(self, name: str, history: Optional[History] = None, replay: int = REPLAY_LINES) -> None:
+    def __init__(
+        self, name: str, history: Optional[History] = None, replay: int = REPLAY_LINES, limits: Optional[Limits] = None
+    ) -> None:
         self.name = name
         self.history = history or History()  # the mailer's
         self.replay = replay  # lines that newcomers get
+        self.limits = limits or Limits()
+        self.gate = Gate()
         self.seen = self.history.seen()  # (token, id) -> time and msgid of what was said
         last = self.history.last()
         if last > time.time() * 1e6:  # the clock was set back: what was given and not stored must not be given again
@@ -1388,6 +1529,7 @@ class Hub:
         self._log: List[Delivery] = []
         self._broadcasts = 0  # how many of the log go to more than one session
         self._weight = 0  # messages that entries of the log stand for, beyond one each
+        self._notes: List[Tuple[int, str, Tuple[object, ...]]] = []  # for the log
         self._closing: List[Session] = []  # to be closed once what the log holds for them is sent
         self._timers = Timers()
         self._tidy_at = 0.0
@@ -1401,9 +1543,14 @@ class Hub:
         wake = self._mailer_waits and bool(self._log or self._closing)
         if wake:
             self._mailer_waits = False
+        notes = self._notes
+        if notes:
+            self._notes = []
         self._lock.release()
         if wake:
             self.wake()
+        for level, text, values in notes:
+            log.log(level, text, *values)
 
     # For the server's threads.
 
@@ -1481,6 +1628,10 @@ class Hub:
         self._log.append(Delivery(PROMPT, session.alone, ask=ask))
         self._weight += weight
 
+    def note_locked(self, level: int, text: str, *values: object) -> None:
+        """Writes a line to the log, as soon as the lock is free."""
+        self._notes.append((level, text, values))
+
     def mark_locked(self) -> int:
         """A place in the log."""
         return len(self._log)
@@ -1501,14 +1652,6 @@ class Hub:
         words = (*params, text) if text is not None else params
         self.tell_locked(session, Message(numeric.code, (session.nick or "*", *words), self.name))
 
-    def probe_locked(self, session: Session) -> None:
-        """Asks whether somebody is still there, because a ghost may hold a name."""
-        now = time.monotonic()
-        asked = session.heard < session.asked
-        if session.view.pings and not asked and not session.absent and now > session.heard + PROBE_S:
-            self.ping_locked(session, now, PROBE_S)
-            self._timers.set(session, session.answer_by)
-
     def part_locked(self, session: Session, channel: Channel, reason: str, by: Optional[Session] = None) -> None:
         """Takes a session out of a channel, by itself or by somebody else, and tells its members."""
         words = (channel.name, *([session.nick] if by else []), *([reason] if reason else []))
@@ -1520,6 +1663,8 @@ class Hub:
         """Ends a session: the others see `reason`, itself gets `farewell`, if any, as its last line."""
         if session.gone:
             return
+        level = logging.INFO if session.registered else logging.DEBUG
+        self.note_locked(level, "%s left: %s", session.called(), harmless(reason or farewell) or "went away")
         rosters = [channel.roster for channel in session.channels]
         for channel in list(session.channels):
             self._remove_locked(session, channel)
@@ -1540,9 +1685,10 @@ class Hub:
         self._closing.append(session)
 
     def ping_locked(self, session: Session, now: float, patience: float) -> None:
-        """Asks a session whether it is there, with so much patience."""
+        """Asks a session whether it is there, and looks again when it should have answered."""
         session.asked, session.answer_by = now, now + patience
         self.tell_locked(session, Message("PING", (self.name,)))
+        self._timers.set(session, session.answer_by)
 
     def _remove_locked(self, session: Session, channel: Channel) -> None:
         channel.remove(session)
@@ -1555,24 +1701,33 @@ def examine(hub: Hub, session: Session, now: float) -> float:
     if session.absent:
         hub.quit_locked(session, session.absent, "")
         return now
+    limits = hub.limits
     if not session.registered:
-        if now >= session.since + REGISTER_S:
-            hub.quit_locked(session, "", f"No name within {REGISTER_S:.0f} seconds")
+        if now >= session.since + limits.register_s:
+            hub.quit_locked(session, "", f"No name within {limits.register_s:.0f} seconds")
         elif session.silent:
             session.silent = False
             hub.tell_locked(session, PROMPT)
-        return session.since + REGISTER_S
+        return session.since + limits.register_s
     if session.heard < session.asked:
         if now < session.answer_by:
             return session.answer_by
         hub.quit_locked(session, "Ping timeout", "Ping timeout")
         return now
     if not session.view.pings:
-        return now + PING_S  # nothing to ask: the keepalive of TCP finds out
-    if now >= session.heard + PING_S:
-        hub.ping_locked(session, now, PONG_S)
+        return now + limits.ping_s  # nothing to ask: TCP itself finds out
+    if now >= session.heard + limits.ping_s:
+        hub.ping_locked(session, now, limits.pong_s)
         return session.answer_by
-    return session.heard + PING_S
+    return session.heard + limits.ping_s
+
+
+def probe(hub: Hub, session: Session) -> None:
+    """Asks whether somebody is still there, because a ghost may hold a name. With the lock held."""
+    now = time.monotonic()
+    asked = session.heard < session.asked
+    if session.view.pings and not asked and not session.absent and now > session.heard + PROBE_S:
+        hub.ping_locked(session, now, PROBE_S)
 
 
 def tidy(history: History) -> List[Message]:
@@ -1785,9 +1940,21 @@ def perform(hub: Hub, session: Session, line: Optional[bytes]) -> None:
         hub.wait_for_room_locked()
         if refusal and not session.gone:
             refuse(hub, session, refusal)
-        for message in messages:
-            if session.gone or not run(hub, session, message):
-                return
+        run_all(hub, session, messages)
+    if session.wrong:
+        session.wrong = False
+        time.sleep(WRONG_DELAY_S)
+
+
+def run_all(hub: Hub, session: Session, messages: List[Message]) -> None:
+    """Runs commands up to one that is refused. Those that a plain user would enter by wait for the password."""
+    if hub.gate.locked and not session.admitted and session.view is PLAIN and len(messages) > 1:
+        session.view, session.held = PLAIN_PASSWORD, messages
+        hub.tell_locked(session, PASSWORD_PROMPT)
+        return
+    for message in messages:
+        if session.gone or not run(hub, session, message):
+            return
 
 
 def run(hub: Hub, session: Session, message: Message) -> bool:
@@ -1953,21 +2120,43 @@ def cap(hub: Hub, session: Session, message: Message) -> None:
 
 @command("PASS", 1, early=True)
 def pass_(hub: Hub, session: Session, message: Message) -> None:
-    """PASS <password>: none is asked for"""
+    """PASS <password>"""
     if session.registered:
         raise Refused(ERR_ALREADYREGISTERED)
+    if not hub.gate.locked or session.admitted:
+        return
+    session.admitted = hub.gate.opens(session.origin, message.params[0])
+    if not session.admitted:
+        session.wrong = True
+        hub.note_locked(logging.WARNING, "wrong password from %s", session.origin)
+        keep_out(hub, session, message)
+    elif session.held:
+        session.view = PLAIN
+        run_all(hub, session, session.held)
+
+
+def keep_out(hub: Hub, session: Session, message: Message) -> None:
+    """Refuses who has not told the password; other than people and scripts, IRC clients have to connect again."""
+    shut = hub.gate.shut(session.origin)
+    if session.view.single and not shut:
+        raise Refused(ERR_PASSWDMISMATCH)
+    refuse(hub, session, Refused(ERR_PASSWDMISMATCH), message)
+    hub.quit_locked(session, "", "Too many wrong passwords; try again later" if shut else "Wrong password")
 
 
 @command("NICK", early=True)
 def nick(hub: Hub, session: Session, message: Message) -> None:
     """NICK <name>"""
+    if hub.gate.locked and not session.admitted:
+        keep_out(hub, session, message)
+        return
     if not message.param(0):
         raise Refused(ERR_NONICKNAMEGIVEN)
     name = check_nick(message.params[0])
     holder = hub.nicks.get(fold(name), session)
     again = session.token and holder.token == session.token and not session.registered
     if holder is not session and not again:
-        hub.probe_locked(holder)
+        probe(hub, holder)
         raise Refused(ERR_NICKNAMEINUSE, name)
     if name == session.nick:
         return
@@ -2032,6 +2221,7 @@ def register(hub: Hub, session: Session) -> None:
     hub.nicks[fold(session.nick)] = session
     session.registered = True
     session.signon = session.spoke = time.time()
+    hub.note_locked(logging.INFO, "%s joined", session.called())
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(hub.started))
     hub.reply_locked(session, RPL_WELCOME, text=f"Welcome to the chat, {session.prefix}")
     hub.reply_locked(session, RPL_YOURHOST, text=f"Your host is {hub.name}, running {VERSION}")
@@ -2053,9 +2243,9 @@ _TOKENS = (
     "NETWORK=chat.py CASEMAPPING=ascii CHANTYPES=# PREFIX=(ov)@+ CHANMODES=b,k,l,imnt"
     f" NICKLEN={NICK_CHARS} CHANNELLEN={CHANNEL_CHARS} TOPICLEN={TOPIC_BYTES} AWAYLEN={AWAY_BYTES}"
     f" KICKLEN={REASON_BYTES} KEYLEN={KEY_BYTES} NAMELEN={REALNAME_BYTES} MODES={MAX_MODES} MAXLIST=b:{MAX_BANS}"
-    f" TARGMAX=JOIN:{SESSION_CHANNELS},PART:{SESSION_CHANNELS},"
+    f" TARGMAX=JOIN:{MAX_JOINS},PART:{MAX_JOINS},"
     + ",".join(f"{name}:{MAX_TARGETS}" for name in ("KICK", "NAMES", "NOTICE", "PRIVMSG"))
-    + f" CHANLIMIT=#:{SESSION_CHANNELS} UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
+    + f" UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
 ).split()
 ISUPPORT = [_TOKENS[start : start + 13] for start in range(0, len(_TOKENS), 13)]  # a line each
 
@@ -2104,7 +2294,7 @@ def join(hub: Hub, session: Session, message: Message) -> None:
     def enter_one(name: str) -> None:
         enter(hub, session, check_channel(name), keys.get(name, ""))
 
-    each(hub, session, message, enter_one, most=SESSION_CHANNELS)
+    each(hub, session, message, enter_one, most=MAX_JOINS)
 
 
 def enter(hub: Hub, session: Session, name: str, key: str) -> None:
@@ -2116,7 +2306,8 @@ def enter(hub: Hub, session: Session, name: str, key: str) -> None:
     if session.view.single:
         for old in list(session.channels):
             hub.part_locked(session, old, f"went to {name}")
-    if len(session.channels) >= SESSION_CHANNELS:
+    limits, new = hub.limits, fold(name) not in hub.channels
+    if len(session.channels) >= limits.channels or new and len(hub.channels) >= limits.all_channels:
         raise Refused(ERR_TOOMANYCHANNELS, name)
     session.invites.pop(channel, None)
     hub.channels[fold(name)] = channel
@@ -2184,7 +2375,7 @@ def part(hub: Hub, session: Session, message: Message) -> None:
         check_member(session, channel)
         hub.part_locked(session, channel, cut(message.param(1), REASON_BYTES))
 
-    each(hub, session, message, leave, most=SESSION_CHANNELS)
+    each(hub, session, message, leave, most=MAX_JOINS)
 
 
 @command("KICK", 2)
@@ -2208,7 +2399,7 @@ def invite(hub: Hub, session: Session, message: Message) -> None:
         raise Refused(ERR_USERONCHANNEL, other.nick, channel.name)
     if "o" in session.channels[channel]:
         other.invites[channel] = None
-        if len(other.invites) > SESSION_CHANNELS:
+        if len(other.invites) > MAX_JOINS:
             del other.invites[next(iter(other.invites))]
     hub.reply_locked(session, RPL_INVITING, other.nick, channel.name)
     if other.away:
@@ -2800,6 +2991,107 @@ def help_(hub: Hub, session: Session, message: Message) -> None:
 
 
 # -----------------------------------------------------------------------------
+# encryption
+# -----------------------------------------------------------------------------
+
+
+class Distrusted(OSError):
+    """The other end is not who it should be."""
+
+
+class Tls:
+    """One end of a TLS connection (RFC 8446, RFC 5246), without its socket.
+
+    One thread feeds what it received, another one takes what is to be sent. OpenSSL lets only one of them in at a
+    time, hence a lock, under which nothing waits. What is given to `send` is kept until the handshake has succeeded.
+    """
+
+    def __init__(self, context: ssl.SSLContext, server_side: bool, host: str = "", pin: str = "") -> None:
+        import ssl
+
+        self.ready = False  # the handshake is done, and we know who is there
+        self.ended = False  # the other end has said so; without that, somebody may have cut off the rest
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side, host or None)
+        self._pin = pin  # the fingerprint that its certificate must have
+        self._wants_more, self._is_over, self._error = ssl.SSLWantReadError, ssl.SSLZeroReturnError, ssl.SSLError
+        self._early = b""  # to be sent after the handshake
+        self._closed = False  # nothing more is to be sent
+        self._lock = threading.Lock()
+
+    def feed(self, data: bytes) -> bytes:
+        """What received bytes say, as far as that is complete; raises OSError."""
+        found = []
+        with self._lock, contextlib.suppress(self._wants_more):
+            self._incoming.write(data)
+            try:
+                self._meet()
+                while not self.ended:
+                    found.append(self._object.read(1 << 14))
+                    self.ended = not found[-1]
+            except self._is_over:
+                self.ended = True
+        return b"".join(found)
+
+    def send(self, data: bytes) -> bytes:
+        """What has to go over the wire so that `data` arrives, and what the handshake needs."""
+        with self._lock:
+            self._early += data
+            while self.ready and self._early:
+                self._early = self._early[self._object.write(self._early) :]
+            return self._outgoing.read()
+
+    def close(self) -> None:
+        """Nothing more will be sent, which the next `send` tells the other end."""
+        with self._lock, contextlib.suppress(self._error):  # it always wants to hear the same from the other end
+            if self.ready:
+                self.ready, self._closed = False, True
+                self._object.unwrap()
+
+    @property
+    def urgent(self) -> bool:
+        """Whether something has to be sent although nobody said anything. Any thread."""
+        return self._outgoing.pending > 0
+
+    def _meet(self) -> None:
+        if self.ready or self._closed:
+            return
+        self._object.do_handshake()
+        found = fingerprint_of(self._object.getpeercert(True) or b"") if self._pin else ""
+        if not hmac.compare_digest(found, self._pin):
+            raise Distrusted(f"its fingerprint is {found}, not {self._pin}: somebody else may be listening there")
+        self.ready = True
+
+
+def fingerprint_of(certificate: bytes) -> str:
+    """The SHA-256 of a certificate in DER, as openssl writes it: AB:01:..."""
+    return hashlib.sha256(certificate).digest().hex(":").upper()
+
+
+def server_context(certificate: str, key: str) -> ssl.SSLContext:
+    """What a server with these files, in PEM, encrypts with; raises OSError."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # which costs us more than who asks for it
+    context.load_cert_chain(certificate, key or None)
+    return context
+
+
+def client_context(pinned: bool) -> ssl.SSLContext:
+    """What a client encrypts with: it trusts whom the system trusts, or whoever has the right fingerprint."""
+    import ssl
+
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if pinned:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+# -----------------------------------------------------------------------------
 # server
 # -----------------------------------------------------------------------------
 
@@ -2807,6 +3099,7 @@ def help_(hub: Hub, session: Session, message: Message) -> None:
 # non-blocking, and readers wait in short steps, which they must there anyway: shutdown does not wake them.
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 MAX_WATCHED = 500 if sys.platform == "win32" else 1 << 20  # select there takes 512 sockets
+TLS_ONLY = "This server speaks TLS only"
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FULL = "This server is full; try again later"
 
@@ -2814,7 +3107,7 @@ FULL = "This server is full; try again later"
 class Connection:
     """A session's socket. Its reader receives, the mailer alone sends, shuts down and closes."""
 
-    __slots__ = ("closing", "ended", "outbox", "send", "session", "shut", "sock")
+    __slots__ = ("closing", "cut", "ended", "flooding", "outbox", "send", "session", "shut", "sock", "tls")
 
     def __init__(self, sock: socket.socket, session: Session) -> None:
         self.sock = sock
@@ -2823,20 +3116,35 @@ class Connection:
         self.outbox = bytearray()  # what the socket did not take
         self.closing = False  # nothing more will be sent after the outbox
         self.shut = False  # no longer written to
+        self.cut = False  # nor read from: after a shutdown Linux goes on to receive what the peer goes on to send
         self.ended = False  # its reader has returned
+        self.flooding = 0.0  # since when too much is waiting to be read; its reader's
+        self.tls: Optional[Tls] = None  # set by the reader, before anything that is secret
+
+    @property
+    def whole(self) -> bool:
+        """Whether its end was the end of what the peer had to say."""
+        return self.tls is None or self.tls.ended
 
     def receive(self) -> bytes:
-        """The next bytes; b'' at the end; raises OSError. Reader only."""
+        """The next bytes as they came; b'' at the end; raises OSError. Reader only."""
         while not DONTWAIT and not select.select([self.sock], [], [], TICK_S)[0]:
-            if self.shut:
+            if self.cut:
                 return b""
         return self.sock.recv(RECV_BYTES)
+
+    def backlog(self) -> int:
+        """How many bytes wait to be received, as far as it matters. Reader only."""
+        try:
+            return len(self.sock.recv(FLOOD_BYTES, socket.MSG_PEEK | DONTWAIT))
+        except OSError:
+            return 0
 
 
 class Mailer:
     """Writes everything that is sent, in a thread of its own.
 
-    Other threads may call add, end, wake and stop. The thread ends when it was stopped and all connections
+    Other threads may call add, push, end, wake and stop. The thread ends when it was stopped and all connections
     are closed, or STOP_S later; and by a defect, which it tells by `failed` and `on_failure`, for nobody would
     hear anything any more.
     """
@@ -2848,6 +3156,7 @@ class Mailer:
         hub.wake = self.wake
         self._connections: Dict[Session, Connection] = {}
         self._ended: Deque[Connection] = collections.deque()
+        self._pushed: Deque[Connection] = collections.deque()
         self._lingering: Dict[Connection, float] = {}  # closing ones -> when they are cut
         self._cut_at = self._stop_at = 0.0
         self._alarm, self._bell = socket.socketpair()  # a byte rung in ends the mailer's sleep
@@ -2863,6 +3172,11 @@ class Mailer:
     def add(self, connection: Connection) -> None:
         """Takes charge of a connection; before its session is known to the hub."""
         self._connections[connection.session] = connection
+
+    def push(self, connection: Connection) -> None:
+        """TLS has something to send, of its own."""
+        self._pushed.append(connection)
+        self.wake()
 
     def end(self, connection: Connection) -> None:
         """A reader has returned; its session has left the hub."""
@@ -2898,8 +3212,12 @@ class Mailer:
     def _work(self) -> None:
         while True:
             ended = [self._ended.popleft() for _ in range(len(self._ended))]
+            for _ in range(len(self._pushed)):
+                self._write(self._pushed.popleft(), b"")
             batch, closing = self._hub.take()
-            self._deliver(batch)
+            for session, data in fan_out(settle(self._hub, batch)):
+                if session in self._connections and data:
+                    self._write(self._connections[session], data)
             for session in closing:
                 self._finish(self._connections.get(session))
             for connection in ended:
@@ -2911,31 +3229,28 @@ class Mailer:
             if self._stop_at and (not self._connections or time.monotonic() > self._stop_at):
                 return
 
-    def _deliver(self, batch: List[Delivery]) -> None:
-        connections = self._connections
-        for session, data in fan_out(settle(self._hub, batch)):
-            connection = connections.get(session)
-            if connection is None or connection.shut or not data:
-                continue
-            if connection.outbox:
-                self._keep(connection, data)
-                continue
-            try:
-                sent = connection.send(data, DONTWAIT)
-            except BlockingIOError:
-                sent = 0
-            except OSError:  # its reader finds out, too
-                self._shut(connection)
-                continue
-            if sent < len(data):
-                self._keep(connection, data[sent:])
+    def _write(self, connection: Connection, data: bytes) -> None:
+        """Sends what the socket takes; the rest waits."""
+        if connection.shut:
+            return
+        try:
+            if connection.tls:
+                data = connection.tls.send(data)
+            sent = connection.send(data, DONTWAIT) if data and not connection.outbox else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:  # its reader finds out, too
+            self._shut(connection)
+            return
+        if sent < len(data):
+            self._keep(connection, data[sent:])
 
     def _keep(self, connection: Connection, data: bytes) -> None:
         """Puts into the outbox what the socket did not take; drops who owes too much."""
         if not connection.outbox and len(self._selector.get_map()) < MAX_WATCHED:
             self._selector.register(connection.sock, selectors.EVENT_WRITE, connection)
-        elif not connection.outbox or len(connection.outbox) + len(data) > OUTBOX_BYTES:
-            log.warning("%s reads too slowly and is dropped", connection.session.nick or "someone without a name")
+        elif not connection.outbox or len(connection.outbox) + len(data) > self._hub.limits.outbox:
+            log.warning("%s reads too slowly and is dropped", connection.session.called())
             self._hub.leave(connection.session, "Reads too slowly")  # before its reader can say otherwise
             self._shut(connection)
             return
@@ -2982,6 +3297,9 @@ class Mailer:
         """Half-closes a connection once its outbox is empty; closes it once its reader has returned, too."""
         if connection is None or connection.session not in self._connections:
             return
+        if connection.tls and not connection.closing:
+            connection.tls.close()
+            self._write(connection, b"")
         connection.closing = True
         self._lingering.setdefault(connection, time.monotonic() + LINGER_S)
         if connection.outbox:
@@ -2993,7 +3311,7 @@ class Mailer:
 
     def _shut(self, connection: Connection, how: int = socket.SHUT_RDWR) -> None:
         """Sends no more, and unless only writing ends, makes its reader return."""
-        connection.shut = True
+        connection.shut, connection.cut = True, connection.cut or how == socket.SHUT_RDWR
         if connection.outbox:
             connection.outbox.clear()
             self._selector.unregister(connection.sock)
@@ -3005,6 +3323,8 @@ class Mailer:
         connection.sock.close()
         self._lingering.pop(connection, None)
         del self._connections[connection.session]
+        with self._hub:
+            self._hub.gate.leave(connection.session.origin)
 
 
 class Server:
@@ -3013,10 +3333,17 @@ class Server:
     `serve` runs until `stop` is called from another thread or a signal handler, and cleans up.
     """
 
-    def __init__(self, host: str, port: int, hub: Optional[Hub] = None, max_clients: int = MAX_CLIENTS) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        hub: Optional[Hub] = None,
+        context: Optional[ssl.SSLContext] = None,
+        tls_only: bool = False,
+    ) -> None:
         self.listener = listen(host, port)
         self.address: Tuple[str, int] = self.listener.getsockname()[:2]
-        self.max_clients = max_clients
+        self._context, self._tls_only = context, tls_only
         self.hub = hub or Hub(SERVER_NAME)
         self._mailer = Mailer(self.hub, self.stop)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
@@ -3063,23 +3390,30 @@ class Server:
             if error.errno in NO_DESCRIPTORS:
                 self._refuse_without_descriptor()
             return  # or it has gone already
-        if len(self._mailer) >= self.max_clients:
-            log.warning("refused a client: %d are connected", self.max_clients)
-            turn_away(sock)
-            return
+        origin, limits = origin_of(address[0]), self.hub.limits
         try:
-            prepare(sock)
+            prepare(sock, limits)
         except OSError:  # it has gone already
             sock.close()
             return
-        session = Session(self._host(address[0]), time.monotonic())
+        with self.hub:
+            why = FULL if len(self._mailer) >= limits.clients else self.hub.gate.enter(origin, limits.per_address)
+        if why:
+            log.warning("refused %s: %s", origin, why)
+            turn_away(sock, why)
+            return
+        paced = limits.rate < math.inf and not self.hub.gate.exempts(origin)
+        pace = Allowance(limits.burst, 1 / limits.rate) if paced else None
+        session = Session(self._host(origin), time.monotonic(), origin, pace)
         connection = Connection(sock, session)
+        if self._context and self._tls_only:  # from now on nothing is sent in clear text
+            connection.tls = Tls(self._context, True)
         self._mailer.add(connection)
         self.hub.enter(session)
         try:
             threading.Thread(target=self._read, args=(connection,), daemon=True).start()
         except RuntimeError as error:  # can't start new thread
-            log.warning("refused a client: %s", error)
+            log.warning("refused %s: %s", origin, error)
             self.hub.leave(session, "", FULL)
             self._mailer.end(connection)
 
@@ -3088,46 +3422,101 @@ class Server:
         log.warning("refused a client: out of descriptors (ulimit -n)")
         with contextlib.suppress(OSError):
             os.close(self._reserve)
-            turn_away(self.listener.accept()[0])
+            turn_away(self.listener.accept()[0], FULL)
         self._reserve = -1
         with contextlib.suppress(OSError):
             self._reserve = os.open(os.devnull, os.O_RDONLY)
         if self._reserve < 0:
             time.sleep(0.05)  # none to be had even so: no use in asking again at once
 
-    def _host(self, address: str) -> str:
-        if address.startswith(("127.", "::1", "::ffff:127.")):
+    def _host(self, origin: str) -> str:
+        if ipaddress.ip_address(origin.partition("/")[0]).is_loopback:
             return "localhost"
-        return hmac.new(self._secret, address.encode(), hashlib.sha256).hexdigest()[:10]
+        return hmac.new(self._secret, origin.encode(), hashlib.sha256).hexdigest()[:10]
 
     def _read(self, connection: Connection) -> None:
         """A reader thread: ends when its connection does."""
         session, lines = connection.session, LineBuffer(CLIENT_INPUT_BYTES)
         reason = ""
         try:
-            data = connection.receive()
-            if data[:1] == bytes([TLS_HANDSHAKE]):
-                log.warning("refused a client: it speaks TLS, which is not set up here")
-                return
-            while data:
+            data = self._first(connection)
+            while data and not connection.cut:
                 session.heard = time.monotonic()
                 if data[:1] != b"\xff":  # telnet programs introduce themselves, and say nothing by that
                     session.silent = False
-                for line in lines.feed(data) if not session.gone else ():
-                    perform(self.hub, session, line)
-                data = connection.receive()
+                self._obey(connection, lines.feed(data), len(data))
+                data = self._next(connection)
             rest = lines.end()
-            if rest and session.view.unended:
+            if rest and session.view.unended and connection.whole:
                 perform(self.hub, session, rest)
         except OSError as error:  # reset, timed out
             reason = "Connection lost"
-            log.debug("%s: %s", session.nick or "someone without a name", error)
+            log.debug("%s: %s", session.called(), error)
         except Exception:  # a defect of ours must end one connection only
             log.exception("a reader failed")
             reason = "Internal error"
         finally:
             self.hub.leave(session, reason)
             self._mailer.end(connection)
+
+    def _first(self, connection: Connection) -> bytes:
+        """What comes first, by which TLS is told from clear text."""
+        data = connection.receive()
+        if data[:1] != bytes([TLS_HANDSHAKE]):
+            if not (data and self._tls_only):
+                return data
+            connection.session.view = dialect_of(data.partition(b"\n")[0])
+            connection.tls = None
+            self.hub.leave(connection.session, "", TLS_ONLY)
+            return data
+        if not self._context:
+            log.warning("refused %s: it speaks TLS, which is not set up here", connection.session.origin)
+            return b""
+        connection.tls = connection.tls or Tls(self._context, True)
+        return self._next(connection, data)
+
+    def _next(self, connection: Connection, data: bytes = b"") -> bytes:
+        """What comes next, decrypted; of `data`, if that has been received."""
+        while True:
+            data = data or connection.receive()
+            tls = connection.tls
+            if not tls or not data:
+                return data
+            try:
+                text = tls.feed(data)
+            except OSError as error:
+                raise ConnectionError(f"TLS failed: {error}") from None
+            if tls.urgent:
+                self._mailer.push(connection)
+            if text or tls.ended:
+                return text
+            data = b""
+
+    def _obey(self, connection: Connection, lines: List[Optional[bytes]], size: int) -> None:
+        """Runs commands as they came, in so many bytes: bytes that are no line count as some, for the pace."""
+        session = connection.session
+        for line in lines:
+            if session.pace:
+                self._hold_back(connection, session.pace)
+            if session.gone:
+                return
+            perform(self.hub, session, line)
+        for _ in range(size // LINE_BYTES - len(lines)):
+            if session.pace:
+                self._hold_back(connection, session.pace)
+
+    def _hold_back(self, connection: Connection, pace: Allowance) -> None:
+        """Waits until a session may go on; ends it if it goes on with much more than it may."""
+        now, session = time.monotonic(), connection.session
+        wait = pace.owe(now)
+        if not wait or connection.backlog() < FLOOD_BYTES:
+            connection.flooding = now
+        elif now > connection.flooding + FLOOD_S:
+            self.hub.leave(session, "Flooding", f"More than {self.hub.limits.rate:g} lines a second, without end")
+            return
+        if wait and not session.gone:
+            time.sleep(wait)
+            session.heard = time.monotonic()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -3151,25 +3540,30 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def prepare(sock: socket.socket) -> None:
-    """Sets up an accepted socket: blocking where a call can be told not to be, no delay, probing a silent peer."""
+def prepare(sock: socket.socket, limits: Limits) -> None:
+    """Sets up an accepted socket: blocking where a call can be told not to be; no delay; a lost peer is noticed."""
     sock.setblocking(bool(DONTWAIT))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    silence, patience = (min(max(seconds, 1), 30_000) for seconds in (limits.ping_s, limits.pong_s))
     if sys.platform == "win32":
-        sock.ioctl(socket.SIO_KEEPALIVE_VALS, (1, int(PING_S * 1000), int(PONG_S * 250)))
+        sock.ioctl(socket.SIO_KEEPALIVE_VALS, (1, int(silence * 1000), int(patience * 250)))
         return
-    idle = getattr(socket, "TCP_KEEPIDLE", None) or getattr(socket, "TCP_KEEPALIVE", None)  # the latter on macOS
-    for option, seconds in ((idle, PING_S), (getattr(socket, "TCP_KEEPINTVL", None), PONG_S / 4)):
-        if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, max(1, int(seconds)))
+    for name, value in (
+        ("TCP_KEEPIDLE", silence),
+        ("TCP_KEEPALIVE", silence),  # the same on macOS
+        ("TCP_KEEPINTVL", max(patience / 4, 1)),
+        ("TCP_USER_TIMEOUT", (silence + patience) * 1000),  # of what we sent and nobody acknowledges: Linux
+    ):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), int(value))
 
 
-def turn_away(sock: socket.socket) -> None:
-    """Tells a client that there is no room and lets it go, without waiting for it."""
+def turn_away(sock: socket.socket, why: str) -> None:
+    """Tells a client that it cannot come in, and lets it go, without waiting for it."""
     with sock, contextlib.suppress(OSError):
         sock.setblocking(False)
-        sock.send(f"ERROR :{FULL}\r\n".encode())  # readable in every dialect
+        sock.send(f"ERROR :{why}\r\n".encode())  # readable in every dialect
         sock.shutdown(socket.SHUT_WR)
         sock.recv(RECV_BYTES)  # unread input would turn the close into a reset, which may overtake the line
 
@@ -3646,9 +4040,10 @@ class Link:
     `events` gets ("messages", (link, messages)), and once ("closed", (link, whether it was open, reason)).
     """
 
-    def __init__(self, host: str, port: int, events: Events[Tuple[str, Any]]) -> None:
+    def __init__(self, host: str, port: int, events: Events[Tuple[str, Any]], tls: Optional[Tls] = None) -> None:
         self._address = host, port
         self._events = events
+        self._tls = tls
         self._lines: queue.Queue[bytes] = queue.Queue(QUEUED_LINES)
         self.stuck = False  # the server does not read what it is sent
         self._sock: Optional[socket.socket] = None
@@ -3678,24 +4073,59 @@ class Link:
             self._events.put(("closed", (self, False, getattr(error, "strerror", None) or str(error))))
             return
         with sock, contextlib.suppress(OSError):
+            first = self._shake_hands(sock)
+            if first is None:
+                return
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._read, args=(sock,), daemon=True).start()
+            threading.Thread(target=self._read, args=(sock, first), daemon=True).start()
             for data in iter(self._lines.get, b""):
-                sock.sendall(data)
+                sock.sendall(self._tls.send(data) if self._tls else data)
+            if self._tls:
+                self._tls.close()
+                sock.sendall(self._tls.send(b""))
             sock.shutdown(socket.SHUT_RDWR)
 
-    def _read(self, sock: socket.socket) -> None:
-        lines, data, reason = LineBuffer(SERVER_INPUT_BYTES), b"\n", ""
+    def _shake_hands(self, sock: socket.socket) -> Optional[bytes]:
+        """Begins TLS, if it is wanted. Returns what came right after it; None when that cannot be."""
+        tls, found = self._tls, b""
+        try:
+            if tls:
+                tls.feed(b"")
+                sock.sendall(tls.send(b""))
+            while tls and not tls.ready:
+                data = sock.recv(RECV_BYTES)
+                if not data:
+                    raise ConnectionError("it ended the connection; perhaps it does not speak TLS")
+                found = tls.feed(data)
+                sock.sendall(tls.send(b""))
+            return found
+        except OSError as error:
+            distrust = str(error) if isinstance(error, Distrusted) else getattr(error, "verify_message", "")
+            reason = f"TLS failed: {getattr(error, 'strerror', None) or error}"
+            self._events.put(("distrusted", distrust) if distrust else ("closed", (self, False, reason)))
+        return None
+
+    def _read(self, sock: socket.socket, first: bytes) -> None:
+        lines, data, reason = LineBuffer(SERVER_INPUT_BYTES), b"\n" + first, ""
         try:
             while data:
                 found = [parse(line.decode(errors="replace")) for line in lines.feed(data) if line is not None]
                 if found:
                     self._events.put(("messages", (self, found)))
-                data = sock.recv(1 << 16)
+                data = self._receive(sock)
         except OSError as error:
             reason = error.strerror or ""
         self._events.put(("closed", (self, True, reason)))
+
+    def _receive(self, sock: socket.socket) -> bytes:
+        while True:
+            data = sock.recv(1 << 16)
+            if not self._tls or not data:
+                return data
+            data = self._tls.feed(data)
+            if data or self._tls.ended:
+                return data
 
 
 class Line(NamedTuple):
@@ -3861,6 +4291,7 @@ class Client:
         self.channel = channel
         self.view = view
         self.password = ""
+        self.secured: Callable[[], Optional[Tls]] = lambda: None  # for each connection
         self.reconnects = True
         self.events: Events[Tuple[str, Any]] = queue.Queue(100)
         self.status: Optional[int] = None  # exit code, once known
@@ -3905,7 +4336,7 @@ class Client:
 
     def connect(self) -> None:
         """Begins a new connection."""
-        self.link = Link(*self.address, self.events)
+        self.link = Link(*self.address, self.events, self.secured())
         self.caps, self.why, self.nick, self.tries = [], "", self.wanted, 0
         self.since = self.heard = time.monotonic()
         self.send("CAP", "LS", "302")
@@ -4014,6 +4445,10 @@ class Client:
         else:
             why = self.why or f"{reason or 'at once'}; is it a chat server?"
             self.lose(f"{self.where} closed the connection: {why}")
+
+    def _on_distrusted(self, why: str) -> None:
+        hint = "" if "fingerprint" in why else "; if its own terminal shows a fingerprint, give that as --fingerprint"
+        raise Failed(f"{self.where} cannot be trusted, so nothing was sent: {why}{hint}")
 
     def _on_messages(self, item: Tuple[Link, List[Message]]) -> None:
         link, messages = item
@@ -4614,13 +5049,17 @@ def run_server(args: argparse.Namespace) -> int:
     """chat.py server"""
     if not re.fullmatch(r"[A-Za-z0-9.-]{1,63}", args.server_name):
         raise Failed("a --server-name is up to 63 letters, digits, dots and hyphens")
-    level = logging.DEBUG if args.verbose else logging.INFO
-    logging.basicConfig(filename=args.log, level=level, format="%(asctime)s %(levelname)s %(message)s")
     raise_descriptor_limit()
     history = Archive(args.history, args.fsync, args.keep) if args.history else History()
-    hub = Hub(args.server_name, history, args.replay)
+    hub = Hub(args.server_name, history, args.replay, chosen_limits(args))
+    password = read_password(args.password_file)
     try:
-        server = Server(args.host, args.port, hub, args.max_clients)
+        hub.gate = Gate(args.exempt, password)
+    except ValueError as error:
+        raise Failed(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
+    certificate, context = encryption(args)
+    try:
+        server = Server(args.host, args.port, hub, context, args.tls_only)
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
@@ -4629,20 +5068,128 @@ def run_server(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.stop())
     host, port = server.address
-    print(f"listening on {host}:{port}\n{invitation(host, port)}", flush=True)
-    return 0 if server.serve() else 1
+    end_log = begin_log(args)
+    print(f"listening on {host}:{port}\n{invitation(host, port, certificate, args.tls_only)}", flush=True)
+    if not (password or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
+        log.warning("there is no password: whoever reaches %s can join (--password-file sets one)", host)
+    status = 0 if server.serve() else 1
+    if not end_log():  # its thread holds the stream's lock, without which Python does not end
+        os._exit(status)
+    return status
 
 
-def invitation(host: str, port: int) -> str:
+def encryption(args: argparse.Namespace) -> Tuple[str, Optional[ssl.SSLContext]]:
+    """The fingerprint of the server's certificate, and what it encrypts with; ('', None) for no TLS."""
+    if not (args.tls or args.tls_only or args.tls_cert):
+        if args.tls_key:
+            raise Failed("--tls-key needs --tls-cert")
+        return "", None
+    path = args.tls_cert or self_signed(args.server_name)
+    try:
+        context = server_context(path, args.tls_key)
+        found = re.search("-----BEGIN CERTIFICATE-----.*?-----END", pathlib.Path(path).read_text("ascii"), re.DOTALL)
+    except ImportError as error:
+        raise Failed(f"this Python has no TLS: {error}") from None
+    except (OSError, UnicodeError) as error:
+        raise Failed(f"cannot use {path} for TLS: {error}") from None
+    body = found[0].partition("\n")[2].rpartition("\n")[0] if found else ""
+    return fingerprint_of(binascii.a2b_base64(body)), context
+
+
+def self_signed(name: str) -> str:
+    """The file of a certificate of our own, with its key, which is made when it is not there yet."""
+    folder = pathlib.Path(os.path.expanduser("~"), ".chat.py")
+    path, new = folder / "tls.pem", folder / f"new-{os.getpid()}.pem"
+    if path.exists():
+        return str(path)
+    openssl = shutil.which("openssl")
+    if not openssl:
+        raise Failed("--tls needs the openssl program to make a certificate; otherwise give --tls-cert and --tls-key")
+    folder.mkdir(0o700, exist_ok=True)
+    new.touch(0o600)
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650"]
+    command = [openssl, "req", "-x509", *kind, "-subj", f"/CN={name}", "-keyout", str(new), "-out", str(new)]
+    made = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if made.returncode:
+        new.unlink()
+        raise Failed(f"openssl cannot make a certificate: {made.stderr.strip().rpartition(chr(10))[2]}")
+    os.replace(new, path)
+    return str(path)
+
+
+def chosen_limits(args: argparse.Namespace) -> Limits:
+    """The limits that the command line tells."""
+    limits = NO_LIMITS if args.no_limits else Limits()
+    chosen = {name: getattr(args, name) for name in Limits._fields if getattr(args, name) is not None}
+    return limits._replace(**chosen)
+
+
+def begin_log(args: argparse.Namespace) -> Callable[[], bool]:
+    """Has the log written by a thread, because a terminal or a pipe may take nothing for as long as it likes.
+
+    Returns what ends that; it tells whether all is written.
+    """
+    handler = logging.FileHandler(args.log, encoding="utf-8") if args.log else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    records: queue.Queue[Any] = queue.Queue(LOG_RECORDS)
+    source = LogQueue(records)
+    source.addFilter(Calm())
+    log.addHandler(source)
+    log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
+
+    def write() -> None:
+        for record in iter(records.get, None):
+            handler.handle(record)
+
+    def end() -> bool:
+        with contextlib.suppress(queue.Full):
+            records.put(None, timeout=LOG_END_S)
+        writer.join(LOG_END_S)
+        return not writer.is_alive()
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    return end
+
+
+class LogQueue(logging.handlers.QueueHandler):
+    """Loses what the queue has no room for."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(record)
+
+
+class Calm(logging.Filter):
+    """Lets through so many records of a kind at a time, and tells later how many were left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kinds: Dict[str, Tuple[Allowance, List[int]]] = {}  # text before values are put in -> [left out]
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        allowance, left_out = self._kinds.setdefault(record.msg, (Allowance(LOG_BURST, LOG_INTERVAL_S), [0]))
+        if not allowance.take(time.monotonic()):
+            left_out[0] += 1
+            return False
+        if left_out[0]:
+            record.msg, left_out[0] = f"{record.msg} ({left_out[0]} more like this are not shown)", 0
+        return True
+
+
+def invitation(host: str, port: int, fingerprint: str, tls_only: bool) -> str:
     """How to join, ready to paste."""
     lines = []
     addresses = own_addresses() if host in ("0.0.0.0", "::") else [host]
     if host.startswith("127.") or host == "::1":
         lines.append("only this machine can join; --host 0.0.0.0 opens the chat to the network")
     for address in addresses:
-        lines.append(f"  python chat.py client --host {address} --port {port}")
-        lines.append(f"  nc {address} {port}")
-    lines.append(f"  any IRC client: server {addresses[0]}, port {port}, no TLS, then /join {DEFAULT_CHANNEL}")
+        secured = f" --fingerprint {fingerprint}" if fingerprint else ""
+        lines.append(f"  python chat.py client --host {address} --port {port}{secured}")
+        if not tls_only:
+            lines.append(f"  nc {address} {port}")
+    how = f"TLS, fingerprint (SHA-256) {fingerprint}" if fingerprint else "no TLS"
+    lines.append(f"  any IRC client: server {addresses[0]}, port {port}, {how}, then /join {DEFAULT_CHANNEL}")
     return "\n".join(lines)
 
 
@@ -4671,6 +5218,9 @@ def run_client(args: argparse.Namespace) -> int:
         while True:
             client = Client(args.host, args.port, nick, channel, view_of(args, stack))
             client.password, client.reconnects = password, args.reconnect
+            if args.tls or args.fingerprint:
+                context = client_context(bool(args.fingerprint))
+                client.secured = functools.partial(Tls, context, False, args.host, args.fingerprint or "")
             client.replay = REPLAY_LINES if isinstance(client.view, Person) else 0
             if args.replay is not None:
                 client.replay = args.replay
@@ -4698,11 +5248,17 @@ def view_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> View:
 
 
 def read_password(path: Optional[str]) -> str:
-    """The first line of a file, or CHAT_PASSWORD, or ''. Never an argument: other users of a machine can read those."""
+    """The first line of a file, what is typed for -, CHAT_PASSWORD, or ''. Never an argument: those can be listed."""
     if path is None:
         return os.environ.get("CHAT_PASSWORD", "")
-    with open(path, encoding="utf-8") as file:
-        return file.readline().rstrip("\r\n")
+    if path == "-":
+        password = getpass.getpass("password: ")
+    else:
+        with open(path, encoding="utf-8") as file:
+            password = file.readline().rstrip("\r\n")
+    if not password:
+        raise Failed(f"there is no password in {path}")
+    return password
 
 
 def run_history(args: argparse.Namespace) -> int:
@@ -4744,6 +5300,36 @@ def login_name() -> str:
         return "guest"
 
 
+LIMIT_FLAGS = {  # of each of the Limits: flag, unit, what it bounds
+    "clients": ("--max-clients", "N", "connections"),
+    "per_address": ("--max-per-address", "N", "of them from one address"),
+    "register_s": ("--register-time", "SECONDS", "to give a name"),
+    "ping_s": ("--ping-time", "SECONDS", "silence before a client is asked whether it is there"),
+    "pong_s": ("--pong-time", "SECONDS", "before one that does not answer is dropped"),
+    "burst": ("--burst", "LINES", "at once from one client"),
+    "rate": ("--rate", "LINES", "each second after that; more of them wait"),
+    "outbox": ("--max-outbox", "BYTES", "that a client may leave unread before it is dropped"),
+    "channels": ("--max-channels", "N", "that a client may be in"),
+    "all_channels": ("--max-all-channels", "N", "channels in all"),
+}
+
+
+def fingerprint(text: str) -> str:
+    """The type of an argument that is a SHA-256."""
+    digits = text.replace(":", "").upper()
+    if not re.fullmatch("[0-9A-F]{64}", digits):
+        raise argparse.ArgumentTypeError("must be 64 hexadecimal digits, as the server's own terminal shows them")
+    return ":".join(digits[start : start + 2] for start in range(0, 64, 2))
+
+
+def above_zero(text: str) -> float:
+    """The type of an argument that is a number."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return number
+
+
 def whole(low: int, high: int) -> Callable[[str], int]:
     """The type of an argument that is a whole number from `low` to `high`."""
 
@@ -4773,14 +5359,31 @@ def add_server(modes: Any, shared: argparse.ArgumentParser) -> None:
     server = modes.add_parser("server", parents=[shared], help="let people join", description="Lets people join.")
     add = server.add_argument
     add("--server-name", default=SERVER_NAME, metavar="NAME", help="in IRC replies (%(default)s)")
-    add("--max-clients", type=whole(1, 1_000_000), default=MAX_CLIENTS, metavar="N", help="(default %(default)s)")
     add("--history", metavar="FILE", help="keep what is said in this SQLite file (default: in memory)")
     add("--fsync", action="store_true", help="keep it also when the machine loses its power")
     add("--keep", type=whole(1, 36500), default=math.inf, metavar="DAYS", help="(default: for ever)")
     add("--replay", type=whole(0, PAGE_LINES), default=REPLAY_LINES, metavar="N", help="for newcomers (%(default)s)")
+    add("--password-file", metavar="FILE", help="whose first line clients must know; - asks (or set CHAT_PASSWORD)")
     add("--log", metavar="FILE", help="log to FILE instead of standard error")
     add("-v", "--verbose", action="store_true", help="log more")
+    add("--tls", action="store_true", help="encrypt for who asks for it, with a certificate that is made if need be")
+    add("--tls-only", action="store_true", help="refuse clear text")
+    add("--tls-cert", metavar="FILE", help="in PEM; the certificate to encrypt with")
+    add("--tls-key", metavar="FILE", help="in PEM; its key, if that is not in the same file")
+    add_limits(server.add_argument_group("limits"))
     server.set_defaults(run=run_server)
+
+
+def add_limits(group: Any) -> None:
+    """A flag for each limit."""
+    defaults = Limits()
+    for name, (flag, unit, text) in LIMIT_FLAGS.items():
+        group.add_argument(
+            flag, dest=name, type=above_zero, metavar=unit, help=f"{text} ({getattr(defaults, name):.0f})"
+        )
+    group.add_argument("--no-limits", action="store_true", help="none but those that are given")
+    text = "from where neither --max-per-address nor --rate counts (%(default)s)"
+    group.add_argument("--exempt", default=LOOPBACK, metavar="NETWORK,...", help=text)
 
 
 def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
@@ -4789,7 +5392,10 @@ def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
     add = client.add_argument
     add("--name", default=login_name(), help="what others call you (default: the login name)")
     add("--channel", default=DEFAULT_CHANNEL, help="where to talk (default %(default)s)")
-    add("--password-file", metavar="FILE", help="its first line is the password (or set CHAT_PASSWORD)")
+    add("--password-file", metavar="FILE", help="its first line is the password; - asks (or set CHAT_PASSWORD)")
+    add("--tls", action="store_true", help="encrypt; the server must have a certificate that this system trusts")
+    text = "encrypt; the server must have the certificate with this SHA-256"
+    add("--fingerprint", type=fingerprint, metavar="HEX", help=text)
     add("-m", "--message", action="append", metavar="TEXT", help="send this and leave")
     add(
         "--replay", type=whole(0, PAGE_LINES), metavar="N", help=f"shown of what was said ({REPLAY_LINES}; in a pipe 0)"

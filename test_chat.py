@@ -10,6 +10,7 @@ import ast
 import codecs
 import contextlib
 import copy
+import ctypes
 import io
 import json
 import os
@@ -21,6 +22,8 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -36,6 +39,11 @@ from itertools import combinations
 from math import ceil
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
+
+try:
+    import ssl
+except ImportError:  # Python can be built without it
+    ssl = None  # type: ignore[assignment]
 
 import chat
 import loadtest
@@ -102,7 +110,7 @@ class Shape(unittest.TestCase):
         self.assertLessEqual(numeric + chat.NAMES_BYTES + 2, chat.LINE_BYTES)
         modes = len("+b-b+b-b+imnt-imnt") + chat.MAX_MODES * (1 + max(chat.MASK_BYTES, chat.NICK_BYTES))
         self.assertLessEqual(prefix + len(" MODE ") + chat.CHANNEL_BYTES + 3 + modes + 2, chat.LINE_BYTES)
-        self.assertLess(chat.LOG_BROADCASTS * chat.LINE_BYTES, chat.OUTBOX_BYTES)
+        self.assertLess(chat.LOG_BROADCASTS * chat.LINE_BYTES, chat.Limits().outbox)
 
 
 class Names(unittest.TestCase):
@@ -831,6 +839,14 @@ class ServerCase(unittest.TestCase):
         self.thread.join(PATIENCE)
         self.assertFalse(self.thread.is_alive(), "the server did not stop")
 
+    def limit(self, **limits: float) -> None:
+        """Sets limits for those who come from now on."""
+        self.server.hub.limits = self.server.hub.limits._replace(**limits)
+
+    def exempt(self, networks: str) -> None:
+        """Says from where those who come may do what they like."""
+        self.server.hub.gate = chat.Gate(networks)
+
     def peer(self, data: str = "") -> Peer:
         peer = Peer(self.port, data)
         self.addCleanup(peer.close)
@@ -1469,7 +1485,7 @@ class Operators(Stage):
         hub = self.server.hub
         self.people["ann"].send("JOIN #a,#b\r\n")
         self.people["ann"].sync()
-        with mock.patch.object(chat, "SESSION_CHANNELS", 2):
+        with mock.patch.object(chat, "MAX_JOINS", 2):
             for name in ("#chat", "#a", "#b"):
                 self.people["ann"].send(f"INVITE eve {name}\r\n")
             self.people["ann"].sync()
@@ -1769,8 +1785,8 @@ class Identity(ServerCase):
         for start in range(0, 1000, 20):
             bob.send("JOIN " + ",".join(f"#c{number}" for number in range(start, start + 20)) + "\r\n")
         refused = [line for line in bob.sync() if " 405 " in line]
-        self.assertEqual(len(refused), 1001 - chat.SESSION_CHANNELS)
-        self.assertEqual(len(self.server.hub.channels), chat.SESSION_CHANNELS)
+        self.assertEqual(len(refused), 1001 - chat.Limits().channels)
+        self.assertEqual(len(self.server.hub.channels), chat.Limits().channels)
 
     def test_case_change_of_the_own_name(self) -> None:
         bob = self.irc("bob")
@@ -1780,45 +1796,46 @@ class Identity(ServerCase):
 
 class Pressure(ServerCase):
     def test_silent_connections_are_closed(self) -> None:
-        with mock.patch.object(chat, "REGISTER_S", 0.5), mock.patch.object(chat, "PROMPT_S", 0.1):
+        self.limit(register_s=0.5)
+        with mock.patch.object(chat, "PROMPT_S", 0.1):
             silent = [self.peer() for _ in range(50)]
             for peer in silent:
                 self.assertEqual(peer.rest()[-1:], ["Enter your name: *** No name within 0 seconds"])
         self.eventually(lambda: not self.server.hub.sessions, "sessions were left")
 
     def test_pings_keep_the_living_and_end_the_dead(self) -> None:
-        with mock.patch.multiple(chat, PING_S=0.2, PONG_S=1.0):
-            dead, alive = self.irc("dead"), self.irc("alive")
-            while " QUIT " not in (alive.line() or self.fail("the living was dropped, too")):
-                if alive.seen[-1].startswith("PING"):
-                    alive.send("PONG chat.local\r\n")
-            self.assertEqual(alive.seen[-1], ":dead!dead@localhost QUIT :Ping timeout")
-            self.assertEqual(dead.rest()[-1], ":chat.local ERROR :Ping timeout")
+        self.limit(ping_s=0.2, pong_s=1.0)
+        dead, alive = self.irc("dead"), self.irc("alive")
+        while " QUIT " not in (alive.line() or self.fail("the living was dropped, too")):
+            if alive.seen[-1].startswith("PING"):
+                alive.send("PONG chat.local\r\n")
+        self.assertEqual(alive.seen[-1], ":dead!dead@localhost QUIT :Ping timeout")
+        self.assertEqual(dead.rest()[-1], ":chat.local ERROR :Ping timeout")
 
     def test_who_does_not_read_is_dropped_and_nobody_else_notices(self) -> None:
-        with mock.patch.object(chat, "OUTBOX_BYTES", 1 << 16):
-            ann, bob = self.irc("ann"), self.irc("bob")
-            stalled = Peer.__new__(Peer)
-            stalled.sock, stalled.buffer, stalled.seen = socket.socket(), b"", []
-            self.addCleanup(stalled.close)
-            stalled.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            stalled.sock.connect(("127.0.0.1", self.port))
-            stalled.send("NICK mud\r\nUSER mud 0 * :mud\r\nJOIN #chat\r\n")
-            ann.until("mud!mud@localhost JOIN")
-            writer = threading.Thread(target=self.write, args=(bob, 30000))
-            writer.start()
-            texts: List[str] = []
-            with self.assertLogs("chat", "WARNING"):
-                while len(texts) < 30000:
-                    line = ann.line() or self.fail("ann was dropped")
-                    if "PRIVMSG" in line:
-                        texts.append(line.rpartition(" ")[2])
-            writer.join(PATIENCE)
-            self.assertEqual(texts, [str(number) for number in range(30000)])
-            gone = ":mud!mud@localhost QUIT :Reads too slowly"
-            if gone not in ann.seen:
-                self.assertEqual(ann.until(" QUIT "), gone)
-            self.eventually(lambda: "mud" not in self.server.hub.nicks, "its name was not freed")
+        self.limit(outbox=1 << 16)
+        ann, bob = self.irc("ann"), self.irc("bob")
+        stalled = Peer.__new__(Peer)
+        stalled.sock, stalled.buffer, stalled.seen = socket.socket(), b"", []
+        self.addCleanup(stalled.close)
+        stalled.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.sock.connect(("127.0.0.1", self.port))
+        stalled.send("NICK mud\r\nUSER mud 0 * :mud\r\nJOIN #chat\r\n")
+        ann.until("mud!mud@localhost JOIN")
+        writer = threading.Thread(target=self.write, args=(bob, 30000))
+        writer.start()
+        texts: List[str] = []
+        with self.assertLogs("chat", "WARNING"):
+            while len(texts) < 30000:
+                line = ann.line() or self.fail("ann was dropped")
+                if "PRIVMSG" in line:
+                    texts.append(line.rpartition(" ")[2])
+        writer.join(PATIENCE)
+        self.assertEqual(texts, [str(number) for number in range(30000)])
+        gone = ":mud!mud@localhost QUIT :Reads too slowly"
+        if gone not in ann.seen:
+            self.assertEqual(ann.until(" QUIT "), gone)
+        self.eventually(lambda: "mud" not in self.server.hub.nicks, "its name was not freed")
 
     def write(self, peer: Peer, count: int) -> None:
         for number in range(count):
@@ -1875,7 +1892,7 @@ class Pressure(ServerCase):
             self.assertEqual([n for who, n in seen[0] if who == f":u{number}"], [str(n) for n in range(300)])
 
     def test_full_server_says_so(self) -> None:
-        self.server.max_clients = 1
+        self.limit(clients=1)
         self.plain("ann")
         with self.assertLogs("chat", "WARNING"):
             self.assertEqual(self.peer().rest(), [f"ERROR :{chat.FULL}"])
@@ -1917,6 +1934,342 @@ class Pressure(ServerCase):
             bob.send("/who\n")
             self.assertEqual(bob.rest(), [])
         ann.until("*** bob left: Internal error")
+
+
+class Throttled(ServerCase):
+    """Limits for an address, and of what a client may send."""
+
+    def test_connections_from_one_address_are_counted(self) -> None:
+        self.limit(per_address=2)
+        self.exempt("10.0.0.0/8")
+        ann, bob = self.plain("ann"), self.plain("bob")
+        for _ in range(3):
+            with self.assertLogs("chat", "WARNING"):
+                self.assertEqual(self.peer().rest(), ["ERROR :Too many connections from your address"])
+        bob.send("exit\n")
+        bob.rest()
+        bob.close()
+        ann.until("bob left")
+        self.eventually(lambda: len(self.server._mailer) == 1, "bob's connection was left")
+        self.plain("eve")
+
+    def test_origins(self) -> None:
+        for address, origin, exempt in (
+            ("127.0.0.1", "127.0.0.1", True),
+            ("127.8.8.8", "127.8.8.8", True),
+            ("::1", "::1", True),
+            ("::ffff:127.0.0.1", "127.0.0.1", True),
+            ("192.0.2.7", "192.0.2.7", False),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64", False),
+            ("fe80::1%eth0", "fe80::/64", False),
+        ):
+            with self.subTest(address):
+                self.assertEqual(chat.origin_of(address), origin)
+                self.assertEqual(chat.Gate().exempts(origin), exempt)
+        self.assertTrue(chat.Gate("fe80::/10, 192.0.2.0/24").exempts("fe80::/64"))
+        self.assertRaises(ValueError, chat.Gate, "here")
+
+    def test_a_flood_is_slowed_and_nobody_else_notices(self) -> None:
+        self.limit(burst=10, rate=50)
+        self.exempt("")
+        ann, bob = self.irc("ann"), self.irc("bob")
+        bob.sync()
+        began = time.monotonic()
+        bob.send("".join(f"PRIVMSG #chat :{number}\r\n" for number in range(60)))
+        ann.send("PRIVMSG #chat :in between\r\n")
+        bob.until("in between")
+        for number in range(60):
+            self.assertIn(f"PRIVMSG #chat :{number}", ann.until("PRIVMSG #chat"))
+        self.assertGreater(time.monotonic() - began, 45 / 50)  # no line may come before its time
+
+    def test_bytes_that_are_no_lines_are_slowed_as_well(self) -> None:
+        self.limit(burst=10, rate=50)
+        self.exempt("")
+        bob = self.irc("bob")
+        bob.sync()
+        began = time.monotonic()
+        bob.send("x" * 512 * 60)
+        bob.send("\r\nPING end\r\n")
+        bob.until("PONG chat.local :end")
+        self.assertGreater(time.monotonic() - began, 45 / 50)
+
+    def test_who_floods_on_and_on_is_dropped(self) -> None:
+        self.limit(rate=20)
+        self.exempt("")
+        ann, bob = self.irc("ann"), self.irc("bob")
+        with mock.patch.multiple(chat, FLOOD_S=0.3, LINGER_S=0.3):
+            writer = threading.Thread(target=self.flood, args=(bob,))
+            writer.start()
+            self.assertEqual(ann.until(" QUIT "), ":bob!bob@localhost QUIT Flooding")
+            writer.join(PATIENCE)
+        self.assertFalse(writer.is_alive())
+
+    def flood(self, peer: Peer) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer.send("PRIVMSG #chat :and on\r\n" * 100)
+
+    @unittest.skipUnless(hasattr(socket, "TCP_USER_TIMEOUT") and sys.platform == "linux", "needs Linux")
+    def test_a_network_that_swallows_everything(self) -> None:
+        self.limit(ping_s=1, pong_s=0.1)
+        ann, bob = self.plain("ann"), self.plain("bob")
+        drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: accept 0 bytes of a packet
+        bob.sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", 1, ctypes.addressof(drop_all)))  # SO_ATTACH_FILTER
+        ann.send("hello?\n")
+        ann.until("*** bob left: Connection lost")
+        self.eventually(lambda: "bob" not in self.server.hub.nicks, "bob's name was not freed")
+
+
+class Passwords(ServerCase):
+    def setUp(self) -> None:
+        watch = self.assertLogs("chat", "DEBUG")  # until the server has stopped
+        self.log = watch.__enter__().output
+        self.addCleanup(watch.__exit__, None, None, None)
+        super().setUp()
+        self.server.hub.gate = chat.Gate(password="öpen sesame")
+        patch = mock.patch.object(chat, "WRONG_DELAY_S", 0.01)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_irc(self) -> None:
+        ann = self.peer("CAP LS\r\nPASS :öpen sesame\r\nNICK ann\r\nUSER a 0 * :a\r\nCAP END\r\nJOIN #chat\r\n")
+        ann.until(" 366 ")
+        ann.send("PASS again\r\n")
+        ann.until(" 462 ")
+        refused = ":chat.local 464 * :the right password is wanted"
+        for knock in ("NICK ann\r\nUSER a 0 * :a\r\n", "PASS sesame\r\nNICK ann\r\n"):
+            with self.subTest(knock):
+                self.assertEqual(self.peer(knock).rest(), [refused, ":chat.local ERROR :Wrong password"])
+        self.assertEqual(ann.sync(), [])
+
+    def test_a_person_is_asked(self) -> None:
+        ann = self.peer("ann\n")
+        ann.send("sesame\n")
+        self.assertEqual(ann.line(), "Enter the password: *** Error: the right password is wanted")
+        self.eventually(lambda: "WARNING:chat:wrong password from 127.0.0.1" in self.log, "it was not logged")
+        ann.send("öpen sesame\n")
+        self.assertEqual(ann.line(), "*** ann joined (1 here)")
+        bob = self.peer("ann\nöpen sesame\n")
+        self.assertEqual(bob.line(), "Enter the password: *** Error: that name is taken; send another")
+        bob.send("bob\nhello\n")
+        ann.until("bob: hello")
+        self.assertEqual(self.peer("eve\nexit\n").rest(), ["Enter the password: *** Goodbye"])
+
+    def test_scripts(self) -> None:
+        join = {"type": "join", "user": "bot"}
+        bot = self.peer(json.dumps(join) + "\n")
+        for password in ("sesame", "öpen sesame"):
+            self.assertEqual(json.loads(bot.line() or "")["code"], "wrong-password")
+            bot.send(json.dumps({**join, "password": password}) + "\n")
+        self.assertEqual(json.loads(bot.line() or "")["event"], "join")
+
+    def test_names_cannot_be_had_or_asked_for_without_it(self) -> None:
+        self.peer("PASS :öpen sesame\r\nNICK ann\r\nUSER a 0 * :a\r\n").until(" 001 ")
+        for knock in ("NICK ann", "NICK free", "USER x 0 * :x\r\nNICK ann"):
+            self.assertIn(" 464 ", self.peer(f"{knock}\r\n").line() or "")
+        for command in ("JOIN #chat", "LIST", "WHO ann", "PRIVMSG ann :x", "HELP"):
+            self.assertIn(" 451 ", self.peer(f"CAP LS\r\n{command}\r\n").until(" 451 "))
+        self.assertEqual(list(self.server.hub.nicks), ["ann"])
+
+    def test_a_thousand_wrong_ones(self) -> None:
+        tried, right = 0, "PASS :öpen sesame\r\nNICK eve\r\nUSER e 0 * :e\r\n"
+        opens = chat.Gate.opens
+
+        def counted(gate: chat.Gate, origin: str, password: str) -> bool:
+            nonlocal tried
+            tried += 1
+            return opens(gate, origin, password)
+
+        with mock.patch.object(chat.Gate, "opens", counted):
+            inside = self.peer("CAP LS\r\n")
+            for number in range(1000):
+                last = self.peer(f"PASS x{number}\r\nNICK eve\r\n").rest()
+            self.assertEqual(last, ["ERROR :Too many wrong passwords; try again later"])
+            self.assertEqual(tried, chat.WRONG_PASSWORDS)
+            inside.send(right)  # even the right one: it might be a guess
+            self.assertEqual(inside.rest()[-1], ":chat.local ERROR :Too many wrong passwords; try again later")
+        later = time.monotonic() + chat.WRONG_S
+        with mock.patch.object(time, "monotonic", lambda: later):
+            self.peer(right).until(" 001 ")
+
+    def test_a_wrong_one_is_followed_by_a_pause(self) -> None:
+        with mock.patch.object(chat, "WRONG_DELAY_S", 0.3):
+            began = time.monotonic()
+            ann = self.peer("ann\nx\ny\n")
+            ann.line()
+            ann.line()
+            self.assertGreater(time.monotonic() - began, 0.3)
+
+
+def make_certificate(path: str) -> None:
+    """A certificate for this machine, with its key."""
+    names = ["-subj", "/CN=chat.test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path, "-out", path]
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    make = ["openssl", "req", "-x509", *kind, *names]
+    subprocess.run(make, check=True, stderr=subprocess.DEVNULL, timeout=PATIENCE)
+
+
+@unittest.skipUnless(ssl and shutil.which("openssl"), "needs openssl")
+class Encrypted(ServerCase):
+    """TLS and clear text on one port."""
+
+    folder: tempfile.TemporaryDirectory[str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.folder.cleanup)
+        make_certificate(f"{cls.folder.name}/tls.pem")
+
+    def setUp(self) -> None:
+        self.start(False)
+
+    def start(self, tls_only: bool) -> None:
+        self.context = chat.server_context(f"{self.folder.name}/tls.pem", "")
+        self.server = chat.Server("127.0.0.1", 0, None, self.context, tls_only)
+        self.port = self.server.address[1]
+        self.thread = threading.Thread(target=self.server.serve)
+        self.thread.start()
+        self.addCleanup(self.stop)
+
+    def secret(self, data: str = "") -> Peer:
+        """A peer that speaks TLS."""
+        sock = chat.client_context(True).wrap_socket(socket.create_connection(("127.0.0.1", self.port), PATIENCE))
+        peer = Peer(self.port, data, sock)
+        self.addCleanup(peer.close)
+        return peer
+
+    def test_all_dialects_meet_those_in_clear_text(self) -> None:
+        ann = self.plain("ann")
+        bob = self.secret("bob\n")
+        bob.until("bob joined")
+        eve = self.secret("NICK eve\r\nUSER eve 0 * :eve\r\nJOIN #chat\r\n")
+        eve.until(" 366 ")
+        bot = self.secret('{"type":"join","user":"bot"}\n')
+        bot.until("bot joined")
+        for sender, name, line in (
+            (ann, "ann", "hello é\n"),
+            (bob, "bob", "hello é\n"),
+            (eve, "eve", "PRIVMSG #chat :hello é\r\n"),
+            (bot, "bot", '{"type":"chat","text":"hello é"}\n'),
+        ):
+            sender.send(line)
+            for receiver in {ann, bob, eve, bot} - {sender}:
+                receiver.until({eve: ":hello é", bot: "hello \\u00e9"}.get(receiver, f"{name}: hello é"))
+        bob.send("exit\n")
+        self.assertEqual(bob.rest()[-1], "*** Goodbye")
+
+    def test_whatever_way_the_bytes_are_cut(self) -> None:
+        tls = chat.Tls(chat.client_context(True), False)
+        sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        self.addCleanup(sock.close)
+        tls.send(b"ann\nexit\n")  # kept until the handshake is done
+        text = tls.feed(b"")
+        while not tls.ended:
+            for byte in tls.send(b""):
+                sock.sendall(bytes([byte]))
+            text += tls.feed(sock.recv(1))
+        self.assertEqual(text, b"*** ann joined (1 here)\n*** Goodbye\n")
+
+    def test_a_prompt_waits_for_the_handshake(self) -> None:
+        with mock.patch.object(chat, "PROMPT_S", 0.1):
+            self.start(True)
+            sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+            self.addCleanup(sock.close)
+            (session,) = self.sessions(1)
+            self.eventually(lambda: not session.silent, "no prompt")
+            secret = Peer(self.port, sock=chat.client_context(True).wrap_socket(sock))
+            self.addCleanup(secret.close)
+            self.assertEqual(secret.sock.recv(100), b"Enter your name: ")
+
+    def sessions(self, count: int) -> List[chat.Session]:
+        self.eventually(lambda: len(self.server.hub.sessions) == count, "not all are there")
+        return list(self.server.hub.sessions)
+
+    def test_clear_text_where_only_tls_is_wanted(self) -> None:
+        self.start(True)
+        self.secret("bob\n").until("bob joined")
+        for line, answer in (
+            ("ann\n", f"*** {chat.TLS_ONLY}"),
+            ("NICK ann\r\n", f":chat.local ERROR :{chat.TLS_ONLY}"),
+            ("GET / HTTP/1.0\r\n", chat.HTTP.ANSWER.splitlines()[-1]),
+        ):
+            self.assertEqual(self.peer(line).rest()[-1], answer)
+
+    def test_a_hundred_handshakes_that_never_end(self) -> None:
+        self.limit(register_s=0.5)
+        before = threading.active_count()
+        silent = [self.peer("\x16\x03\x01") for _ in range(100)]
+        bob = self.secret("bob\n")
+        bob.until("bob joined")
+        for peer in silent:
+            self.assertEqual(peer.rest(), [])
+            peer.close()
+        self.assertEqual(len(self.sessions(1)), 1)
+        self.eventually(lambda: len(self.server._mailer) == 1, "connections were left")
+        self.eventually(lambda: threading.active_count() <= before + 1, "threads were left")
+
+    def test_what_is_cut_off_does_not_count(self) -> None:
+        ann = self.plain("ann")
+        for ends_well in (False, True):
+            name = "bob" if ends_well else "eve"
+            peer = self.secret(f"{name}\n")
+            peer.until("joined")
+            peer.send("do not")
+            assert isinstance(peer.sock, ssl.SSLSocket)
+            if ends_well:
+                with contextlib.suppress(OSError):
+                    peer.sock.unwrap()
+            peer.sock.close()
+        said = [line for line in (ann.until("bob left") and ann.seen) if "do not" in line]
+        self.assertEqual(said, ["bob: do not"])
+
+    def test_garbage_ends_one_connection_only(self) -> None:
+        bob = self.secret("bob\n")
+        bob.until("bob joined")
+        raw = [self.peer(data) for data in ("\x16garbage" * 100, "\x16\x03\x01\x00\x05hello")]
+        broken = self.secret("eve\n")
+        broken.until("eve joined")
+        with socket.socket(fileno=os.dup(broken.sock.fileno())) as below:
+            below.sendall(b"in clear text now" * 10)
+        for peer in raw:
+            peer.rest()
+        bob.until("*** eve left: Connection lost")
+
+    def test_a_slow_reader_gets_everything_in_order(self) -> None:
+        ann, slow = self.plain("ann"), self.secret("slow\n")
+        ann.until("slow joined")
+        connection = next(c for c in self.server._mailer._connections.values() if c.session.nick == "slow")
+        count = 0
+        while not connection.outbox:
+            ann.send("".join(f"{number} {'x' * 400}\n" for number in range(count, count + 100)))
+            ann.send("/who\n")
+            ann.until("In #chat")
+            count += 100
+        for number in range(count):
+            slow.until(f"ann: {number} x")
+
+    def test_many_talk_at_once(self) -> None:
+        peers = [self.secret(f"u{number}\n") for number in range(8)]
+        for peer in peers:
+            peer.until("*** u7 joined")
+
+        def talk(peer: Peer) -> None:
+            for number in range(200):
+                peer.send(f"{number} {'x' * 100}\n")
+
+        threads = [threading.Thread(target=talk, args=(peer,)) for peer in peers]
+        for thread in threads:
+            thread.start()
+        seen = [
+            [peer.until(": ").partition(" ")[:1] + (peer.seen[-1].split()[1],) for _ in range(7 * 200)]
+            for peer in peers
+        ]
+        for thread in threads:
+            thread.join(PATIENCE)
+        for number, order in enumerate(seen):
+            others = [item for item in seen[0] if item[0] not in ("u0:", f"u{number}:")]
+            self.assertEqual([item for item in order if item[0] not in ("u0:", f"u{number}:")], others)
 
 
 class Past(ServerCase):
@@ -2235,7 +2588,7 @@ class Resume(ServerCase):
         self.assertEqual(ann.sync(), [])
 
     def test_the_absent_keep_nobody_out(self) -> None:
-        self.server.max_clients = 1
+        self.limit(clients=1)
         bob = self.bob()
         bob.until(" 376 ")
         self.lose(bob)
@@ -2875,7 +3228,8 @@ class ServerProgram(ProgramCase):
         peer.close()
         assert program.stdout and program.stderr
         out, err = program.stdout.read(), program.stderr.read()
-        self.assertEqual((program.wait(PATIENCE), err), (0, ""))
+        self.assertEqual(program.wait(PATIENCE), 0)
+        self.assertRegex(err, r"^[-0-9]+ [:,0-9]+ INFO ann from 127\.0\.0\.1 joined\n$")
         self.assertIn("only this machine can join; --host 0.0.0.0 opens the chat to the network", out)
         self.assertIn(f"nc 127.0.0.1 {port}\n", out)
 
@@ -2885,6 +3239,29 @@ class ServerProgram(ProgramCase):
         out, err = second.communicate(timeout=PATIENCE)
         message = f"chat.py: port {port} is taken; choose another with --port, or any with --port 0\n"
         self.assertEqual((second.returncode, out, err), (1, "", message))
+
+    def test_a_password_and_who_is_warned_without(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "password")
+            path.write_text("\n", encoding="utf-8")
+            program = self.start("server", "--port", "0", "--password-file", str(path))
+            _, err = program.communicate(timeout=PATIENCE)
+            self.assertEqual((program.returncode, err), (1, f"chat.py: there is no password in {path}\n"))
+            path.write_text("sesame\nmore\n", encoding="utf-8")
+            program, port = self.server("--password-file", str(path))
+            ann = Peer(port, "PASS sesame\r\nNICK ann\r\nUSER a 0 * :a\r\nQUIT\r\n")
+            ann.until(" 001 ")
+            ann.close()
+        for secret, warnings in (("", 1), ("sesame", 0)):
+            program = self.start(
+                "server", "--host", "0.0.0.0", "--port", "0", env={**os.environ, "CHAT_PASSWORD": secret}
+            )
+            assert program.stdout
+            program.stdout.readline()
+            program.terminate()
+            _, err = program.communicate(timeout=PATIENCE)
+            self.assertEqual(err.count("there is no password: whoever reaches 0.0.0.0 can join"), warnings)
+            self.assertNotIn("sesame", err)
 
     def test_wrong_usage(self) -> None:
         for args in (
@@ -2952,6 +3329,46 @@ class ServerProgram(ProgramCase):
             program.terminate()
             program.communicate(timeout=PATIENCE)
             self.assertIn("TLS", path.read_text(encoding="utf-8"))
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux")
+    def test_a_log_that_nobody_reads_stops_nothing(self) -> None:
+        import fcntl
+
+        program, port = self.server("-v")
+        assert program.stderr
+        fcntl.fcntl(program.stderr, 1031, 4096)  # F_SETPIPE_SZ, which Python knows since 3.10
+        for number in range(200):
+            peer = Peer(port, f"ann{number}\nexit\n")
+            self.assertEqual(peer.rest()[-1], "*** Goodbye")
+            peer.close()
+        program.terminate()
+        self.assertEqual(program.wait(PATIENCE), 0)
+
+    def test_what_is_logged(self) -> None:
+        program, port = self.server()
+        ann = Peer(port, "ann\n")
+        ann.until("joined")
+        peer = Peer(port, "NICK eve\r\nUSER x 0 * :x\r\nQUIT :gone\x1b[2J\r\n")
+        peer.rest()
+        peer.close()
+        ann.close()
+        program.terminate()
+        _, err = program.communicate(timeout=PATIENCE)
+        lines = [line.partition(" INFO ")[2] for line in err.splitlines()]
+        joined = [f"{name} from 127.0.0.1 joined" for name in ("ann", "eve")]
+        self.assertEqual(lines[:3], [*joined, "eve from 127.0.0.1 left: gone\\x1b[2J"])
+
+    def test_nobody_fills_the_log(self) -> None:
+        calm, clock = chat.Calm(), 1000.0
+        records = [chat.log.makeRecord("chat", 20, "", 0, "%s left", (str(n),), None) for n in range(1000)]
+        other = chat.log.makeRecord("chat", 20, "", 0, "another", (), None)
+        with mock.patch.object(time, "monotonic", lambda: clock):
+            self.assertEqual(sum(map(calm.filter, records[:998])), chat.LOG_BURST)
+            self.assertTrue(calm.filter(other))
+            clock += chat.LOG_INTERVAL_S
+            self.assertEqual([calm.filter(record) for record in records[998:]], [True, False])
+        left_out = 998 - chat.LOG_BURST
+        self.assertEqual(records[998].getMessage(), f"998 left ({left_out} more like this are not shown)")
 
 
 class ClientProgram(ProgramCase):
@@ -3111,6 +3528,72 @@ class ClientProgram(ProgramCase):
         assert client.stdin
         client.stdin.close()
         client.stdin = client.stdout = None
+
+
+class Secured(ProgramCase):
+    """Programs that ask for a password, or encrypt."""
+
+    def test_a_password_of_our_own_server(self) -> None:
+        _, port = self.server(env={**os.environ, "CHAT_PASSWORD": "open sesame"})
+        for secret, status, complaint in (
+            ("open sesame", 0, ""),
+            ("", 1, f"chat.py: 127.0.0.1:{port} wants a password: give it in CHAT_PASSWORD or with --password-file\n"),
+            ("sesame", 1, f"chat.py: 127.0.0.1:{port} does not accept this password\n"),
+        ):
+            with self.subTest(secret):
+                environment = {**os.environ, "CHAT_PASSWORD": secret}
+                client = self.start("client", "--port", str(port), "--name", "bob", "-m", "x", env=environment)
+                _, err = client.communicate(timeout=PATIENCE)
+                self.assertEqual((client.returncode, err), (status, complaint))
+
+    @unittest.skipUnless(ssl and shutil.which("openssl"), "needs openssl")
+    def test_encrypted(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            made, home = f"{folder}/tls.pem", {**os.environ, "HOME": folder}
+            make_certificate(made)
+            server, own = self.server("--tls", env=home)
+            assert server.stdout
+            pin = (
+                re.search("--fingerprint ([0-9A-F:]{95})\n", server.stdout.readline() + server.stdout.readline())
+                or [""]
+            )[1]
+            _, port = self.server("--tls-cert", made, "--tls-only")
+            lines = "\n".join(f"line {number}" for number in range(300))
+            for where, args, trusted, status, complaint in (
+                (own, ("--fingerprint", pin), "", 0, ""),
+                (own, ("--fingerprint", pin.replace(":", "").lower()), "", 0, ""),
+                (own, ("--fingerprint", "00" * 32), "", 1, f"so nothing was sent: its fingerprint is {pin}, not 00:00"),
+                (own, ("--tls",), "", 1, "cannot be trusted, so nothing was sent: self"),
+                (port, ("--tls",), made, 0, ""),
+                (port, (), "", 1, f"closed the connection: {chat.TLS_ONLY}"),
+            ):
+                with self.subTest(args=args):
+                    environment = {**os.environ, "SSL_CERT_FILE": trusted} if trusted else None
+                    client = self.start(
+                        "client", "--port", str(where), "--name", "bob", *args, stdin=subprocess.PIPE, env=environment
+                    )
+                    out, err = client.communicate(lines, timeout=PATIENCE)
+                    self.assertEqual(client.returncode, status, err)
+                    self.assertIn(complaint, err)
+                    self.assertEqual(err.count("\n"), status)
+            again, _ = self.server("--tls", env=home)
+            assert again.stdout
+            self.assertIn(pin, again.stdout.readline() + again.stdout.readline())
+            self.assertEqual(stat.S_IMODE(os.stat(f"{folder}/.chat.py/tls.pem").st_mode), 0o600)
+
+    def test_no_certificate_to_be_had(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            pathlib.Path(folder, "not.pem").write_text("no certificate\n", encoding="ascii")
+            for args, complaint in (
+                (("--tls",), "--tls needs the openssl program to make a certificate; otherwise give --tls-cert"),
+                (("--tls-cert", f"{folder}/not.pem"), f"cannot use {folder}/not.pem for TLS: "),
+                (("--tls-cert", f"{folder}/none"), f"cannot use {folder}/none for TLS: "),
+                (("--tls-key", f"{folder}/none"), "--tls-key needs --tls-cert"),
+            ):
+                program = self.start("server", "--port", "0", *args, env={**os.environ, "PATH": folder, "HOME": folder})
+                _, err = program.communicate(timeout=PATIENCE)
+                self.assertEqual((program.returncode, err.count("\n")), (1, 1), err)
+                self.assertIn(complaint, err)
 
 
 class AFakeServer(ProgramCase):
