@@ -21,12 +21,14 @@ Sections, from pure to effectful; each uses only those above it:
     client                 connection to a server, and what is known of the chat there
     arrivals and entries   what a message, or a typed line, means to the client: a function each, in two tables
     views                  what a person at a terminal sees and types, or what goes through a pipe
+    operator               what whoever runs a server can do, and the terminal to do it at
     command line           argparse, main
 
 Threads of the server. A reader per connection receives, splits into lines and runs commands, which change the
 state and append deliveries to one ordered log, under one lock. The mailer alone writes to sockets: it takes the
-whole log, stores what is to be kept, encodes each message once per view, and makes one send per recipient. The main
-thread accepts and lets Hub.tick do what is due.
+whole log, stores what is to be kept, encodes each message once per view, and makes one send per recipient. The thread
+that serves accepts, and lets Hub.tick do what is due: the main thread, unless that has a terminal to look after.
+Another one writes what is logged.
 
 The rule of the lock. `with hub:` holds it. A method whose name ends in _locked, and every command, runs with it
 held. No I/O happens under it, and no other lock is taken under it.
@@ -312,10 +314,11 @@ ERR_NOTREGISTERED = Numeric("451", "not-joined", "say who you are first")
 ERR_NEEDMOREPARAMS = Numeric("461", "too-few-parameters", "{0} needs more than that")
 ERR_ALREADYREGISTERED = Numeric("462", "already-joined", "you have said who you are")
 ERR_PASSWDMISMATCH = Numeric("464", "wrong-password", "the right password is wanted")
+ERR_YOUREBANNEDCREEP = Numeric("465", "banned", "you are banned from this server")
 ERR_CHANNELISFULL = Numeric("471", "channel-full", "{0} has as many members as it may have")
 ERR_UNKNOWNMODE = Numeric("472", "unknown-mode", "{0} is not a channel mode here")
 ERR_INVITEONLYCHAN = Numeric("473", "invite-only", "only who was invited may join {0}")
-ERR_BANNEDFROMCHAN = Numeric("474", "banned", "you are banned from {0}")
+ERR_BANNEDFROMCHAN = Numeric("474", "banned-from-channel", "you are banned from {0}")
 ERR_BADCHANNELKEY = Numeric("475", "bad-key", "{0} has a key: join it with the right one")
 ERR_BADCHANMASK = Numeric(
     "476", "bad-channel", f"a channel is # and up to {CHANNEL_CHARS - 1} printable characters without space or comma"
@@ -1242,6 +1245,7 @@ class Gate:
     """Who may connect. Guarded by Hub.lock."""
 
     def __init__(self, exempt: str = LOOPBACK, password: str = "") -> None:
+        self.banned: Dict[str, str] = {}  # origin or folded nick -> how the operator calls it
         self.locked = bool(password)
         self._digest = digest(password)
         self._wrong: Dict[str, Tuple[int, float]] = {}  # origin -> wrong passwords, and when they are forgotten
@@ -1255,6 +1259,8 @@ class Gate:
 
     def enter(self, origin: str, most: float) -> str:
         """Counts one more connection of at most so many; or returns why there must not be one."""
+        if origin in self.banned:
+            return "You are banned from this server"
         if self.shut(origin):
             return "Too many wrong passwords; try again later"
         count = self._here.get(origin, 0) + 1
@@ -1358,6 +1364,11 @@ class Session:
         self.due = 0.0  # when Hub.tick looks at it next
         self.asked = self.answer_by = 0.0  # when the last PING went out, and until when it must be answered
         self.nick_changes = Allowance(NICK_CHANGES, NICK_CHANGE_S)
+
+    @property
+    def loopback(self) -> bool:
+        """Whether it comes from this machine."""
+        return self.host == "localhost"
 
     def called(self) -> str:
         """How the log calls it."""
@@ -1516,6 +1527,7 @@ class Hub:
             last += 1_000_000_000
         self.stamps = Stamps(last)
         self.absent = 0  # sessions whose connection is lost
+        self.said = 0  # messages
         self.unkept = ""  # why the last message could not be stored; the mailer's
         self.wake: Callable[[], None] = lambda: None  # ends the mailer's sleep
         self.started = time.time()
@@ -2144,11 +2156,22 @@ def keep_out(hub: Hub, session: Session, message: Message) -> None:
     hub.quit_locked(session, "", "Too many wrong passwords; try again later" if shut else "Wrong password")
 
 
+def turned_away(hub: Hub, session: Session, message: Message) -> bool:
+    """Refuses a name to who has not told the password, and to who is banned by name."""
+    if hub.gate.locked and not session.admitted:
+        keep_out(hub, session, message)
+        return True
+    if fold(message.param(0)) not in hub.gate.banned:
+        return False
+    refuse(hub, session, Refused(ERR_YOUREBANNEDCREEP), message)
+    hub.quit_locked(session, "", "You are banned from this server")
+    return True
+
+
 @command("NICK", early=True)
 def nick(hub: Hub, session: Session, message: Message) -> None:
     """NICK <name>"""
-    if hub.gate.locked and not session.admitted:
-        keep_out(hub, session, message)
+    if turned_away(hub, session, message):
         return
     if not message.param(0):
         raise Refused(ERR_NONICKNAMEGIVEN)
@@ -2660,6 +2683,7 @@ def say(hub: Hub, session: Session, message: Message, target: str) -> None:
     relay = Message(message.command, (to, *message.params[1:2]), session.prefix, tags)
     check_length(relay)
     session.spoke = time.time()
+    hub.said += not before
     saying = None
     if channel and message.command != "TAGMSG":
         saying = Saying(session, fold(to), message.tags.get("label", ""), key)
@@ -3036,9 +3060,10 @@ class Tls:
     def send(self, data: bytes) -> bytes:
         """What has to go over the wire so that `data` arrives, and what the handshake needs."""
         with self._lock:
-            self._early += data
-            while self.ready and self._early:
-                self._early = self._early[self._object.write(self._early) :]
+            rest = memoryview(self._early + data)
+            while self.ready and rest:
+                rest = rest[self._object.write(rest) :]
+            self._early = bytes(rest)
             return self._outgoing.read()
 
     def close(self) -> None:
@@ -3153,6 +3178,7 @@ class Mailer:
         self._hub = hub
         self._on_failure = on_failure
         self.failed = False
+        self.delivered = 0  # messages, counted once for each who was to get them
         hub.wake = self.wake
         self._connections: Dict[Session, Connection] = {}
         self._ended: Deque[Connection] = collections.deque()
@@ -3214,8 +3240,10 @@ class Mailer:
             ended = [self._ended.popleft() for _ in range(len(self._ended))]
             for _ in range(len(self._pushed)):
                 self._write(self._pushed.popleft(), b"")
-            batch, closing = self._hub.take()
-            for session, data in fan_out(settle(self._hub, batch)):
+            taken, closing = self._hub.take()
+            batch = settle(self._hub, taken)
+            self.delivered += sum(max(item.size - len(item.roster.left), 0) for item in batch)
+            for session, data in fan_out(batch):
                 if session in self._connections and data:
                     self._write(self._connections[session], data)
             for session in closing:
@@ -3223,7 +3251,7 @@ class Mailer:
             for connection in ended:
                 connection.ended = True
                 self._finish(connection)
-            self._wait(bool(batch or closing or ended))
+            self._wait(bool(taken or closing or ended))
             if self._lingering:
                 self._cut()
             if self._stop_at and (not self._connections or time.monotonic() > self._stop_at):
@@ -3345,7 +3373,7 @@ class Server:
         self.address: Tuple[str, int] = self.listener.getsockname()[:2]
         self._context, self._tls_only = context, tls_only
         self.hub = hub or Hub(SERVER_NAME)
-        self._mailer = Mailer(self.hub, self.stop)
+        self.mailer = Mailer(self.hub, self.stop)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
         self._alarm, self.bell = socket.socketpair()  # a byte rung in stops the server
         self.bell.setblocking(False)
@@ -3361,7 +3389,7 @@ class Server:
         stack = threading.stack_size(STACK_BYTES)
         # The C library loads a file when a thread first ends, and aborts without a descriptor for it: let one end now.
         threading.Thread(target=bool).start()
-        self._mailer.thread.start()
+        self.mailer.thread.start()
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self.listener, selectors.EVENT_READ)
@@ -3376,12 +3404,12 @@ class Server:
             threading.stack_size(stack)
             self.listener.close()
             self.hub.stop("Server is shutting down")
-            self._mailer.stop()
+            self.mailer.stop()
             if self._reserve >= 0:
                 os.close(self._reserve)
             self._alarm.close()
             self.bell.close()
-        return not self._mailer.failed
+        return not self.mailer.failed
 
     def _accept(self) -> None:
         try:
@@ -3397,7 +3425,7 @@ class Server:
             sock.close()
             return
         with self.hub:
-            why = FULL if len(self._mailer) >= limits.clients else self.hub.gate.enter(origin, limits.per_address)
+            why = FULL if len(self.mailer) >= limits.clients else self.hub.gate.enter(origin, limits.per_address)
         if why:
             log.warning("refused %s: %s", origin, why)
             turn_away(sock, why)
@@ -3408,14 +3436,14 @@ class Server:
         connection = Connection(sock, session)
         if self._context and self._tls_only:  # from now on nothing is sent in clear text
             connection.tls = Tls(self._context, True)
-        self._mailer.add(connection)
+        self.mailer.add(connection)
         self.hub.enter(session)
         try:
             threading.Thread(target=self._read, args=(connection,), daemon=True).start()
         except RuntimeError as error:  # can't start new thread
             log.warning("refused %s: %s", origin, error)
             self.hub.leave(session, "", FULL)
-            self._mailer.end(connection)
+            self.mailer.end(connection)
 
     def _refuse_without_descriptor(self) -> None:
         """Accepts one client with the descriptor kept in reserve, tells it and lets it go."""
@@ -3457,7 +3485,7 @@ class Server:
             reason = "Internal error"
         finally:
             self.hub.leave(session, reason)
-            self._mailer.end(connection)
+            self.mailer.end(connection)
 
     def _first(self, connection: Connection) -> bytes:
         """What comes first, by which TLS is told from clear text."""
@@ -3487,7 +3515,7 @@ class Server:
             except OSError as error:
                 raise ConnectionError(f"TLS failed: {error}") from None
             if tls.urgent:
-                self._mailer.push(connection)
+                self.mailer.push(connection)
             if text or tls.ended:
                 return text
             data = b""
@@ -3903,6 +3931,14 @@ class Screen:
         self._write(f"{self._erased()}{''.join(self._printed)}\x1b[?2004l")
         self._rows, self._last, self._shown, self._printed = [""], "", None, []
         restore_mode(self._modes)
+
+    def suspend(self) -> None:
+        """Lets the shell have the terminal until it lets us go on."""
+        self.__exit__()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(0, signal.SIGTSTP)  # without a shell that could let us go on, this does nothing
+        signal.signal(signal.SIGTSTP, handler)
+        self.__enter__()
 
     def paint(self, text: str, *codes: int) -> str:
         """`text` in a look (ECMA-48, Select Graphic Rendition), if colours are wanted."""
@@ -4985,7 +5021,8 @@ class Person(View):
         """Draws what changes, at most every FRAME_S while much is happening."""
         self._nick = client.nick
         if self.stopping:
-            self._stop()
+            self.stopping = False
+            self._screen.suspend()
         now = time.monotonic()
         if not client.events.empty() and now < self._drawn + FRAME_S:
             return
@@ -5000,15 +5037,6 @@ class Person(View):
         question, text, cursor = self._editor.view()
         prompts = [question] if question else [f"[{state}] {harmless(client.nick)}> ", f"[{state}] ", "> "]
         self._screen.draw(waiting, prompts, text, cursor)
-
-    def _stop(self) -> None:
-        """Lets the shell have the terminal until it lets us go on."""
-        self.stopping = False
-        self._screen.__exit__()
-        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(0, signal.SIGTSTP)  # without a shell that could let us go on, this does nothing
-        signal.signal(signal.SIGTSTP, handler)
-        self._screen.__enter__()
 
 
 def own_form(message: Message) -> str:
@@ -5041,6 +5069,210 @@ def completions(client: Client, head: str) -> Tuple[int, List[str]]:
 
 
 # -----------------------------------------------------------------------------
+# operator
+# -----------------------------------------------------------------------------
+# What is typed at the server's own terminal; each function gets the words, and returns what there is to say.
+
+Operate = Callable[[Server, List[str]], Iterable[str]]
+
+
+class Operation(NamedTuple):
+    """A row of the table."""
+
+    run: Operate
+    least: int  # words
+    grammar: str
+    help: str
+
+
+OPERATIONS: Dict[str, Operation] = {}
+
+
+def operation(name: str, grammar: str, least: int, text: str) -> Callable[[Operate], Operate]:
+    """Enters a function in the table."""
+
+    def enter(run: Operate) -> Operate:
+        OPERATIONS[name] = Operation(run, least, grammar, text)
+        return run
+
+    return enter
+
+
+def operate(server: Server, line: str) -> List[str]:
+    """Does what the operator typed; returns what there is to say to that."""
+    name, _, rest = line.strip().partition(" ")
+    row = OPERATIONS.get(name[1:].lower()) if name.startswith("/") else None
+    if not name:
+        return []
+    if row is None:
+        return ["Error: these are commands of the server: /help lists them; to talk, join with a client"]
+    words = rest.split(None, 1)
+    if len(words) < row.least:
+        return [f"Error: it is {name} {row.grammar}"]
+    return list(row.run(server, words))
+
+
+@operation("help", "", 0, "shows this")
+def list_operations(server: Server, words: List[str]) -> Iterable[str]:
+    """/help"""
+    for name, row in OPERATIONS.items():
+        yield f"/{name} {row.grammar}".ljust(24) + row.help
+
+
+@operation("who", "", 0, "shows who is here, and from where")
+def list_people(server: Server, words: List[str]) -> Iterable[str]:
+    """/who"""
+    now = time.time()
+    with server.hub as hub:
+        people = [session for session in hub.sessions if session.registered]
+        lines = []
+        for session in people:
+            where = " ".join(channel.name for channel in session.channels) or "in no channel"
+            kind = "lost its connection" if session.absent else type(session.view).__name__
+            lines.append(f"{session.called()}, {kind}, silent for {length(now - session.spoke)}: {where}")
+    return lines or ["nobody is here"]
+
+
+@operation("kick", "NAME [REASON]", 1, "throws somebody out")
+def kick_out(server: Server, words: List[str]) -> Iterable[str]:
+    """/kick NAME [REASON]"""
+    with server.hub as hub:
+        session = hub.nicks.get(fold(words[0]))
+        if session is None:
+            return [f"Error: nobody here is called {words[0]}"]
+        throw_out(hub, session, words[1] if len(words) > 1 else "by the operator")
+    return []
+
+
+def throw_out(hub: Hub, session: Session, why: str) -> None:
+    """Ends a session, whose client is told not to come back at once. With the lock held."""
+    reason = f"Thrown out: {cut(why, REASON_BYTES)}"
+    hub.tell_locked(session, Message("KILL", (session.nick, reason), hub.name))
+    hub.quit_locked(session, reason, reason)
+
+
+@operation("ban", "[NAME or ADDRESS]", 0, "shuts an address out, or no more; alone: shows which")
+def ban(server: Server, words: List[str]) -> Iterable[str]:
+    """/ban [NAME or ADDRESS]: everybody from there, or on loopback, where addresses tell nothing, that name"""
+    with server.hub as hub:
+        banned = hub.gate.banned
+        if not words:
+            return [f"banned: {', '.join(banned.values()) or 'nobody'}"]
+        session = hub.nicks.get(fold(words[0]))
+        try:
+            key = session.origin if session and not session.loopback else origin_of(words[0])
+        except ValueError:
+            key = fold(words[0])
+        if banned.pop(key, None):
+            return [f"{words[0]} may come back"]
+        label = f"{words[0]} ({key})" if session and key == session.origin else words[0]
+        banned[key] = label
+        for other in [other for other in hub.sessions if key in (other.origin, fold(other.nick))]:
+            throw_out(hub, other, "banned")
+    return [f"{label} is banned, until the server ends; the same again lets them back"]
+
+
+@operation("say", "TEXT", 1, "tells everybody")
+def tell_all(server: Server, words: List[str]) -> Iterable[str]:
+    """/say TEXT"""
+    with server.hub as hub:
+        everybody = Roster([session for session in hub.sessions if session.registered])
+        for piece in split_text(harmless(" ".join(words)), TOPIC_BYTES):
+            hub.send_locked(Message("NOTICE", ("*", f"From the operator: {piece}"), hub.name), everybody)
+    return [f"told {len(everybody.members)} people"]
+
+
+@operation("stats", "", 0, "shows what the server has done")
+def statistics(server: Server, words: List[str]) -> Iterable[str]:
+    """/stats"""
+    with server.hub as hub:
+        people = sum(session.registered for session in hub.sessions)
+        return [
+            f"{people} people in {len(hub.channels)} channels, {len(server.mailer)} connections",
+            f"{hub.said} messages, {server.mailer.delivered} deliveries",
+            f"{memory()}, up for {length(time.time() - hub.started)}",
+        ]
+
+
+@operation("stop", "", 0, "ends the chat")
+def stop(server: Server, words: List[str]) -> Iterable[str]:
+    """/stop"""
+    server.stop()
+    return []
+
+
+def length(seconds: float) -> str:
+    """A length of time: 5 s, 3 min, 2 h 5 min, 3 d 4 h."""
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    if minutes < 1:
+        return f"{max(seconds, 0):.0f} s"
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"
+
+
+def memory() -> str:
+    """How much of it this process has."""
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+        return f"{int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6:.0f} MB"
+    return f"{threading.active_count()} threads"
+
+
+class Console:
+    """The operator's terminal: the log and the answers scroll above the line that is typed. Of the main thread.
+
+    Other threads only put into `events`, in which ("line", text) is something to be shown.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.events: Events[Tuple[str, str]] = queue.Queue(LOG_RECORDS)
+        self.stopping = False  # as soon as possible; the terminal is the shell's meanwhile
+        self._server = server
+        self._keys = Keys()
+        self._editor = Editor(self._complete)
+
+    def run(self, serving: threading.Thread) -> None:
+        """Until the server ends."""
+        threading.Thread(target=self._read, daemon=True).start()
+        with Screen() as screen:
+            while serving.is_alive():
+                with contextlib.suppress(queue.Empty):
+                    kind, text = self.events.get(timeout=0.1)
+                    self._take(kind, text, screen)
+                if self.stopping:
+                    self.stopping = False
+                    screen.suspend()
+                if self.events.empty():
+                    question, text, cursor = self._editor.view()
+                    screen.draw([], [question or "server> "], text, cursor)
+
+    def _read(self) -> None:
+        """A thread: what is typed, until the terminal is gone."""
+        for text in iter(read_keys, ""):
+            self.events.put(("keys", text))
+
+    def _take(self, kind: str, text: str, screen: Screen) -> None:
+        if kind == "line":
+            screen.print(text)
+            return
+        for key in self._keys.feed(text):
+            if key == "\x03":  # where the terminal does not make a signal of it
+                self._server.stop()
+            for line in (self._editor.press(key) or Entered([])).lines:
+                screen.print(screen.paint(f"server> {harmless(line)}", DIM))
+                for answer in operate(self._server, line):
+                    screen.print(harmless(answer))
+
+    def _complete(self, head: str) -> Tuple[int, List[str]]:
+        start = head.rfind(" ") + 1
+        word = head[start:]
+        if not start:
+            return 0, [f"/{name} " for name in OPERATIONS if f"/{name}".startswith(word)]
+        with self._server.hub as hub:
+            return start, [session.nick for key, session in hub.nicks.items() if key.startswith(fold(word))]
+
+
+# -----------------------------------------------------------------------------
 # command line
 # -----------------------------------------------------------------------------
 
@@ -5065,17 +5297,41 @@ def run_server(args: argparse.Namespace) -> int:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise Failed(f"cannot listen on {args.host}:{args.port}: {reason}") from None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: server.stop())
+    return attend(server, invitation(*server.address, certificate, args.tls_only), args)
+
+
+def attend(server: Server, greeting: str, args: argparse.Namespace) -> int:
+    """Lets a server serve, with its log and its terminal; returns the exit code."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), lambda *_: server.stop())
+    console = Console(server) if at_terminal() else None
+    end_log = begin_log(args, console)
     host, port = server.address
-    end_log = begin_log(args)
-    print(f"listening on {host}:{port}\n{invitation(host, port, certificate, args.tls_only)}", flush=True)
-    if not (password or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
+    print(f"listening on {host}:{port}\n{greeting}", flush=True)
+    if not (server.hub.gate.locked or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
         log.warning("there is no password: whoever reaches %s can join (--password-file sets one)", host)
-    status = 0 if server.serve() else 1
-    if not end_log():  # its thread holds the stream's lock, without which Python does not end
+    if console:
+        if hasattr(signal, "SIGTSTP"):
+            signal.signal(signal.SIGTSTP, lambda *_: setattr(console, "stopping", True))
+        serving = threading.Thread(target=server.serve, daemon=True)
+        serving.start()
+        console.run(serving)
+    else:
+        server.serve()
+    status, ended = int(server.mailer.failed), end_log()
+    while console and not console.events.empty():
+        print(console.events.get()[1])
+    if not ended:  # its thread holds the stream's lock, without which Python does not end
         os._exit(status)
     return status
+
+
+def at_terminal() -> bool:
+    """Whether there is a person who could type here."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty() and can_draw()):
+        return False
+    return sys.platform == "win32" or os.getpgrp() == os.tcgetpgrp(sys.stdin.fileno())  # not in the background
 
 
 def encryption(args: argparse.Namespace) -> Tuple[str, Optional[ssl.SSLContext]]:
@@ -5124,12 +5380,17 @@ def chosen_limits(args: argparse.Namespace) -> Limits:
     return limits._replace(**chosen)
 
 
-def begin_log(args: argparse.Namespace) -> Callable[[], bool]:
+def begin_log(args: argparse.Namespace, console: Optional[Console] = None) -> Callable[[], bool]:
     """Has the log written by a thread, because a terminal or a pipe may take nothing for as long as it likes.
 
     Returns what ends that; it tells whether all is written.
     """
-    handler = logging.FileHandler(args.log, encoding="utf-8") if args.log else logging.StreamHandler()
+    handler: logging.Handler = logging.StreamHandler()
+    if args.log:
+        handler = logging.FileHandler(args.log, encoding="utf-8")
+    elif console and sys.stderr.isatty():
+        handler = ToConsole()
+        handler.console = console
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     records: queue.Queue[Any] = queue.Queue(LOG_RECORDS)
     source = LogQueue(records)
@@ -5150,6 +5411,16 @@ def begin_log(args: argparse.Namespace) -> Callable[[], bool]:
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
     return end
+
+
+class ToConsole(logging.Handler):
+    """Shows the log at the operator's terminal."""
+
+    console: Console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).splitlines():
+            self.console.events.put(("line", line))
 
 
 class LogQueue(logging.handlers.QueueHandler):

@@ -1798,10 +1798,42 @@ class Pressure(ServerCase):
     def test_silent_connections_are_closed(self) -> None:
         self.limit(register_s=0.5)
         with mock.patch.object(chat, "PROMPT_S", 0.1):
-            silent = [self.peer() for _ in range(50)]
+            silent = [self.peer() for _ in range(500)]
             for peer in silent:
                 self.assertEqual(peer.rest()[-1:], ["Enter your name: *** No name within 0 seconds"])
         self.eventually(lambda: not self.server.hub.sessions, "sessions were left")
+
+    def test_a_name_in_drips_is_cut_off(self) -> None:
+        self.limit(register_s=0.3)
+        slow = self.peer()
+        with contextlib.suppress(OSError):
+            while True:
+                slow.send("x")
+                time.sleep(0.02)
+        self.assertEqual(slow.rest()[-1:], ["*** No name within 0 seconds"])
+
+    def test_a_storm_of_connections(self) -> None:
+        ann, bob = self.irc("ann"), self.irc("bob")
+        before = threading.active_count()
+
+        def storm() -> None:
+            for number in range(200):
+                sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+                if number % 2:  # reset
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    sock.send(b"NICK ")
+                sock.close()
+
+        storms = [threading.Thread(target=storm) for _ in range(5)]
+        for thread in storms:
+            thread.start()
+        self.write(bob, 200)
+        for number in range(200):
+            self.assertTrue(ann.until("PRIVMSG #chat").endswith(f" {number}"))
+        for thread in storms:
+            thread.join(PATIENCE)
+        self.eventually(lambda: len(self.server.mailer) == 2, "connections were left")
+        self.eventually(lambda: threading.active_count() <= before, "threads were left")
 
     def test_pings_keep_the_living_and_end_the_dead(self) -> None:
         self.limit(ping_s=0.2, pong_s=1.0)
@@ -1844,7 +1876,7 @@ class Pressure(ServerCase):
     def test_what_a_slow_reader_owes_comes_in_order(self) -> None:
         ann, slow = self.irc("ann"), self.irc("slow")
         ann.sync()
-        connection = next(c for c in self.server._mailer._connections.values() if c.session.nick == "slow")
+        connection = next(c for c in self.server.mailer._connections.values() if c.session.nick == "slow")
         count = 0
         while not connection.outbox:
             ann.send("".join(f"PRIVMSG #chat :{number} {'x' * 400}\r\n" for number in range(count, count + 100)))
@@ -1853,7 +1885,7 @@ class Pressure(ServerCase):
         for number in range(count):
             self.assertIn(f"PRIVMSG #chat :{number} x", slow.until("PRIVMSG"))
         self.eventually(lambda: not connection.outbox, "something is still owed")
-        self.assertEqual(len(self.server._mailer._selector.get_map()), 1)
+        self.assertEqual(len(self.server.mailer._selector.get_map()), 1)
 
     def test_a_flood_of_questions_about_the_past_is_bounded(self) -> None:
         ann, bob = self.irc("ann"), self.irc("bob", "batch", "draft/chathistory")
@@ -1916,7 +1948,7 @@ class Pressure(ServerCase):
         before = threading.active_count()
         for peer in [self.irc(f"u{number}") for number in range(50)]:
             peer.close()
-        self.eventually(lambda: not self.server._mailer._connections, "connections were left")
+        self.eventually(lambda: not self.server.mailer._connections, "connections were left")
         self.eventually(lambda: threading.active_count() <= before, "threads were left")
         self.assertEqual((self.server.hub.nicks, self.server.hub.channels), ({}, {}))
 
@@ -1950,7 +1982,7 @@ class Throttled(ServerCase):
         bob.rest()
         bob.close()
         ann.until("bob left")
-        self.eventually(lambda: len(self.server._mailer) == 1, "bob's connection was left")
+        self.eventually(lambda: len(self.server.mailer) == 1, "bob's connection was left")
         self.plain("eve")
 
     def test_origins(self) -> None:
@@ -2206,7 +2238,7 @@ class Encrypted(ServerCase):
             self.assertEqual(peer.rest(), [])
             peer.close()
         self.assertEqual(len(self.sessions(1)), 1)
-        self.eventually(lambda: len(self.server._mailer) == 1, "connections were left")
+        self.eventually(lambda: len(self.server.mailer) == 1, "connections were left")
         self.eventually(lambda: threading.active_count() <= before + 1, "threads were left")
 
     def test_what_is_cut_off_does_not_count(self) -> None:
@@ -2239,7 +2271,7 @@ class Encrypted(ServerCase):
     def test_a_slow_reader_gets_everything_in_order(self) -> None:
         ann, slow = self.plain("ann"), self.secret("slow\n")
         ann.until("slow joined")
-        connection = next(c for c in self.server._mailer._connections.values() if c.session.nick == "slow")
+        connection = next(c for c in self.server.mailer._connections.values() if c.session.nick == "slow")
         count = 0
         while not connection.outbox:
             ann.send("".join(f"{number} {'x' * 400}\n" for number in range(count, count + 100)))
@@ -2592,7 +2624,7 @@ class Resume(ServerCase):
         bob = self.bob()
         bob.until(" 376 ")
         self.lose(bob)
-        self.eventually(lambda: not len(self.server._mailer), "the connection is not closed")
+        self.eventually(lambda: not len(self.server.mailer), "the connection is not closed")
         self.bob().until(" 376 ")
 
     def test_an_id_counts_for_each_target(self) -> None:
@@ -3281,13 +3313,17 @@ class ServerProgram(ProgramCase):
         import resource
 
         program, port = self.server(
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
         )
-        peers = [Peer(port) for _ in range(60)]
+        peers = [Peer(port) for _ in range(90)]
         for peer in peers:
             self.addCleanup(peer.close)
         refused = [peer for peer in peers[-10:] if peer.line() == f"ERROR :{chat.FULL}"]
         self.assertEqual(len(refused), 10)
+        if os.path.exists("/proc"):
+            used = self.processor_seconds(program.pid)
+            time.sleep(1)  # in which it has nothing to do
+            self.assertLess(self.processor_seconds(program.pid) - used, 0.3, "it spins")
         for peer in peers:
             peer.close()
         end = time.monotonic() + PATIENCE
@@ -3302,6 +3338,11 @@ class ServerProgram(ProgramCase):
         _, err = program.communicate(timeout=PATIENCE)
         self.assertEqual(program.returncode, 0)
         self.assertNotIn("Traceback", err)
+
+    @staticmethod
+    def processor_seconds(pid: int) -> float:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     @unittest.skipUnless(shutil.which("nc"), "needs nc")
     def test_printf_into_nc(self) -> None:
@@ -3462,6 +3503,24 @@ class ClientProgram(ProgramCase):
         _, err = client.communicate()
         self.assertEqual(client.returncode, 1)
         self.assertEqual(err, f"chat.py: the connection to 127.0.0.1:{port} was lost: Server is shutting down\n")
+
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
+    def test_a_client_that_was_stopped(self) -> None:
+        _, port = self.server("--ping-time", "0.2", "--pong-time", "20")
+        ann = Peer(port, "ann\n")
+        self.addCleanup(ann.close)
+        client = self.start("client", "--port", str(port), "--name", "bob", stdin=subprocess.PIPE)
+        ann.until("bob joined")
+        client.send_signal(signal.SIGSTOP)
+        for number in range(1000):
+            ann.send(f"{number} {'x' * 400}\n")
+        ann.send("/whois bob\n")
+        ann.until("bob is bob")
+        client.send_signal(signal.SIGCONT)
+        ann.send("the end\n")
+        assert client.stdout
+        got = [line.split()[1] for line in iter(client.stdout.readline, "ann: the end\n") if line.startswith("ann: ")]
+        self.assertEqual(got, [str(number) for number in range(1000)])
 
     def test_client_interrupted(self) -> None:
         _, port = self.server()
@@ -4121,6 +4180,115 @@ class AtTheTerminalOfAFake(SeatCase):
         fake.welcome()
         seat.until(lambda: seat.last().startswith("[#chat "))
         self.assertNotIn("sesame", seat.glass.text())
+
+
+class Operator(SeatCase):
+    """Whoever runs a server, at its terminal."""
+
+    def serve(self, *args: str) -> Tuple[Seat, int]:
+        seat = Seat(self, ["server", "--port", "0", *args], 100, "exec %s", {})
+        self.addCleanup(seat.end)
+        seat.until(lambda: seat.last() == "server>")
+        return seat, int((re.search(r"listening on 127\.0\.0\.1:(\d+)", seat.glass.text()) or ["", "0"])[1])
+
+    def enter(self, seat: Seat, line: str, answer: str) -> None:
+        """Types a line, and waits for what follows it."""
+        seat.type(f"{line}\r")
+        pattern = f"server> {re.escape(line)}\n(.*\n)*?.*{answer}"
+        seat.until(lambda: re.search(pattern, seat.glass.text()))
+
+    def plain(self, port: int, name: str) -> Peer:
+        peer = Peer(port, f"{name}\n")
+        self.addCleanup(peer.close)
+        peer.until(f"*** {name} joined")
+        return peer
+
+    def test_what_an_operator_can_do(self) -> None:
+        seat, port = self.serve()
+        self.enter(seat, "/who", "nobody is here\n")
+        ann, bob, eve = self.plain(port, "ann"), self.irc(port, "bob"), self.plain(port, "eve")
+        seat.until(lambda: "INFO eve from 127.0.0.1 joined\nserver>" in seat.glass.text())
+        bob.send("PRIVMSG #chat :one\r\n")
+        ann.until("bob: one")
+        self.enter(seat, "/who", r"ann from 127\.0\.0\.1, Plain, silent for 0 s: #chat\n")
+        self.enter(
+            seat, "/stats", r"3 people in 1 channels, 3 connections\n1 messages, \d+ deliveries\n\d+ MB, up for \d+ s\n"
+        )
+        self.enter(seat, "/say closing at six", "told 3 people\n")
+        ann.until("*** From the operator: closing at six")
+        self.assertEqual(bob.until("operator"), ":chat.local NOTICE * :From the operator: closing at six")
+        seat.type("half a line")
+        bob.send("NICK rob\r\n")
+        carl = self.plain(port, "carl")
+        seat.until(lambda: re.search(r"INFO carl from 127\.0\.0\.1 joined\nserver> half a line$", seat.glass.text()))
+        seat.type("\x15/ki\tro\t too loud\r")
+        thrown = "Thrown out: too loud"
+        self.assertEqual(ann.until("rob left"), f"*** rob left: {thrown}")
+        self.assertEqual(bob.rest()[-2:], [f":chat.local KILL rob :{thrown}", f":chat.local ERROR :{thrown}"])
+        self.enter(seat, "/kick nobody", "Error: nobody here is called nobody\n")
+        self.enter(seat, "/kick", r"Error: it is /kick NAME \[REASON\]\n")
+        self.enter(seat, "hello", "Error: these are commands of the server: /help lists them")
+        self.enter(seat, "/help", r"/ban \[NAME or ADDRESS\] +shuts an address out")
+        self.enter(seat, "/ban eve", "eve is banned, until the server ends; the same again lets them back\n")
+        self.assertEqual(eve.rest()[-1], "*** Thrown out: banned")
+        banned = Peer(port, "EVE\n")
+        self.addCleanup(banned.close)
+        self.assertEqual(banned.rest()[-1], "*** You are banned from this server")
+        self.enter(seat, "/ban 2001:db8::1", "2001:db8::1 is banned")
+        self.enter(seat, "/ban", "banned: eve, 2001:db8::1\n")
+        self.enter(seat, "/ban eve", "eve may come back\n")
+        self.plain(port, "eve")
+        seat.type("/stop\r")
+        self.assertEqual(carl.rest()[-1], "*** Server is shutting down")
+        self.assertEqual((seat.wait(), seat.modes()), (0, seat.modes_at_first))
+
+    def test_interrupted(self) -> None:
+        seat, port = self.serve("--log", os.devnull)
+        ann = self.plain(port, "ann")
+        self.enter(seat, "/stats", "1 people")
+        self.assertNotIn("INFO", seat.glass.text())
+        seat.type("\x03")
+        self.assertEqual(ann.rest()[-1], "*** Server is shutting down")
+        self.assertEqual((seat.wait(), seat.modes()), (0, seat.modes_at_first))
+
+    def test_in_the_background(self) -> None:
+        seat = Seat(self, ["server", "--port", "0"], 80, "set -m; %s & echo process $!; wait", {})
+        self.addCleanup(seat.end)
+        seat.until(lambda: "any IRC client" in seat.glass.text())
+        process = int((re.search(r"process (\d+)", seat.glass.text()) or ["", "0"])[1])
+
+        def end() -> None:
+            if seat.program.poll() is None:
+                os.kill(process, signal.SIGKILL)
+
+        self.addCleanup(end)
+        port = int((re.search(r":(\d+)\n", seat.glass.text()) or ["", "0"])[1])
+        self.plain(port, "ann")
+        seat.until(lambda: "ann from 127.0.0.1 joined" in seat.glass.text())
+        self.assertNotIn("server>", seat.glass.text())
+        self.assertEqual(seat.modes(), seat.modes_at_first)
+        os.kill(process, signal.SIGHUP)
+        self.assertEqual(seat.wait(), 0)
+
+
+class Bans(ServerCase):
+    def test_an_address_is_shut_out(self) -> None:
+        with mock.patch.object(chat.Server, "_host", lambda server, origin: "10.0.0.1"):
+            ann, bob = self.plain("ann"), self.irc("bob")
+            answer = chat.operate(self.server, "/ban bob")
+            self.assertEqual(
+                answer, ["bob (127.0.0.1) is banned, until the server ends; the same again lets them back"]
+            )
+            for peer in (ann, bob):
+                self.assertIn("Thrown out: banned", peer.rest()[-1])
+            with self.assertLogs("chat", "WARNING"):
+                self.assertEqual(self.peer("eve\n").rest(), ["ERROR :You are banned from this server"])
+            chat.operate(self.server, "/ban 127.0.0.1")
+            self.plain("eve")
+
+    def test_lengths(self) -> None:
+        for seconds, text in ((0.4, "0 s"), (59, "59 s"), (60, "1 min"), (7500, "2 h 5 min"), (100_000, "1 d 3 h")):
+            self.assertEqual(chat.length(seconds), text)
 
 
 @unittest.skipUnless(shutil.which("tmux"), "needs tmux")
