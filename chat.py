@@ -124,9 +124,16 @@ USER_CHARS = 10
 CHANNEL_CHARS, CHANNEL_BYTES = 50, 64
 # With any prefix, a line and its numeric stay within 512; NAMES_BYTES are of names in one 353 line.
 TOPIC_BYTES, NAMES_BYTES, AWAY_BYTES, REASON_BYTES, REALNAME_BYTES = 300, 300, 200, 200, 100
+MASK_BYTES, KEY_BYTES = 80, 32  # of a ban, so that MAX_MODES of them fit in a MODE line; of a channel's key
 
 # How many, per server or per session.
-MAX_TARGETS = 4  # recipients of one PRIVMSG
+MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
+MAX_JOINS = 50  # channels in one JOIN or PART, and invitations that are remembered
+MAX_MODES = 4  # with a parameter, in one MODE
+MAX_BANS = 100  # of a channel
+BANNED_KNOWN = 10_000  # of whom a channel remembers whether they are banned
+MAX_LISTED = 1000  # channels in one LIST
+VIEWS = 1000  # sets of capabilities that are remembered; there are few, unless somebody tries them all
 NICK_CHANGES, NICK_CHANGE_S = 5, 10.0  # at once, then one each so many seconds: each is told to everybody
 
 # Memory between a sender and a slow recipient.
@@ -242,6 +249,7 @@ RPL_LUSEROP = Numeric("252", "operators", "operators online")
 RPL_LUSERUNKNOWN = Numeric("253", "unregistered", "connections without a name yet")
 RPL_LUSERCHANNELS = Numeric("254", "channel-count", "channels formed")
 RPL_LUSERME = Numeric("255", "local-users")
+RPL_TRYAGAIN = Numeric("263", "too-fast", "{0} is too much now; wait a little", form="Error: {text}")
 RPL_AWAY = Numeric("301", "away", form="{1} is away: {text}")
 RPL_USERHOST = Numeric("302", "userhost")
 RPL_ISON = Numeric("303", "ison")
@@ -256,33 +264,45 @@ RPL_WHOISCHANNELS = Numeric("319", "whois-channels", form="{1} is in {text}")
 RPL_LISTSTART = Numeric("321", "list-start", "Users  Name")
 RPL_LIST = Numeric("322", "list", form="{1}: {2} here. {text}")
 RPL_LISTEND = Numeric("323", "list-end", "End of LIST")
-RPL_CHANNELMODEIS = Numeric("324", "channel-mode")
+RPL_CHANNELMODEIS = Numeric("324", "channel-mode", form="The modes of {1} are: {rest}")
 RPL_CREATIONTIME = Numeric("329", "channel-created")
 RPL_NOTOPIC = Numeric("331", "no-topic", "No topic is set", form="{1} has no topic")
 RPL_TOPIC = Numeric("332", "topic", form="The topic of {1} is: {text}")
 RPL_TOPICWHOTIME = Numeric("333", "topic-by")
+RPL_INVITING = Numeric("341", "inviting", form="You invited {1} to {text}")
+RPL_VERSION = Numeric("351", "version")
 RPL_WHOREPLY = Numeric("352", "who")
 RPL_NAMREPLY = Numeric("353", "names", form="In {2}: {text}")
 RPL_WHOSPCRPL = Numeric("354", "whox")
+RPL_LINKS = Numeric("364", "link")
+RPL_ENDOFLINKS = Numeric("365", "end-of-links", "End of LINKS list")
 RPL_ENDOFNAMES = Numeric("366", "end-of-names", "End of NAMES list")
-RPL_ENDOFBANLIST = Numeric("368", "end-of-bans", "End of channel ban list")
+RPL_BANLIST = Numeric("367", "ban", form="Banned from {1}: {2}, by {3}")
+RPL_ENDOFBANLIST = Numeric("368", "end-of-bans", "End of channel ban list", form="{text}")
 RPL_ENDOFWHOWAS = Numeric("369", "end-of-whowas", "End of WHOWAS")
+RPL_INFO = Numeric("371", "info")
 RPL_MOTD = Numeric("372", "motd")
+RPL_ENDOFINFO = Numeric("374", "end-of-info", "End of INFO list")
 RPL_MOTDSTART = Numeric("375", "motd-start")
 RPL_ENDOFMOTD = Numeric("376", "motd-end", "End of MOTD")
+RPL_TIME = Numeric("391", "time")
 RPL_HELPTXT = Numeric("705", "help", form="{text}")
 RPL_ENDOFHELP = Numeric("706", "end-of-help", "End of HELP")
 
 ERR_NOSUCHNICK = Numeric("401", "no-such-user", "nobody here is called {0}")
+ERR_NOSUCHSERVER = Numeric("402", "no-such-server", "no server here is called {0}")
 ERR_NOSUCHCHANNEL = Numeric("403", "no-such-channel", "there is no channel {0}")
 ERR_CANNOTSENDTOCHAN = Numeric("404", "cannot-send", "only members may write to {0}")
+ERR_MODERATED = ERR_CANNOTSENDTOCHAN._replace(text="{0} is moderated: only who has a rank may write there")
+ERR_SILENCED = ERR_CANNOTSENDTOCHAN._replace(text="you are banned from {0}, so you cannot write there")
 ERR_TOOMANYCHANNELS = Numeric("405", "too-many-channels", "{0} would be one channel too many")
 ERR_WASNOSUCHNICK = Numeric("406", "was-no-such-user", "nothing is known of {0}")
-ERR_TOOMANYTARGETS = Numeric("407", "too-many-targets", f"a message has at most {MAX_TARGETS} recipients")
+ERR_TOOMANYTARGETS = Numeric("407", "too-many-targets", "that is too many names in one command")
 ERR_NOORIGIN = Numeric("409", "no-origin", "PING needs a token")
 ERR_INVALIDCAPCMD = Numeric("410", "invalid-cap", "CAP knows LS, LIST, REQ and END")
 ERR_NORECIPIENT = Numeric("411", "no-recipient", "to whom?")
 ERR_NOTEXTTOSEND = Numeric("412", "no-text", "there is no text to send")
+ERR_TOOMANYMATCHES = Numeric("416", "too-many-matches", f"only the first {MAX_LISTED} channels are listed")
 ERR_INPUTTOOLONG = Numeric("417", "too-long", "that line is too long; send it in pieces")
 ERR_UNKNOWNCOMMAND = Numeric("421", "unknown-command", "{0} is not a command here")
 ERR_NONICKNAMEGIVEN = Numeric("431", "no-name", "which name?")
@@ -294,19 +314,30 @@ ERR_ERRONEUSNICKNAME = Numeric(
 )
 ERR_NICKNAMEINUSE = Numeric("433", "name-taken", "that name is taken; send another")
 ERR_NICKTOOFAST = Numeric("438", "name-too-fast", "too many name changes; wait a little")
+ERR_USERNOTINCHANNEL = Numeric("441", "user-not-in-channel", "{0} is not in {1}")
 ERR_NOTONCHANNEL = Numeric("442", "not-in-channel", "you are not in {0}")
+ERR_NOWHERE = ERR_NOTONCHANNEL._replace(text="you are in no channel; /join one first")
+ERR_USERONCHANNEL = Numeric("443", "user-in-channel", "{0} is in {1} already")
 ERR_NOTREGISTERED = Numeric("451", "not-joined", "say who you are first")
 ERR_NEEDMOREPARAMS = Numeric("461", "too-few-parameters", "{0} needs more than that")
 ERR_ALREADYREGISTERED = Numeric("462", "already-joined", "you have said who you are")
 ERR_PASSWDMISMATCH = Numeric("464", "wrong-password", "the right password is wanted")
 ERR_YOUREBANNEDCREEP = Numeric("465", "banned", "you are banned from this server")
-ERR_UNKNOWNMODE = Numeric("472", "unknown-mode", "channel modes cannot be changed here")
+ERR_CHANNELISFULL = Numeric("471", "channel-full", "{0} has as many members as it may have")
+ERR_UNKNOWNMODE = Numeric("472", "unknown-mode", "{0} is not a channel mode here")
+ERR_INVITEONLYCHAN = Numeric("473", "invite-only", "only who was invited may join {0}")
+ERR_BANNEDFROMCHAN = Numeric("474", "banned-from-channel", "you are banned from {0}")
+ERR_BADCHANNELKEY = Numeric("475", "bad-key", "{0} has a key: join it with the right one")
 ERR_BADCHANMASK = Numeric(
     "476", "bad-channel", f"a channel is # and up to {CHANNEL_CHARS - 1} printable characters without space or comma"
 )
+ERR_BANLISTFULL = Numeric("478", "too-many-bans", f"{{0}} has {MAX_BANS} bans; remove one first")
+ERR_NOPRIVILEGES = Numeric("481", "no-privileges", "nobody is operator of this server")
 ERR_CHANOPRIVSNEEDED = Numeric("482", "not-operator", "only an operator of {0} may do that")
+ERR_NOOPERHOST = Numeric("491", "no-operators", "nobody can become operator of this server")
 ERR_UMODEUNKNOWNFLAG = Numeric("501", "unknown-user-mode", "that user mode is not known")
 ERR_USERSDONTMATCH = Numeric("502", "not-you", "only your own modes can be seen")
+ERR_INVALIDMODEPARAM = Numeric("696", "bad-mode-parameter", "mode {1} cannot be set to that")
 
 # Replies of the IRCv3 standard-replies form: FAIL <command> <code> :<text>.
 FAIL_INVALID_UTF8 = Numeric("FAIL", "invalid-utf8", "that line is not UTF-8 text")
@@ -315,6 +346,7 @@ FAIL_BAD_JSON = Numeric("FAIL", "bad-json", "that line is not a JSON object")
 FAIL_BAD_TYPE = Numeric("FAIL", "unknown-type", "type is join, chat, private, leave or command")
 FAIL_BAD_FIELD = Numeric("FAIL", "bad-field", "{0} must be a string")
 FAIL_BAD_SLASH = Numeric("FAIL", "bad-command", "{0}")
+FAIL_INVALID_REALNAME = Numeric("FAIL", "invalid-realname", f"a real name has 1 to {REALNAME_BYTES} bytes")
 FAIL_CANNOT_STORE = Numeric("FAIL", "cannot-store", "not said, because it cannot be stored: {0}")
 # IRCv3 draft/chathistory, "Errors and Warnings"; their parameters stand before the text.
 FAIL_INVALID_PARAMS = Numeric("FAIL", "invalid-params", "these are not parameters of CHATHISTORY")
@@ -418,6 +450,36 @@ def simpler_nick(nick: str) -> str:
     return stem[: max(OLD_NICK_CHARS - len(nick) + len(stem), 0)] + nick[len(stem) :]
 
 
+def is_word(text: str, size: int) -> bool:
+    """Whether `text` can stand as a parameter anywhere in a line, and in a list, with at most `size` bytes."""
+    apart = text[:1] in ("", ":") or set(text) & set(" ,")
+    return not apart and text.isprintable() and len(text.encode()) <= size
+
+
+def full_mask(mask: str) -> str:
+    """A mask of names as nick!user@host, with * for what it does not tell."""
+    if "!" not in mask:
+        mask = f"*!{mask}" if "@" in mask else f"{mask}!*"
+    return mask if "@" in mask else f"{mask}@*"
+
+
+def matches(mask: str, text: str) -> bool:
+    """Whether a mask is about `text`: * stands for any characters, ? for one. A mask of many * takes no longer."""
+    at = place = 0
+    star, resume = -1, 0  # the last * so far, and where the text after what it stands for begins
+    while at < len(text):
+        if mask[place : place + 1] == "*":
+            star, resume, place = place, at, place + 1
+        elif mask[place : place + 1] in ("?", text[at]):
+            at, place = at + 1, place + 1
+        elif star < 0:
+            return False
+        else:
+            resume += 1
+            at, place = resume, star + 1
+    return not mask[place:].strip("*")
+
+
 # -----------------------------------------------------------------------------
 # wire format
 # -----------------------------------------------------------------------------
@@ -431,6 +493,7 @@ ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msg
 BY_TAG = "chat.py/by"  # only in the history: who used that id
 REPLAYED_TAG = "chat.py/replayed"  # on what was said before, for clients that did not ask
 COUNT_TAG = "chat.py/here"  # on JOIN: how many are in the channel now
+FOR_TAG = "chat.py/for"  # only in the log: the capability without which an IRC client is not told
 
 
 class Message(NamedTuple):
@@ -597,12 +660,15 @@ def server_time(moment: float) -> str:
 # What a plain user is asked for; other dialects do not show it.
 PROMPT = Message("PROMPT", ("Enter your name: ",))
 PASSWORD_PROMPT = Message("PROMPT", ("Enter the password: ",))
-# How events read: their name in JSON, and a text of {nick}, {text} (the last parameter), {here} and {reason}.
+# How events read: their name in JSON, and a text of {nick}, {text} (the last parameter), {rest} (all parameters after
+# the channel), {here} and {reason}.
 EVENT_FORMS = {
     "JOIN": ("join", "{nick} joined{here}"),
     "PART": ("leave", "{nick} left{reason}"),
     "QUIT": ("leave", "{nick} left{reason}"),
     "KICK": ("kick", "{1} was kicked out by {nick}{reason}"),
+    "INVITE": ("invite", "{nick} invited {0} to {1}"),
+    "MODE": ("mode", "{nick} set {rest}"),
     "NICK": ("nick", "{nick} is now {text}"),
     "TOPIC": ("topic", "{nick} set the topic: {text}"),
     "NOTICE": ("notice", "{text}"),  # from a server
@@ -648,6 +714,7 @@ def event_of(message: Message) -> Tuple[str, str]:
         *values,
         nick=harmless(message.nick),
         text=harmless(message.text),
+        rest=harmless(" ".join(message.params[2 if numeric else 1 :])),
         here=f" ({harmless(message.tags[COUNT_TAG])} here)" if COUNT_TAG in message.tags else "",
         reason=f": {harmless(reason)}" if reason else "",
     )
@@ -687,8 +754,11 @@ SLASHES = {
     "me": Slash("TEXT", "says what you do", 1, 1, lambda here, words: Message("PRIVMSG", (here, action(words[0])))),
     "who": Slash("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
     "whois": Slash("NAME", "tells more about somebody", 1, 2, lambda here, words: Message("WHOIS", words[:1])),
-    "join": Slash("#CHANNEL [KEY]", "goes to another channel", 1, 3, lambda here, words: Message("JOIN", words[:2])),
+    "join": Slash("#NAME [KEY]", "goes to another channel", 1, 3, lambda here, words: Message("JOIN", words[:2])),
     "topic": Slash("[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))),
+    "invite": Slash("NAME", "asks somebody to come", 1, 2, lambda here, words: Message("INVITE", (words[0], here))),
+    "kick": Slash("NAME [TEXT]", "puts somebody out", 1, 2, lambda here, words: Message("KICK", (here, *words))),
+    "mode": Slash("[MODES]", "shows or sets modes: +o NAME", 0, 9, lambda here, words: Message("MODE", (here, *words))),
     "away": Slash("[TEXT]", "says why you do not answer", 0, 1, lambda here, words: Message("AWAY", words)),
     "ignore": Slash(
         "[NAME]", "hides somebody, or no more", 0, 2, lambda here, words: Message("IGNORE", words[:1]), True
@@ -733,10 +803,12 @@ TLS_HANDSHAKE = 0x16  # first byte of a TLS ClientHello: RFC 8446, section 5.1
 
 RESUME_CAP = "chat.py/resume"
 CAPABILITIES = (
-    "batch", "chat.py/resume", "draft/chathistory", "echo-message", "labeled-response", "message-tags", "multi-prefix",
-    "server-time", "standard-replies",
+    "away-notify", "batch", "cap-notify", "chat.py/resume", "chghost", "draft/chathistory", "echo-message",
+    "extended-join", "invite-notify", "labeled-response", "message-tags", "multi-prefix", "server-time", "setname",
+    "standard-replies", "userhost-in-names",
 )  # fmt: skip
-TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response"}  # other tags: message-tags
+# By which capability a client gets a tag; others by message-tags, and that one by none.
+TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: ""}
 
 
 def decode_text(line: bytes) -> str:
@@ -804,6 +876,7 @@ class Json(Dialect):
     """A JSON object a line, for scripts."""
 
     caps = frozenset({"labeled-response"})  # ref and ack are what label and ACK are on IRC
+    NAMED = {"nick": 0, "kick": 1}  # events with a name: of a parameter
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
         item = self._load(decode_text(line))
@@ -886,8 +959,8 @@ class Json(Dialect):
         channels = [param for param in message.params[:3] if param.startswith(tuple(CHANNEL_TYPES))]
         if channels:
             item["channel"] = channels[0]
-        if name == "nick":
-            item["name"] = message.text
+        if name in Json.NAMED:
+            item["name"] = message.param(Json.NAMED[name])
         elif name == "names":
             item["users"] = [user.lstrip("@+") for user in message.text.split()]
         return item
@@ -916,15 +989,18 @@ class Irc(Dialect):
         return [message] if message.command else []
 
     def encode(self, message: Message) -> bytes:
-        if message.command == "PROMPT" or (message.command == "TAGMSG" and "message-tags" not in self.caps):
+        needed = "message-tags" if message.command == "TAGMSG" else message.tags.get(FOR_TAG)
+        if message.command == "PROMPT" or (needed and needed not in self.caps):
             return b""
+        if message.command == "JOIN" and "extended-join" not in self.caps:
+            message = message._replace(params=message.params[:1])
         if message.command == "FAIL" and "standard-replies" not in self.caps:
             message = Message("NOTICE", ("*", message.text), message.source, message.tags)
         wanted = [item for item in message.tags.items() if TAG_CAPS.get(item[0], "message-tags") in self.caps]
         return f"{format_tags(wanted)}{format_line(message)}\r\n".encode()
 
 
-irc = functools.lru_cache(maxsize=None)(Irc)  # one view for all who negotiated the same capabilities
+irc = functools.lru_cache(maxsize=VIEWS)(Irc)  # one view for all who negotiated the same capabilities
 
 
 class Http(Dialect):
@@ -1277,13 +1353,22 @@ def union(rosters: List[Roster]) -> Roster:
     return Roster(list(dict.fromkeys(itertools.chain(*(roster.present() for roster in rosters)))))
 
 
+SIGNS = {"": "", "o": "@", "v": "+", "ov": "@+"}  # how ranks are shown
+NAMES_CAPS = frozenset({"multi-prefix", "userhost-in-names"})  # on which the form of names in 353 depends
+
+
+def signs(rank: str, caps: frozenset[str]) -> str:
+    """A rank as a client with these capabilities sees it before a name: one sign, or all."""
+    return SIGNS[rank] if "multi-prefix" in caps else SIGNS[rank][:1]
+
+
 class Session:
     """Somebody connected, named or not yet. Guarded by the hub's lock, but for what its reader alone sets."""
 
     __slots__ = (
         "absent", "admitted", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard",
-        "held", "host", "missed", "negotiating", "nick", "nick_changes", "origin", "pace", "prefix", "realname",
-        "registered", "signon", "silent", "since", "spoke", "token", "user", "view", "wrong",
+        "held", "host", "invites", "missed", "negotiating", "nick", "nick_changes", "origin", "pace", "prefix",
+        "realname", "registered", "signon", "silent", "since", "spoke", "token", "user", "view", "wrong",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float, origin: str = "", pace: Optional[Allowance] = None) -> None:
@@ -1304,7 +1389,8 @@ class Session:
         self.token = ""  # a hash of the secret by which this client is known again
         self.absent = ""  # why, since its connection was lost; it may come back
         self.missed: List[Message] = []  # said to it alone since then
-        self.channels: Dict[Channel, str] = {}  # channel -> '' or 'o'
+        self.channels: Dict[Channel, str] = {}  # channel -> rank: '', 'o', 'v' or 'ov'
+        self.invites: Dict[Channel, None] = {}  # channels that an operator invited it to; the last few
         self.alone = Roster([self])  # of what is for it alone
         self.since = self.heard = now  # monotonic seconds: connected; last bytes received (the reader's)
         self.spoke = self.signon = time.time()  # Unix seconds: last said something, registered
@@ -1330,8 +1416,11 @@ class Channel:
         self.created = int(time.time())
         self.topic = self.topic_by = ""
         self.topic_time = 0
+        self.modes = {"n": ""}  # letter -> parameter, or ''
+        self.masks: Dict[str, Tuple[str, str, str]] = {}  # folded mask of a ban -> mask, by whom, Unix time
         self.roster = Roster([])
-        self._names: List[str] = []  # chunks for 353; empty when out of date
+        self._banned: Dict[str, bool] = {}  # prefix -> whether a mask matches it, as far as that was asked
+        self._names: Dict[frozenset[str], List[str]] = {}  # of NAMES_CAPS -> chunks for 353; empty when out of date
 
     def __len__(self) -> int:
         return len(self.roster.members) - len(self.roster.left)
@@ -1342,37 +1431,53 @@ class Channel:
             self.roster = Roster(self.roster.present())
         session.channels[self] = "" if len(self) else "o"
         self.roster.members.append(session)
-        if self._names:
-            self._add_name(self.title(session))
+        for caps in self._names:
+            self._add_name(session, caps)
 
     def remove(self, session: Session) -> None:
         """Lets a session out."""
         del session.channels[self]
         self.roster.left[session] = self.roster.sent
-        if len(self.roster.left) > 8 + len(self) // 8:
+        if not len(self) or len(self.roster.left) > 8 + len(self) // 8:
             self.roster = Roster(self.roster.present())
         self.names_changed()
 
-    def title(self, session: Session) -> str:
+    def title(self, session: Session, caps: frozenset[str] = frozenset()) -> str:
         """A member's name with the sign of its rank."""
-        return ("@" if session.channels[self] else "") + session.nick
+        name = session.prefix if "userhost-in-names" in caps else session.nick
+        return signs(session.channels[self], caps) + name
 
-    def names(self) -> list[str]:
+    def names(self, caps: frozenset[str] = frozenset()) -> list[str]:
         """All titles, in chunks that fit in a 353 line. A thousand joiners in a row share one list."""
-        if not self._names:
+        caps = NAMES_CAPS & caps
+        if caps not in self._names:
+            self._names[caps] = []
             for member in self.roster.present():
-                self._add_name(self.title(member))
-        return self._names
+                self._add_name(member, caps)
+        return self._names[caps]
 
     def names_changed(self) -> None:
         """To be called when a member's title has changed."""
-        self._names = []
+        self._names = {}
 
-    def _add_name(self, title: str) -> None:
-        if self._names and len(f"{self._names[-1]} {title}".encode()) <= NAMES_BYTES:
-            self._names[-1] += f" {title}"
+    def _add_name(self, session: Session, caps: frozenset[str]) -> None:
+        title, chunks = self.title(session, caps), self._names[caps]
+        if chunks and len(f"{chunks[-1]} {title}".encode()) <= NAMES_BYTES:
+            chunks[-1] += f" {title}"
         else:
-            self._names.append(title)
+            chunks.append(title)
+
+    def bans(self, session: Session) -> bool:
+        """Whether a session is banned. Every message asks, so the masks are compared once only."""
+        if session.prefix not in self._banned:
+            if len(self._banned) >= BANNED_KNOWN:
+                self._banned = {}
+            self._banned[session.prefix] = any(matches(mask, fold(session.prefix)) for mask in self.masks)
+        return self._banned[session.prefix]
+
+    def bans_changed(self) -> None:
+        """To be called when a mask has come or gone."""
+        self._banned = {}
 
 
 class Saying(NamedTuple):
@@ -1402,6 +1507,12 @@ class Delivery(NamedTuple):
     saying: Optional[Saying] = None
     keep: bool = False
     ask: Optional[Ask] = None
+
+    def tells(self, session: Session) -> bool:
+        """Whether it is also for the session whose command caused it: alone, or as one of a channel."""
+        if self.roster is session.alone:
+            return True
+        return self.but is None and self.roster is not self.roster.members[0].alone
 
 
 class Timers:
@@ -1571,10 +1682,10 @@ class Hub:
         return len(self._log)
 
     def gather_locked(self, session: Session, mark: int, present: Callable[[List[Delivery]], Ask]) -> None:
-        """Lets `present` make one answer of all that a session was answered since `mark`."""
+        """Lets `present` make one answer of all that the command of a session since `mark` tells it."""
         since = self._log[mark:]
-        answers = [delivery for delivery in since if delivery.roster is session.alone]
-        others = [delivery for delivery in since if delivery.roster is not session.alone]
+        answers = [delivery for delivery in since if delivery.tells(session)]
+        others = [delivery._replace(but=session) for delivery in since if delivery.roster is not session.alone]
         saying = next((delivery.saying for delivery in since if delivery.saying), None)
         self._log[mark:] = [*others, Delivery(PROMPT, session.alone, saying=saying, ask=present(answers))]
         self._weight += len(answers)
@@ -1586,10 +1697,11 @@ class Hub:
         words = (*params, text) if text is not None else params
         self.tell_locked(session, Message(numeric.code, (session.nick or "*", *words), self.name))
 
-    def part_locked(self, session: Session, channel: Channel, reason: str) -> None:
-        """Takes a session out of a channel and tells its members."""
-        words = (channel.name, reason) if reason else (channel.name,)
-        self.send_locked(Message("PART", words, session.prefix, self.stamps.next()), channel.roster)
+    def part_locked(self, session: Session, channel: Channel, reason: str, by: Optional[Session] = None) -> None:
+        """Takes a session out of a channel, by itself or by somebody else, and tells its members."""
+        words = (channel.name, *([session.nick] if by else []), *([reason] if reason else []))
+        gone = Message("KICK" if by else "PART", words, (by or session).prefix, self.stamps.next())
+        self.send_locked(gone, channel.roster)
         self._remove_locked(session, channel)
 
     def quit_locked(self, session: Session, reason: str, farewell: str) -> None:
@@ -1906,7 +2018,7 @@ def run(hub: Hub, session: Session, message: Message) -> bool:
         done = True
     except Refused as refused:
         refuse(hub, session, refused, message)
-    if label and len(label.encode()) <= LABEL_BYTES:
+    if label and len(label.encode()) <= LABEL_BYTES and not session.gone:  # its last words do not wait for history
         hub.gather_locked(session, mark, lambda answers: functools.partial(labeled, label, hub.name, answers))
     return done
 
@@ -1964,9 +2076,15 @@ def word(text: str) -> str:
     return cut(harmless(text.lstrip(" :").partition(" ")[0]), NICK_BYTES) or "*"
 
 
-def each(hub: Hub, session: Session, message: Message, act: Callable[[str], None]) -> None:
-    """Does something for every item of the first parameter's list; a refusal does not stop the rest."""
-    for item in dict.fromkeys(message.params[0].split(",")):
+def each(
+    hub: Hub, session: Session, message: Message, act: Callable[[str], None], index: int = 0, most: int = MAX_TARGETS
+) -> None:
+    """Does something for every item of a parameter's list, in which they may not be more; a refusal does not stop
+    the rest."""
+    items = dict.fromkeys(message.param(index).split(","))
+    if len(items) > most:
+        raise Refused(ERR_TOOMANYTARGETS)
+    for item in items:
         try:
             act(item)
         except Refused as refused:
@@ -1975,8 +2093,10 @@ def each(hub: Hub, session: Session, message: Message, act: Callable[[str], None
 
 def channel_of(hub: Hub, session: Session, name: str) -> Channel:
     """The channel that a parameter names; raises Refused."""
-    if name == HERE and session.view.single and session.channels:
-        return next(iter(session.channels))
+    if name == HERE and session.view.single:
+        if session.channels:
+            return next(iter(session.channels))
+        raise Refused(ERR_NOWHERE, HERE)
     channel = hub.channels.get(fold(name))
     if channel is None:
         raise Refused(ERR_NOSUCHCHANNEL, name)
@@ -1989,6 +2109,29 @@ def user_of(hub: Hub, nick: str) -> Session:
     if session is None or not session.registered:
         raise Refused(ERR_NOSUCHNICK, nick)
     return session
+
+
+def member_of(hub: Hub, channel: Channel, nick: str) -> Session:
+    """The member of a channel that a parameter names; raises Refused."""
+    session = user_of(hub, nick)
+    if channel not in session.channels:
+        raise Refused(ERR_USERNOTINCHANNEL, session.nick, channel.name)
+    return session
+
+
+def check_member(session: Session, channel: Channel, rank: str = "") -> None:
+    """Raises Refused for who is not in a channel, or lacks a rank there."""
+    if channel not in session.channels:
+        raise Refused(ERR_NOTONCHANNEL, channel.name)
+    if rank not in session.channels[channel]:
+        raise Refused(ERR_CHANOPRIVSNEEDED, channel.name)
+
+
+def notify(hub: Hub, session: Session, message: Message, cap: str) -> None:
+    """Tells of a change those who share a channel with a session, if they negotiated a capability."""
+    if session.channels:
+        told = message._replace(tags={**message.tags, FOR_TAG: cap})
+        hub.send_locked(told, union([channel.roster for channel in session.channels]), session)
 
 
 # Entering and leaving.
@@ -2005,6 +2148,8 @@ def cap(hub: Hub, session: Session, message: Message) -> None:
     if sub not in ("LS", "LIST", "REQ"):
         raise Refused(ERR_INVALIDCAPCMD, sub)
     session.negotiating = not session.registered and (sub != "LIST" or session.negotiating)
+    if sub == "LS" and message.param(1).isdecimal() and int(message.param(1)) >= 302:  # IRCv3 cap-notify: implied
+        session.view = irc(session.view.caps | {"cap-notify"})
     answer, text = sub, " ".join(CAPABILITIES if sub == "LS" else sorted(session.view.caps))
     if sub == "REQ":
         text = message.param(1)
@@ -2013,7 +2158,7 @@ def cap(hub: Hub, session: Session, message: Message) -> None:
         check_length(Message("CAP", (session.nick, "NAK", text), hub.name))
         answer = "ACK" if known else "NAK"
         if known:
-            dropped = {name[1:] for name in names if name[0] == "-"}
+            dropped = {name[1:] for name in names if name[0] == "-"} - {"cap-notify"}
             session.view = irc((session.view.caps | {name for name in names if name[0] != "-"}) - dropped)
     hub.tell_locked(session, Message("CAP", (session.nick or "*", answer, text), hub.name))
 
@@ -2094,7 +2239,7 @@ def take_over(hub: Hub, old: Session, session: Session) -> None:
         channel.add(session)
         session.channels[channel] = rank
         channel.names_changed()
-    session.missed, session.away = old.missed, old.away
+    session.missed, session.away, session.invites = old.missed, old.away, old.invites
     hub.tell_locked(old, Message("ERROR", ("You have come back on another connection",), hub.name))
     hub.forget_locked(old)
 
@@ -2143,7 +2288,7 @@ def register(hub: Hub, session: Session) -> None:
     lusers(hub, session, Message("LUSERS"))
     motd(hub, session, Message("MOTD"))
     for channel in session.channels:  # which it has taken over
-        hub.tell_locked(session, Message("JOIN", (channel.name,), session.prefix))
+        hub.tell_locked(session, joined(session, channel, NO_TAGS))
         show_round(hub, session, channel)
     for message in session.missed:
         hub.tell_locked(session, message)
@@ -2153,8 +2298,10 @@ def register(hub: Hub, session: Session) -> None:
 _TOKENS = (
     "NETWORK=chat.py CASEMAPPING=ascii CHANTYPES=# PREFIX=(ov)@+ CHANMODES=b,k,l,imnt"
     f" NICKLEN={NICK_CHARS} CHANNELLEN={CHANNEL_CHARS} TOPICLEN={TOPIC_BYTES} AWAYLEN={AWAY_BYTES}"
-    f" KICKLEN={REASON_BYTES} MODES=4 MAXLIST=b:100 TARGMAX=PRIVMSG:{MAX_TARGETS},NOTICE:{MAX_TARGETS}"
-    f" UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
+    f" KICKLEN={REASON_BYTES} KEYLEN={KEY_BYTES} NAMELEN={REALNAME_BYTES} MODES={MAX_MODES} MAXLIST=b:{MAX_BANS}"
+    f" TARGMAX=JOIN:{MAX_JOINS},PART:{MAX_JOINS},"
+    + ",".join(f"{name}:{MAX_TARGETS}" for name in ("KICK", "NAMES", "NOTICE", "PRIVMSG"))
+    + f" UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
 ).split()
 ISUPPORT = [_TOKENS[start : start + 13] for start in range(0, len(_TOKENS), 13)]  # a line each
 
@@ -2198,27 +2345,55 @@ def join(hub: Hub, session: Session, message: Message) -> None:
         for channel in list(session.channels):
             hub.part_locked(session, channel, "")
         return
-    each(hub, session, message, lambda name: enter(hub, session, check_channel(name)))
+    keys = dict(zip(message.params[0].split(","), message.param(1).split(",")))
+
+    def enter_one(name: str) -> None:
+        enter(hub, session, check_channel(name), keys.get(name, ""))
+
+    each(hub, session, message, enter_one, most=MAX_JOINS)
 
 
-def enter(hub: Hub, session: Session, name: str) -> None:
+def enter(hub: Hub, session: Session, name: str, key: str) -> None:
     """Takes a session into a channel, which is made when it is the first, and shows it round."""
     channel = hub.channels.get(fold(name)) or Channel(name)
     if channel in session.channels:
         return
+    check_entry(session, channel, key)
     if session.view.single:
         for old in list(session.channels):
             hub.part_locked(session, old, f"went to {name}")
     limits, new = hub.limits, fold(name) not in hub.channels
     if len(session.channels) >= limits.channels or new and len(hub.channels) >= limits.all_channels:
         raise Refused(ERR_TOOMANYCHANNELS, name)
+    session.invites.pop(channel, None)
     hub.channels[fold(name)] = channel
     channel.add(session)
     tags = {**hub.stamps.next(), COUNT_TAG: str(len(channel))}
-    hub.send_locked(Message("JOIN", (channel.name,), session.prefix, tags), channel.roster)
+    hub.send_locked(joined(session, channel, tags), channel.roster)
+    if session.away:
+        tags = {**hub.stamps.next(), FOR_TAG: "away-notify"}
+        hub.send_locked(Message("AWAY", (session.away,), session.prefix, tags), channel.roster, session)
     show_round(hub, session, channel)
     if hub.replay and fold(name) in hub.history and "draft/chathistory" not in session.view.caps:
         hub.ask_locked(session, functools.partial(replay, hub, channel.name, hub.stamps.last), hub.replay)
+
+
+def check_entry(session: Session, channel: Channel, key: str) -> None:
+    """Raises Refused where the modes of a channel keep a session out."""
+    modes = channel.modes
+    if channel.masks and channel.bans(session):
+        raise Refused(ERR_BANNEDFROMCHAN, channel.name)
+    if "i" in modes and channel not in session.invites:
+        raise Refused(ERR_INVITEONLYCHAN, channel.name)
+    if "k" in modes and not hmac.compare_digest(key.encode(), modes["k"].encode()):
+        raise Refused(ERR_BADCHANNELKEY, channel.name)
+    if "l" in modes and len(channel) >= int(modes["l"]):
+        raise Refused(ERR_CHANNELISFULL, channel.name)
+
+
+def joined(session: Session, channel: Channel, tags: Mapping[str, str]) -> Message:
+    """Tells that a session is in a channel: with its account, of which there are none, and its real name."""
+    return Message("JOIN", (channel.name, "*", session.realname), session.prefix, tags)
 
 
 def show_round(hub: Hub, session: Session, channel: Channel) -> None:
@@ -2253,22 +2428,53 @@ def part(hub: Hub, session: Session, message: Message) -> None:
 
     def leave(name: str) -> None:
         channel = channel_of(hub, session, name)
-        if channel not in session.channels:
-            raise Refused(ERR_NOTONCHANNEL, name)
+        check_member(session, channel)
         hub.part_locked(session, channel, cut(message.param(1), REASON_BYTES))
 
-    each(hub, session, message, leave)
+    each(hub, session, message, leave, most=MAX_JOINS)
+
+
+@command("KICK", 2)
+def kick(hub: Hub, session: Session, message: Message) -> None:
+    """KICK <channel> <name>{,<name>} [:<reason>]"""
+    channel = channel_of(hub, session, message.params[0])
+
+    def put_out(nick: str) -> None:
+        check_member(session, channel, "o")  # each time: one may put out oneself, too
+        hub.part_locked(member_of(hub, channel, nick), channel, cut(message.param(2), REASON_BYTES), session)
+
+    each(hub, session, message, put_out, index=1)
+
+
+@command("INVITE", 2)
+def invite(hub: Hub, session: Session, message: Message) -> None:
+    """INVITE <name> <channel>"""
+    other, channel = user_of(hub, message.params[0]), channel_of(hub, session, message.params[1])
+    check_member(session, channel, "o" if "i" in channel.modes else "")
+    if channel in other.channels:
+        raise Refused(ERR_USERONCHANNEL, other.nick, channel.name)
+    if "o" in session.channels[channel]:
+        other.invites[channel] = None
+        if len(other.invites) > MAX_JOINS:
+            del other.invites[next(iter(other.invites))]
+    hub.reply_locked(session, RPL_INVITING, other.nick, channel.name)
+    if other.away:
+        hub.reply_locked(session, RPL_AWAY, other.nick, text=other.away)
+    asked = Message("INVITE", (other.nick, channel.name), session.prefix, hub.stamps.next())
+    hub.tell_locked(other, asked)
+    told = asked._replace(tags={**asked.tags, FOR_TAG: "invite-notify"})
+    hub.send_locked(told, channel.roster, session)
 
 
 @command("TOPIC", 1)
 def topic(hub: Hub, session: Session, message: Message) -> None:
     """TOPIC <channel> [:<topic>]"""
     channel = channel_of(hub, session, message.params[0])
-    if channel not in session.channels:
-        raise Refused(ERR_NOTONCHANNEL, channel.name)
+    check_member(session, channel)
     if len(message.params) == 1:
         tell_topic(hub, session, channel)
         return
+    check_member(session, channel, "o" if "t" in channel.modes else "")
     if len(message.params[1].encode()) > TOPIC_BYTES:
         raise Refused(ERR_INPUTTOOLONG)
     channel.topic, channel.topic_by, channel.topic_time = message.params[1], session.prefix, int(time.time())
@@ -2288,16 +2494,21 @@ def tell_topic(hub: Hub, session: Session, channel: Channel) -> None:
 @command("NAMES")
 def names(hub: Hub, session: Session, message: Message) -> None:
     """NAMES <channel>{,<channel>}"""
-    for name in message.param(0).split(","):
+
+    def tell(name: str) -> None:
         try:
             tell_names(hub, session, channel_of(hub, session, name))
         except Refused:
+            if session.view.single:  # a person is told why there is no answer
+                raise
             hub.reply_locked(session, RPL_ENDOFNAMES, word(name))
+
+    each(hub, session, message, tell)
 
 
 def tell_names(hub: Hub, session: Session, channel: Channel) -> None:
     """353 for each chunk of the members, then 366."""
-    for chunk in channel.names():
+    for chunk in channel.names(session.view.caps):
         hub.reply_locked(session, RPL_NAMREPLY, "=", channel.name, text=chunk)
     hub.reply_locked(session, RPL_ENDOFNAMES, channel.name)
 
@@ -2305,35 +2516,185 @@ def tell_names(hub: Hub, session: Session, channel: Channel) -> None:
 @command("LIST")
 def list_(hub: Hub, session: Session, message: Message) -> None:
     """LIST [<channel>{,<channel>}]"""
-    asked = {fold(name) for name in message.param(0).split(",") if name}
+    asked = dict.fromkeys(fold(name) for name in message.param(0).split(",") if name)
+    found = [hub.channels[key] for key in asked or hub.channels if key in hub.channels]
     hub.reply_locked(session, RPL_LISTSTART, "Channel")
-    for key, channel in hub.channels.items():
-        if not asked or key in asked:
-            hub.reply_locked(session, RPL_LIST, channel.name, str(len(channel)), text=channel.topic)
+    for channel in found[:MAX_LISTED]:
+        hub.reply_locked(session, RPL_LIST, channel.name, str(len(channel)), text=channel.topic)
+    if len(found) > MAX_LISTED:
+        hub.reply_locked(session, ERR_TOOMANYMATCHES, "LIST")
     hub.reply_locked(session, RPL_LISTEND)
+
+
+# Modes.
+
+
+class Change(NamedTuple):
+    """A change of one mode, as MODE asks for it."""
+
+    on: bool
+    letter: str
+    param: str  # '' where there is none
+
+
+# Makes a change; the parameter that the members are told, or None where there was nothing to change. May raise Refused.
+Changer = Callable[[Hub, Session, Channel, Change], Optional[str]]
 
 
 @command("MODE", 1)
 def mode(hub: Hub, session: Session, message: Message) -> None:
-    """MODE <channel> [b] | <name>: asking only"""
-    target, change = message.params[0], message.param(1)
+    """MODE <name> [<modes>] | <channel> [<modes>{ <parameter>}]"""
+    target, asked = message.params[0], message.param(1)
     if not target.startswith("#") and target != HERE:
         if user_of(hub, target) is not session:
             raise Refused(ERR_USERSDONTMATCH)
-        if change not in ("", "+i", "-i"):  # i, asked for by every client, hides from nothing here
+        if asked not in ("", "+i", "-i"):  # i, asked for by every client, hides from nothing here
             raise Refused(ERR_UMODEUNKNOWNFLAG)
         hub.reply_locked(session, RPL_UMODEIS, "+")
         return
     channel = channel_of(hub, session, target)
-    if not change:
-        hub.reply_locked(session, RPL_CHANNELMODEIS, channel.name, "+n")
-        hub.reply_locked(session, RPL_CREATIONTIME, channel.name, str(channel.created))
-    elif change.lstrip("+") == "b" and len(message.params) == 2:
-        hub.reply_locked(session, RPL_ENDOFBANLIST, channel.name)
-    elif session.channels.get(channel) != "o":
-        raise Refused(ERR_CHANOPRIVSNEEDED, channel.name)
+    if not asked:
+        tell_modes(hub, session, channel)
+        return
+    last = {(change.letter, change.param): change for change in asked_changes(message.params[1:])}
+    changes = list(last.values())  # of changes to and fro, the last counts
+    wanted = [change for change in changes if change.letter != "b" or change.param]
+    if len(wanted) < len(changes):
+        tell_bans(hub, session, channel)
+    if wanted:
+        check_member(session, channel, "o")
+        change_modes(hub, session, channel, message, wanted)
+
+
+def asked_changes(params: Tuple[str, ...]) -> Iterator[Change]:
+    """What the parameters of MODE ask for, without those for which there are too many parameters."""
+    on, words, room = True, iter(params[1:]), MAX_MODES
+    for letter in params[0]:
+        if letter in "+-":
+            on = letter == "+"
+            continue
+        takes = letter in "bkov" or (letter == "l" and on)
+        param = next(words, "") if takes else ""
+        room -= bool(param)
+        if room >= 0 or not param:
+            yield Change(on, letter, param)
+
+
+def change_modes(hub: Hub, session: Session, channel: Channel, message: Message, changes: List[Change]) -> None:
+    """Makes changes, as far as each is possible, and tells the members in one line what has changed."""
+    done: List[Change] = []
+    for change in changes:
+        try:
+            if change.letter not in MODES:
+                raise Refused(ERR_UNKNOWNMODE, change.letter)
+            param = MODES[change.letter](hub, session, channel, change)
+        except Refused as refused:
+            refuse(hub, session, refused, message)
+        else:
+            done += [change._replace(param=param)] if param is not None else []
+    if not done:
+        return
+    flags = ""
+    for on, same in itertools.groupby(done, key=lambda change: change.on):
+        flags += ("+" if on else "-") + "".join(change.letter for change in same)
+    words = (channel.name, flags, *(change.param for change in done if change.param))
+    hub.send_locked(Message("MODE", words, session.prefix, hub.stamps.next()), channel.roster)
+
+
+def change_flag(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
+    """[+-]i: only who was invited may join; m: only who has a rank may speak; n: only members may; t: only operators
+    set the topic"""
+    if change.on == (change.letter in channel.modes):
+        return None
+    if change.on:
+        channel.modes[change.letter] = ""
     else:
-        raise Refused(ERR_UNKNOWNMODE, change)
+        del channel.modes[change.letter]
+    return ""
+
+
+def change_key(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
+    """+k <key> | -k [<key>]: only who knows it may join"""
+    if not change.on:
+        return "*" if channel.modes.pop("k", None) else None
+    if not change.param:
+        raise Refused(ERR_NEEDMOREPARAMS, "MODE")
+    if not is_word(change.param, KEY_BYTES):
+        raise Refused(ERR_INVALIDMODEPARAM, channel.name, "k", "*")
+    return set_mode(channel, "k", change.param)
+
+
+def change_limit(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
+    """+l <members> | -l: nobody may join who would be one too many"""
+    if not change.on:
+        return "" if channel.modes.pop("l", None) else None
+    if not change.param:
+        raise Refused(ERR_NEEDMOREPARAMS, "MODE")
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", change.param):
+        raise Refused(ERR_INVALIDMODEPARAM, channel.name, "l", change.param)
+    return set_mode(channel, "l", str(int(change.param)))
+
+
+def set_mode(channel: Channel, letter: str, param: str) -> Optional[str]:
+    """Sets a mode that has a parameter; None where it was set to that."""
+    before, channel.modes[letter] = channel.modes.get(letter), param
+    return param if param != before else None
+
+
+def change_ban(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
+    """[+-]b <mask>: whom it matches may neither join nor, without a rank, speak"""
+    mask = full_mask(change.param)
+    if not is_word(mask, MASK_BYTES):
+        raise Refused(ERR_INVALIDMODEPARAM, channel.name, "b", change.param)
+    if change.on == (fold(mask) in channel.masks):
+        return None
+    if not change.on:
+        mask = channel.masks.pop(fold(mask))[0]
+    elif len(channel.masks) >= MAX_BANS:
+        raise Refused(ERR_BANLISTFULL, channel.name, "b")
+    else:
+        channel.masks[fold(mask)] = (mask, session.prefix, str(int(time.time())))
+    channel.bans_changed()
+    return mask
+
+
+def change_rank(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
+    """[+-]o <name>: operator; [+-]v <name>: may speak in a moderated channel"""
+    if not change.param:
+        raise Refused(ERR_NEEDMOREPARAMS, "MODE")
+    member = member_of(hub, channel, change.param)
+    rank = member.channels[channel]
+    if change.on == (change.letter in rank):
+        return None
+    member.channels[channel] = "".join(x for x in "ov" if (change.on if x == change.letter else x in rank))
+    channel.names_changed()
+    return member.nick
+
+
+MODES: Dict[str, Changer] = {
+    "b": change_ban,
+    "k": change_key,
+    "l": change_limit,
+    "o": change_rank,
+    "v": change_rank,
+    **dict.fromkeys("imnt", change_flag),
+}
+
+
+def tell_modes(hub: Hub, session: Session, channel: Channel) -> None:
+    """324, in which only members see the key, and 329."""
+    letters = sorted(channel.modes)
+    shown = {**channel.modes, **({} if channel in session.channels else {"k": "*"})}
+    words = [shown[letter] for letter in letters if shown[letter]]
+    hub.reply_locked(session, RPL_CHANNELMODEIS, channel.name, f"+{''.join(letters)}", *words)
+    hub.reply_locked(session, RPL_CREATIONTIME, channel.name, str(channel.created))
+
+
+def tell_bans(hub: Hub, session: Session, channel: Channel) -> None:
+    """367 for each ban, then 368."""
+    for ban in channel.masks.values():
+        hub.reply_locked(session, RPL_BANLIST, channel.name, *ban)
+    hub.reply_locked(session, RPL_ENDOFBANLIST, channel.name)
 
 
 # Talking.
@@ -2342,8 +2703,8 @@ def mode(hub: Hub, session: Session, message: Message) -> None:
 def say(hub: Hub, session: Session, message: Message, target: str) -> None:
     """Relays a message to one target, once, also when it is sent again; raises Refused."""
     channel = channel_of(hub, session, target) if target.startswith("#") or target == HERE else None
-    if channel and channel not in session.channels:
-        raise Refused(ERR_CANNOTSENDTOCHAN, target)
+    if channel:
+        check_speech(session, channel)
     other = None if channel else user_of(hub, target)
     to = channel.name if channel else other.nick if other else ""
     line_id = message.tags.get(ID_TAG, "")
@@ -2359,7 +2720,8 @@ def say(hub: Hub, session: Session, message: Message, target: str) -> None:
     saying = None
     if channel and message.command != "TAGMSG":
         saying = Saying(session, fold(to), message.tags.get("label", ""), key)
-    apart = "label" in message.tags or "echo-message" not in session.view.caps or bool(before)
+    unheard = "echo-message" not in session.view.caps or channel not in session.channels
+    apart = unheard or "label" in message.tags or bool(before)
     if channel and not before:
         hub.send_locked(relay, channel.roster, session if apart else None, saying)
     elif other and not before:
@@ -2370,6 +2732,19 @@ def say(hub: Hub, session: Session, message: Message, target: str) -> None:
             del hub.seen[next(iter(hub.seen))]
     if apart if channel else other is not session:
         confirm(hub, session, relay, message.tags.get("label", ""), saying)
+
+
+def check_speech(session: Session, channel: Channel) -> None:
+    """Raises Refused where a session may not speak in a channel."""
+    rank = session.channels.get(channel)
+    if rank:
+        return
+    if rank is None and "n" in channel.modes:
+        raise Refused(ERR_CANNOTSENDTOCHAN, channel.name)
+    if "m" in channel.modes:
+        raise Refused(ERR_MODERATED, channel.name)
+    if channel.masks and channel.bans(session):
+        raise Refused(ERR_SILENCED, channel.name)
 
 
 def say_alone(hub: Hub, session: Session, other: Session, relay: Message) -> None:
@@ -2402,8 +2777,6 @@ def privmsg(hub: Hub, session: Session, message: Message) -> None:
         raise Refused(ERR_NORECIPIENT)
     if not message.param(1):
         raise Refused(ERR_NOTEXTTOSEND)
-    if message.params[0].count(",") >= MAX_TARGETS:
-        raise Refused(ERR_TOOMANYTARGETS)
     each(hub, session, message, lambda target: say(hub, session, message, target))
 
 
@@ -2427,8 +2800,31 @@ def away(hub: Hub, session: Session, message: Message) -> None:
     """AWAY [:<text>]"""
     if len(message.param(0).encode()) > AWAY_BYTES:
         raise Refused(ERR_INPUTTOOLONG)
-    session.away = message.param(0)
+    if session.away != message.param(0):
+        check_pace(session, message)
+        session.away = message.param(0)
+        words = (session.away,) if session.away else ()
+        notify(hub, session, Message("AWAY", words, session.prefix, hub.stamps.next()), "away-notify")
     hub.reply_locked(session, RPL_NOWAWAY if session.away else RPL_UNAWAY)
+
+
+@command("SETNAME", 1)
+def setname(hub: Hub, session: Session, message: Message) -> None:
+    """SETNAME :<real name>"""
+    if not 0 < len(message.params[0].encode()) <= REALNAME_BYTES:
+        raise Refused(FAIL_INVALID_REALNAME)
+    check_pace(session, message)
+    session.realname = message.params[0]
+    change = Message("SETNAME", (session.realname,), session.prefix, hub.stamps.next())
+    if "setname" in session.view.caps:
+        hub.tell_locked(session, change)
+    notify(hub, session, change, "setname")
+
+
+def check_pace(session: Session, message: Message) -> None:
+    """Raises Refused for too many changes that all are told, as NICK does."""
+    if not session.nick_changes.take(time.monotonic()):
+        raise Refused(RPL_TRYAGAIN, message.command)
 
 
 # Asking.
@@ -2499,7 +2895,7 @@ def who(hub: Hub, session: Session, message: Message) -> None:
     members = channel.roster.present() if channel else [other] if other and other.registered else []
     fields, _, token = message.param(1).partition("%")[2].partition(",")
     for member in members:
-        values = who_fields(hub, member, channel)
+        values = who_fields(hub, member, channel, session.view.caps)
         if fields:  # WHOX: only what was asked for, in the order of its specification
             values["t"] = token[:3] or "0"
             hub.reply_locked(session, RPL_WHOSPCRPL, *(values[key] for key in "tcuihsnfdlaor" if key in fields))
@@ -2509,9 +2905,9 @@ def who(hub: Hub, session: Session, message: Message) -> None:
     hub.reply_locked(session, RPL_ENDOFWHO, word(mask))
 
 
-def who_fields(hub: Hub, member: Session, channel: Optional[Channel]) -> Dict[str, str]:
+def who_fields(hub: Hub, member: Session, channel: Optional[Channel], caps: frozenset[str]) -> Dict[str, str]:
     """What WHO tells of a member, under the letters of WHOX."""
-    rank = "@" if channel and member.channels.get(channel) else ""
+    rank = signs(member.channels[channel], caps) if channel else ""
     return {
         "c": channel.name if channel else "*",
         "u": member.user,
@@ -2538,7 +2934,7 @@ def whois(hub: Hub, session: Session, message: Message) -> None:
         hub.reply_locked(session, RPL_ENDOFWHOIS, word(message.params[-1]))
         return
     hub.reply_locked(session, RPL_WHOISUSER, other.nick, other.user, other.host, "*", text=other.realname)
-    titles = [("@" if rank else "") + channel.name for channel, rank in other.channels.items()]
+    titles = [signs(rank, session.view.caps) + channel.name for channel, rank in other.channels.items()]
     for start in range(0, len(titles), 4):  # so many fit in a line, however long they are
         hub.reply_locked(session, RPL_WHOISCHANNELS, other.nick, text=" ".join(titles[start : start + 4]))
     hub.reply_locked(session, RPL_WHOISSERVER, other.nick, hub.name, text=VERSION)
@@ -2567,9 +2963,61 @@ def lusers(hub: Hub, session: Session, message: Message) -> None:
     hub.reply_locked(session, RPL_LUSERME, text=f"I have {connected} clients and 0 servers")
 
 
+def check_server(hub: Hub, message: Message) -> None:
+    """Raises Refused for a question to another server."""
+    if message.params and not matches(fold(message.params[0]), fold(hub.name)):
+        raise Refused(ERR_NOSUCHSERVER, message.params[0])
+
+
+@command("VERSION")
+def version(hub: Hub, session: Session, message: Message) -> None:
+    """VERSION [<server>]"""
+    check_server(hub, message)
+    hub.reply_locked(session, RPL_VERSION, VERSION, hub.name, text="a small chat that is one file")
+    for tokens in ISUPPORT:
+        hub.reply_locked(session, RPL_ISUPPORT, *tokens)
+
+
+@command("TIME")
+def time_(hub: Hub, session: Session, message: Message) -> None:
+    """TIME [<server>]"""
+    check_server(hub, message)
+    hub.reply_locked(session, RPL_TIME, hub.name, text=server_time(time.time()))
+
+
+@command("INFO")
+def info(hub: Hub, session: Session, message: Message) -> None:
+    """INFO [<server>]"""
+    check_server(hub, message)
+    for text in (f"{VERSION}, a small chat that is one file", f"Started {server_time(hub.started)}"):
+        hub.reply_locked(session, RPL_INFO, text=text)
+    hub.reply_locked(session, RPL_ENDOFINFO)
+
+
+@command("LINKS")
+def links(hub: Hub, session: Session, message: Message) -> None:
+    """LINKS: there is one server"""
+    hub.reply_locked(session, RPL_LINKS, hub.name, hub.name, text=f"0 {VERSION}")
+    hub.reply_locked(session, RPL_ENDOFLINKS, "*")
+
+
+@command("OPER")
+def oper(hub: Hub, session: Session, message: Message) -> None:
+    """OPER <name> <password>: nobody is operator of the server"""
+    raise Refused(ERR_NOOPERHOST)
+
+
+@command("KILL")
+@command("WALLOPS")
+def kill(hub: Hub, session: Session, message: Message) -> None:
+    """KILL <name> :<reason> | WALLOPS :<text>: for operators of the server"""
+    raise Refused(ERR_NOPRIVILEGES)
+
+
 @command("MOTD")
 def motd(hub: Hub, session: Session, message: Message) -> None:
-    """MOTD"""
+    """MOTD [<server>]"""
+    check_server(hub, message)
     hub.reply_locked(session, RPL_MOTDSTART, text=f"- {hub.name} message of the day -")
     hub.reply_locked(session, RPL_MOTD, text=f"- Everybody meets in {DEFAULT_CHANNEL}.")
     hub.reply_locked(session, RPL_ENDOFMOTD)
@@ -4447,6 +4895,12 @@ def gone_arrived(client: Client, message: Message) -> bool:
             return True
         return False
     return nick == client.nick  # our leaving of the channel that we come from
+
+
+@arrival("MODE")
+def mode_arrived(client: Client, message: Message) -> bool:
+    """MODE <channel> <modes>{ <parameter>} | <name> <modes>"""
+    return fold(message.param(0)) != fold(client.channel)
 
 
 @arrival("NICK")

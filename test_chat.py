@@ -109,6 +109,8 @@ class Shape(unittest.TestCase):
         self.assertLessEqual(prefix + len("TOPIC ") + chat.CHANNEL_BYTES + 2 + chat.TOPIC_BYTES + 2, chat.LINE_BYTES)
         numeric = 1 + 63 + len(" 353 ") + chat.NICK_BYTES + len(" = ") + chat.CHANNEL_BYTES + 2
         self.assertLessEqual(numeric + chat.NAMES_BYTES + 2, chat.LINE_BYTES)
+        modes = len("+b-b+b-b+imnt-imnt") + chat.MAX_MODES * (1 + max(chat.MASK_BYTES, chat.NICK_BYTES))
+        self.assertLessEqual(prefix + len(" MODE ") + chat.CHANNEL_BYTES + 3 + modes + 2, chat.LINE_BYTES)
         self.assertLess(chat.LOG_BROADCASTS * chat.LINE_BYTES, chat.Limits().outbox)
 
 
@@ -149,6 +151,31 @@ class Names(unittest.TestCase):
         for name in ("chat", "", "#a b", "#a,b", "#\x07", "#\u200b", "#" + "x" * 50, "#" + "美" * 22):
             with self.subTest(name), self.assertRaises(chat.Refused):
                 chat.check_channel(name)
+
+    def test_masks(self) -> None:
+        for mask, full in (
+            ("bob", "bob!*@*"),
+            ("*@host", "*!*@host"),
+            ("bob!b", "bob!b@*"),
+            ("bob!b@h", "bob!b@h"),
+        ):
+            self.assertEqual(chat.full_mask(mask), full)
+        for mask, text, fits in (
+            ("bob!*@*", "bob!b@h", True),
+            ("bob!*@*", "bobby!b@h", False),
+            ("b?b*", "bob", True),
+            ("b?b", "bb", False),
+            ("*", "", True),
+            ("", "x", False),
+            ("*ab*ab", "abaab", True),
+            ("*ab*abc", "abaab", False),
+            ("a**b", "ab", True),
+            ("a?*", "a", False),
+            ("*" * 40 + "x", "y" * 80, False),
+            ("*y" * 40 + "x", "y" * 80, False),  # takes ages where every * is tried anew
+        ):
+            with self.subTest(mask=mask, text=text):
+                self.assertEqual(chat.matches(mask, text), fits)
 
     def test_next_nick(self) -> None:
         self.assertEqual(chat.next_nick("bob"), "bob2")
@@ -276,6 +303,13 @@ class TextForm(unittest.TestCase):
         (Message("QUIT", (), BOB), "*** bob left"),
         (Message("PART", ("#chat",), BOB), "*** bob left"),
         (Message("PART", ("#chat", "bye"), BOB), "*** bob left: bye"),
+        (Message("KICK", ("#chat", "ann"), BOB), "*** ann was kicked out by bob"),
+        (Message("KICK", ("#chat", "ann", "too loud"), BOB), "*** ann was kicked out by bob: too loud"),
+        (Message("MODE", ("#chat", "+m"), BOB), "*** bob set +m"),
+        (Message("MODE", ("#chat", "+o-v", "ann", "eve"), BOB), "*** bob set +o-v ann eve"),
+        (Message("324", ("bob", "#chat", "+kn", "x"), "s"), "*** The modes of #chat are: +kn x"),
+        (Message("INVITE", ("ann", "#tea"), BOB), "*** bob invited ann to #tea"),
+        (Message("AWAY", ("tea",), BOB), ""),
         (Message("NICK", ("rob",), BOB), "*** bob is now rob"),
         (Message("TOPIC", ("#chat", "tea"), BOB), "*** bob set the topic: tea"),
         (Message("ERROR", ("Server is shutting down",), "chat.local"), "*** Server is shutting down"),
@@ -318,6 +352,11 @@ class TextForm(unittest.TestCase):
             ("/NICK rob", Message("NICK", ("rob",))),
             ("/who", Message("NAMES", ("#x",))),
             ("/join #y", Message("JOIN", ("#y",))),
+            ("/join #y key", Message("JOIN", ("#y", "key"))),
+            ("/kick bob you know why", Message("KICK", ("#x", "bob", "you know why"))),
+            ("/invite bob", Message("INVITE", ("bob", "#x"))),
+            ("/mode", Message("MODE", ("#x",))),
+            ("/mode +ov bob ann", Message("MODE", ("#x", "+ov", "bob", "ann"))),
             ("/topic", Message("TOPIC", ("#x",))),
             ("/topic tea time", Message("TOPIC", ("#x", "tea time"))),
             ("/quit", Message("QUIT")),
@@ -479,6 +518,12 @@ class Dialects(unittest.TestCase):
         ):
             self.assertEqual(chat.irc(frozenset(caps)).encode(message), line)
         self.assertEqual(chat.irc().encode(Message("TAGMSG", ("#c",), "n!u@h")), b"")
+        joined = Message("JOIN", ("#c", "*", "Ann"), "n!u@h")
+        self.assertEqual(chat.irc().encode(joined), b":n!u@h JOIN #c\r\n")
+        self.assertEqual(chat.irc(frozenset({"extended-join"})).encode(joined), b":n!u@h JOIN #c * :Ann\r\n")
+        away = Message("AWAY", ("tea",), "n!u@h", {chat.FOR_TAG: "away-notify"})
+        self.assertEqual(chat.irc(frozenset({"message-tags"})).encode(away), b"")
+        self.assertEqual(chat.irc(frozenset({"away-notify", "message-tags"})).encode(away), b":n!u@h AWAY tea\r\n")
         self.assertEqual(chat.irc().encode(chat.PROMPT), b"")
 
     def test_irc_line_lengths(self) -> None:
@@ -728,13 +773,22 @@ class State(unittest.TestCase):
         channel, sessions = chat.Channel("#a"), [chat.Session("h", 0.0) for _ in range(200)]
         rng = random.Random(2)
         for number, session in enumerate(sessions):
-            session.nick = f"user{number}"
+            session.nick, session.prefix = f"user{number}", f"user{number}!u@h"
             channel.add(session)
             if number % 3 == 2:
                 channel.remove(rng.choice(channel.roster.present()))
             names = " ".join(channel.names()).split()
             self.assertEqual(names, [channel.title(member) for member in channel.roster.present()])
             self.assertLessEqual(max(len(chunk.encode()) for chunk in channel.names()), chat.NAMES_BYTES)
+            names = " ".join(channel.names(frozenset({"userhost-in-names", "server-time"}))).split()
+            present = channel.roster.present()
+            self.assertEqual([name.lstrip("@") for name in names], [member.prefix for member in present])
+
+    def test_an_empty_channel_holds_nobody(self) -> None:
+        channel, session = chat.Channel("#a"), chat.Session("h", 0.0)  # an invitation to it may hold the channel
+        channel.add(session)
+        channel.remove(session)
+        self.assertEqual((channel.roster.members, channel.roster.left), ([], {}))
 
     def test_allowance(self) -> None:
         allowance = chat.Allowance(3, 10.0)
@@ -842,6 +896,16 @@ class ServerCase(unittest.TestCase):
         peer = self.peer(f"{ask}NICK {name}\r\nUSER {name} 0 * :{name}\r\nCAP END\r\nJOIN #chat\r\n")
         peer.until(" 366 ")
         return peer
+
+    def answers(self, peer: Peer, rows: List[Tuple[str, List[str]]]) -> None:
+        """Sends lines of IRC, and compares what is answered with what must be in it."""
+        for line, replies in rows:
+            with self.subTest(line):
+                peer.send(f"{line}\r\n")
+                got = peer.sync()
+                self.assertEqual(len(got), len(replies), got)
+                for reply, wanted in zip(got, replies):
+                    self.assertIn(wanted, reply)
 
     def eventually(self, condition: Callable[[], Any], what: str) -> None:
         end = time.monotonic() + PATIENCE
@@ -1026,7 +1090,7 @@ class IrcClients(ServerCase):
         self.assertEqual(peer.line(), ":chat.local CAP * ACK :server-time multi-prefix")
         peer.send("CAP REQ :sasl\r\nCAP LIST\r\nCAP DANCE\r\nCAP END\r\n")
         self.assertEqual(peer.line(), ":chat.local CAP ann NAK :sasl")
-        self.assertEqual(peer.line(), ":chat.local CAP ann LIST :multi-prefix server-time")
+        self.assertEqual(peer.line(), ":chat.local CAP ann LIST :cap-notify multi-prefix server-time")
         self.assertIn(" 410 ann DANCE ", peer.line() or "")
         codes = [chat.parse(peer.line() or "").command for _ in range(14)]
         self.assertEqual(" ".join(codes), "001 002 003 004 005 005 251 252 253 254 255 375 372 376")
@@ -1097,14 +1161,7 @@ class IrcClients(ServerCase):
         bob = self.irc("bob")
         bob.send("JOIN #tea\r\nTOPIC #tea :Earl Grey\r\nAWAY :brb\r\n")
         bob.sync()
-        ann = self.irc("ann")
-        for line, replies in self.REPLIES:
-            with self.subTest(line):
-                ann.send(f"{line}\r\n")
-                got = ann.sync()
-                self.assertEqual(len(got), len(replies), got)
-                for reply, wanted in zip(got, replies):
-                    self.assertIn(wanted, reply)
+        self.answers(self.irc("ann"), self.REPLIES)
 
     def test_join_part_topic_nick_quit_as_others_see_them(self) -> None:
         ann, bob = self.irc("ann"), self.irc("bob")
@@ -1163,7 +1220,9 @@ class IrcClients(ServerCase):
     def test_no_answer_is_longer_than_a_line(self) -> None:
         ann = self.irc("ann")
         heads = "|PING |PART #|WHOIS |CAP REQ :|CAP |JOIN #|NICK |NAMES #|WHO |ISON |WHO #chat %t,|PRIVMSG |MODE "
-        for head in (heads + "|MODE #chat |USERHOST |WHOWAS ").split("|"):
+        for head in (
+            heads + "|MODE #chat |USERHOST |WHOWAS |MODE #chat +b |KICK #chat |INVITE |VERSION |SETNAME "
+        ).split("|"):
             ann.send(head + "x" * (chat.LINE_BYTES - 2 - len(head)) + "\r\n")
         for line in ann.sync():
             self.assertLessEqual(len(line.encode()) + 2, chat.LINE_BYTES, line)
@@ -1202,6 +1261,505 @@ class IrcClients(ServerCase):
         bob.close()
         self.assertIn(" QUIT ", ann.until("bob"))
         self.assertEqual(ann.sync(), [])
+
+
+class Answers(ServerCase):
+    """What there is to ask of a server, and what nobody may do here."""
+
+    REPLIES = [
+        ("MOTD else.where", ["402 ann else.where :no server here is called else.where"]),
+        ("VERSION", ["351 ann chat.py-0.1 chat.local :", "005 ann ", "005 ann "]),
+        ("VERSION x", ["402 ann x :"]),
+        ("TIME chat.*", ["391 ann chat.local :20"]),
+        ("INFO", ["371 ann :chat.py", "371 ann :Started 20", "374 ann :"]),
+        ("LINKS", ["364 ann chat.local chat.local :0 ", "365 ann * :"]),
+        ("OPER x y", ["491 ann :"]),
+        ("KILL bob :x", ["481 ann :"]),
+        ("WALLOPS x", ["481 ann :"]),
+        ("INVITE bob", ["461 ann INVITE :"]),
+        ("INVITE bob #chat", ["443 ann bob #chat :"]),
+        ("INVITE bob #nix", ["403 ann #nix :"]),
+        ("INVITE nobody #chat", ["401 ann nobody :"]),
+        ("KICK #chat bob", ["482 ann #chat :"]),
+        ("KICK #nix bob", ["403 ann #nix :"]),
+        ("NAMES", ["366 ann * :"]),
+        ("NAMES #a,#a,#a", ["366 ann #a :"]),
+        ("NAMES #a,#b,#c,#d,#e", ["407 ann :"]),
+    ]
+
+    def test_every_command_answers(self) -> None:
+        self.irc("bob")
+        self.answers(self.irc("ann"), self.REPLIES)
+
+    def test_a_long_list_is_cut(self) -> None:
+        ann = self.irc("ann")
+        ann.send("JOIN #a,#b,#c\r\n")
+        ann.sync()
+        with mock.patch.object(chat, "MAX_LISTED", 2):
+            ann.send("LIST\r\n")
+            codes = [chat.parse(line).command for line in ann.sync()]
+        self.assertEqual(codes, ["321", "322", "322", "416", "323"])
+
+
+class Stage(ServerCase):
+    """ann, who is operator of #chat, bob, who is in it, and eve outside; exact lines at all of them."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.people = {"ann": self.irc("ann"), "bob": self.irc("bob"), "eve": self.irc("eve")}
+        self.people["eve"].send("PART #chat\r\n")
+        for name in ("eve", "bob", "ann"):
+            self.people[name].sync()
+
+    def play(self, *steps: Tuple[str, str, Dict[str, List[str]]]) -> None:
+        """Lets somebody send a line; what each then gets, but for the server's name. Who is not named gets nothing."""
+        for name, line, wanted in steps:
+            with self.subTest(f"{name}: {line}"):
+                self.people[name].send(f"{line}\r\n")
+                self.people[name].seen.clear()
+                got = {name: self.people[name].sync()}
+                got.update((other, peer.sync()) for other, peer in self.people.items() if other != name)
+                found = {who: [item.replace(":chat.local ", "") for item in lines] for who, lines in got.items()}
+                self.assertEqual({who: lines for who, lines in found.items() if lines}, wanted)
+
+    @staticmethod
+    def names(to: str, channel: str, names: str) -> List[str]:
+        return [f"353 {to} = {channel} :{names}", f"366 {to} {channel} :End of NAMES list"]
+
+    def both(self, line: str) -> Dict[str, List[str]]:
+        return {"ann": [f":ann!ann@localhost {line}"], "bob": [f":ann!ann@localhost {line}"]}
+
+
+class ChannelModes(Stage):
+    def test_asking_and_changing(self) -> None:
+        created = self.server.hub.channels["#chat"].created
+        self.play(
+            ("eve", "MODE #chat", {"eve": ["324 eve #chat :+n", f"329 eve #chat :{created}"]}),
+            ("eve", "MODE #chat +m", {"eve": ["442 eve #chat :you are not in #chat"]}),
+            ("bob", "MODE #chat +m", {"bob": ["482 bob #chat :only an operator of #chat may do that"]}),
+            ("ann", "MODE #chat +n", {}),
+            ("ann", "MODE #chat +tmi-n+mlk 7 tea", self.both("MODE #chat +tmi-n+lk 7 :tea")),
+            ("bob", "MODE #chat", {"bob": ["324 bob #chat +iklmt tea :7", f"329 bob #chat :{created}"]}),
+            ("eve", "MODE #chat", {"eve": ["324 eve #chat +iklmt * :7", f"329 eve #chat :{created}"]}),
+            ("ann", "MODE #chat +l 07", {}),
+            ("ann", "MODE #chat -lk+n-tmi", self.both("MODE #chat -lk+n-tmi :*")),
+            ("ann", "MODE #chat -lk", {}),
+            ("ann", "MODE #chat +m-m+m", self.both("MODE #chat :+m")),
+            ("ann", "MODE #nix +m", {"ann": ["403 ann #nix :there is no channel #nix"]}),
+        )
+
+    def test_wrong_changes(self) -> None:
+        self.play(
+            (
+                "ann",
+                "MODE #chat +zmz:",
+                {
+                    "ann": [
+                        "472 ann z :z is not a channel mode here",
+                        "472 ann * :* is not a channel mode here",
+                        ":ann!ann@localhost MODE #chat :+m",
+                    ],
+                    "bob": [":ann!ann@localhost MODE #chat :+m"],
+                },
+            ),
+            ("ann", "MODE #chat +k", {"ann": ["461 ann MODE :MODE needs more than that"]}),
+            ("ann", "MODE #chat +o", {"ann": ["461 ann MODE :MODE needs more than that"]}),
+            ("ann", "MODE #chat +k a,b", {"ann": ["696 ann #chat k * :mode k cannot be set to that"]}),
+            ("ann", "MODE #chat +k :a b", {"ann": ["696 ann #chat k * :mode k cannot be set to that"]}),
+            ("ann", f"MODE #chat +k {'x' * 33}", {"ann": ["696 ann #chat k * :mode k cannot be set to that"]}),
+            (
+                "ann",
+                f"MODE #chat +b {'x' * 77}",
+                {"ann": [f"696 ann #chat b {'x' * 64} :mode b cannot be set to that"]},
+            ),
+            ("ann", "MODE #chat +l 0", {"ann": ["696 ann #chat l 0 :mode l cannot be set to that"]}),
+            ("ann", "MODE #chat +l many", {"ann": ["696 ann #chat l many :mode l cannot be set to that"]}),
+            ("ann", "MODE #chat +b :a b", {"ann": ["696 ann #chat b a :mode b cannot be set to that"]}),
+            ("ann", "MODE #chat +o eve", {"ann": ["441 ann eve #chat :eve is not in #chat"]}),
+            ("ann", "MODE #chat +v nobody", {"ann": ["401 ann nobody :nobody here is called nobody"]}),
+        )
+
+    def test_ranks(self) -> None:
+        self.play(
+            ("ann", "MODE #chat +vo-v BOB bob ann", self.both("MODE #chat +vo bob :bob")),
+            ("eve", "NAMES #chat", {"eve": self.names("eve", "#chat", "@ann @bob")}),
+            ("ann", "MODE #chat -o bob", self.both("MODE #chat -o :bob")),
+            ("eve", "NAMES #chat", {"eve": self.names("eve", "#chat", "@ann +bob")}),
+            (
+                "eve",
+                "WHO #chat",
+                {
+                    "eve": [
+                        "352 eve #chat ann localhost chat.local ann H@ :0 ann",
+                        "352 eve #chat bob localhost chat.local bob H+ :0 bob",
+                        "315 eve #chat :End of WHO list",
+                    ]
+                },
+            ),
+            ("ann", "MODE #chat -o ann", self.both("MODE #chat -o :ann")),
+            ("ann", "MODE #chat +o ann", {"ann": ["482 ann #chat :only an operator of #chat may do that"]}),
+        )
+
+    def test_who_may_speak(self) -> None:
+        def said(text: str) -> List[str]:
+            return [f":bob!bob@localhost PRIVMSG #chat :{text}"]
+
+        silent = "404 bob #chat :you are banned from #chat, so you cannot write there"
+        self.play(
+            ("eve", "PRIVMSG #chat :x", {"eve": ["404 eve #chat :only members may write to #chat"]}),
+            ("ann", "MODE #chat -n", self.both("MODE #chat :-n")),
+            (
+                "eve",
+                "PRIVMSG #chat :hi",
+                dict.fromkeys(("ann", "bob"), [":eve!eve@localhost PRIVMSG #chat :hi"]),
+            ),
+            ("ann", "MODE #chat +m", self.both("MODE #chat :+m")),
+            ("bob", "PRIVMSG #chat :x", {"bob": [f"404 bob #chat :{chat.ERR_MODERATED.text.format('#chat')}"]}),
+            ("bob", "NOTICE #chat :x", {}),
+            ("eve", "PRIVMSG #chat :x", {"eve": [f"404 eve #chat :{chat.ERR_MODERATED.text.format('#chat')}"]}),
+            ("ann", "MODE #chat +v bob", self.both("MODE #chat +v :bob")),
+            ("bob", "PRIVMSG #chat :I may", {"ann": said("I may")}),
+            ("ann", "MODE #chat -mv+b bob rob", self.both("MODE #chat -mv+b bob :rob!*@*")),
+            ("bob", "PRIVMSG #chat :not I", {"ann": said("not I")}),
+            ("ann", "MODE #chat +b B?B", self.both("MODE #chat +b :B?B!*@*")),
+            ("bob", "PRIVMSG #chat :x", {"bob": [silent]}),
+            ("bob", "TAGMSG #chat", {"bob": [silent]}),
+            ("ann", "MODE #chat -b b?b!*@*", self.both("MODE #chat -b :B?B!*@*")),
+            ("bob", "PRIVMSG #chat :again", {"ann": said("again")}),
+        )
+
+    def test_who_may_join(self) -> None:
+        joins = dict.fromkeys(("ann", "bob"), [":eve!eve@localhost JOIN #chat"])
+        joins["eve"] = [":eve!eve@localhost JOIN #chat", *self.names("eve", "#chat", "@ann bob eve")]
+        parts = dict.fromkeys(("ann", "bob", "eve"), [":eve!eve@localhost PART #chat"])
+        self.play(
+            ("ann", "MODE #chat +k tea", self.both("MODE #chat +k :tea")),
+            ("eve", "JOIN #chat", {"eve": ["475 eve #chat :#chat has a key: join it with the right one"]}),
+            ("eve", "JOIN #chat Tea", {"eve": ["475 eve #chat :#chat has a key: join it with the right one"]}),
+            ("eve", "JOIN #chat tea", joins),
+            ("eve", "PART #chat", parts),
+            ("ann", "MODE #chat -k+l tea 2", self.both("MODE #chat -k+l * :2")),
+            ("eve", "JOIN #chat", {"eve": ["471 eve #chat :#chat has as many members as it may have"]}),
+            ("ann", "MODE #chat +l-l 3", self.both("MODE #chat +l-l :3")),
+            ("ann", "MODE #chat +b *@LOCAL*", self.both("MODE #chat +b :*!*@LOCAL*")),
+            ("eve", "JOIN #chat", {"eve": ["474 eve #chat :you are banned from #chat"]}),
+            ("ann", "MODE #chat -b+i *!*@local*", self.both("MODE #chat -b+i :*!*@LOCAL*")),
+            ("eve", "JOIN #chat", {"eve": ["473 eve #chat :only who was invited may join #chat"]}),
+            ("bob", "INVITE eve #chat", {"bob": ["482 bob #chat :only an operator of #chat may do that"]}),
+            (
+                "ann",
+                "INVITE eve #chat",
+                {"ann": ["341 ann eve :#chat"], "eve": [":ann!ann@localhost INVITE eve :#chat"]},
+            ),
+            ("eve", "JOIN #chat", joins),
+            ("ann", "INVITE eve #chat", {"ann": ["443 ann eve #chat :eve is in #chat already"]}),
+            ("eve", "PART #chat", parts),
+            ("eve", "JOIN #chat", {"eve": ["473 eve #chat :only who was invited may join #chat"]}),
+        )
+
+    def test_who_speaks_from_outside_hears_the_echo(self) -> None:
+        self.people["ann"].send("MODE #chat -n\r\n")
+        self.people["ann"].sync()
+        rob = self.irc("rob", "echo-message")
+        rob.send("PART #chat\r\nPRIVMSG #chat :hi\r\n")
+        self.assertEqual(rob.sync()[-1], ":rob!rob@localhost PRIVMSG #chat :hi")
+
+    def test_keys_go_with_their_channels(self) -> None:
+        ann, eve = self.people["ann"], self.people["eve"]
+        ann.send("JOIN #a,#b,#c\r\nMODE #a +k one\r\nMODE #b +k two\r\n")
+        ann.sync()
+        eve.send("JOIN #b,#a,#c two,one\r\n")
+        joined = [line for line in eve.sync() if " JOIN " in line]
+        self.assertEqual(joined, [f":eve!eve@localhost JOIN {name}" for name in ("#b", "#a", "#c")])
+
+    def test_bans_are_listed_and_bounded(self) -> None:
+        ann, eve = self.people["ann"], self.people["eve"]
+        for start in range(0, chat.MAX_BANS, 4):
+            masks = " ".join(f"u{number}" for number in range(start, start + 4))
+            ann.send(f"MODE #chat +bbbb {masks}\r\n")
+        for peer in (ann, self.people["bob"]):
+            peer.sync()
+        self.play(
+            ("ann", "MODE #chat +b U7!*@*", {}),
+            ("ann", "MODE #chat +b more", {"ann": ["478 ann #chat b :#chat has 100 bans; remove one first"]}),
+            ("ann", "MODE #chat -b more", {}),
+        )
+        for command in ("MODE #chat b", "MODE #chat +b", "MODE #chat -bb"):
+            eve.send(f"{command}\r\n")
+            *bans, end = eve.sync()
+            self.assertEqual(end, ":chat.local 368 eve #chat :End of channel ban list")
+            self.assertEqual(len(bans), chat.MAX_BANS)
+            self.assertRegex(bans[7], r"^:chat.local 367 eve #chat u7!\*@\* ann!ann@localhost :\d+$")
+
+    def test_many_speakers_fill_no_memory_of_a_channel_with_bans(self) -> None:
+        channel = chat.Channel("#a")
+        channel.masks["x!*@*"] = ("x!*@*", "", "")
+        with mock.patch.object(chat, "BANNED_KNOWN", 10):
+            for number in range(100):
+                session = chat.Session("h", 0.0)
+                session.prefix = f"{'x' if number == 50 else number}!u@h"
+                self.assertEqual(channel.bans(session), number == 50)
+                self.assertLessEqual(len(channel._banned), 10)
+
+    def test_more_modes_than_fit_are_not_set(self) -> None:
+        self.play(("ann", "MODE #chat +bbbbbm a b c d e", self.both("MODE #chat +bbbbm a!*@* b!*@* c!*@* :d!*@*")))
+
+
+class Operators(Stage):
+    def test_an_invitation_by_who_is_no_operator_opens_nothing(self) -> None:
+        asked = {"bob": ["341 bob eve :#chat"], "eve": [":bob!bob@localhost INVITE eve :#chat"]}
+        self.play(
+            ("bob", "INVITE eve #chat", asked),
+            ("ann", "MODE #chat +i", self.both("MODE #chat :+i")),
+            ("eve", "JOIN #chat", {"eve": ["473 eve #chat :only who was invited may join #chat"]}),
+            ("eve", "INVITE bob #chat", {"eve": ["442 eve #chat :you are not in #chat"]}),
+        )
+
+    def test_old_invitations_are_forgotten(self) -> None:
+        hub = self.server.hub
+        self.people["ann"].send("JOIN #a,#b\r\n")
+        self.people["ann"].sync()
+        with mock.patch.object(chat, "MAX_JOINS", 2):
+            for name in ("#chat", "#a", "#b"):
+                self.people["ann"].send(f"INVITE eve {name}\r\n")
+            self.people["ann"].sync()
+        self.assertEqual([channel.name for channel in hub.nicks["eve"].invites], ["#a", "#b"])
+
+    def test_kick(self) -> None:
+        out = ":ann!ann@localhost KICK #chat bob"
+        self.play(
+            ("bob", "KICK #chat ann", {"bob": ["482 bob #chat :only an operator of #chat may do that"]}),
+            ("eve", "KICK #chat ann", {"eve": ["442 eve #chat :you are not in #chat"]}),
+            (
+                "ann",
+                "KICK #chat eve,nobody",
+                {"ann": ["441 ann eve #chat :eve is not in #chat", "401 ann nobody :nobody here is called nobody"]},
+            ),
+            (
+                "ann",
+                "KICK #chat Bob,eve :too loud",
+                {"ann": [f"{out} :too loud", "441 ann eve #chat :eve is not in #chat"], "bob": [f"{out} :too loud"]},
+            ),
+            ("bob", "PRIVMSG #chat :x", {"bob": ["404 bob #chat :only members may write to #chat"]}),
+            ("ann", "KICK #chat a,b,c,d,e", {"ann": ["407 ann :that is too many names in one command"]}),
+            ("bob", "JOIN #tea", {"bob": [":bob!bob@localhost JOIN #tea", *self.names("bob", "#tea", "@bob")]}),
+            (
+                "ann",
+                "JOIN #tea",
+                {
+                    "ann": [":ann!ann@localhost JOIN #tea", *self.names("ann", "#tea", "@bob ann")],
+                    "bob": [":ann!ann@localhost JOIN #tea"],
+                },
+            ),
+            (
+                "bob",
+                "KICK #tea bob,ann",
+                {
+                    "ann": [":bob!bob@localhost KICK #tea :bob"],
+                    "bob": [":bob!bob@localhost KICK #tea :bob", "442 bob #tea :you are not in #tea"],
+                },
+            ),
+            ("ann", "PART #tea", {"ann": [":ann!ann@localhost PART #tea"]}),
+        )
+        self.assertNotIn("#tea", self.server.hub.channels)
+
+    def test_the_topic_of_a_channel_with_t(self) -> None:
+        self.play(
+            ("bob", "TOPIC #chat :tea", dict.fromkeys(("ann", "bob"), [":bob!bob@localhost TOPIC #chat :tea"])),
+            ("ann", "MODE #chat +t", self.both("MODE #chat :+t")),
+            ("bob", "TOPIC #chat :rum", {"bob": ["482 bob #chat :only an operator of #chat may do that"]}),
+            ("ann", "TOPIC #chat :rum", self.both("TOPIC #chat :rum")),
+        )
+
+    def test_an_operator_who_comes_back_is_one_still(self) -> None:
+        enter = (
+            f"CAP REQ :{chat.RESUME_CAP} extended-join\r\nRESUME 0123456789abcdef\r\nNICK rob\r\nUSER rob 0 * :Rob\r\n"
+        )
+        rob = self.peer(f"{enter}CAP END\r\nJOIN #tea\r\n")
+        rob.until(" 366 ")
+        self.people["ann"].send("JOIN #tea\r\n")
+        rob.until("JOIN #tea")
+        again = self.peer(f"{enter}CAP END\r\n")
+        again.until(":rob!rob@localhost JOIN #tea * :Rob")
+        self.assertEqual(again.until(" 353 "), ":chat.local 353 rob = #tea :ann @rob")
+        again.send("MODE #tea +m\r\n")
+        self.assertEqual(again.sync()[-1], ":rob!rob@localhost MODE #tea :+m")
+
+    def test_plain_people_and_scripts(self) -> None:
+        tom, bot = self.plain("tom"), self.peer('{"type":"join","user":"bot"}\n')
+        bot.until("bot joined")
+        self.people["ann"].send("MODE #chat +mv tom\r\nKICK #chat tom :too loud\r\nKICK #chat bot\r\n")
+        tom.until("*** bot joined")
+        self.assertEqual(tom.line(), "*** ann set +mv tom")
+        self.assertEqual(tom.line(), "*** tom was kicked out by ann: too loud")
+        events = [json.loads(bot.line() or "") for _ in range(3)]
+        self.assertEqual(
+            [(item["event"], item["channel"]) for item in events], [("mode", "#chat"), *[("kick", "#chat")] * 2]
+        )
+        self.assertEqual([item.get("name") for item in events], [None, "tom", "bot"])
+        tom.send("hello?\n/who\n/join #chat\nhello?\n/kick ann\n/mode\n")
+        for text in ("you are in no channel; /join one first",) * 2:
+            self.assertEqual(tom.line(), f"*** Error: {text}")
+        self.assertEqual(tom.line(), "*** tom joined (3 here)")
+        self.assertEqual(tom.line(), f"*** Error: {chat.ERR_MODERATED.text.format('#chat')}")
+        self.assertEqual(tom.line(), "*** Error: only an operator of #chat may do that")
+        self.assertEqual(tom.line(), "*** The modes of #chat are: +mn")
+        tom.send("/join #tea\n/mode +k green\n/invite eve\n/mode +b rob\n/mode b\n/kick tom bye\n")
+        tom.until("joined (1 here)")
+        self.assertEqual(tom.line(), "*** tom set +k green")
+        self.assertEqual(tom.line(), "*** You invited eve to #tea")
+        self.assertEqual(tom.line(), "*** tom set +b rob!*@*")
+        self.assertEqual(tom.line(), "*** Banned from #tea: rob!*@*, by tom!plain@localhost")
+        self.assertEqual(tom.line(), "*** End of channel ban list")
+        self.assertEqual(tom.line(), "*** tom was kicked out by tom: bye")
+        self.people["eve"].until(":tom!plain@localhost INVITE eve :#tea")
+
+    def test_who_is_refused_entry_stays_where_they_are(self) -> None:
+        self.people["ann"].send("JOIN #tea\r\nMODE #tea +k green\r\n")
+        tom = self.plain("tom")
+        tom.send("/join #tea\n/join #tea green\n")
+        self.assertEqual(tom.line(), "*** Error: #tea has a key: join it with the right one")
+        self.assertEqual(tom.line(), "*** tom left: went to #tea")
+        self.assertEqual(tom.line(), "*** tom joined (2 here)")
+
+
+class Capabilities(ServerCase):
+    """What a client gets only if it negotiated that it understands it."""
+
+    LABELS = ("batch", "labeled-response", "message-tags", "server-time")
+
+    def pair(self, *caps: str) -> Tuple[Peer, Peer, Peer]:
+        """One with the capabilities, one without, and bob, whom they are about."""
+        able, plain, bob = self.irc("able", *caps), self.irc("plain"), self.irc("bob")
+        for peer in (able, plain):
+            peer.until("bob!bob@localhost JOIN")
+        return able, plain, bob
+
+    def test_notify_is_implied_by_302(self) -> None:
+        for first, caps in (("CAP LS 302", "cap-notify"), ("CAP LS", "")):
+            peer = self.peer(f"{first}\r\nCAP REQ :-cap-notify\r\nCAP LIST\r\n")
+            self.assertEqual(peer.until(" LIST "), f":chat.local CAP * LIST :{caps}")
+        self.assertLessEqual(len(peer.seen[0]) + 2 + chat.NICK_BYTES, chat.LINE_BYTES)
+
+    def test_extended_join(self) -> None:
+        able, plain, bob = self.pair("extended-join")
+        bob.send("JOIN #tea\r\nPART #chat\r\nSETNAME :Bob the Great\r\nJOIN #chat\r\n")
+        self.assertEqual(able.until("JOIN"), ":bob!bob@localhost JOIN #chat * :Bob the Great")
+        self.assertEqual(plain.until("JOIN"), ":bob!bob@localhost JOIN #chat")
+
+    def test_away_notify(self) -> None:
+        able, plain, bob = self.pair("away-notify")
+        able.send("JOIN #tea\r\n")
+        able.sync()
+        bob.send("JOIN #tea\r\nAWAY :tea time\r\nAWAY :tea time\r\nPART #chat\r\nJOIN #chat\r\nAWAY\r\n")
+        self.assertNotIn("bob!bob@localhost AWAY", "".join(bob.sync()))
+        self.assertEqual(
+            able.sync(),
+            [
+                ":bob!bob@localhost JOIN #tea",
+                ":bob!bob@localhost AWAY :tea time",
+                ":bob!bob@localhost PART #chat",
+                ":bob!bob@localhost JOIN #chat",
+                ":bob!bob@localhost AWAY :tea time",
+                ":bob!bob@localhost AWAY",
+            ],
+        )
+        self.assertEqual(plain.sync(), [":bob!bob@localhost PART #chat", ":bob!bob@localhost JOIN #chat"])
+
+    def test_changes_that_all_are_told_are_throttled(self) -> None:
+        able, _, bob = self.pair("away-notify")
+        bob.send("".join(f"AWAY :{number}\r\n" for number in range(100)))
+        refused = [line for line in bob.sync() if " 263 bob AWAY :AWAY is too much now" in line]
+        self.assertEqual(len(refused), 100 - chat.NICK_CHANGES)
+        self.assertEqual(len(able.sync()), chat.NICK_CHANGES)
+
+    def test_setname(self) -> None:
+        able, plain, bob = self.pair("setname")
+        changed = ":able!able@localhost SETNAME :Able Seaman"
+        able.send(f"SETNAME :Able Seaman\r\nSETNAME :\r\nSETNAME :{'x' * 101}\r\nWHOIS able\r\n")
+        self.assertEqual(able.line(), changed)
+        self.assertEqual(able.line(), ":chat.local NOTICE * :a real name has 1 to 100 bytes")
+        self.assertEqual(able.line(), ":chat.local NOTICE * :a real name has 1 to 100 bytes")
+        self.assertEqual(able.line(), ":chat.local 311 able able able localhost * :Able Seaman")
+        bob.send("SETNAME :Bob\r\n")
+        self.assertEqual(able.until("SETNAME"), ":bob!bob@localhost SETNAME Bob")
+        self.assertEqual(bob.sync() + plain.sync(), [])
+
+    def test_setname_fails_by_standard_replies(self) -> None:
+        ann = self.irc("ann", "setname", "standard-replies")
+        ann.send("SETNAME :\r\n")
+        self.assertEqual(ann.line(), ":chat.local FAIL SETNAME INVALID_REALNAME :a real name has 1 to 100 bytes")
+
+    def test_invite_notify(self) -> None:
+        able, plain, bob = self.pair("invite-notify")
+        bob.send("PART #chat\r\n")
+        for peer in (able, plain):
+            peer.until("PART")
+        plain.send("INVITE bob #chat\r\n")
+        self.assertEqual(plain.sync(), [":chat.local 341 plain bob :#chat"])
+        for peer in (able, bob):
+            self.assertEqual(peer.until("INVITE"), ":plain!plain@localhost INVITE bob :#chat")
+
+    def test_names_and_ranks(self) -> None:
+        op = self.irc("op")
+        for caps, names, flags in (
+            ((), "@op", "H@"),
+            (("multi-prefix",), "@+op", "H@+"),
+            (("userhost-in-names",), "@op!op@localhost", "H@"),
+            (("multi-prefix", "userhost-in-names"), "@+op!op@localhost", "H@+"),
+        ):
+            with self.subTest(caps):
+                peer = self.irc("ann", *caps)
+                op.send("MODE #chat +v op\r\n")
+                op.sync()
+                peer.sync()
+                peer.send("NAMES #chat\r\nWHO op\r\nWHO #chat %nf\r\nWHOIS op\r\n")
+                self.assertEqual(
+                    peer.line(), f":chat.local 353 ann = #chat :{names} ann{'!ann@localhost' * ('!' in names)}"
+                )
+                self.assertEqual(peer.until(" 352 "), ":chat.local 352 ann * op localhost chat.local op H :0 op")
+                self.assertEqual(peer.until(" 354 "), f":chat.local 354 ann op :{flags}")
+                self.assertEqual(peer.until(" 319 "), f":chat.local 319 ann op :{flags[1:]}#chat")
+                peer.send("QUIT\r\n")
+                peer.rest()
+
+    def test_what_a_labeled_command_makes_all_see_carries_the_label(self) -> None:
+        ann, bob = self.irc("ann", "away-notify", *self.LABELS), self.irc("bob")
+        bob.send("JOIN #tea\r\n")
+        bob.sync()
+        ann.sync()
+        for command, answer in (
+            ("AWAY x", "306 ann :You are marked as away"),
+            ("JOIN #chat", "ACK"),
+            ("INVITE bob #chat", "443 ann bob #chat :bob is in #chat already"),
+        ):
+            ann.send(f"@label=L {command}\r\n")
+            self.assertEqual(ann.sync(), [f"@label=L :chat.local {answer}"])
+        self.irc("eve").send("PART #chat\r\n")
+        ann.until(" PART ")
+        ann.send("AWAY\r\n@label=L INVITE eve #chat\r\n")
+        self.assertEqual(ann.sync()[1:], ["@label=L :chat.local 341 ann eve :#chat"])
+        for command, seen in (
+            ("TOPIC #chat tea", "TOPIC #chat :tea"),
+            ("MODE #chat +m", "MODE #chat :+m"),
+            ("KICK #chat bob", "KICK #chat :bob"),
+            ("PART #chat", "PART #chat"),
+            ("NICK anna", "NICK anna"),
+        ):
+            with self.subTest(command):
+                ann.send(f"@label=L {command}\r\n")
+                (line,) = ann.sync()
+                self.assertRegex(line, f"^@time=[^;]*;msgid=[^;]*;label=L :ann!ann@localhost {re.escape(seen)}$")
+        self.assertIn(":ann!ann@localhost KICK #chat :bob", bob.sync())
+        ann.send("@label=L JOIN #tea\r\n")
+        first, *inside, last = [chat.parse(line) for line in ann.sync()]
+        self.assertEqual((first.command, first.tags["label"], last.command), ("BATCH", "L", "BATCH"))
+        self.assertEqual([message.command for message in inside], ["JOIN", "353", "366"])
+        self.assertEqual({message.tags["batch"] for message in inside}, {first.param(0)[1:]})
+        self.assertEqual(bob.sync(), [":anna!ann@localhost JOIN #tea"])
+        ann.send("@label=L QUIT\r\n")
+        self.assertEqual(ann.rest(), [":chat.local ERROR Goodbye"])
+        self.assertEqual(bob.sync(), [":anna!ann@localhost QUIT"])
 
 
 class Identity(ServerCase):
@@ -2146,7 +2704,8 @@ class Fuzz(ServerCase):
     """Generated garbage at every dialect; the seed of a failure is in its name."""
 
     WORDS = """NICK USER JOIN PART PRIVMSG TOPIC WHO WHOIS MODE CAP LS REQ END NOTICE TAGMSG PING LIST AWAY ISON
-        USERHOST NAMES HELP GUEST #chat #a,#b : :: @a=b \x01ACTION %tcuihsnfdlaor,1 * 0 u1 - +b \u202e {} %s {0}
+        USERHOST NAMES HELP GUEST KICK INVITE SETNAME VERSION +ovkl -b+mi x!y@z
+        #chat #a,#b : :: @a=b \x01ACTION %tcuihsnfdlaor,1 * 0 u1 - +b \u202e {} %s {0}
         /nick /msg // exit {"type": "chat"} \u3164"""
 
     def soup(self, rng: random.Random) -> bytes:
@@ -2587,6 +3146,12 @@ class WhatItMeans(PersonCase):
         written = self.arrive(":ann!a@b KICK #chat bob :go away")
         self.assertIn("*** bob was kicked out by ann: go away", written)
         self.assertIn("you are no longer in #chat; /join #chat may bring you back", written)
+
+    def test_modes_of_the_channel_are_shown(self) -> None:
+        self.assertIn("*** ann set +o bob", self.arrive(":ann!a@b MODE #chat +o bob"))
+        self.assertNotIn("set", self.arrive(":bob!b@c MODE bob :+i", ":ann!a@b MODE #tea +m"))
+        self.type("/join #tea green")
+        self.assertEqual((self.client.going, self.lines), ("#tea", ["JOIN #tea green"]))
 
     def test_who_goes_to_another_channel_speaks_there(self) -> None:
         self.client.caps = ["echo-message"]
