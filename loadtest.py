@@ -1008,18 +1008,24 @@ def _grid(x: _Axis, y: _Axis) -> str:
 # -----------------------------------------------------------------------------
 
 
+Server = Tuple[str, int]  # host and port
+
+
 class Target:
     """A server to test: one that is there, or one that is started, and stopped by `stop`.
 
-    A command may hold {port}, for which a free port is put in; chat.py itself picks one and says which.
-    Raises Failed where nothing listens within START_S.
+    `others` are linked with it: clients are spread over all of them. A command may hold {port}, for which a free port
+    is put in. Raises Failed where nothing listens within START_S.
     """
 
-    def __init__(self, host: str, port: int, command: Optional[List[str]] = None, pid: int = 0) -> None:
-        self.host, self.port, self.pid = host, port, pid
+    def __init__(
+        self, host: str, port: int, command: Optional[List[str]] = None, pid: int = 0, others: Sequence[Server] = ()
+    ) -> None:
+        self.host, self.port, self.pid, self.others = host, port, pid, others
         here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
         programs = [word.replace(here, "") for word in command or [] if word.endswith(".py")]
-        self.name = (programs or [os.path.basename(word) for word in command or []] or [f"{host}:{port}"])[0]
+        address = " + ".join(f"{host}:{port}" for host, port in self.servers())
+        self.name = (programs or [os.path.basename(word) for word in command or []] or [address])[0]
         self._process: Optional[subprocess.Popen[bytes]] = None
         if command:
             try:
@@ -1051,6 +1057,10 @@ class Target:
         code = self._process.poll()
         ended = "" if code is None else f"; it ended with {code}"
         raise Failed(f"{' '.join(filled)} does not listen on port {self.port} (as {{port}} in the command says){ended}")
+
+    def servers(self) -> List[Server]:
+        """Where clients can join."""
+        return [(self.host, self.port), *self.others]
 
     def stop(self) -> None:
         """Ends the server, if it is ours."""
@@ -1099,6 +1109,8 @@ def free_port() -> int:
 
 
 T = TypeVar("T")
+NAMES = re.compile(rb"(?:^|\n)(?:@[^ \n]* )?:[^ \n]+ 353 [^\n]* :([^\r\n]*)")  # RPL_NAMREPLY
+RANKS = b"~&@%+"  # before a name there
 
 
 class Client:
@@ -1119,7 +1131,9 @@ class Client:
         self.joined_s = 0.0
         self.failure = ""
         self.until = 0  # end of its last turn to watch, in ns
-        self.sock = socket.socket(run.family, socket.SOCK_STREAM)
+        self.present: Set[bytes] = set()  # who is in the channel, as far as it has asked
+        family, self.address = run.addresses[number % len(run.addresses)]
+        self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.lock = threading.Lock()  # of sending: its sender and its answers to PING
         self._rest = b""
 
@@ -1148,7 +1162,7 @@ class Client:
     def _connect(self) -> None:
         began = time.monotonic()
         self.sock.settimeout(JOIN_S)
-        self.sock.connect(self.run.address)
+        self.sock.connect(self.address)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._set_up()
         self._rest = getattr(self, f"_join_{self.run.wire.protocol}")()
@@ -1253,6 +1267,7 @@ class Client:
         if others:
             self._answer_pings(others)
             self.strange += [line for line in others.split(b"\n") if self.run.wire.said.search(line)]
+            self.present.update(name.lstrip(RANKS) for names in NAMES.findall(others) for name in names.split())
             error = re.search(rb"(?:^|\n)ERROR [^\n]*", others)
             if error:
                 self.failure = refusal(error[0])
@@ -1367,6 +1382,15 @@ class Sender:
                 self.client.send(run.wire.line(number))
 
 
+def resolve(host: str, port: int) -> Tuple[int, Any]:
+    """Family and address of a server; raises Failed."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise Failed(f"{host}: {error.strerror or error}") from None
+    return found[0], found[4]
+
+
 class Run:
     """One load against one server: `execute` does it; what happened is in the attributes afterwards."""
 
@@ -1376,11 +1400,7 @@ class Run:
         self.load, self.target, self.progress = load, target, progress
         self.wire = wire(load.protocol, load.channel, load.size, load.seed)
         self.channel, self.password = load.channel, load.password
-        try:
-            found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)[0]
-        except OSError as error:
-            raise Failed(f"{target.host}: {error.strerror or error}") from None
-        self.family, self.address = found[0], found[4]
+        self.addresses = [resolve(*server) for server in target.servers()]
         arrivals = load.clients * (load.rate or FLOOD_RATE)
         self.groups = min(load.clients, max(1, math.ceil(arrivals / WAKEUPS)))
         self.read_every = max(READ_EVERY_S, load.clients / READS)
@@ -1481,6 +1501,21 @@ class Run:
             reason = hinted(failed[0].failure, {**HINTS, **JOIN_HINTS})
             raise Failed(f"{len(failed)} of {len(self.clients)} could not join: {reason}")
         time.sleep(SETTLE_S)  # notices of joins are still under way
+        if len(self.addresses) > 1:
+            self._meet()
+
+    def _meet(self) -> None:
+        """Waits until each of the linked servers knows of everybody: to whom it does not know, it passes nothing on."""
+        everybody = {client.name.encode() for client in self.clients}
+        end = time.monotonic() + JOIN_S
+        for client in self.clients[: len(self.addresses)]:
+            while not client.present >= everybody:
+                if time.monotonic() > end:
+                    host, port = client.address[:2]
+                    missing = f"{len(everybody - client.present)} of {len(everybody)} clients"
+                    raise Failed(f"{host}:{port} has not heard of {missing} within {JOIN_S:.0f} s: is it linked?")
+                client.send(f"NAMES {self.channel}\r\n".encode())
+                time.sleep(TURN_S)
 
     def _send(self) -> None:
         load = self.load
@@ -1702,7 +1737,12 @@ def conditions(run: Run, args: argparse.Namespace) -> Dict[str, Any]:
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
             "cpus": os.cpu_count(),
         },
-        "target": {**{key: getattr(run.target, key) for key in ("name", "host", "port")}, "proto": run.load.protocol},
+        "target": {
+            "name": run.target.name,
+            "host": None if run.target.others else run.target.host,
+            "port": None if run.target.others else run.target.port,
+            "proto": run.load.protocol,
+        },
         "load": {key: getattr(run.load, key) for key in LOAD_KEYS},
     }
 
@@ -1808,12 +1848,13 @@ def one(
 
 @contextlib.contextmanager
 def opened(kind: str, value: str, args: argparse.Namespace) -> Iterator[Target]:
-    """The target that an argument names, for as long as it is needed: ("command", ...) or ("address", HOST:PORT)."""
+    """The target that an argument names, while it is needed: ("command", ...) or ("address", HOST:PORT,...)."""
     if kind == "command":
         target = Target("", 0, split(value))
     else:
-        host, _, port = value.rpartition(":")
-        target = Target(host.strip("[]"), int(port), pid=args.pid)
+        parts = [item.rpartition(":") for item in value.split(",")]
+        first, *others = [(host.strip("[]"), int(port)) for host, _, port in parts]
+        target = Target(*first, pid=args.pid, others=others)
     try:
         yield target
     finally:
@@ -1834,10 +1875,13 @@ def split(command: str) -> List[str]:
 def targets(args: argparse.Namespace) -> List[Tuple[str, str]]:
     """What is to be tested, one or two; raises Failed."""
     found = [("command", command) for command in args.server_command]
-    if args.port:
-        found.append(("address", f"{args.host}:{args.port}"))
-    elif args.host != "127.0.0.1":
+    network = [f"{args.host}:{args.port}"] * bool(args.port) + args.target
+    if network:
+        found.append(("address", ",".join(network)))
+    if not args.port and args.host != "127.0.0.1":
         raise Failed("--host needs --port")
+    if len(network) > 1 and args.proto != "irc":
+        raise Failed("only IRC servers can be linked: several --target need --proto irc")
     if not found:
         chat = os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat.py")
         found.append(("command", shlex.join([sys.executable, chat, "server", "--port", "{port}"])))
@@ -1941,7 +1985,7 @@ def amount(text: str) -> float:
 
 
 def address(text: str) -> str:
-    """The type of --versus."""
+    """The type of --target and --versus."""
     host, _, port = text.rpartition(":")
     if not host:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
@@ -2004,6 +2048,8 @@ def add_target(top: argparse.ArgumentParser) -> None:
     where = top.add_argument_group("target (a chat.py server of its own, when none is given)").add_argument
     where("--host", default="127.0.0.1", help="address of a server that runs (%(default)s)")
     where("--port", type=whole(1, 65535), metavar="PORT", help="its port")
+    where("--target", action="append", default=[], type=address, metavar="HOST:PORT",
+          help="the same in one; several are servers of one network, over which the clients are spread")  # fmt: skip
     where("--pid", type=int, default=0, help="its process, to see what it uses")
     where("--tls", action="store_true", help="encrypted; its certificate is not verified")
     where("--password-file", metavar="FILE", help="its password is the first line of FILE")

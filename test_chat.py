@@ -5240,6 +5240,12 @@ class Proxy:
         }[self.mutate]
 
 
+def ngircd_config(name: str, port: int, more: str) -> str:
+    """Of an ngircd that slows nobody down; `more` begins with further lines of [Global]."""
+    limits = "[Limits]\nMaxConnectionsIP = 0\nMaxPenaltyTime = 0\n[Options]\nIdent = no\nPAM = no\nDNS = no\n"
+    return f"[Global]\nName = {name}\nInfo = test\nListen = 127.0.0.1\nPorts = {port}\n{more}{limits}"
+
+
 class LoadTest(ProgramCase):
     """loadtest.py as a program, against our own server, a spoiling proxy, and a foreign server."""
 
@@ -5257,7 +5263,7 @@ class LoadTest(ProgramCase):
         lines = [b":c1!c1@h " + wire.line(number) for number in (3, 1, 2)]
         data = b":s NOTICE * :x\r\n" + b"".join(lines) + lines[0].replace(b"M0", b"Mf") + lines[1]
         for size in (1, 7, len(data)):
-            client = loadtest.Client(mock.Mock(wire=wire, prefix="c", family=socket.AF_INET), 0)
+            client = loadtest.Client(mock.Mock(wire=wire, prefix="c", addresses=[(socket.AF_INET, None)]), 0)
             self.addCleanup(client.sock.close)
             for start in range(0, len(data), size):
                 client._store(data[start : start + size])
@@ -5341,6 +5347,7 @@ class LoadTest(ProgramCase):
                 (("-n", "1"), 2, "'1' is not a whole number from 2", ""),
                 (("--host", "192.0.2.1"), 2, "--host needs --port", ""),
                 (("--versus", "foo"), 2, "'foo' is not HOST:PORT", ""),
+                (("--target", "a:1", "--target", "b:2", "--proto", "json"), 2, "only IRC servers can be linked", ""),
                 (("-d", "nan"), 2, "'nan' is not a number from 0 up", ""),
                 (("--json", "/no/such/file"), 2, "No such file", ""),
                 (("--server-command", "'"), 2, "No closing quotation", ""),
@@ -5379,12 +5386,8 @@ class LoadTest(ProgramCase):
         with tempfile.TemporaryDirectory() as folder:
             config, port = pathlib.Path(folder, "ngircd.conf"), loadtest.free_port()
             plain = loadtest.free_port() if extra else port
-            config.write_text(
-                f"[Global]\nName = irc.test\nInfo = test\nListen = 127.0.0.1\nPorts = {plain}\nPassword = secret\n"
-                "[Limits]\nMaxConnectionsIP = 0\nMaxPenaltyTime = 0\n[Options]\nIdent = no\nPAM = no\nDNS = no\n"
-                + extra.format(folder=folder, port=port),
-                encoding="ascii",
-            )
+            text = ngircd_config("irc.test", plain, "Password = secret\n") + extra.format(folder=folder, port=port)
+            config.write_text(text, encoding="ascii")
             if extra:
                 names = ["-keyout", f"{folder}/key", "-out", f"{folder}/cert", "-subj", "/CN=irc.test"]
                 make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
@@ -5407,6 +5410,38 @@ class LoadTest(ProgramCase):
     def test_a_foreign_server_over_tls(self) -> None:
         ports = "[SSL]\nCertFile = {folder}/cert\nKeyFile = {folder}/key\nPorts = {port}\n"
         self.assertEqual(self.against_ngircd(ports, "--tls")["clock"], "that of recv")
+
+    @unittest.skipUnless(shutil.which("ngircd"), "needs ngircd")
+    def test_two_linked_servers(self) -> None:
+        ports = [loadtest.free_port(), loadtest.free_port()]
+        with tempfile.TemporaryDirectory() as folder:
+            for number, how in enumerate(("Passive = yes", f"Port = {ports[0]}")):
+                link = f"[Server]\nName = irc{1 - number}.test\nHost = 127.0.0.1\nMyPassword = x\nPeerPassword = x\n"
+                config = pathlib.Path(folder, f"{number}.conf")
+                text = ngircd_config(f"irc{number}.test", ports[number], "") + link + how
+                config.write_text(text, encoding="ascii")
+                with mock.patch.object(loadtest, "free_port", return_value=ports[number]):
+                    self.addCleanup(loadtest.Target("", 0, [str(shutil.which("ngircd")), "-n", "-f", str(config)]).stop)
+            # They link after a second: the clients have joined by then, and wait until both servers know of all.
+            both = [word for port in ports for word in ("--target", f"127.0.0.1:{port}")]
+            program = self.loadtest(*self.QUICK, *both, "--json", f"{folder}/out")
+            status, out, err = self.done(program)
+            self.assertEqual(err, "")
+            found = json.loads(pathlib.Path(folder, "out").read_text(encoding="utf-8"))["results"][0]
+        self.assertEqual(found["target"]["name"], f"127.0.0.1:{ports[0]} + 127.0.0.1:{ports[1]}")
+        self.assertEqual((found["deliveries"], found["expected"]), (1680, 1680))
+        # A network promises no single order of all messages; whether it kept one is a matter of luck.
+        failed = {check["check"] for check in found["checks"] if check["verdict"] != "pass"}
+        self.assertLessEqual(failed, {"order"}, out)
+        self.assertEqual(status, len(failed))
+
+    def test_servers_that_are_not_linked(self) -> None:
+        ports = [self.server()[1], self.server()[1]]
+        complaint, both = io.StringIO(), [word for port in ports for word in ("--target", f"127.0.0.1:{port}")]
+        with mock.patch.object(loadtest, "JOIN_S", 1.0), contextlib.redirect_stderr(complaint):
+            self.assertEqual(loadtest.main(["-n", "5", *both, "-q"]), 2)
+        text = f"loadtest.py: 127.0.0.1:{ports[0]} has not heard of 2 of 5 clients within 1 s: is it linked?\n"
+        self.assertEqual(complaint.getvalue(), text)
 
 
 if __name__ == "__main__":
