@@ -696,7 +696,7 @@ HEADING = "loadtest {loadtest}; {when}; {machine[python]}; {machine[system]}; {m
 # Label of an entry and its phrases: a phrase is left out where a value in it is not known, an entry where all are.
 FACTS = {
     "command": "{command}",
-    "fault": "{fault[name]}; {fault[peers]:n} peers {fault[what]}",
+    "fault": "{fault[name]}; {fault[what]}; peers {fault[peers]:n}",
     "target": "{target[name]}; {target[host]}:{target[port]}; {target[proto]}",
     "load": "{load[clients]:n} clients; {load[senders]:n} senders; {load[rate]:rate}; {load[size]:n} bytes",
     "run": "{load[duration_s]:n} s after {load[warmup_s]:n} s of warm-up; seed {load[seed]}",
@@ -865,7 +865,7 @@ def faults_text(rows: Sequence[Result]) -> str:
     head, *table = _table(*lines)
     said = [head]
     for line, row in zip(table, rows):
-        limited = "; LIMITED: the load tester itself was late" if row["limited"] else ""
+        limited = "; LIMITED by the load tester itself" if row["limited"] else ""
         said += ["", line, *textwrap.wrap(f"{row['what']}: {fate_text(row['fate'])}{limited}", WIDTH)]
     return "\n".join(said)
 

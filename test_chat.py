@@ -5080,7 +5080,7 @@ after 20.0 s (No name within 20 seconds), closed 2 (Reads too slowly \\x1b[2J),
 they took 3% of a core
 
 flood       1  1,234      2                -          -      -
-talk without end: not known; LIMITED: the load tester itself was late""",
+talk without end: not known; LIMITED by the load tester itself""",
         )
 
     def test_what_faults_did_is_the_sum_and_the_median_of_rounds(self) -> None:
@@ -5595,7 +5595,7 @@ class Disturbers(LoadTestCase):
             self.assertEqual(sum(halves), latency["corrected"]["samples"])
         status, out, _ = self.done(spoilt)
         self.assertEqual(status, 1, out)
-        self.assertRegex(out, r"fault +rooms, 4 peers join new channels\n(?s:.*)c5 never got(?s:.*)\nrooms +4 +1 +0 ")
+        self.assertRegex(out, r"fault +rooms, join new channels, peers 4\n(?s:.*)c5 never got(?s:.*)\nrooms +4 +1 +0 ")
 
     def test_limits_hold_for_them_at_a_server_that_is_started(self) -> None:
         args = loadtest.parser().parse_args(["--faults"])
