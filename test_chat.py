@@ -5562,10 +5562,11 @@ class Disturbers(LoadTestCase):
 
     def test_they_begin_when_told_and_end_with_who_told_them(self) -> None:
         where = ("--host", "127.0.0.1", "--port", str(self.port))
+        never_told = self.start("--disturb", "silent", *where, file="loadtest.py")
+        self.assertEqual((*self.done(never_told), self.witness.seen), (0, "ready\n", "", b""))
         program = self.start("--disturb", "silent", *where, file="loadtest.py", stdin=subprocess.PIPE)
         assert program.stdin and program.stdout
         self.assertEqual(program.stdout.readline(), "ready\n")
-        self.assertEqual(self.witness.seen, b"")
         program.stdin.write("\n")
         program.stdin.flush()
         self.assertTrue(self.witness.sees(rb"^\n{500}$"))
