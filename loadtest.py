@@ -3,6 +3,7 @@
 
     python loadtest.py -n 200                            against a chat.py server of its own
     python loadtest.py -n 200 --port 6667                against any IRC server
+    python loadtest.py --faults                          what broken and hostile peers do to the others
 
 Sections, from pure to effectful; each uses only those above it:
 
@@ -16,6 +17,7 @@ Sections, from pure to effectful; each uses only those above it:
     clients              a thread each: joins, and stores what arrives
     run                  the schedule, the senders, progress
     reflector            the least that a server can do, to calibrate
+    disturbers           broken and hostile peers: what each of them does, in a process of their own
     analysis             what a run left behind -> a result
     command line         argparse, main
 
@@ -49,6 +51,7 @@ import string
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -107,6 +110,14 @@ BEHIND = (
 FLOOD_RATE = 30_000  # messages/s to reckon with, when sending as fast as the server accepts
 SLACK_NS = 100_000  # sleeping ends late by about so much; the rest is waited for awake
 LATE_MS = 1.0  # a load tester whose sends are later than this, and a third of the p99, is marked as the limit
+LIFE_S = 1.0  # of a disturber that comes and goes
+RETURN_S = 0.1  # a disturber that was closed is back
+LAST_WORDS_S = 0.5  # at the end a disturber that did not read looks for so long whether it was dropped
+SEND_BYTES = 1 << 16  # that a disturber's socket keeps: what it got rid of is what the server took, nearly
+HEARD_BYTES = 1000  # of what a disturber heard, to find out why it was closed
+TURNS = 20  # of what a disturber says again and again, in one send
+PER_ADDRESS = 16  # disturbers at most from one source address: so many does chat.py let in
+FAULT_LOAD = {"rate": 500.0, "rounds": 1}  # defaults with --faults: all of it within five minutes
 KERNEL_CLOCK = sys.platform == "linux"
 SO_TIMESTAMPNS = 35  # <asm-generic/socket.h>: the kernel's own time of arrival; the socket module has no name for it
 LOAD_KEYS = ("clients", "senders", "rate", "duration_s", "warmup_s", "size", "seed")
@@ -114,18 +125,18 @@ FLOOD_CONTROL = (
     "its flood control; lift it: ngircd MaxPenaltyTime = 0, InspIRCd <connect fakelag=no commandrate=... recvq=...>,"
     " Ergo fakelag: enabled: false"
 )
-PER_ADDRESS = (
+ADDRESS_LIMIT = (
     "its limit of connections; lift it: ngircd MaxConnectionsIP = 0, InspIRCd <connect localmax=...>,"
     " Ergo ip-limits: count: false, chat.py --max-clients"
 )
 HINTS = {  # what servers say when their own limits strike, and the settings that lift them
     "flood": FLOOD_CONTROL,
     "recvq": FLOOD_CONTROL,
-    "too many connections": PER_ADDRESS,
+    "too many connections": ADDRESS_LIMIT,
     "throttl": "its limit of connects; lift it: InspIRCd <connectban>, Ergo ip-limits: throttle: false",
     "password": "it wants a password; give it by --password-file",
 }
-JOIN_HINTS = {"connection was closed": PER_ADDRESS, "connection reset": PER_ADDRESS}  # while joining only
+JOIN_HINTS = {"connection was closed": ADDRESS_LIMIT, "connection reset": ADDRESS_LIMIT}  # while joining only
 
 
 class Failed(Exception):
@@ -685,6 +696,7 @@ HEADING = "loadtest {loadtest}; {when}; {machine[python]}; {machine[system]}; {m
 # Label of an entry and its phrases: a phrase is left out where a value in it is not known, an entry where all are.
 FACTS = {
     "command": "{command}",
+    "fault": "{fault[name]}; {fault[what]}; peers {fault[peers]:n}",
     "target": "{target[name]}; {target[host]}:{target[port]}; {target[proto]}",
     "load": "{load[clients]:n} clients; {load[senders]:n} senders; {load[rate]:rate}; {load[size]:n} bytes",
     "run": "{load[duration_s]:n} s after {load[warmup_s]:n} s of warm-up; seed {load[seed]}",
@@ -702,6 +714,8 @@ COSTS = {
     "{generator[cpu_share]:.0%} of a core",
     "floor": "p50 {generator[floor][p50]:t}; p99 {generator[floor][p99]:t} for the same load against a bare reflector",
 }
+# What became of disturbers, and how that is said, in so far as there were any.
+FATES = {"connections": "connections", "stayed": "stayed", "written": "bytes sent", "answers": "answers"}
 
 
 class _Phrases(string.Formatter):
@@ -758,7 +772,7 @@ def text_report(result: Result) -> str:
 
 def _latency_text(result: Result) -> List[str]:
     rows = [["latency", *PERMILLE, "samples"]]
-    for name in ("corrected", "uncorrected", "complete"):
+    for name in ("corrected", "uncorrected", "complete", "undisturbed", "disturbed"):
         summary = _at(result, "latency", name)
         if summary:
             times = [_known(duration, summary.get(percentile)).rjust(7) for percentile in PERMILLE]
@@ -841,6 +855,33 @@ def versus_text(document: Result) -> str:
     return "\n".join([*_table(*rows), f"ratio: {' / '.join(names)}{rounds}"])
 
 
+def faults_text(rows: Sequence[Result]) -> str:
+    """What each fault did to the others, and what became of those who did it, as a table."""
+    lines = [["fault", "peers", "lost", "wrong", "p99 undisturbed", "disturbed", "ratio"]]
+    for row in rows:
+        times = [_known(duration, row[key]) for key in ("undisturbed", "disturbed")]
+        counts = [count(row[key]) for key in ("peers", "lost", "wrong")]
+        lines.append([row["name"], *counts, *times, _known("{:.2f}".format, row["ratio"])])
+    head, *table = _table(*lines)
+    said = [head]
+    for line, row in zip(table, rows):
+        limited = "; LIMITED by the load tester itself" if row["limited"] else ""
+        said += ["", line, *textwrap.wrap(f"{row['what']}: {fate_text(row['fate'])}{limited}", WIDTH)]
+    return "\n".join(said)
+
+
+def fate_text(fate: Optional[Result]) -> str:
+    """What became of the disturbers of a run, in one sentence."""
+    if not fate:
+        return "not known"
+    said = [f"{words} {count(fate[key])}" for key, words in FATES.items() if fate[key]]
+    for words, times, seconds in fate["closed"]:
+        after = "" if seconds is None else f" after {duration(seconds * 1000)}"
+        said.append(f"closed {count(times)}{after} ({harmless(words)})")
+    said.append(_say(fate, "they took {cpu_share:.0%} of a core"))
+    return ", ".join(said)
+
+
 def median_of(measure: str, name: str, results: Sequence[Result]) -> Optional[float]:
     """The median of what is known of one target."""
     values = [measured(measure, result) for result in results if _at(result, "target", "name") == name]
@@ -893,6 +934,8 @@ def html_report(document: Result) -> str:
     parts = [_curve_figure(names, results)]
     if sweep:
         parts += ["<h2>Sweep</h2>", _sweep_figure(sweep), _pre(sweep_text(sweep))]
+    if document.get("faults"):
+        parts += ["<h2>Faults</h2>", _pre(faults_text(document["faults"]))]
     if document.get("versus"):
         parts += ["<h2>Versus</h2>", _pre(versus_text(document))]
     for name, result in zip(names, results):
@@ -910,7 +953,7 @@ def _pre(text: str) -> str:
 def _names(results: Sequence[Result]) -> List[str]:
     """A name for each result that tells it from the others: target, clients where they differ, a number if need be."""
     sizes = {_at(result, "load", "clients") for result in results}
-    phrases = "{target[name]}" + "; {load[clients]:n} clients" * (len(sizes) > 1)
+    phrases = "{target[name]}; {fault[name]}" + "; {load[clients]:n} clients" * (len(sizes) > 1)
     names = [_say(result, phrases) or "target" for result in results]
     return [name if names.count(name) == 1 else f"{name} #{names[: i + 1].count(name)}" for i, name in enumerate(names)]
 
@@ -1008,18 +1051,24 @@ def _grid(x: _Axis, y: _Axis) -> str:
 # -----------------------------------------------------------------------------
 
 
+Server = Tuple[str, int]  # host and port
+
+
 class Target:
     """A server to test: one that is there, or one that is started, and stopped by `stop`.
 
-    A command may hold {port}, for which a free port is put in; chat.py itself picks one and says which.
-    Raises Failed where nothing listens within START_S.
+    `others` are linked with it: clients are spread over all of them. A command may hold {port}, for which a free port
+    is put in. Raises Failed where nothing listens within START_S.
     """
 
-    def __init__(self, host: str, port: int, command: Optional[List[str]] = None, pid: int = 0) -> None:
-        self.host, self.port, self.pid = host, port, pid
+    def __init__(
+        self, host: str, port: int, command: Optional[List[str]] = None, pid: int = 0, others: Sequence[Server] = ()
+    ) -> None:
+        self.host, self.port, self.pid, self.others = host, port, pid, others
         here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
         programs = [word.replace(here, "") for word in command or [] if word.endswith(".py")]
-        self.name = (programs or [os.path.basename(word) for word in command or []] or [f"{host}:{port}"])[0]
+        address = " + ".join(f"{host}:{port}" for host, port in self.servers())
+        self.name = (programs or [os.path.basename(word) for word in command or []] or [address])[0]
         self._process: Optional[subprocess.Popen[bytes]] = None
         if command:
             try:
@@ -1051,6 +1100,10 @@ class Target:
         code = self._process.poll()
         ended = "" if code is None else f"; it ended with {code}"
         raise Failed(f"{' '.join(filled)} does not listen on port {self.port} (as {{port}} in the command says){ended}")
+
+    def servers(self) -> List[Server]:
+        """Where clients can join."""
+        return [(self.host, self.port), *self.others]
 
     def stop(self) -> None:
         """Ends the server, if it is ours."""
@@ -1099,6 +1152,8 @@ def free_port() -> int:
 
 
 T = TypeVar("T")
+NAMES = re.compile(rb"(?:^|\n)(?:@[^ \n]* )?:[^ \n]+ 353 [^\n]* :([^\r\n]*)")  # RPL_NAMREPLY
+RANKS = b"~&@%+"  # before a name there
 
 
 class Client:
@@ -1119,7 +1174,9 @@ class Client:
         self.joined_s = 0.0
         self.failure = ""
         self.until = 0  # end of its last turn to watch, in ns
-        self.sock = socket.socket(run.family, socket.SOCK_STREAM)
+        self.present: Set[bytes] = set()  # who is in the channel, as far as it has asked
+        family, self.address = run.addresses[number % len(run.addresses)]
+        self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.lock = threading.Lock()  # of sending: its sender and its answers to PING
         self._rest = b""
 
@@ -1148,7 +1205,7 @@ class Client:
     def _connect(self) -> None:
         began = time.monotonic()
         self.sock.settimeout(JOIN_S)
-        self.sock.connect(self.run.address)
+        self.sock.connect(self.address)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._set_up()
         self._rest = getattr(self, f"_join_{self.run.wire.protocol}")()
@@ -1253,6 +1310,7 @@ class Client:
         if others:
             self._answer_pings(others)
             self.strange += [line for line in others.split(b"\n") if self.run.wire.said.search(line)]
+            self.present.update(name.lstrip(RANKS) for names in NAMES.findall(others) for name in names.split())
             error = re.search(rb"(?:^|\n)ERROR [^\n]*", others)
             if error:
                 self.failure = refusal(error[0])
@@ -1367,6 +1425,15 @@ class Sender:
                 self.client.send(run.wire.line(number))
 
 
+def resolve(host: str, port: int) -> Tuple[int, Any]:
+    """Family and address of a server; raises Failed."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise Failed(f"{host}: {error.strerror or error}") from None
+    return found[0], found[4]
+
+
 class Run:
     """One load against one server: `execute` does it; what happened is in the attributes afterwards."""
 
@@ -1376,11 +1443,7 @@ class Run:
         self.load, self.target, self.progress = load, target, progress
         self.wire = wire(load.protocol, load.channel, load.size, load.seed)
         self.channel, self.password = load.channel, load.password
-        try:
-            found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)[0]
-        except OSError as error:
-            raise Failed(f"{target.host}: {error.strerror or error}") from None
-        self.family, self.address = found[0], found[4]
+        self.addresses = [resolve(*server) for server in target.servers()]
         arrivals = load.clients * (load.rate or FLOOD_RATE)
         self.groups = min(load.clients, max(1, math.ceil(arrivals / WAKEUPS)))
         self.read_every = max(READ_EVERY_S, load.clients / READS)
@@ -1388,6 +1451,7 @@ class Run:
         self.total = int(load.rate * (load.warmup_s + load.duration_s))
         self.counter = itertools.count()
         self.begin = self.end = 0  # ns: the schedule starts, nothing is sent any more
+        self.disturbed_at = 0  # ns: disturbers began, or 0
         self.last_arrival = 0  # ns, once all is sent
         self.stopping = False
         self.behind = self.held = False  # senders without a schedule wait for our receivers now; had to at all
@@ -1481,6 +1545,21 @@ class Run:
             reason = hinted(failed[0].failure, {**HINTS, **JOIN_HINTS})
             raise Failed(f"{len(failed)} of {len(self.clients)} could not join: {reason}")
         time.sleep(SETTLE_S)  # notices of joins are still under way
+        if len(self.addresses) > 1:
+            self._meet()
+
+    def _meet(self) -> None:
+        """Waits until each of the linked servers knows of everybody: to whom it does not know, it passes nothing on."""
+        everybody = {client.name.encode() for client in self.clients}
+        end = time.monotonic() + JOIN_S
+        for client in self.clients[: len(self.addresses)]:
+            while not client.present >= everybody:
+                if time.monotonic() > end:
+                    host, port = client.address[:2]
+                    missing = f"{len(everybody - client.present)} of {len(everybody)} clients"
+                    raise Failed(f"{host}:{port} has not heard of {missing} within {JOIN_S:.0f} s: is it linked?")
+                client.send(f"NAMES {self.channel}\r\n".encode())
+                time.sleep(TURN_S)
 
     def _send(self) -> None:
         load = self.load
@@ -1570,6 +1649,296 @@ def reflect_from(sock: socket.socket, selector: selectors.BaseSelector, members:
 
 
 # -----------------------------------------------------------------------------
+# disturbers
+# -----------------------------------------------------------------------------
+
+
+class Over(Exception):
+    """The run has ended."""
+
+
+class Peer:
+    """A disturber, in a thread of its own: one connection after another does the same, until the run is over.
+
+    What it does may return, to do it again at once. It lets OSError pass, which tells that it was closed.
+    """
+
+    def __init__(self, load: Load, address: Tuple[int, Any], over: threading.Event, number: int) -> None:
+        self.load, self.over, self.number = load, over, number
+        self.random = random.Random(f"{load.seed} {number}")
+        self.lives = self.written = self.answers = self.stayed = 0
+        self.closed: List[Tuple[str, Optional[float]]] = []  # why, and after how many seconds, where that is known
+        self.sock: socket.socket
+        self._address = address
+        self._heard = b""
+
+    def live(self, act: Callable[[Peer], None]) -> None:
+        """The thread."""
+        while not self.over.is_set():
+            began, self._heard, self.lives = time.monotonic(), b"", self.lives + 1
+            with socket.socket(self._address[0], socket.SOCK_STREAM) as self.sock:
+                try:
+                    self._connect()
+                    act(self)
+                except Over:
+                    if time.monotonic() > began + RETURN_S:  # it did not just come
+                        self._look_back()
+                except OSError as error:
+                    self.closed.append((self._last_words(error), time.monotonic() - began))
+                    self.over.wait(RETURN_S)
+
+    def _connect(self) -> None:
+        """Connects from where limits hold that do not for the load: chat.py is told to exempt 127.0.0.1 from them."""
+        self.sock.settimeout(TLS_WAIT_S)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+        address = self._address[1]
+        if sys.platform == "linux" and address[0].startswith("127."):
+            self.sock.bind((f"127.0.0.{2 + self.number // PER_ADDRESS}", 0))
+        self.sock.connect(address)
+
+    def _look_back(self) -> None:
+        """Finds out at the end whether it had been dropped without noticing."""
+        end = time.monotonic() + LAST_WORDS_S
+        try:
+            while self.hear() and time.monotonic() < end:
+                pass
+            self.stayed += 1
+        except OSError as error:
+            self.closed.append((self._last_words(error), None))
+
+    def _last_words(self, error: OSError) -> str:
+        said = re.findall(rb"(?:ERROR :?|\*\*\* )([^\r\n]*)", self._heard)
+        text = str(said[-1], "utf-8", "replace") if said else error.strerror or str(error)
+        return re.sub(r"\bd\d+x\d+\b", "...", text)
+
+    def rest(self, seconds: Optional[float] = None) -> None:
+        """Does nothing."""
+        if self.over.wait(seconds):
+            raise Over
+
+    def send(self, data: bytes) -> None:
+        """Writes all of it, however long that takes."""
+        view = memoryview(data)
+        while view:
+            self.rest(0)
+            with contextlib.suppress(socket.timeout):
+                sent = self.sock.send(view)
+                self.written += sent
+                view = view[sent:]
+
+    def say(self, *lines: str) -> None:
+        """Sends lines."""
+        self.send("".join(f"{line}\r\n" for line in lines).encode())
+
+    def hear(self, seconds: float = 0.0, most: int = RECV_BYTES) -> bytes:
+        """What comes within so many seconds; b'' for nothing."""
+        self.sock.settimeout(seconds)
+        try:
+            data = self.sock.recv(most)
+        except (BlockingIOError, socket.timeout):
+            return b""
+        finally:
+            self.sock.settimeout(TLS_WAIT_S)
+        if not data:
+            raise OSError("without a word")
+        self.answers += len(re.findall(rb"(?:^|\n):[^ \n]+ (?:\d{3}|PONG|FAIL) ", data))
+        self._heard = self._heard[-HEARD_BYTES:] + data
+        return data
+
+    def listen(self, wanted: str = "(?!)") -> None:
+        """Reads until something comes that matches; normally nothing does."""
+        while not re.search(wanted.encode(), self._heard):
+            self.rest(0)
+            self.hear(TLS_WAIT_S)
+
+    def enter(self, channel: str = "", password: str = "") -> None:
+        """Registers, and joins a channel."""
+        password, name = password or self.load.password, f"d{self.number}x{self.lives}"
+        self.say(*[f"PASS {password}"] * bool(password), f"NICK {name}", f"USER {name} 0 * :{name}")
+        self.listen(" 001 ")
+        self.say(*[f"JOIN {channel}"] * bool(channel))
+
+    def reset(self) -> None:
+        """Makes the connection end with a reset, when it is closed next."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def pouring(*lines: str, member: bool = False, reads: bool = True) -> Callable[[Peer], None]:
+    """What says lines again and again, as fast as the server takes them."""
+
+    def pour(peer: Peer) -> None:
+        peer.enter(peer.load.channel if member else "")
+        form = partial("\r\n".join(lines).format, channel=peer.load.channel, number=peer.number)
+        for turn in itertools.count(0, TURNS):
+            peer.say(*(form(turn=number) for number in range(turn, turn + TURNS)))
+            if reads:
+                peer.hear()
+
+    return pour
+
+
+def stall(peer: Peer) -> None:
+    peer.enter(peer.load.channel)
+    peer.rest()
+
+
+def trickle(peer: Peer) -> None:
+    peer.enter(peer.load.channel)
+    for byte in itertools.cycle(b"PING x\r\n"):
+        peer.send(bytes([byte]))
+        peer.hear(0.0, 1)
+        peer.rest(1.0)
+
+
+def send_endless_lines(peer: Peer) -> None:
+    peer.enter()
+    while True:
+        peer.say("x" * 1_000_000)
+        peer.hear()
+
+
+def begin_tls(peer: Peer) -> None:
+    peer.send(b"\x16\x03\x01")
+    peer.listen()
+
+
+def send_garbage(peer: Peer) -> None:
+    """Noise, alone and in what the dialects of a chat begin with; short noise might be a name."""
+    noise = bytes(peer.random.choices(range(256), k=peer.random.randrange(20, 600)))
+    kinds = (b"%", b"NICK %", b"CAP REQ :%", b"@% PRIVMSG %", b"PRIVMSG % %", b'{"type": "%"}', b'{"%":' + b"[" * 4000)
+    first = peer.random.choice(kinds)
+    for kind in (first, *peer.random.choices(kinds, k=20)):
+        peer.send(kind.replace(b"%", noise) + b"\n")
+    peer.hear(LIFE_S)
+    peer.rest(LIFE_S)
+
+
+def reset_in_line(peer: Peer) -> None:
+    peer.enter(peer.load.channel)
+    peer.send(f"PING x\r\nPRIVMSG {peer.load.channel} :half of a li".encode())
+    peer.listen(" PONG ")  # it has been read: a reset would have thrown it away
+    peer.reset()
+
+
+def vanish(peer: Peer) -> None:
+    peer.enter(peer.load.channel)
+    peer.rest(LIFE_S)
+    peer.reset()
+
+
+def guess(peer: Peer) -> None:
+    peer.enter(password=f"guess{peer.lives}")
+    raise OSError("let in without the password")
+
+
+TALK = "x" * 64
+QUESTIONS = ("CHATHISTORY LATEST {channel} * 100", "WHO {channel}", "LIST", "NAMES {channel}", "WHOIS c0", "LUSERS")
+
+
+class Fault(NamedTuple):
+    """What somebody does to a server that it should not mind."""
+
+    what: str  # they do
+    peers: int
+    act: Callable[[Peer], None]
+
+
+FAULTS = {
+    "stalled": Fault("join the channel and never read", 5, stall),
+    "trickle": Fault("join the channel, read and send a byte a second", 20, trickle),
+    "silent": Fault("connect and say nothing", 500, Peer.listen),
+    "half-tls": Fault("begin a TLS handshake and stop", 100, begin_tls),
+    "flood": Fault("talk without end", 1, pouring(f"PRIVMSG c0 :{TALK}", "PING x")),
+    "notices": Fault("talk without end to the channel", 8, pouring(f"NOTICE {{channel}} :{TALK}", member=True)),
+    "endless": Fault("send lines of a megabyte", 4, send_endless_lines),
+    "blank": Fault("send blank lines", 4, pouring("\r\n" * 1000)),
+    "garbage": Fault("send noise, alone and in all dialects", 8, send_garbage),
+    "resets": Fault("join the channel and reset in mid-line", 8, reset_in_line),
+    "vanish": Fault("join the channel, do not read, and are gone after a second", 50, vanish),
+    "storm": Fault("connect and reset", 4, Peer.reset),
+    "joins": Fault("leave and join the channel", 4, pouring("PART {channel}", "JOIN {channel}", member=True)),
+    "rooms": Fault("join new channels", 4, pouring("JOIN #d{number}-{turn}")),
+    "nicks": Fault("change their names, seen by the channel", 4, pouring("NICK d{number}n{turn}", member=True)),
+    "claims": Fault("ask for names that are taken", 4, pouring("NICK c0", "NICK c1", "NICK c2")),
+    "questions": Fault("ask for history and lists", 8, pouring(*QUESTIONS, member=True)),
+    "unread": Fault("ask the same and do not read", 8, pouring(*QUESTIONS, member=True, reads=False)),
+    "guesses": Fault("guess the password", 50, guess),
+}
+
+
+def disturb(fault: Fault, load: Load, address: Tuple[int, Any]) -> int:
+    """The process of the disturbers: says that it is ready, does it from a line on standard input to its end, and says,
+    as JSON, what became of them.
+    """
+    if hasattr(os, "nice"):
+        os.nice(19)  # their processors would be elsewhere
+    threading.stack_size(STACK_BYTES)
+    over = threading.Event()
+    peers = [Peer(load, address, over, number) for number in range(fault.peers)]
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        return 0
+    began, cpu = time.monotonic(), time.process_time()
+    threads = [threading.Thread(target=peer.live, args=(fault.act,), daemon=True) for peer in peers]
+    for thread in threads:
+        thread.start()
+    sys.stdin.read()
+    seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+    over.set()
+    for thread in threads:
+        thread.join(STOP_S)
+    print(json.dumps({"seconds": seconds, "cpu_share": cpu / seconds, **fates(peers)}))
+    return 0
+
+
+def fates(peers: Sequence[Peer]) -> Dict[str, Any]:
+    """What became of disturbers; those that were closed by the reason, with the median of the seconds it took."""
+    closed: Dict[str, List[Optional[float]]] = defaultdict(list)
+    for words, after in itertools.chain.from_iterable(peer.closed for peer in peers):
+        closed[words].append(after)
+    known = {words: [after for after in times if after is not None] for words, times in closed.items()}
+    return {
+        "connections": sum(peer.lives for peer in peers),
+        "stayed": sum(peer.stayed for peer in peers),
+        "written": sum(peer.written for peer in peers),
+        "answers": sum(peer.answers for peer in peers),
+        "closed": [
+            [words, len(times), statistics.median(known[words]) if known[words] else None]
+            for words, times in sorted(closed.items(), key=lambda item: len(item[1]), reverse=True)
+        ],
+    }
+
+
+class Disturbance:
+    """That process, which does its worst in the second half of what is measured."""
+
+    def __init__(self, name: str, load: Load, target: Target, args: argparse.Namespace) -> None:
+        command = [sys.executable, os.path.abspath(__file__), "--disturb", name, "--host", target.host]
+        command += ["--port", str(target.port), "--channel", load.channel, "--seed", str(load.seed)]
+        command += ["--password-file", args.password_file] if args.password_file else []
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        cast(Any, self._process.stdout).readline()  # it is ready: starting must not disturb yet
+
+    def watch(self, run: Run) -> None:
+        """Lets them begin when it is time."""
+        if not run.disturbed_at and time.time_ns() > (run.begin + run.end + int(run.load.warmup_s * 1e9)) // 2:
+            run.disturbed_at = time.time_ns()
+            with contextlib.suppress(OSError):
+                cast(Any, self._process.stdin).write(b"\n")
+                cast(Any, self._process.stdin).flush()
+
+    def end(self) -> Optional[Dict[str, Any]]:
+        """Ends it; what became of them."""
+        try:
+            out = self._process.communicate(timeout=2 * STOP_S)[0]
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            out = self._process.communicate()[0]
+        return dict(json.loads(out)) if out else None
+
+
+# -----------------------------------------------------------------------------
 # analysis
 # -----------------------------------------------------------------------------
 
@@ -1592,6 +1961,7 @@ class Latencies:
 
     def __init__(self, run: Run, sent: Sent, times: array[int]) -> None:
         self.corrected, self.uncorrected = array("d"), array("d")
+        self.halves = array("d"), array("d")  # before and since disturbers began
         self.seconds: Dict[int, array[float]] = collections.defaultdict(lambda: array("d"))
         self.last: Dict[int, float] = {}  # message -> until its last watching receiver had it
         self.medians: List[Tuple[float, str]] = []
@@ -1606,6 +1976,7 @@ class Latencies:
                     if start <= due[number] and run.turn(due[number]) == client.number % run.groups:
                         latency = (moment - due[number]) / 1e6
                         own.append(latency)
+                        self.halves[due[number] >= run.disturbed_at].append(latency)
                         self.uncorrected.append((moment - times[number]) / 1e6)
                         self.last[number] = max(self.last.get(number, 0.0), latency)
                         self.seconds[(due[number] - run.begin) // 1_000_000_000].append(latency)
@@ -1617,11 +1988,13 @@ class Latencies:
         """All that the result tells of latency."""
         ordered = sorted(self.corrected)
         complete = array("d", self.last.values())
+        halves = zip(("undisturbed", "disturbed"), map(summarize, self.halves))
         return {
             "latency": {
                 "corrected": summarize(ordered),
                 "uncorrected": summarize(self.uncorrected),
                 "complete": summarize(complete),
+                **(dict(halves) if self.halves[0] else {}),
             },
             "histogram": histogram(ordered),
             "curve": curve(ordered),
@@ -1702,7 +2075,12 @@ def conditions(run: Run, args: argparse.Namespace) -> Dict[str, Any]:
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
             "cpus": os.cpu_count(),
         },
-        "target": {**{key: getattr(run.target, key) for key in ("name", "host", "port")}, "proto": run.load.protocol},
+        "target": {
+            "name": run.target.name,
+            "host": None if run.target.others else run.target.host,
+            "port": None if run.target.others else run.target.port,
+            "proto": run.load.protocol,
+        },
         "load": {key: getattr(run.load, key) for key in LOAD_KEYS},
     }
 
@@ -1794,26 +2172,42 @@ def progress(run: Run) -> None:
 
 
 def one(
-    target: Target, load: Load, args: argparse.Namespace, floor: Optional[Dict[str, float]] = None
+    target: Target, load: Load, args: argparse.Namespace, floor: Optional[Dict[str, float]] = None, fault: str = ""
 ) -> Dict[str, Any]:
-    """Runs a load against a target and analyses it."""
-    run = Run(load, target, (lambda _: None) if args.quiet else progress)
-    run.execute()
+    """Runs a load against a target, perhaps with a fault in its second half, and analyses it."""
+    disturbance: Optional[Disturbance] = None
+
+    def turn(run: Run) -> None:
+        if disturbance:
+            disturbance.watch(run)
+        if not args.quiet:
+            progress(run)
+
+    run = Run(load, target, turn)
+    disturbance = Disturbance(fault, load, target, args) if fault else None
+    try:
+        run.execute()
+    finally:
+        fate = disturbance.end() if disturbance else None
     if sys.stderr.isatty() and not args.quiet:
         print(f"\r{'':79}\r", end="", file=sys.stderr, flush=True)
     if run.interrupted:
         args.interrupted = True
-    return analyse(run, args, floor)
+    result = analyse(run, args, floor)
+    if fault:
+        result["fault"] = {"name": fault, "what": FAULTS[fault].what, "peers": FAULTS[fault].peers, "fate": fate}
+    return result
 
 
 @contextlib.contextmanager
 def opened(kind: str, value: str, args: argparse.Namespace) -> Iterator[Target]:
-    """The target that an argument names, for as long as it is needed: ("command", ...) or ("address", HOST:PORT)."""
+    """The target that an argument names, while it is needed: ("command", ...) or ("address", HOST:PORT,...)."""
     if kind == "command":
         target = Target("", 0, split(value))
     else:
-        host, _, port = value.rpartition(":")
-        target = Target(host.strip("[]"), int(port), pid=args.pid)
+        parts = [item.rpartition(":") for item in value.split(",")]
+        first, *others = [(host.strip("[]"), int(port)) for host, _, port in parts]
+        target = Target(*first, pid=args.pid, others=others)
     try:
         yield target
     finally:
@@ -1834,17 +2228,21 @@ def split(command: str) -> List[str]:
 def targets(args: argparse.Namespace) -> List[Tuple[str, str]]:
     """What is to be tested, one or two; raises Failed."""
     found = [("command", command) for command in args.server_command]
-    if args.port:
-        found.append(("address", f"{args.host}:{args.port}"))
-    elif args.host != "127.0.0.1":
+    network = [f"{args.host}:{args.port}"] * bool(args.port) + args.target
+    if network:
+        found.append(("address", ",".join(network)))
+    if not args.port and args.host != "127.0.0.1":
         raise Failed("--host needs --port")
+    if (len(network) > 1 or args.faults) and args.proto != "irc":
+        raise Failed("several --target, and --faults, need --proto irc")
     if not found:
         chat = os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat.py")
-        found.append(("command", shlex.join([sys.executable, chat, "server", "--port", "{port}"])))
+        limits = ["--exempt", "127.0.0.1/32", "--password-file", args.password_file] if args.faults else []
+        found.append(("command", shlex.join([sys.executable, chat, "server", "--port", "{port}", *limits])))
     if args.versus:
         found.append(("address", args.versus))
-    if len(found) > (1 if args.sweep else 2) or args.pid and found[0][0] != "address":
-        raise Failed("one target can be swept, two can be compared, and --pid goes with --port")
+    if len(found) > (1 if args.sweep or args.faults else 2) or args.pid and found[0][0] != "address":
+        raise Failed("one target can be swept or have faults, two can be compared, and --pid goes with --port")
     return found
 
 
@@ -1856,8 +2254,56 @@ def calibrate(load: Load, args: argparse.Namespace) -> Optional[Dict[str, float]
     return {key: found[key] for key in ("p50", "p99")} if found["samples"] else None
 
 
+@contextlib.contextmanager
+def guarded(args: argparse.Namespace) -> Iterator[None]:
+    """A password for the server that is started for faults, because guessing it is one of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        if args.faults and not args.password_file and not (args.port or args.target or args.server_command):
+            args.password_file = os.path.join(folder, "password")
+            with open(args.password_file, "w", encoding="ascii") as file:
+                print(random.SystemRandom().getrandbits(64), file=file)
+        yield
+
+
+def survey(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
+    """Each fault in turn, some rounds of that."""
+    ((kind, value),) = targets(args)
+    results: List[Dict[str, Any]] = []
+    for fault in args.faults * args.rounds:
+        if not args.interrupted:
+            with opened(kind, value, args) as target:
+                results.append(one(target, load, args, fault=fault))
+    return {"results": results, "sweep": None, "versus": None, "faults": felt(results)}
+
+
+def felt(results: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """What each fault did to the others: sums and medians of its rounds; the fate of its disturbers in the last."""
+    rows = []
+    for name in dict.fromkeys(result["fault"]["name"] for result in results):
+        rounds = [result for result in results if result["fault"]["name"] == name]
+        counts = [(item["check"], item["count"]) for result in rounds for item in result["checks"]]
+        p99: List[Optional[float]] = []
+        for half in ("undisturbed", "disturbed"):
+            known = list(filter(None, (_at(result, "latency", half, "p99") for result in rounds)))
+            p99.append(statistics.median(known) if known else None)
+        row = {
+            **rounds[-1]["fault"],
+            "rounds": len(rounds),
+            "lost": sum(number for check, number in counts if check == "loss"),
+            "wrong": sum(number for check, number in counts if check != "loss"),
+            "undisturbed": p99[0],
+            "disturbed": p99[1],
+            "ratio": p99[1] / p99[0] if p99[0] and p99[1] else None,
+            "limited": any(result["generator"]["limited"] for result in rounds),
+        }
+        rows.append(row)
+    return rows
+
+
 def document(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
-    """All that the arguments ask for: one result, a sweep, or two targets in turn."""
+    """All that the arguments ask for: one result, a sweep, two targets in turn, or faults."""
+    if args.faults:
+        return survey(load, args)
     found = targets(args)
     rounds = args.rounds if len(found) > 1 else 1
     results: List[Dict[str, Any]] = []
@@ -1871,12 +2317,13 @@ def document(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
                 if len(found) > 1 and kind == found[1][0] and value == found[1][1]:
                     tell_apart(results[-2:])
     if args.interrupted:
-        return {"results": results, "sweep": None, "versus": None}
+        return {"results": results, "sweep": None, "versus": None, "faults": None}
     names = list(dict.fromkeys(result["target"]["name"] for result in results))
     return {
         "results": results,
         "sweep": swept(results) if args.sweep else None,
         "versus": compared(names, results, rounds) if len(names) > 1 else None,
+        "faults": None,
     }
 
 
@@ -1941,7 +2388,7 @@ def amount(text: str) -> float:
 
 
 def address(text: str) -> str:
-    """The type of --versus."""
+    """The type of --target and --versus."""
     host, _, port = text.rpartition(":")
     if not host:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
@@ -1956,9 +2403,19 @@ def numbers(text: str) -> List[int]:
 
 def checks(text: str) -> List[str]:
     """The type of --check."""
+    return choice(text, CHECKS)
+
+
+def faults(text: str) -> List[str]:
+    """The type of --faults."""
+    return choice(text, FAULTS)
+
+
+def choice(text: str, known: Collection[str]) -> List[str]:
+    """Some of the known names."""
     names = text.split(",")
-    if not set(names) <= set(CHECKS):
-        raise argparse.ArgumentTypeError(f"known are {', '.join(CHECKS)}")
+    if not set(names) <= set(known):
+        raise argparse.ArgumentTypeError(f"known are {', '.join(known)}")
     return names
 
 
@@ -1986,6 +2443,8 @@ def parser() -> argparse.ArgumentParser:
     load("--channel", default="#chat", help="(%(default)s)")
     load("--connect-rate", type=amount, default=2000.0, help="connects/s at most (%(default)s)")
     load("--sweep", type=numbers, metavar="N,N,...", help="one run for each number of clients")
+    load("--faults", nargs="?", type=faults, const=list(FAULTS), metavar="NAME,...",
+         help=f"one run for each fault, of {','.join(FAULTS)} (at {FAULT_LOAD['rate']:g} messages/s)")  # fmt: skip
     add_target(top)
     out = top.add_argument_group("result").add_argument
     out("--check", type=checks, default=list(CHECKS), metavar="NAME,...", help=f"of {','.join(CHECKS)}")
@@ -1996,6 +2455,7 @@ def parser() -> argparse.ArgumentParser:
     out("--html", metavar="FILE", help="one page with charts")
     out("-q", "--quiet", action="store_true", help="no progress")
     top.add_argument("--reflect", type=int, help=argparse.SUPPRESS)
+    top.add_argument("--disturb", help=argparse.SUPPRESS)
     return top
 
 
@@ -2004,6 +2464,8 @@ def add_target(top: argparse.ArgumentParser) -> None:
     where = top.add_argument_group("target (a chat.py server of its own, when none is given)").add_argument
     where("--host", default="127.0.0.1", help="address of a server that runs (%(default)s)")
     where("--port", type=whole(1, 65535), metavar="PORT", help="its port")
+    where("--target", action="append", default=[], type=address, metavar="HOST:PORT",
+          help="the same in one; several are servers of one network, over which the clients are spread")  # fmt: skip
     where("--pid", type=int, default=0, help="its process, to see what it uses")
     where("--tls", action="store_true", help="encrypted; its certificate is not verified")
     where("--password-file", metavar="FILE", help="its password is the first line of FILE")
@@ -2011,7 +2473,7 @@ def add_target(top: argparse.ArgumentParser) -> None:
         "--server-command", action="append", default=[], metavar="COMMAND", help="start and test this; {port} is put in"
     )
     where("--versus", type=address, metavar="HOST:PORT", help="a second target, in turn (or a second --server-command)")
-    where("--rounds", type=whole(1, 1000), metavar="N", default=3, help="with two targets (%(default)s)")
+    where("--rounds", type=whole(1, 1000), metavar="N", default=3, help="with two targets, or faults (%(default)s)")
 
 
 def the_load(args: argparse.Namespace) -> Load:
@@ -2052,26 +2514,36 @@ def publish(found: Dict[str, Any], args: argparse.Namespace) -> None:
         if path:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(content)
-    for result in found["results"] if not found["versus"] else found["results"][-2:]:
+    shown = found["results"][-2:] if found["versus"] else found["results"]
+    if found["faults"]:
+        shown = [result for result in shown if result["verdict"] == "FAIL"]
+    for result in shown:
         print(text_report(result), end="\n\n" if len(found["results"]) > 1 else "\n")
         for failure in result["failures"][:3]:
             print(f"loadtest.py: {failure}", file=sys.stderr)
-    for key, text in (("sweep", sweep_text), ("versus", lambda _: versus_text(found))):
+    for key, text in (("sweep", sweep_text), ("versus", lambda _: versus_text(found)), ("faults", faults_text)):
         if found[key]:
             print(text(found[key]))
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs what the arguments ask for; returns the exit code."""
-    args = parser().parse_args(argv)
+    top = parser()
+    args = top.parse_args(argv)
+    if args.faults:
+        top.set_defaults(**FAULT_LOAD)
+        args = top.parse_args(argv)
     args.argv, args.interrupted = sys.argv[1:] if argv is None else argv, False
     if args.reflect:
         reflect(args.reflect)
+    if args.disturb:
+        return disturb(FAULTS[args.disturb], the_load(args), resolve(args.host, args.port))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave no server behind
     try:
         for path in filter(None, (args.json, args.html)):
             open(path, "a", encoding="utf-8").close()  # better now than after the run
-        found = document(the_load(args), args)
+        with guarded(args):
+            found = document(the_load(args), args)
         publish(found, args)
         return exit_code(found, args)
     except KeyboardInterrupt:

@@ -6067,6 +6067,44 @@ ratio: chat.py / ngircd, medians of 3 rounds""",
         )
 
 
+class FaultsText(unittest.TestCase):
+    def test_table(self) -> None:
+        closed = [["No name within 20 seconds", 484, 20.0], ["Reads too slowly \x1b[2J", 2, None]]
+        fate = {"connections": 500, "stayed": 14, "written": 0, "answers": 1200, "closed": closed, "cpu_share": 0.034}
+        row = {"name": "silent", "what": "connect and say nothing", "peers": 500, "lost": 0, "wrong": 0, "fate": fate}
+        known = {"undisturbed": 2.0, "disturbed": 2.5, "ratio": 1.25, "limited": False}
+        unknown = {"undisturbed": None, "disturbed": None, "ratio": None, "limited": True}
+        other = {"name": "flood", "what": "talk without end", "peers": 1, "lost": 1234, "wrong": 2, "fate": None}
+        text = loadtest.faults_text([{**row, **known}, {**other, **unknown}])
+        self.assertEqual(
+            text,
+            """\
+fault   peers   lost  wrong  p99 undisturbed  disturbed  ratio
+
+silent    500      0      0          2.00 ms    2.50 ms   1.25
+connect and say nothing: connections 500, stayed 14, answers 1,200, closed 484
+after 20.0 s (No name within 20 seconds), closed 2 (Reads too slowly \\x1b[2J),
+they took 3% of a core
+
+flood       1  1,234      2                -          -      -
+talk without end: not known; LIMITED by the load tester itself""",
+        )
+
+    def test_what_faults_did_is_the_sum_and_the_median_of_rounds(self) -> None:
+        fault = {"name": "flood", "what": "talk", "peers": 1, "fate": None}
+        results = []
+        for before, since, lost in ((1.0, 3.0, 0), (5.0, 4.0, 2), (2.0, 9.0, 0)):
+            halves = {"undisturbed": {"samples": 9, "p99": before}, "disturbed": {"samples": 9, "p99": since}}
+            found = verdicts(loss=("FAIL", lost, "x"), fifo=("FAIL", 1, "x"), order=("FAIL", 1, "x"))
+            results.append(changed(fault=fault, latency=halves, checks=found))
+            results.append(changed(fault={**fault, "name": "storm"}, latency={"undisturbed": {"samples": 0}}))
+        flood, storm = loadtest.felt(results)
+        common = {**fault, "rounds": 3, "limited": False}
+        times = {"undisturbed": 2.0, "disturbed": 4.0, "ratio": 2.0}
+        self.assertEqual(flood, {**common, "lost": 2, "wrong": 6, **times})
+        self.assertEqual(storm, {**common, "name": "storm", "lost": 0, "wrong": 0, **dict.fromkeys(times)})
+
+
 def figures(page: str) -> List[ElementTree.Element]:
     """The charts of a page, parsed: what is not well-formed raises."""
     return [ElementTree.fromstring(svg) for svg in re.findall("<svg.*?</svg>", page, re.DOTALL)]
@@ -6247,8 +6285,14 @@ class Proxy:
         }[self.mutate]
 
 
-class LoadTest(ProgramCase):
-    """loadtest.py as a program, against our own server, a spoiling proxy, and a foreign server."""
+def ngircd_config(name: str, port: int, more: str) -> str:
+    """Of an ngircd that slows nobody down; `more` begins with further lines of [Global]."""
+    limits = "[Limits]\nMaxConnectionsIP = 0\nMaxPenaltyTime = 0\n[Options]\nIdent = no\nPAM = no\nDNS = no\n"
+    return f"[Global]\nName = {name}\nInfo = test\nListen = 127.0.0.1\nPorts = {port}\n{more}{limits}"
+
+
+class LoadTestCase(ProgramCase):
+    """loadtest.py as a program."""
 
     QUICK = ("-n", "8", "-S", "4", "-r", "200", "-d", "1", "-w", "0.2")
 
@@ -6259,12 +6303,16 @@ class LoadTest(ProgramCase):
         out, err = program.communicate(timeout=3 * PATIENCE)
         return program.returncode, out, err
 
+
+class LoadTest(LoadTestCase):
+    """Against our own server, and a spoiling proxy."""
+
     def test_what_arrives_is_kept_in_order_however_it_is_cut(self) -> None:
         wire = loadtest.wire("irc", "#chat", 64, 1)
         lines = [b":c1!c1@h " + wire.line(number) for number in (3, 1, 2)]
         data = b":s NOTICE * :x\r\n" + b"".join(lines) + lines[0].replace(b"M0", b"Mf") + lines[1]
         for size in (1, 7, len(data)):
-            client = loadtest.Client(mock.Mock(wire=wire, prefix="c", family=socket.AF_INET), 0)
+            client = loadtest.Client(mock.Mock(wire=wire, prefix="c", addresses=[(socket.AF_INET, None)]), 0)
             self.addCleanup(client.sock.close)
             for start in range(0, len(data), size):
                 client._store(data[start : start + size])
@@ -6344,10 +6392,17 @@ class LoadTest(ProgramCase):
                 ((*self.QUICK, "--fail-if", "p50>0us"), 99, "", "EXCEEDED"),
                 ((*self.QUICK, "--fail-if", "p50>10s", "--check", "loss,fifo"), 0, "", "skipped: duplicate"),
                 (("--port", port), 2, "could not join: Connection refused", ""),
+                (("--faults", "speed"), 2, "known are stalled,", ""),
                 (("--fail-if", "speed>3"), 2, "unknown measure 'speed'", ""),
                 (("-n", "1"), 2, "'1' is not a whole number from 2", ""),
                 (("--host", "192.0.2.1"), 2, "--host needs --port", ""),
                 (("--versus", "foo"), 2, "'foo' is not HOST:PORT", ""),
+                (
+                    ("--target", "a:1", "--target", "b:2", "--proto", "json"),
+                    2,
+                    "several --target, and --faults, need --proto irc",
+                    "",
+                ),
                 (("-d", "nan"), 2, "'nan' is not a number from 0 up", ""),
                 (("--json", "/no/such/file"), 2, "No such file", ""),
                 (("--server-command", "'"), 2, "No closing quotation", ""),
@@ -6382,16 +6437,194 @@ class LoadTest(ProgramCase):
         self.assertIn("skipped: loss", out)
         self.assertFalse(os.path.exists(f"/proc/{server}"))
 
+
+class Witness:
+    """An IRC server that lets everybody in, and keeps all that it is sent."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
+        self.seen = b""
+        self.more = threading.Condition()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock = self.listener.accept()[0]
+                threading.Thread(target=self.read, args=(sock,), daemon=True).start()
+
+    def read(self, sock: socket.socket) -> None:
+        data = b"\n"
+        with sock:
+            while data:
+                with self.more:
+                    self.seen = (self.seen + data)[-5_000_000:]
+                    self.more.notify_all()
+                try:
+                    if b"USER " in data:
+                        sock.sendall(b":s 001 d :hi\r\n")
+                    if b"PING x" in data:
+                        sock.sendall(b":s PONG s :x\r\n")
+                    data = sock.recv(1 << 20)
+                except ConnectionError:
+                    data = b"" if not data else b"RESET" * (data != b"RESET")
+
+    def sees(self, pattern: bytes) -> bool:
+        with self.more:
+            return self.more.wait_for(lambda: re.search(pattern, self.seen) is not None, PATIENCE)
+
+
+class Disturbers(LoadTestCase):
+    """Faults: what each of them does, and what a run tells of it."""
+
+    JOINED = rb"PASS secret\r\nNICK d0x1\r\nUSER d0x1 0 \* :d0x1\r\nJOIN #load\r\n"
+
+    def setUp(self) -> None:
+        self.witness = Witness()
+        self.addCleanup(self.witness.listener.close)
+        self.port = self.witness.listener.getsockname()[1]
+
+    def load(self) -> loadtest.Load:
+        return loadtest.Load(2, 1, 1.0, 1.0, 0.0, 64, 1, "irc", "#load", "secret", 1.0, False)
+
+    def test_each_does_what_it_says(self) -> None:
+        registered, joined = self.JOINED[: self.JOINED.index(b"JOIN")], self.JOINED
+        wanted = {
+            "stalled": joined,
+            "trickle": joined + rb"PI",
+            "silent": rb"^\n$",
+            "half-tls": rb"^\n\x16\x03\x01$",
+            "flood": registered + rb"(PRIVMSG c0 :x{64}\r\nPING x\r\n){40}",
+            "notices": joined + rb"(NOTICE #load :x{64}\r\n){40}",
+            "endless": registered + rb"x{1000000}\r\nx",
+            "blank": registered + rb"(\r\n){9000}",
+            "garbage": rb"(?s)^\n.*[\x80-\xff].*",
+            "resets": rb"JOIN #load\r\nPING x\r\nPRIVMSG #load :half of a liRESET",
+            "vanish": joined + rb"RESET",
+            "storm": rb"RESET",
+            "joins": joined + rb"(PART #load\r\nJOIN #load\r\n){40}",
+            "rooms": registered + rb"JOIN #d0-0\r\nJOIN #d0-1\r\n",
+            "nicks": joined + rb"NICK d0n0\r\nNICK d0n1\r\n",
+            "claims": registered + rb"(NICK c0\r\nNICK c1\r\nNICK c2\r\n){40}",
+            "questions": joined + rb"CHATHISTORY LATEST #load \* 100\r\nWHO #load\r\nLIST\r\nNAMES #load\r\n",
+            "unread": joined + rb"CHATHISTORY LATEST #load \* 100\r\nWHO #load\r\nLIST\r\nNAMES #load\r\n",
+            "guesses": rb"PASS guess1\r\nNICK d0x1\r\n",
+        }
+        self.assertEqual(list(wanted), list(loadtest.FAULTS))
+        for name, sight in wanted.items():
+            with self.subTest(name):
+                over, self.witness.seen = threading.Event(), b""
+                peer = loadtest.Peer(self.load(), (socket.AF_INET, ("127.0.0.1", self.port)), over, 0)
+                thread = threading.Thread(target=peer.live, args=(loadtest.FAULTS[name].act,))
+                thread.start()
+                found = self.witness.sees(sight)
+                over.set()
+                thread.join(PATIENCE)
+                self.assertFalse(thread.is_alive())
+                self.assertTrue(found, self.witness.seen[:1000])
+
+    def test_how_it_ended_is_told(self) -> None:
+        def closes(text: bytes) -> Callable[[], None]:
+            def serve() -> None:
+                for _ in range(3):
+                    with listener.accept()[0] as sock:
+                        sock.sendall(text)
+
+            return serve
+
+        for text, words in (
+            (b":s 464 d :No\r\nERROR :Bad password for d0x1\r\n", "Bad password for ..."),
+            (b"", "without"),
+        ):
+            with self.subTest(text), socket.create_server(("127.0.0.1", 0)) as listener:
+                thread = threading.Thread(target=closes(text))
+                thread.start()
+                over = threading.Event()
+                peer = loadtest.Peer(self.load(), (socket.AF_INET, listener.getsockname()), over, 0)
+                peers = threading.Thread(target=peer.live, args=(loadtest.Peer.listen,))
+                peers.start()
+                thread.join(PATIENCE)
+                over.set()
+                peers.join(PATIENCE)
+                fate = loadtest.fates([peer])
+                self.assertGreaterEqual(fate["closed"][0][1], 2)
+                self.assertIn(words, fate["closed"][0][0])
+
+    def test_who_was_dropped_without_reading_finds_out_at_the_end(self) -> None:
+        over = threading.Event()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            peer = loadtest.Peer(self.load(), (socket.AF_INET, listener.getsockname()), over, 0)
+            thread = threading.Thread(target=peer.live, args=(loadtest.FAULTS["stalled"].act,))
+            thread.start()
+            with listener.accept()[0] as sock:
+                sock.sendall(b":s 001 d :hi\r\n")
+                seen = b""
+                while b"JOIN" not in seen:
+                    seen += sock.recv(4096)
+                sock.sendall(b":a!a@h PRIVMSG #load :x\r\n" * 100 + b"ERROR :Reads too slowly\r\n")
+        time.sleep(loadtest.RETURN_S)  # so that it was there for long enough to be asked about
+        over.set()
+        thread.join(PATIENCE)
+        self.assertEqual(loadtest.fates([peer])["closed"], [["Reads too slowly", 1, None]])
+
+    def test_they_begin_when_told_and_end_with_who_told_them(self) -> None:
+        where = ("--host", "127.0.0.1", "--port", str(self.port))
+        never_told = self.start("--disturb", "silent", *where, file="loadtest.py")
+        self.assertEqual((*self.done(never_told), self.witness.seen), (0, "ready\n", "", b""))
+        program = self.start("--disturb", "silent", *where, file="loadtest.py", stdin=subprocess.PIPE)
+        assert program.stdin and program.stdout
+        self.assertEqual(program.stdout.readline(), "ready\n")
+        program.stdin.write("\n")
+        program.stdin.flush()
+        self.assertTrue(self.witness.sees(rb"^\n{500}$"))
+        out, err = program.communicate(timeout=PATIENCE)
+        self.assertEqual((program.returncode, err), (0, ""))
+        self.assertEqual(json.loads(out)["connections"], 500)
+
+    def test_runs_with_faults(self) -> None:
+        proxy = Proxy(self.server()[1], "drop", "c5")
+        self.addCleanup(proxy.listener.close)
+        few = ("-n", "6", "-S", "3", "-r", "100", "-d", "1", "-w", "0.1")
+        spoilt = self.loadtest(*few, "--port", str(proxy.port), "--faults", "rooms")
+        with tempfile.TemporaryDirectory() as folder:
+            server = f"{sys.executable} {HERE / 'chat.py'} server --port {{port}}"
+            files = ("--json", f"{folder}/json", "--html", f"{folder}/html")
+            program = self.loadtest(*few, *files, "--faults", "stalled,resets", "--server-command", server)
+            status, out, err = self.done(program)
+            self.assertEqual((status, err), (0, ""), out)
+            found = json.loads(pathlib.Path(folder, "json").read_text(encoding="utf-8"))
+            self.assertIn("<h2>Faults</h2>", pathlib.Path(folder, "html").read_text(encoding="utf-8"))
+        self.assertRegex(out, r"^fault .*\n\nstalled +5 +0 +0 .*\n.*stayed 5(?s:.*)\nresets +8 +0 +0 ")
+        self.assertEqual([row["name"] for row in found["faults"]], ["stalled", "resets"])
+        for result in found["results"]:
+            latency = result["latency"]
+            halves = [latency[half]["samples"] for half in ("undisturbed", "disturbed")]
+            self.assertGreater(min(halves), 0)
+            self.assertEqual(sum(halves), latency["corrected"]["samples"])
+        status, out, _ = self.done(spoilt)
+        self.assertEqual(status, 1, out)
+        self.assertRegex(out, r"fault +rooms, join new channels, peers 4\n(?s:.*)c5 never got(?s:.*)\nrooms +4 +1 +0 ")
+
+    def test_limits_hold_for_them_at_a_server_that_is_started(self) -> None:
+        args = loadtest.parser().parse_args(["--faults"])
+        with loadtest.guarded(args):
+            ((kind, command),) = loadtest.targets(args)
+            password = pathlib.Path(args.password_file).read_text(encoding="ascii").strip()
+            self.assertEqual(loadtest.the_load(args).password, password)
+            self.assertGreater(len(password), 8)
+        self.assertEqual(kind, "command")
+        self.assertRegex(command, rf"--exempt 127\.0\.0\.1/32 --password-file {args.password_file}$")
+        self.assertFalse(os.path.exists(args.password_file))
+        self.assertEqual(args.faults, list(loadtest.FAULTS))
+
+
+class ForeignServers(LoadTestCase):
     def against_ngircd(self, extra: str, *args: str) -> Dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             config, port = pathlib.Path(folder, "ngircd.conf"), loadtest.free_port()
             plain = loadtest.free_port() if extra else port
-            config.write_text(
-                f"[Global]\nName = irc.test\nInfo = test\nListen = 127.0.0.1\nPorts = {plain}\nPassword = secret\n"
-                "[Limits]\nMaxConnectionsIP = 0\nMaxPenaltyTime = 0\n[Options]\nIdent = no\nPAM = no\nDNS = no\n"
-                + extra.format(folder=folder, port=port),
-                encoding="ascii",
-            )
+            text = ngircd_config("irc.test", plain, "Password = secret\n") + extra.format(folder=folder, port=port)
+            config.write_text(text, encoding="ascii")
             if extra:
                 names = ["-keyout", f"{folder}/key", "-out", f"{folder}/cert", "-subj", "/CN=irc.test"]
                 make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
@@ -6414,6 +6647,38 @@ class LoadTest(ProgramCase):
     def test_a_foreign_server_over_tls(self) -> None:
         ports = "[SSL]\nCertFile = {folder}/cert\nKeyFile = {folder}/key\nPorts = {port}\n"
         self.assertEqual(self.against_ngircd(ports, "--tls")["clock"], "that of recv")
+
+    @unittest.skipUnless(shutil.which("ngircd"), "needs ngircd")
+    def test_two_linked_servers(self) -> None:
+        ports = [loadtest.free_port(), loadtest.free_port()]
+        with tempfile.TemporaryDirectory() as folder:
+            for number, how in enumerate(("Passive = yes", f"Port = {ports[0]}")):
+                link = f"[Server]\nName = irc{1 - number}.test\nHost = 127.0.0.1\nMyPassword = x\nPeerPassword = x\n"
+                config = pathlib.Path(folder, f"{number}.conf")
+                text = ngircd_config(f"irc{number}.test", ports[number], "") + link + how
+                config.write_text(text, encoding="ascii")
+                with mock.patch.object(loadtest, "free_port", return_value=ports[number]):
+                    self.addCleanup(loadtest.Target("", 0, [str(shutil.which("ngircd")), "-n", "-f", str(config)]).stop)
+            # They link after a second: the clients have joined by then, and wait until both servers know of all.
+            both = [word for port in ports for word in ("--target", f"127.0.0.1:{port}")]
+            program = self.loadtest(*self.QUICK, *both, "--json", f"{folder}/out")
+            status, out, err = self.done(program)
+            self.assertEqual(err, "")
+            found = json.loads(pathlib.Path(folder, "out").read_text(encoding="utf-8"))["results"][0]
+        self.assertEqual(found["target"]["name"], f"127.0.0.1:{ports[0]} + 127.0.0.1:{ports[1]}")
+        self.assertEqual((found["deliveries"], found["expected"]), (1680, 1680))
+        # A network promises no single order of all messages; whether it kept one is a matter of luck.
+        failed = {check["check"] for check in found["checks"] if check["verdict"] != "pass"}
+        self.assertLessEqual(failed, {"order"}, out)
+        self.assertEqual(status, len(failed))
+
+    def test_servers_that_are_not_linked(self) -> None:
+        ports = [self.server()[1], self.server()[1]]
+        complaint, both = io.StringIO(), [word for port in ports for word in ("--target", f"127.0.0.1:{port}")]
+        with mock.patch.object(loadtest, "JOIN_S", 1.0), contextlib.redirect_stderr(complaint):
+            self.assertEqual(loadtest.main(["-n", "5", *both, "-q"]), 2)
+        text = f"loadtest.py: 127.0.0.1:{ports[0]} has not heard of 2 of 5 clients within 1 s: is it linked?\n"
+        self.assertEqual(complaint.getvalue(), text)
 
 
 if __name__ == "__main__":
