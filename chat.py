@@ -4957,6 +4957,14 @@ def said_arrived(client: Client, message: Message) -> bool:
     return key in client.ignored
 
 
+@arrival("KILL")
+def kill_arrived(client: Client, message: Message) -> bool:
+    """KILL <name> :<reason>: an operator does not want us here"""
+    if client.fold(message.param(0)) == client.fold(client.nick):
+        raise Failed(f"{client.where} has ended the connection: {message.text}")
+    return False
+
+
 @arrival("ERROR")
 def error_arrived(client: Client, message: Message) -> bool:
     """ERROR :<text>: the server's last words"""

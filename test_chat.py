@@ -4527,6 +4527,16 @@ class Operator(SeatCase):
         self.assertEqual(carl.rest()[-1], "*** Server is shutting down")
         self.assertEqual((seat.wait(), seat.modes()), (0, seat.modes_at_first))
 
+    def test_who_is_thrown_out_does_not_come_back_by_itself(self) -> None:
+        seat, port = self.serve()
+        ann = self.plain(port, "ann")
+        dan = self.start("client", "--port", str(port), "--name", "dan", stdin=subprocess.PIPE)
+        ann.until("dan joined")
+        self.enter(seat, "/kick dan", "")
+        _, err = dan.communicate(timeout=PATIENCE)
+        ending = f"chat.py: 127.0.0.1:{port} has ended the connection: Thrown out: by the operator\n"
+        self.assertEqual((dan.returncode, err), (1, ending))
+
     def test_interrupted(self) -> None:
         seat, port = self.serve("--log", os.devnull)
         ann = self.plain(port, "ann")
@@ -6618,7 +6628,7 @@ class Disturbers(LoadTestCase):
         self.assertEqual(args.faults, list(loadtest.FAULTS))
 
 
-class ForeignServers(LoadTestCase):
+class LoadOfForeignServers(LoadTestCase):
     def against_ngircd(self, extra: str, *args: str) -> Dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             config, port = pathlib.Path(folder, "ngircd.conf"), loadtest.free_port()
