@@ -862,16 +862,19 @@ class ServerCase(unittest.TestCase):
     """A server in this process, on a free port."""
 
     def setUp(self) -> None:
-        self.server = chat.Server("127.0.0.1", 0)
-        self.port = self.server.address[1]
-        self.thread = threading.Thread(target=self.server.serve)
-        self.thread.start()
-        self.addCleanup(self.stop)
+        self.serve(chat.Server("127.0.0.1", 0))
 
-    def stop(self) -> None:
-        self.server.stop()
-        self.thread.join(PATIENCE)
-        self.assertFalse(self.thread.is_alive(), "the server did not stop")
+    def serve(self, server: chat.Server) -> None:
+        """Begins a server, and ends it after the test."""
+        self.server, self.port = server, server.address[1]
+        self.thread = threading.Thread(target=server.serve)
+        self.thread.start()
+        self.addCleanup(self.stop, self.server, self.thread)
+
+    def stop(self, server: chat.Server, thread: threading.Thread) -> None:
+        server.stop()
+        thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive(), "the server did not stop")
 
     def limit(self, **limits: float) -> None:
         """Sets limits for those who come from now on."""
@@ -2191,12 +2194,8 @@ class Encrypted(ServerCase):
         self.start(False)
 
     def start(self, tls_only: bool) -> None:
-        self.context = chat.server_context(f"{self.folder.name}/tls.pem", "")
-        self.server = chat.Server("127.0.0.1", 0, None, self.context, tls_only)
-        self.port = self.server.address[1]
-        self.thread = threading.Thread(target=self.server.serve)
-        self.thread.start()
-        self.addCleanup(self.stop)
+        context = chat.server_context(f"{self.folder.name}/tls.pem", "")
+        self.serve(chat.Server("127.0.0.1", 0, None, context, tls_only))
 
     def secret(self, data: str = "") -> Peer:
         """A peer that speaks TLS."""
