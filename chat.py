@@ -2359,12 +2359,13 @@ def enter(hub: Hub, session: Session, name: str, key: str) -> None:
     if channel in session.channels:
         return
     check_entry(session, channel, key)
+    own = 0 if session.view.single else len(session.channels)
+    new = fold(name) not in hub.channels
+    if own >= hub.limits.channels or new and len(hub.channels) >= hub.limits.all_channels:
+        raise Refused(ERR_TOOMANYCHANNELS, name)
     if session.view.single:
         for old in list(session.channels):
             hub.part_locked(session, old, f"went to {name}")
-    limits, new = hub.limits, fold(name) not in hub.channels
-    if len(session.channels) >= limits.channels or new and len(hub.channels) >= limits.all_channels:
-        raise Refused(ERR_TOOMANYCHANNELS, name)
     session.invites.pop(channel, None)
     hub.channels[fold(name)] = channel
     channel.add(session)

@@ -1825,6 +1825,13 @@ class Identity(ServerCase):
         self.assertEqual(len(refused), 1001 - chat.Limits().channels)
         self.assertEqual(len(self.server.hub.channels), chat.Limits().channels)
 
+    def test_who_is_refused_elsewhere_stays_where_he_is(self) -> None:
+        self.limit(all_channels=1)
+        ann = self.plain("ann")
+        ann.send("/join #other\n/who\n")
+        self.assertEqual(ann.line(), "*** Error: #other would be one channel too many")
+        self.assertEqual(ann.line(), "*** In #chat: @ann")
+
     def test_case_change_of_the_own_name(self) -> None:
         bob = self.irc("bob")
         bob.send("NICK BOB\r\n")
