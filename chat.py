@@ -510,8 +510,8 @@ def split_text(text: str, size: int) -> list[str]:
 class LineBuffer:
     """Bytes in, lines out. Holds at most `limit` bytes of an unfinished line.
 
-    A line ends in LF or CRLF. Empty lines are left out. A line over the limit is dropped, and one None stands
-    in its place, as soon as the limit is passed.
+    A line ends in LF or CRLF; the CR counts. Empty lines are left out. A line over the limit is dropped, and one
+    None stands in its place, as soon as the limit is passed.
     """
 
     def __init__(self, limit: int) -> None:
@@ -537,7 +537,7 @@ class LineBuffer:
         if self._dropping and lines:
             del lines[0]
             self._dropping = False
-        checked = [line if len(line) <= self.limit else None for line in [line.rstrip(b"\r") for line in lines]]
+        checked = [line.rstrip(b"\r") if len(line) <= self.limit else None for line in lines]
         if len(self._tail) > self.limit:
             if not self._dropping:
                 checked.append(None)

@@ -195,6 +195,7 @@ class WireFormat(unittest.TestCase):
             (b"0123456789a\nb\n", [None, b"b"], b""),
             (b"x" * 100 + b"\nb\n" + b"y" * 50 + b"\nc", [None, b"b", None], b"c"),
             ("é\n".encode(), ["é".encode()], b""),
+            (b"012345678\r\n0123456789\r\n", [b"012345678", None], b""),
             (b"\n" * 10000, [], b""),
         ]
         for data, lines, rest in cases:
