@@ -379,7 +379,7 @@ def check_channel(name: str) -> str:
 
 def next_nick(nick: str) -> str:
     """The name to try when `nick` is taken: bob, bob2, bob3 ..."""
-    stem = nick.rstrip("0123456789")
+    stem = re.sub("[0-9]{1,9}$", "", nick)  # a server may have given us digits without end
     number = str(int(nick[len(stem) :] or 1) + 1)
     room = NICK_CHARS - len(number), NICK_BYTES - len(number)
     return stem[: room[0]].encode()[: room[1]].decode(errors="ignore") + number

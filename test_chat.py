@@ -152,6 +152,8 @@ class Names(unittest.TestCase):
     def test_next_nick(self) -> None:
         self.assertEqual(chat.next_nick("bob"), "bob2")
         self.assertEqual(chat.next_nick("bob9"), "bob10")
+        self.assertEqual(chat.next_nick("a" + "9" * 23), "a" + "9" * 13 + "1000000000")
+        self.assertEqual(len(chat.next_nick("9" * 5000)), chat.NICK_CHARS)
         self.assertEqual(chat.next_nick("x" * 24), "x" * 23 + "2")
         self.assertEqual(chat.next_nick("\U00020000" * 16), "\U00020000" * 15 + "2")
 
