@@ -474,7 +474,8 @@ def format_line(message: Message) -> str:
     if not message.params:
         return source + message.command
     *middle, last = (message.command, *message.params)
-    colon = ":" if len(middle) > 1 or not last or last[0] == ":" or " " in last else ""
+    spoken = len(middle) > 1 or message.command in ("NICK", "QUIT")  # ii finds these only after a colon
+    colon = ":" if spoken or not last or last[0] == ":" or " " in last else ""
     return f"{source}{' '.join(middle)} {colon}{last}"
 
 

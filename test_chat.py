@@ -191,6 +191,18 @@ class WireFormat(unittest.TestCase):
     def test_line_buffer(self) -> None:
         cases: List[Tuple[bytes, List[Optional[bytes]], bytes]] = [
             (b"a\nb\r\nc", [b"a", b"b"], b"c"),
+    def test_format_line(self) -> None:
+        for message, line in (
+            (Message("JOIN", ("#chat",), "n!u@h"), ":n!u@h JOIN #chat"),
+            (Message("NICK", ("rob",), "n!u@h"), ":n!u@h NICK :rob"),
+            (Message("QUIT", ("gone",), "n!u@h"), ":n!u@h QUIT :gone"),
+            (Message("TOPIC", ("#chat", "tea")), "TOPIC #chat :tea"),
+            (Message("AWAY", ("",)), "AWAY :"),
+            (Message("QUIT"), "QUIT"),
+        ):
+            with self.subTest(line):
+                self.assertEqual(chat.format_line(message), line)
+
             (b"\n\r\n\n", [], b""),
             (b"a\rb\n", [b"a\rb"], b""),
             (b"0123456789\n", [b"0123456789"], b""),
@@ -1085,10 +1097,10 @@ class IrcClients(ServerCase):
             [ann.line() for _ in range(5)],
             [
                 ":bob!bob@localhost TOPIC #chat :tea",
-                ":bob!bob@localhost NICK rob",
+                ":bob!bob@localhost NICK :rob",
                 ":rob!bob@localhost PART #chat :bye",
                 ":rob!bob@localhost JOIN #chat",
-                ":rob!bob@localhost QUIT gone",
+                ":rob!bob@localhost QUIT :gone",
             ],
         )
         self.assertEqual(ann.sync(), [])
@@ -1101,7 +1113,7 @@ class IrcClients(ServerCase):
         ann.sync()
         bob.send("JOIN #tea\r\nNICK rob\r\nQUIT\r\n")
         ann.until("rob!bob@localhost QUIT")
-        self.assertEqual(len([line for line in ann.seen if " NICK rob" in line]), 1)
+        self.assertEqual(len([line for line in ann.seen if " NICK :rob" in line]), 1)
         self.assertEqual(ann.sync(), [])
 
     def test_echo_tags_and_private_messages(self) -> None:
@@ -1236,7 +1248,7 @@ class Identity(ServerCase):
     def test_case_change_of_the_own_name(self) -> None:
         bob = self.irc("bob")
         bob.send("NICK BOB\r\n")
-        self.assertEqual(bob.line(), ":bob!bob@localhost NICK BOB")
+        self.assertEqual(bob.line(), ":bob!bob@localhost NICK :BOB")
 
 
 class Pressure(ServerCase):
@@ -1477,7 +1489,7 @@ class Throttled(ServerCase):
         with mock.patch.multiple(chat, FLOOD_S=0.3, LINGER_S=0.3):
             writer = threading.Thread(target=self.flood, args=(bob,))
             writer.start()
-            self.assertEqual(ann.until(" QUIT "), ":bob!bob@localhost QUIT Flooding")
+            self.assertEqual(ann.until(" QUIT "), ":bob!bob@localhost QUIT :Flooding")
             writer.join(PATIENCE)
         self.assertFalse(writer.is_alive())
 
