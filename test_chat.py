@@ -4140,6 +4140,271 @@ CASES = [
     ),
     Case(
         "a number that was never sent, at two",
+class Foreign:
+    """An IRC client that others wrote, as a person uses it: lines that are typed, and text on its screen."""
+
+    TYPED = {
+        "join": "/join #chat", "say": "{}", "msg": "/msg ann {}", "topic": "/topic {}", "away": "/away {}",
+        "nick": "/nick {}", "quit": "/quit {}",
+    }  # fmt: skip
+    LOOKS: Dict[str, str] = {}  # regular expressions of what is seen
+
+    def __init__(self, case: unittest.TestCase, folder: pathlib.Path, port: int) -> None:
+        self.case, self.folder, self.port = case, folder, port
+        self.program = subprocess.Popen(
+            self.command(),
+            env={**os.environ, "HOME": str(folder), "LC_ALL": "C.UTF-8", "TERM": "screen"},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def command(self) -> List[str]:
+        raise NotImplementedError
+
+    def type(self, line: str) -> None:
+        raise NotImplementedError
+
+    def screen(self) -> str:
+        raise NotImplementedError
+
+    def connected(self) -> None:
+        self.until(lambda: "End of MOTD" in self.screen())
+
+    def do(self, what: str, text: str = "") -> None:
+        self.type(self.TYPED[what].format(text))
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            if time.monotonic() > end:
+                self.case.fail(f"the screen is\n{self.screen()}")
+            time.sleep(0.02)
+
+    def sees(self, what: str, *texts: str) -> None:
+        pattern = re.compile(self.LOOKS[what].format(*map(re.escape, texts)), re.DOTALL)
+        self.until(lambda: pattern.search(self.screen()))
+
+    def write(self, path: str, line: str) -> None:
+        """Into a named pipe, once somebody is there to read it."""
+        self.until((self.folder / path).exists)
+        with open(self.folder / path, "w", encoding="utf-8") as pipe:
+            pipe.write(f"{line}\n")
+
+    def read(self, *paths: str) -> str:
+        found = [self.folder / path for path in paths if (self.folder / path).exists()]
+        return "\n".join(path.read_text(encoding="utf-8") for path in found)
+
+    def end(self) -> None:
+        if self.program.poll() is None:
+            self.program.terminate()
+        self.program.communicate(timeout=PATIENCE)
+
+
+class Irssi(Foreign):
+    """In a tmux of its own, with everything in one window."""
+
+    LOOKS = {
+        "past": r"!chat\.local Said here before.*José> früher\n.*!chat\.local End of what was said before",
+        "said": r"{}> {}\n",
+        "private": r"\[{}\(ann@localhost\)\] {}\n",
+        "topic": r"-!- {} changed the topic of #chat to: {}\n",
+        "self": r"-!- You're now known as {1}\n",
+        "nick": r"-!- {} is now known as {}\n",
+        "kicked": r"-!- {2} was kicked from #chat by {0} \[{1}\]\n",
+    }
+    CONFIG = """settings = {
+        "fe-text" = { paste_verify_line_count = "0"; };
+        "fe-common/core" = { use_status_window = "no"; autocreate_windows = "no"; autocreate_query_level = "NONE";
+            autocreate_own_query = "no"; };
+        "irc/core" = { cmd_queue_speed = "1msec"; cmds_max_at_once = "100"; };
+    };"""
+
+    def command(self) -> List[str]:
+        (self.folder / "config").write_text(self.CONFIG, encoding="utf-8")
+        irssi = f"irssi --home={self.folder} -c 127.0.0.1 -p {self.port} -n foreign"
+        (self.folder / "tmux").write_text(
+            f'new-session -d -s irc -x 120 -y 60 "{irssi}"\nset -s exit-empty on\n', encoding="utf-8"
+        )
+        return ["tmux", "-u", "-D", "-f", f"{self.folder}/tmux", "-S", f"{self.folder}/socket"]
+
+    def tmux(self, what: str, *args: str) -> str:
+        command = ["tmux", "-u", "-S", f"{self.folder}/socket", what, "-t", "irc", *args]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=PATIENCE, check=False)
+        return done.stdout.decode()
+
+    def screen(self) -> str:
+        return self.tmux("capture-pane", "-p", "-J", "-S", "-")
+
+    def type(self, line: str) -> None:
+        self.tmux("send-keys", "-l", line)
+        self.tmux("send-keys", "Enter")
+
+
+class Weechat(Foreign):
+    """Without a screen; typed into by a pipe, and read where it logs what it shows."""
+
+    TYPED = {**Foreign.TYPED, "join": "/join -server local #chat"}
+    LOOKS = {
+        "past": r"Notice\(chat\.local\): Said here.*\tJosé\tfrüher\n.*Notice\(chat\.local\): End of what was said",
+        "said": r"\t@?{}\t{}\n",
+        "private": r"\t{}\t{}\n",
+        "topic": r"\t--\t{} has (?:changed|set) topic for #chat .*to \"{}\"\n",
+        "self": r"\t--\tYou are now known as {1}\n",
+        "nick": r"\t--\t{} is now known as {}\n",
+        "kicked": r"\t<--\t{0} has kicked {2} \({1}\)\n",
+    }
+
+    def command(self) -> List[str]:
+        sets = {
+            "logger.file.flush_delay": "0",
+            "fifo.file.path": f"{self.folder}/in",
+            "irc.server_default.anti_flood_prio_high": "0",
+            "irc.server_default.anti_flood_prio_low": "0",
+        }
+        run = "; ".join(f"/set {name} {value}" for name, value in sets.items())
+        run += f"; /server add local 127.0.0.1/{self.port} -notls -nicks=foreign; /connect local"
+        return ["weechat-headless", "-d", str(self.folder), "-P", "irc,logger,fifo", "-r", run]
+
+    def screen(self) -> str:
+        return self.read(*(f"logs/irc.{name}.weechatlog" for name in ("server.local", "local.#chat", "local.ann")))
+
+    def type(self, line: str) -> None:
+        joined = (self.folder / "logs" / "irc.local.#chat.weechatlog").exists()
+        self.write("in", f"irc.{'local.#chat' if joined else 'server.local'} *{line}")
+
+
+class Sic(Foreign):
+    """Standard input and output."""
+
+    TYPED = {
+        "join": ":j #chat", "say": "{}", "msg": ":m ann {}", "topic": ":TOPIC #chat :{}", "away": ":AWAY :{}",
+        "nick": ":NICK {}", "quit": ":QUIT :{}",
+    }  # fmt: skip
+    LOOKS = {
+        "past": r">< NOTICE \(#chat\): Said here before.*<José> früher\n.*>< NOTICE \(#chat\): End of what was said",
+        "said": r"#chat       : [^\n]*<{}> {}\n",
+        "private": r"[^\n]*<{}> {}\n",
+        "topic": r"{} *: [^\n]*>< TOPIC \(#chat\): {}\n",
+        "self": r"{} *: [^\n]*>< NICK \([^\n]*{}\n",
+        "nick": r"{} *: [^\n]*>< NICK \([^\n]*{}\n",
+        "kicked": r"{0} *: [^\n]*>< KICK \(#chat {2}\): {1}\n",
+    }
+
+    def command(self) -> List[str]:
+        return ["sh", "-c", f"exec sic -h 127.0.0.1 -p {self.port} -n foreign >screen"]
+
+    def screen(self) -> str:
+        return self.read("screen")
+
+    def type(self, line: str) -> None:
+        assert self.program.stdin
+        self.program.stdin.write(f"{line}\n".encode())
+        self.program.stdin.flush()
+
+
+class Ii(Foreign):
+    """Files and named pipes."""
+
+    TYPED = {
+        "join": "/j #chat", "say": "{}", "msg": "/j ann {}", "topic": "/t {}", "away": "/a {}", "nick": "/n {}",
+        "quit": "/q {}",
+    }  # fmt: skip
+    LOOKS = {
+        "past": r"Said here before.*End of what was said before.*<José> früher\n",  # in two files
+        "said": r" <{}> {}\n",
+        "private": r" <{}> {}\n",
+        "topic": r" -!- {} changed topic to \"{}\"\n",
+        "self": r" -!- changed nick to \"{1}\"\n",
+        "nick": r" -!- {} changed nick to {}\n",
+        "kicked": r" -!- {0} kicked {2}  \(\"{1}\"\)\n",
+    }
+
+    def command(self) -> List[str]:
+        return ["ii", "-i", str(self.folder), "-s", "127.0.0.1", "-p", str(self.port), "-n", "foreign"]
+
+    def screen(self) -> str:
+        return self.read("127.0.0.1/out", "127.0.0.1/#chat/out", "127.0.0.1/ann/out")
+
+    def type(self, line: str) -> None:
+        self.write("127.0.0.1/#chat/in" if (self.folder / "127.0.0.1/#chat").exists() else "127.0.0.1/in", line)
+
+
+class RealClients(ServerCase):
+    """People with the clients that they have."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    @unittest.skipUnless(shutil.which("irssi") and shutil.which("tmux"), "needs irssi and tmux")
+    def test_irssi(self) -> None:
+        self.talk(Irssi)
+
+    @unittest.skipUnless(shutil.which("weechat-headless"), "needs weechat-headless")
+    def test_weechat(self) -> None:
+        self.talk(Weechat)
+
+    @unittest.skipUnless(shutil.which("sic"), "needs sic")
+    def test_sic(self) -> None:
+        self.talk(Sic)
+
+    @unittest.skipUnless(shutil.which("ii"), "needs ii")
+    def test_ii(self) -> None:
+        self.talk(Ii)
+
+    def talk(self, kind: Callable[[unittest.TestCase, pathlib.Path, int], Foreign]) -> None:
+        ann, jose = self.irc("ann"), self.irc("José")
+        jose.send("PRIVMSG #chat :früher\r\nQUIT\r\n")
+        ann.until("QUIT")
+        client = kind(self, self.folder, self.port)
+        self.addCleanup(client.end)
+        client.connected()
+        client.do("join")
+        ann.until(":foreign!")
+        client.sees("past")
+        self.talk_both_ways(client, ann)
+        self.change_things(client, ann)
+        if "KICK" in chat.COMMANDS:
+            ann.send("KICK #chat Борис :genug davon\r\n")
+            client.sees("kicked", "Анна", "genug davon", "Борис")
+            client.do("join")
+            ann.until(":Борис!")
+        client.do("quit", "bye")
+        self.assertRegex(ann.until("QUIT"), "^:Борис!.* QUIT :bye$")
+        client.until(lambda: client.program.poll() is not None)
+
+    def talk_both_ways(self, client: Foreign, ann: Peer) -> None:
+        client.do("say", "hello José: 你好")
+        self.assertRegex(ann.until("PRIVMSG"), "^:foreign!.* PRIVMSG #chat :hello José: 你好$")
+        client.sees("said", "foreign", "hello José: 你好")
+        ann.send("PRIVMSG #chat :Grüße, Борис 😀\r\n")
+        client.sees("said", "ann", "Grüße, Борис 😀")
+        client.do("msg", "psst Ω")
+        self.assertRegex(ann.until("PRIVMSG"), "^:foreign!.* PRIVMSG ann :psst Ω$")
+        ann.send("PRIVMSG foreign :psssst\r\n")
+        client.sees("private", "ann", "psssst")
+
+    def change_things(self, client: Foreign, ann: Peer) -> None:
+        client.do("topic", "Tee & Тема")
+        self.assertRegex(ann.until("TOPIC"), "^:foreign!.* TOPIC #chat :Tee & Тема$")
+        client.sees("topic", "foreign", "Tee & Тема")
+        ann.send("TOPIC #chat :Kaffee\r\n")
+        client.sees("topic", "ann", "Kaffee")
+        client.do("away", "gone home")
+        self.eventually(lambda: self.server.hub.nicks["foreign"].away, "it is not away")
+        ann.send("PRIVMSG foreign :there?\r\n")
+        self.assertEqual(ann.until(" 301 "), ":chat.local 301 ann foreign :gone home")
+        client.do("nick", "Борис")
+        self.assertRegex(ann.until("NICK"), "^:foreign!.* NICK :Борис$")
+        client.sees("self", "foreign", "Борис")
+        ann.send("NICK Анна\r\n")
+        client.sees("nick", "ann", "Анна")
+
+
         sent([0, -1, 0]),
         [saw("c0", [0, 2]), saw("c1", [0, 2, 1]), saw("c2", [0, 2, 1])],
         {"corruption": (2, "c1 got message 1 at 2, which nobody sent")},
