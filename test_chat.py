@@ -12,7 +12,9 @@ import contextlib
 import copy
 import ctypes
 import io
+import itertools
 import json
+import logging
 import os
 import pathlib
 import random
@@ -37,7 +39,7 @@ from array import array
 from fractions import Fraction
 from itertools import combinations
 from math import ceil
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
 
 try:
@@ -188,9 +190,6 @@ class WireFormat(unittest.TestCase):
             self.assertEqual(chat.parse(line), message, line)
             self.assertNotRegex(line, "[\r\n]")
 
-    def test_line_buffer(self) -> None:
-        cases: List[Tuple[bytes, List[Optional[bytes]], bytes]] = [
-            (b"a\nb\r\nc", [b"a", b"b"], b"c"),
     def test_format_line(self) -> None:
         for message, line in (
             (Message("JOIN", ("#chat",), "n!u@h"), ":n!u@h JOIN #chat"),
@@ -203,13 +202,16 @@ class WireFormat(unittest.TestCase):
             with self.subTest(line):
                 self.assertEqual(chat.format_line(message), line)
 
+    def test_line_buffer(self) -> None:
+        cases: List[Tuple[bytes, List[Optional[bytes]], bytes]] = [
+            (b"a\nb\r\nc", [b"a", b"b"], b"c"),
             (b"\n\r\n\n", [], b""),
             (b"a\rb\n", [b"a\rb"], b""),
             (b"0123456789\n", [b"0123456789"], b""),
             (b"0123456789a\nb\n", [None, b"b"], b""),
+            (b"012345678\r\n0123456789\r\n", [b"012345678", None], b""),
             (b"x" * 100 + b"\nb\n" + b"y" * 50 + b"\nc", [None, b"b", None], b"c"),
             ("é\n".encode(), ["é".encode()], b""),
-            (b"012345678\r\n0123456789\r\n", [b"012345678", None], b""),
             (b"\n" * 10000, [], b""),
         ]
         for data, lines, rest in cases:
@@ -2123,59 +2125,404 @@ class Resume(ServerCase):
         self.assertEqual([text.partition("!")[0] for text in said], [":bob", ":cat"])
 
 
-class Fuzz(ServerCase):
-    """Generated garbage at every dialect; the seed of a failure is in its name."""
+LONG = bool(os.environ.get("CHAT_TEST_LONG"))
 
-    WORDS = """NICK USER JOIN PART PRIVMSG TOPIC WHO WHOIS MODE CAP LS REQ END NOTICE TAGMSG PING LIST AWAY ISON
-        USERHOST NAMES HELP GUEST #chat #a,#b : :: @a=b \x01ACTION %tcuihsnfdlaor,1 * 0 u1 - +b \u202e {} %s {0}
-        /nick /msg // exit {"type": "chat"} \u3164"""
 
-    def soup(self, rng: random.Random) -> bytes:
-        if rng.random() < 0.2:
-            return bytes(rng.randrange(256) for _ in range(rng.randint(0, 60)))
-        return " ".join(rng.choices([*self.WORDS.split(), "", "x" * 600], k=rng.randint(1, 6))).encode()
+def seeds(count: int) -> Iterator[int]:
+    """What a fuzzer runs with: always the same few; with CHAT_TEST_LONG others each time; or only CHAT_TEST_SEED."""
+    start = random.randrange(1 << 32) if LONG else 0
+    only = os.environ.get("CHAT_TEST_SEED")
+    yield from [int(only)] if only else range(start, start + count)
 
-    def test_decoders_refuse_or_understand(self) -> None:
-        views = [chat.PLAIN, chat.JSON, chat.HTTP, chat.irc(frozenset(chat.CAPABILITIES))]
-        for seed in range(20000):
-            rng = random.Random(seed)
-            line, view = self.soup(rng).replace(b"\n", b""), rng.choice(views)
-            with self.subTest(seed=seed):
-                try:
-                    messages = view.decode(line, rng.random() < 0.5)
-                except chat.Refused:
-                    continue
-                for message in messages:
-                    for out in views:
-                        self.assertLessEqual(out.encode(message._replace(source="a!b@c")).count(b"\n"), 5)
 
-    def test_a_server_under_garbage(self) -> None:
-        ann = self.irc("ann")
-        starts = [b"", b"NICK u1\r\nUSER u 0 * :u\r\nJOIN #chat\r\n", b"u1\n", b'{"type":"join","user":"u1"}\n']
-        with self.assertNoErrors():
-            for seed in range(200):
-                rng = random.Random(seed)
-                peer = self.peer()
-                with contextlib.suppress(OSError):
-                    peer.sock.sendall(rng.choice(starts) + b"\n".join(self.soup(rng) for _ in range(30)) + b"\nexit\n")
-                peer.close()
-            ann.send("PRIVMSG #chat :x\r\n")
-            ann.sync()
+@contextlib.contextmanager
+def repeatable(seed: int) -> Iterator[random.Random]:
+    """Whatever fails within names the seed that makes it fail again."""
+    try:
+        yield random.Random(seed)
+    except Exception as error:
+        raise AssertionError(f"CHAT_TEST_SEED={seed}: {error!r}") from error
 
-    def assertNoErrors(self) -> Any:  # assertNoLogs came with Python 3.10
-        case = self
 
-        class Watch:
-            def __enter__(self) -> None:
-                self.patch = mock.patch.object(chat.log, "exception")
-                self.spy = self.patch.start()
+class Soup:
+    """What clients and servers send, and what they never should: generated, bent and broken."""
 
-            def __exit__(self, *exc: object) -> None:
-                case.eventually(lambda: len(case.server.hub.sessions) <= 1, "sessions were left")
-                self.patch.stop()
-                case.assertEqual(self.spy.call_args_list, [])
+    USUAL = """#chat #CHAT #a #b,#chat,#a #x,ann,u1 ann bob u1 u2 U3 José Борис 美咲 guest1 * 0 1 -1 50 1000 , + - : ::
+        +o -o+b +kl %tcuihsnfdlaor,1 % = {} {0} {nick} {text} %s *** \\ \\: [ " ' / // /me /msg /nick /quit exit
+        chat.local ann!ann@localhost bob!b@h *!*@* LS ACK NAK REQ END 302 LATEST BEFORE AFTER AROUND BETWEEN TARGETS
+        msgid=1 msgid=fffffffffffffff timestamp=2026-01-31T12:00:00.000Z timestamp=9999-12-31T23:59:59.999Z +1 -1
+        chathistory labeled-response PRIVMSG INVALID_UTF8 CHATHISTORY @bob +bob,ann @+"""
+    WORDS = [
+        *USUAL.split(),
+        *("", " ", "\x01ACTION waves\x01", "\x01ACTION ", "\x01", "\x1b]0;x\x07", "\x1b[5m", "\x9b6n", "\x07", "\x7f"),
+        *("\0", "\r", "\t", "\u202e", "\u200b", "\u3164", "\ufeff", "\u2028", "\x85", "\xa0", "\ud800", "e\u0301"),
+        *("\u0301" * 20, "😀", "\ufdfa", "9" * 30, "1e9", "a" + "9" * 23, "9" * 5000, "é" * 200, "美" * 150, "y" * 505),
+    ]
+    TAGS = ["time", "msgid", "batch", "label", "+typing", chat.ID_TAG, chat.BY_TAG, chat.REPLAYED_TAG, chat.COUNT_TAG]
+    NUMERICS = [*chat.NUMERICS, "464", "465", "471", "473", "999", "FAIL", "ERROR", "BATCH", "PONG", "ACK", "CHGHOST"]
+    OFTEN = ["PRIVMSG", "PRIVMSG", "PRIVMSG", "JOIN", "NICK", "NOTICE"]
 
-        return Watch()
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.commands = [*(name for name in chat.COMMANDS if name != "QUIT"), *self.OFTEN * 3]
+
+    def word(self) -> str:
+        if self.rng.random() < 0.05:
+            return "".join(chr(self.rng.randrange(0x11000)) for _ in range(self.rng.randrange(6)))
+        return self.rng.choice(self.WORDS)
+
+    def text(self) -> str:
+        return " ".join(self.word() for _ in range(self.rng.choice((0, 1, 1, 2, 3, 5))))
+
+    def tags(self) -> Dict[str, str]:
+        return {self.rng.choice(self.TAGS): self.word() for _ in range(self.rng.choice((0, 0, 0, 1, 1, 2, 4)))}
+
+    def message(self, commands: Sequence[str], sources: Sequence[str] = ("",)) -> Message:
+        """A message that could be meant."""
+        words = [self.word() for _ in range(self.rng.choice((0, 1, 1, 1, 2, 2, 3, 15)))]
+        words = [word for word in words if word and word[0] != ":" and not set(word) & set(" \0\r")]
+        last = [self.text()] if self.rng.random() < 0.7 else []
+        return Message(self.rng.choice(commands), (*words, *last), self.rng.choice(sources), self.tags())
+
+    def irc(self) -> str:
+        return chat.format_tagged(self.message(self.commands))
+
+    def from_server(self) -> str:
+        sources = ["s", "chat.local", "", "bob!b@h", "ann!a@b", f"{self.word()}!a@b", "bob!" + "h" * 300]
+        return chat.format_tagged(self.message([*self.commands, *self.NUMERICS, "QUIT"], sources))
+
+    def json(self) -> str:
+        kinds = ("chat", "chat", "chat", "command", "private", "join", "odd", 1, None)
+        item: Dict[str, Any] = {"type": self.rng.choice(kinds)}
+        for key in ("text", "text", "to", "ref", "user", "channel", "odd"):
+            if self.rng.random() < 0.5:
+                item[key] = self.rng.choice((*[self.text()] * 20, None, 1, [], {"a": [{}]}, 1e400))
+        if item["type"] == "command":
+            item["text"] = self.plain()
+        return json.dumps(item, ensure_ascii=self.rng.random() < 0.5)
+
+    def plain(self) -> str:
+        slash = f"/{self.rng.choice(sorted(set(chat.SLASHES) - {'quit'}))} " if self.rng.random() < 0.4 else ""
+        return slash + self.text()
+
+    def line(self, kinds: Sequence[Callable[[], str]]) -> bytes:
+        """A line without its end, sometimes damaged."""
+        data = self.rng.choice(kinds)().encode(errors="surrogatepass")
+        return (data if self.rng.random() < 0.8 else self.damaged(data)).replace(b"\n", b"")
+
+    def damaged(self, data: bytes) -> bytes:
+        start = self.rng.randrange(len(data) + 1)
+        end = start + self.rng.randrange(8)
+        noise = bytes(self.rng.randrange(256) for _ in range(self.rng.randrange(4)))
+        kind = self.rng.randrange(4)
+        if kind == 0:
+            return data[:start] + noise + data[end:]
+        if kind == 1:
+            return data[:start]
+        if kind == 2:
+            return data[:start] + data[start:end] * self.rng.choice((2, 50, 1000)) + data[end:]
+        return bytes(self.rng.randrange(256) for _ in range(self.rng.randrange(60)))
+
+
+def flaw(view: chat.Dialect, data: bytes) -> str:
+    """What is wrong with whole lines that the server sent to somebody who speaks so; '' where nothing is."""
+    end = "\r\n" if isinstance(view, chat.Irc) else "\n"
+    try:
+        *lines, rest = data.decode().split(end)
+        if view is chat.HTTP:
+            return ""
+        return "an end is missing" if rest else next(filter(None, (flaw_in_line(view, line) for line in lines)), "")
+    except ValueError as error:  # no UTF-8, or no JSON
+        return str(error)
+
+
+def flaw_in_line(view: chat.Dialect, line: str) -> str:
+    if set(line) & set("\0\r\n") or not line:
+        return "empty, or a line end in the middle"
+    if view is chat.JSON:
+        return "" if json.loads(line)["type"] in ("chat", "private", "system", "error", "ack") else "an odd type"
+    if not isinstance(view, chat.Irc):
+        return "obeyed" if any(unicodedata.category(char) in chat.OBEYED for char in line) else ""
+    bare, message = line.partition(" ")[2] if line.startswith("@") else line, chat.parse(line)
+    if len(bare.encode()) > chat.LINE_BYTES - 2:
+        return "too long"
+    if not re.fullmatch("[A-Z]+|[0-9]{3}", message.command):
+        return "an odd command"
+    if not message.source and message.command != "PING":
+        return "no source"
+    caps = {chat.TAG_CAPS.get(tag, "message-tags") for tag in message.tags}
+    return "" if caps <= view.caps else "tags that were not asked for"
+
+
+class Fuzz(unittest.TestCase):
+    """Generated lines at everything that parses."""
+
+    VIEWS = [chat.PLAIN, chat.JSON, chat.irc(), chat.irc(frozenset(chat.CAPABILITIES))]
+
+    def test_what_is_wrong_is_found(self) -> None:
+        for view, data, wrong in (
+            (chat.irc(), b":s 001 a :x\r\nPING :s\r\n", False),
+            (chat.irc(), b":s 001 a :" + b"x" * 500 + b"\r\n", False),
+            (chat.irc(), b":s 001 a :" + b"x" * 501 + b"\r\n", True),
+            (chat.irc(), b":s 001 a :\xff\r\n", True),
+            (chat.irc(), b":s 001 a :x\n", True),
+            (chat.irc(), b":s 001 a :x\ry\r\n", True),
+            (chat.irc(), b":s 001 a :x\0\r\n", True),
+            (chat.irc(), b":s 001 a :x\r\n\r\n", True),
+            (chat.irc(), b"PRIVMSG #chat :x\r\n", True),
+            (chat.irc(), b"@time=x :a!b@c PRIVMSG #chat :x\r\n", True),
+            (chat.irc(frozenset({"server-time"})), b"@time=x :a!b@c PRIVMSG #chat :x\r\n", False),
+            (chat.PLAIN, "bob: é\n".encode(), False),
+            (chat.PLAIN, b"bob: \x1b[m\n", True),
+            (chat.PLAIN, "bob: \u202e\n".encode(), True),
+            (chat.JSON, b'{"type": "chat"}\n', False),
+            (chat.JSON, b'{"type": "chat"\n', True),
+        ):
+            with self.subTest(data):
+                self.assertEqual(bool(flaw(view, data)), wrong)
+
+    def test_dialects(self) -> None:
+        for seed in seeds(20000 if LONG else 200):
+            with repeatable(seed) as rng:
+                soup = Soup(rng)
+                for _ in range(50):
+                    self.decode_and_encode(soup.line([soup.irc, soup.json, soup.plain, soup.from_server]), rng)
+
+    def decode_and_encode(self, line: bytes, rng: random.Random) -> None:
+        chat.dialect_of(line)
+        for view in (*self.VIEWS[:2], chat.HTTP, self.VIEWS[rng.randrange(2, 4)]):
+            try:
+                messages = view.decode(line, rng.random() < 0.7)
+            except chat.Refused as refused:
+                refused.numeric.text.format(*refused.params)
+                continue
+            for message in messages:
+                self.assertFalse(set("".join(message.params)) & set("\0\r\n"), message)
+                "".join(message.params).encode()
+                if message.command in chat.COMMANDS:
+                    self.seen_by_all(message._replace(source="bob!bob@host"), view)
+
+    def seen_by_all(self, message: Message, origin: chat.Dialect) -> None:
+        """What others may be sent of a message, however it came."""
+        if isinstance(origin, chat.Irc):
+            bare = message._replace(tags=chat.NO_TAGS)
+            self.assertEqual(chat.parse(chat.format_line(bare)), bare)
+            self.assertEqual(chat.parse(chat.format_tagged(message)).tags, message.tags)
+        try:
+            chat.check_length(message)
+        except chat.Refused:
+            return
+        for view in self.VIEWS:
+            found = flaw(view, view.encode(message))
+            if found != "too long" or isinstance(origin, chat.Irc):
+                self.assertEqual(found, "", (view, message))
+
+    def test_text_form(self) -> None:
+        for seed in seeds(4000 if LONG else 40):
+            with repeatable(seed) as rng:
+                soup = Soup(rng)
+                for _ in range(50):
+                    message = chat.parse(soup.line([soup.from_server]).decode(errors="replace"))
+                    shown = chat.text_form(message)
+                    self.assertFalse([char for char in shown if unicodedata.category(char) in chat.OBEYED], message)
+                    if not chat.is_system(message):
+                        self.assertFalse(shown.startswith("*** "), message)
+                    item = chat.JSON.encode(message)
+                    self.assertLessEqual(item.count(b"\n"), 1)
+
+    def test_slash_commands_and_names(self) -> None:
+        for seed in seeds(4000 if LONG else 40):
+            with repeatable(seed) as rng:
+                soup = Soup(rng)
+                for _ in range(50):
+                    with contextlib.suppress(chat.Refused):
+                        self.assertTrue(chat.typed(soup.plain(), "#x", rng.random() < 0.5).command)
+                    self.names(soup.word())
+                    with contextlib.suppress(ValueError):
+                        low, high = chat.numbers(soup.word())
+                        self.assertLessEqual(low, high)
+
+    def names(self, word: str) -> None:
+        with contextlib.suppress(chat.Refused):
+            channel = chat.check_channel(word)
+            self.assertEqual(chat.check_channel(channel), channel)
+        try:
+            nick = chat.check_nick(word)
+        except chat.Refused:
+            return
+        self.assertEqual((chat.check_nick(nick), chat.fold(chat.fold(nick))), (nick, chat.fold(nick)))
+        self.assertNotEqual(chat.fold(chat.check_nick(chat.next_nick(nick))), chat.fold(nick))
+
+    def test_lines_however_they_are_cut(self) -> None:
+        for seed in seeds(20000 if LONG else 500):
+            with repeatable(seed) as rng:
+                limit = rng.randrange(1, 12)
+                data = bytes(rng.choices(b"ab\r\n", (5, 1, 1, 2), k=rng.randrange(60)))
+                buffer, found, at = chat.LineBuffer(limit), [], 0
+                while at < len(data):
+                    size = rng.randrange(1, 20)
+                    found += buffer.feed(data[at : at + size])
+                    at += size
+                    self.assertLessEqual(len(buffer._tail), limit)
+                *lines, rest = data.split(b"\n")
+                wanted = [line.rstrip(b"\r") if len(line) <= limit else None for line in lines]
+                wanted += [None] if len(rest) > limit else []
+                self.assertEqual(found, [line for line in wanted if line != b""], data)
+                self.assertEqual(buffer.end(), rest.rstrip(b"\r") if len(rest) <= limit else b"", data)
+
+
+class Disturber:
+    """A connection that sends what it was given as fast as it is taken, reads or does not, and ends in its own way."""
+
+    def __init__(self, port: int, rng: random.Random, data: bytes, end: str, reads: bool = True) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self.sock.setblocking(False)
+        self.rng, self.data, self.end = rng, data or b"\n", end
+        self.reads = reads or end == "half"
+
+    @staticmethod
+    def pump(disturbers: List[Disturber]) -> None:
+        """Lets those who can send and read; takes out those who have done."""
+        reading = [one for one in disturbers if one.reads]
+        writing = [one for one in disturbers if one.data]
+        readable, writable, _ = select.select(reading, writing, [], 0.05)
+        for one in disturbers[:]:
+            try:
+                if one in writable:
+                    one.data = one.data[one.sock.send(one.data[: one.rng.choice((1, 100, 5000, 1 << 16))]) :]
+                    if not one.data and one.end == "half":
+                        one.sock.shutdown(socket.SHUT_WR)
+                over = one in readable and not one.sock.recv(1 << 16)
+            except BlockingIOError:
+                continue
+            except OSError:
+                over = True
+            if over or not one.data and one.end != "half":
+                one.close()
+                disturbers.remove(one)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        if self.end == "reset":
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+class FuzzServer(ServerCase):
+    """Generated lines, whole and broken, from many at once, at a running server with a few who only want to talk."""
+
+    LINES = 1_000_000 if LONG else 8_000
+
+    def setUp(self) -> None:
+        self.flaws: List[str] = []
+        self.handled = itertools.count()
+        patches = mock.patch.multiple(
+            chat, REFUSED_S=0.0, GRACE_S=0.05, PROMPT_S=60.0, fan_out=self.checked, perform=self.counted
+        )
+        patches.start()
+        self.addCleanup(patches.stop)
+        self.addCleanup(chat.log.setLevel, chat.log.level)
+        chat.log.setLevel(logging.ERROR)
+        super().setUp()
+        self.ann = self.irc("ann")  # an operator, whom nobody can throw out
+        self.said = 0
+        self.witnesses = [
+            self.irc("bob", *chat.CAPABILITIES),
+            self.plain("pat"),
+            self.peer('{"type":"join","user":"jon"}\n'),
+        ]
+        self.witnesses[-1].until("jon joined")
+
+    def checked(self, batch: List[chat.Delivery], fan_out: Any = chat.fan_out) -> Iterator[Tuple[chat.Session, bytes]]:
+        """All that is sent to anybody passes here."""
+        last: Dict[chat.Dialect, bytes] = {}
+        for session, data in fan_out(batch):
+            if data and data is not last.get(session.view):
+                last[session.view] = data
+                found = flaw(session.view, data)
+                if found:
+                    self.flaws.append(f"{found}: {data[:1000]!r}")
+            yield session, data
+
+    def counted(self, *args: Any, perform: Any = chat.perform) -> None:
+        next(self.handled)
+        perform(*args)
+
+    def talk(self) -> None:
+        """Ann says something, and all who are well see it next of her, once, and nothing of theirs is damaged."""
+        self.ann.send(f"PRIVMSG #chat :word {self.said}\r\n")
+        start = len(self.ann.seen)
+        self.ann.sync()
+        del self.ann.seen[start:]
+        for witness, view in zip(self.witnesses, (chat.irc(frozenset(chat.CAPABILITIES)), chat.PLAIN, chat.JSON)):
+            witness.seen = []
+            witness.until(f"word {self.said}")
+            hers = re.compile(r'(@\S+ )?:ann!|ann: |\{"type": "chat", "user": "ann"')
+            words = [line for line in witness.seen if hers.match(line)]
+            self.assertEqual([re.findall(r"word (\d+)", line) for line in words], [[str(self.said)]], words)
+            self.assertEqual({flaw_in_line(view, line) for line in witness.seen}, {""})
+        self.witnesses[0].send("PING x\r\n")  # or it would be taken for a ghost
+        self.said += 1
+
+    def disturber(self, rng: random.Random) -> Disturber:
+        """Somebody who says who they are, more or less, and then talks much nonsense."""
+        soup, name = Soup(rng), rng.choice(("u1", "u2", "U3", "ann", "Борис"))
+        caps = " ".join(rng.sample(chat.CAPABILITIES, rng.randrange(len(chat.CAPABILITIES))))
+        resume = f"CAP REQ :{chat.RESUME_CAP}\nRESUME {name * 16}\n" if rng.random() < 0.3 else ""
+        start, kinds = rng.choice((
+            (f"CAP REQ :{caps}\n{resume}NICK {name}\nUSER {name} 0 * :x\nCAP END\nJOIN #chat\n", [soup.irc]),
+            (f"NICK {name}\nUSER u 0 * :\u202e\nJOIN #chat,#a\n", [soup.irc, soup.irc, soup.from_server]),
+            (f"{name}\n", [soup.plain]),
+            (json.dumps({"type": "join", "user": rng.choice((name, ""))}) + "\n", [soup.json]),
+            ("", [soup.irc, soup.json, soup.plain, soup.from_server]),
+            ("GET / HTTP/1.0\r\n", [soup.plain]),
+        ))  # fmt: skip
+        end = rng.choice((b"\n", b"\r\n"))
+        data = start.encode() + end.join(soup.line(kinds) for _ in range(rng.randrange(200)))
+        if rng.random() < 0.5:
+            data = data[: rng.randrange(len(data) + 1)]
+        return Disturber(self.port, rng, data, rng.choice(("close", "reset", "half")), rng.random() < 0.7)
+
+    def round(self, rng: random.Random) -> None:
+        disturbers = [self.disturber(rng) for _ in range(12)]
+        try:
+            while disturbers:
+                Disturber.pump(disturbers)
+                if rng.random() < 0.05:
+                    self.talk()
+        finally:
+            for disturber in disturbers:
+                disturber.close()
+        self.talk()
+
+    def left(self) -> List[Any]:
+        """What of others is still there."""
+        hub, mailer = self.server.hub, self.server._mailer
+        with hub:
+            names = {session.nick for session in hub.sessions} | set(hub.nicks)
+            roster = {session.nick for session in hub.channels["#chat"].roster.present()}
+            counts = [hub.absent, hub._waiting, hub._weight, len(mailer._connections) - 4, len(mailer._lingering)]
+            owed = [len(connection.outbox) for connection in mailer._connections.values()]
+        return [item for item in (names - {"ann", "bob", "pat", "jon"}, roster - names, set(hub.channels) - {"#chat"},
+                                  sum(counts), sum(owed), threading.active_count() - self.threads) if item]  # fmt: skip
+
+    def test_a_server_under_nonsense(self) -> None:
+        self.talk()
+        self.threads = threading.active_count()
+        count = 0
+        with mock.patch.object(chat.log, "exception") as defects:
+            for seed in seeds(1 << 30):
+                with repeatable(seed) as rng:
+                    self.round(rng)
+                    self.eventually(lambda: not self.left(), "something is left")
+                    self.assertEqual((self.flaws, defects.call_args_list), ([], []))
+                count = next(self.handled)
+                if count > self.LINES:
+                    break
+        if LONG:
+            print(f"{count} lines were handled, {self.said} of ours", file=sys.stderr)
 
 
 LEFT, RIGHT, UP, DOWN, DELETE = "\x1b[D", "\x1b[C", "\x1b[A", "\x1b[B", "\x1b[3~"
@@ -3792,6 +4139,271 @@ class InTmux(ProgramCase):
         self.until(r"bob: a line .*\n\[#chat 2\] bob>$")
 
 
+class Foreign:
+    """An IRC client that others wrote, as a person uses it: lines that are typed, and text on its screen."""
+
+    TYPED = {
+        "join": "/join #chat", "say": "{}", "msg": "/msg ann {}", "topic": "/topic {}", "away": "/away {}",
+        "nick": "/nick {}", "quit": "/quit {}",
+    }  # fmt: skip
+    LOOKS: Dict[str, str] = {}  # regular expressions of what is seen
+
+    def __init__(self, case: unittest.TestCase, folder: pathlib.Path, port: int) -> None:
+        self.case, self.folder, self.port = case, folder, port
+        self.program = subprocess.Popen(
+            self.command(),
+            env={**os.environ, "HOME": str(folder), "LC_ALL": "C.UTF-8", "TERM": "screen"},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def command(self) -> List[str]:
+        raise NotImplementedError
+
+    def type(self, line: str) -> None:
+        raise NotImplementedError
+
+    def screen(self) -> str:
+        raise NotImplementedError
+
+    def connected(self) -> None:
+        self.until(lambda: "End of MOTD" in self.screen())
+
+    def do(self, what: str, text: str = "") -> None:
+        self.type(self.TYPED[what].format(text))
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            if time.monotonic() > end:
+                self.case.fail(f"the screen is\n{self.screen()}")
+            time.sleep(0.02)
+
+    def sees(self, what: str, *texts: str) -> None:
+        pattern = re.compile(self.LOOKS[what].format(*map(re.escape, texts)), re.DOTALL)
+        self.until(lambda: pattern.search(self.screen()))
+
+    def write(self, path: str, line: str) -> None:
+        """Into a named pipe, once somebody is there to read it."""
+        self.until((self.folder / path).exists)
+        with open(self.folder / path, "w", encoding="utf-8") as pipe:
+            pipe.write(f"{line}\n")
+
+    def read(self, *paths: str) -> str:
+        found = [self.folder / path for path in paths if (self.folder / path).exists()]
+        return "\n".join(path.read_text(encoding="utf-8") for path in found)
+
+    def end(self) -> None:
+        if self.program.poll() is None:
+            self.program.terminate()
+        self.program.communicate(timeout=PATIENCE)
+
+
+class Irssi(Foreign):
+    """In a tmux of its own, with everything in one window."""
+
+    LOOKS = {
+        "past": r"!chat\.local Said here before.*José> früher\n.*!chat\.local End of what was said before",
+        "said": r"{}> {}\n",
+        "private": r"\[{}\(ann@localhost\)\] {}\n",
+        "topic": r"-!- {} changed the topic of #chat to: {}\n",
+        "self": r"-!- You're now known as {1}\n",
+        "nick": r"-!- {} is now known as {}\n",
+        "kicked": r"-!- {2} was kicked from #chat by {0} \[{1}\]\n",
+    }
+    CONFIG = """settings = {
+        "fe-text" = { paste_verify_line_count = "0"; };
+        "fe-common/core" = { use_status_window = "no"; autocreate_windows = "no"; autocreate_query_level = "NONE";
+            autocreate_own_query = "no"; };
+        "irc/core" = { cmd_queue_speed = "1msec"; cmds_max_at_once = "100"; };
+    };"""
+
+    def command(self) -> List[str]:
+        (self.folder / "config").write_text(self.CONFIG, encoding="utf-8")
+        irssi = f"irssi --home={self.folder} -c 127.0.0.1 -p {self.port} -n foreign"
+        (self.folder / "tmux").write_text(
+            f'new-session -d -s irc -x 120 -y 60 "{irssi}"\nset -s exit-empty on\n', encoding="utf-8"
+        )
+        return ["tmux", "-u", "-D", "-f", f"{self.folder}/tmux", "-S", f"{self.folder}/socket"]
+
+    def tmux(self, what: str, *args: str) -> str:
+        command = ["tmux", "-u", "-S", f"{self.folder}/socket", what, "-t", "irc", *args]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=PATIENCE, check=False)
+        return done.stdout.decode()
+
+    def screen(self) -> str:
+        return self.tmux("capture-pane", "-p", "-J", "-S", "-")
+
+    def type(self, line: str) -> None:
+        self.tmux("send-keys", "-l", line)
+        self.tmux("send-keys", "Enter")
+
+
+class Weechat(Foreign):
+    """Without a screen; typed into by a pipe, and read where it logs what it shows."""
+
+    TYPED = {**Foreign.TYPED, "join": "/join -server local #chat"}
+    LOOKS = {
+        "past": r"Notice\(chat\.local\): Said here.*\tJosé\tfrüher\n.*Notice\(chat\.local\): End of what was said",
+        "said": r"\t@?{}\t{}\n",
+        "private": r"\t{}\t{}\n",
+        "topic": r"\t--\t{} has (?:changed|set) topic for #chat .*to \"{}\"\n",
+        "self": r"\t--\tYou are now known as {1}\n",
+        "nick": r"\t--\t{} is now known as {}\n",
+        "kicked": r"\t<--\t{0} has kicked {2} \({1}\)\n",
+    }
+
+    def command(self) -> List[str]:
+        sets = {
+            "logger.file.flush_delay": "0",
+            "fifo.file.path": f"{self.folder}/in",
+            "irc.server_default.anti_flood_prio_high": "0",
+            "irc.server_default.anti_flood_prio_low": "0",
+        }
+        run = "; ".join(f"/set {name} {value}" for name, value in sets.items())
+        run += f"; /server add local 127.0.0.1/{self.port} -notls -nicks=foreign; /connect local"
+        return ["weechat-headless", "-d", str(self.folder), "-P", "irc,logger,fifo", "-r", run]
+
+    def screen(self) -> str:
+        return self.read(*(f"logs/irc.{name}.weechatlog" for name in ("server.local", "local.#chat", "local.ann")))
+
+    def type(self, line: str) -> None:
+        joined = (self.folder / "logs" / "irc.local.#chat.weechatlog").exists()
+        self.write("in", f"irc.{'local.#chat' if joined else 'server.local'} *{line}")
+
+
+class Sic(Foreign):
+    """Standard input and output."""
+
+    TYPED = {
+        "join": ":j #chat", "say": "{}", "msg": ":m ann {}", "topic": ":TOPIC #chat :{}", "away": ":AWAY :{}",
+        "nick": ":NICK {}", "quit": ":QUIT :{}",
+    }  # fmt: skip
+    LOOKS = {
+        "past": r">< NOTICE \(#chat\): Said here before.*<José> früher\n.*>< NOTICE \(#chat\): End of what was said",
+        "said": r"#chat       : [^\n]*<{}> {}\n",
+        "private": r"[^\n]*<{}> {}\n",
+        "topic": r"{} *: [^\n]*>< TOPIC \(#chat\): {}\n",
+        "self": r"{} *: [^\n]*>< NICK \([^\n]*{}\n",
+        "nick": r"{} *: [^\n]*>< NICK \([^\n]*{}\n",
+        "kicked": r"{0} *: [^\n]*>< KICK \(#chat {2}\): {1}\n",
+    }
+
+    def command(self) -> List[str]:
+        return ["sh", "-c", f"exec sic -h 127.0.0.1 -p {self.port} -n foreign >screen"]
+
+    def screen(self) -> str:
+        return self.read("screen")
+
+    def type(self, line: str) -> None:
+        assert self.program.stdin
+        self.program.stdin.write(f"{line}\n".encode())
+        self.program.stdin.flush()
+
+
+class Ii(Foreign):
+    """Files and named pipes."""
+
+    TYPED = {
+        "join": "/j #chat", "say": "{}", "msg": "/j ann {}", "topic": "/t {}", "away": "/a {}", "nick": "/n {}",
+        "quit": "/q {}",
+    }  # fmt: skip
+    LOOKS = {
+        "past": r"Said here before.*End of what was said before.*<José> früher\n",  # in two files
+        "said": r" <{}> {}\n",
+        "private": r" <{}> {}\n",
+        "topic": r" -!- {} changed topic to \"{}\"\n",
+        "self": r" -!- changed nick to \"{1}\"\n",
+        "nick": r" -!- {} changed nick to {}\n",
+        "kicked": r" -!- {0} kicked {2}  \(\"{1}\"\)\n",
+    }
+
+    def command(self) -> List[str]:
+        return ["ii", "-i", str(self.folder), "-s", "127.0.0.1", "-p", str(self.port), "-n", "foreign"]
+
+    def screen(self) -> str:
+        return self.read("127.0.0.1/out", "127.0.0.1/#chat/out", "127.0.0.1/ann/out")
+
+    def type(self, line: str) -> None:
+        self.write("127.0.0.1/#chat/in" if (self.folder / "127.0.0.1/#chat").exists() else "127.0.0.1/in", line)
+
+
+class RealClients(ServerCase):
+    """People with the clients that they have."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    @unittest.skipUnless(shutil.which("irssi") and shutil.which("tmux"), "needs irssi and tmux")
+    def test_irssi(self) -> None:
+        self.talk(Irssi)
+
+    @unittest.skipUnless(shutil.which("weechat-headless"), "needs weechat-headless")
+    def test_weechat(self) -> None:
+        self.talk(Weechat)
+
+    @unittest.skipUnless(shutil.which("sic"), "needs sic")
+    def test_sic(self) -> None:
+        self.talk(Sic)
+
+    @unittest.skipUnless(shutil.which("ii"), "needs ii")
+    def test_ii(self) -> None:
+        self.talk(Ii)
+
+    def talk(self, kind: Callable[[unittest.TestCase, pathlib.Path, int], Foreign]) -> None:
+        ann, jose = self.irc("ann"), self.irc("José")
+        jose.send("PRIVMSG #chat :früher\r\nQUIT\r\n")
+        ann.until("QUIT")
+        client = kind(self, self.folder, self.port)
+        self.addCleanup(client.end)
+        client.connected()
+        client.do("join")
+        ann.until(":foreign!")
+        client.sees("past")
+        self.talk_both_ways(client, ann)
+        self.change_things(client, ann)
+        if "KICK" in chat.COMMANDS:
+            ann.send("KICK #chat Борис :genug davon\r\n")
+            client.sees("kicked", "Анна", "genug davon", "Борис")
+            client.do("join")
+            ann.until(":Борис!")
+        client.do("quit", "bye")
+        self.assertRegex(ann.until("QUIT"), "^:Борис!.* QUIT :bye$")
+        client.until(lambda: client.program.poll() is not None)
+
+    def talk_both_ways(self, client: Foreign, ann: Peer) -> None:
+        client.do("say", "hello José: 你好")
+        self.assertRegex(ann.until("PRIVMSG"), "^:foreign!.* PRIVMSG #chat :hello José: 你好$")
+        client.sees("said", "foreign", "hello José: 你好")
+        ann.send("PRIVMSG #chat :Grüße, Борис 😀\r\n")
+        client.sees("said", "ann", "Grüße, Борис 😀")
+        client.do("msg", "psst Ω")
+        self.assertRegex(ann.until("PRIVMSG"), "^:foreign!.* PRIVMSG ann :psst Ω$")
+        ann.send("PRIVMSG foreign :psssst\r\n")
+        client.sees("private", "ann", "psssst")
+
+    def change_things(self, client: Foreign, ann: Peer) -> None:
+        client.do("topic", "Tee & Тема")
+        self.assertRegex(ann.until("TOPIC"), "^:foreign!.* TOPIC #chat :Tee & Тема$")
+        client.sees("topic", "foreign", "Tee & Тема")
+        ann.send("TOPIC #chat :Kaffee\r\n")
+        client.sees("topic", "ann", "Kaffee")
+        client.do("away", "gone home")
+        self.eventually(lambda: self.server.hub.nicks["foreign"].away, "it is not away")
+        ann.send("PRIVMSG foreign :there?\r\n")
+        self.assertEqual(ann.until(" 301 "), ":chat.local 301 ann foreign :gone home")
+        client.do("nick", "Борис")
+        self.assertRegex(ann.until("NICK"), "^:foreign!.* NICK :Борис$")
+        client.sees("self", "foreign", "Борис")
+        ann.send("NICK Анна\r\n")
+        client.sees("nick", "ann", "Анна")
+
+
 class Recorder(chat.View):
     """A person who talks as fast as it is confirmed, and remembers all that is shown."""
 
@@ -3832,7 +4444,7 @@ class Recorder(chat.View):
 class Durable(ProgramCase):
     """Nothing that was acknowledged is lost, doubled or out of order, whatever is killed."""
 
-    ROUNDS = 100 if os.environ.get("CHAT_TEST_LONG") else 10
+    ROUNDS = 100 if LONG else 10
 
     def setUp(self) -> None:
         folder = tempfile.TemporaryDirectory()
@@ -4140,271 +4752,6 @@ CASES = [
     ),
     Case(
         "a number that was never sent, at two",
-class Foreign:
-    """An IRC client that others wrote, as a person uses it: lines that are typed, and text on its screen."""
-
-    TYPED = {
-        "join": "/join #chat", "say": "{}", "msg": "/msg ann {}", "topic": "/topic {}", "away": "/away {}",
-        "nick": "/nick {}", "quit": "/quit {}",
-    }  # fmt: skip
-    LOOKS: Dict[str, str] = {}  # regular expressions of what is seen
-
-    def __init__(self, case: unittest.TestCase, folder: pathlib.Path, port: int) -> None:
-        self.case, self.folder, self.port = case, folder, port
-        self.program = subprocess.Popen(
-            self.command(),
-            env={**os.environ, "HOME": str(folder), "LC_ALL": "C.UTF-8", "TERM": "screen"},
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def command(self) -> List[str]:
-        raise NotImplementedError
-
-    def type(self, line: str) -> None:
-        raise NotImplementedError
-
-    def screen(self) -> str:
-        raise NotImplementedError
-
-    def connected(self) -> None:
-        self.until(lambda: "End of MOTD" in self.screen())
-
-    def do(self, what: str, text: str = "") -> None:
-        self.type(self.TYPED[what].format(text))
-
-    def until(self, condition: Callable[[], Any]) -> None:
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            if time.monotonic() > end:
-                self.case.fail(f"the screen is\n{self.screen()}")
-            time.sleep(0.02)
-
-    def sees(self, what: str, *texts: str) -> None:
-        pattern = re.compile(self.LOOKS[what].format(*map(re.escape, texts)), re.DOTALL)
-        self.until(lambda: pattern.search(self.screen()))
-
-    def write(self, path: str, line: str) -> None:
-        """Into a named pipe, once somebody is there to read it."""
-        self.until((self.folder / path).exists)
-        with open(self.folder / path, "w", encoding="utf-8") as pipe:
-            pipe.write(f"{line}\n")
-
-    def read(self, *paths: str) -> str:
-        found = [self.folder / path for path in paths if (self.folder / path).exists()]
-        return "\n".join(path.read_text(encoding="utf-8") for path in found)
-
-    def end(self) -> None:
-        if self.program.poll() is None:
-            self.program.terminate()
-        self.program.communicate(timeout=PATIENCE)
-
-
-class Irssi(Foreign):
-    """In a tmux of its own, with everything in one window."""
-
-    LOOKS = {
-        "past": r"!chat\.local Said here before.*José> früher\n.*!chat\.local End of what was said before",
-        "said": r"{}> {}\n",
-        "private": r"\[{}\(ann@localhost\)\] {}\n",
-        "topic": r"-!- {} changed the topic of #chat to: {}\n",
-        "self": r"-!- You're now known as {1}\n",
-        "nick": r"-!- {} is now known as {}\n",
-        "kicked": r"-!- {2} was kicked from #chat by {0} \[{1}\]\n",
-    }
-    CONFIG = """settings = {
-        "fe-text" = { paste_verify_line_count = "0"; };
-        "fe-common/core" = { use_status_window = "no"; autocreate_windows = "no"; autocreate_query_level = "NONE";
-            autocreate_own_query = "no"; };
-        "irc/core" = { cmd_queue_speed = "1msec"; cmds_max_at_once = "100"; };
-    };"""
-
-    def command(self) -> List[str]:
-        (self.folder / "config").write_text(self.CONFIG, encoding="utf-8")
-        irssi = f"irssi --home={self.folder} -c 127.0.0.1 -p {self.port} -n foreign"
-        (self.folder / "tmux").write_text(
-            f'new-session -d -s irc -x 120 -y 60 "{irssi}"\nset -s exit-empty on\n', encoding="utf-8"
-        )
-        return ["tmux", "-u", "-D", "-f", f"{self.folder}/tmux", "-S", f"{self.folder}/socket"]
-
-    def tmux(self, what: str, *args: str) -> str:
-        command = ["tmux", "-u", "-S", f"{self.folder}/socket", what, "-t", "irc", *args]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=PATIENCE, check=False)
-        return done.stdout.decode()
-
-    def screen(self) -> str:
-        return self.tmux("capture-pane", "-p", "-J", "-S", "-")
-
-    def type(self, line: str) -> None:
-        self.tmux("send-keys", "-l", line)
-        self.tmux("send-keys", "Enter")
-
-
-class Weechat(Foreign):
-    """Without a screen; typed into by a pipe, and read where it logs what it shows."""
-
-    TYPED = {**Foreign.TYPED, "join": "/join -server local #chat"}
-    LOOKS = {
-        "past": r"Notice\(chat\.local\): Said here.*\tJosé\tfrüher\n.*Notice\(chat\.local\): End of what was said",
-        "said": r"\t@?{}\t{}\n",
-        "private": r"\t{}\t{}\n",
-        "topic": r"\t--\t{} has (?:changed|set) topic for #chat .*to \"{}\"\n",
-        "self": r"\t--\tYou are now known as {1}\n",
-        "nick": r"\t--\t{} is now known as {}\n",
-        "kicked": r"\t<--\t{0} has kicked {2} \({1}\)\n",
-    }
-
-    def command(self) -> List[str]:
-        sets = {
-            "logger.file.flush_delay": "0",
-            "fifo.file.path": f"{self.folder}/in",
-            "irc.server_default.anti_flood_prio_high": "0",
-            "irc.server_default.anti_flood_prio_low": "0",
-        }
-        run = "; ".join(f"/set {name} {value}" for name, value in sets.items())
-        run += f"; /server add local 127.0.0.1/{self.port} -notls -nicks=foreign; /connect local"
-        return ["weechat-headless", "-d", str(self.folder), "-P", "irc,logger,fifo", "-r", run]
-
-    def screen(self) -> str:
-        return self.read(*(f"logs/irc.{name}.weechatlog" for name in ("server.local", "local.#chat", "local.ann")))
-
-    def type(self, line: str) -> None:
-        joined = (self.folder / "logs" / "irc.local.#chat.weechatlog").exists()
-        self.write("in", f"irc.{'local.#chat' if joined else 'server.local'} *{line}")
-
-
-class Sic(Foreign):
-    """Standard input and output."""
-
-    TYPED = {
-        "join": ":j #chat", "say": "{}", "msg": ":m ann {}", "topic": ":TOPIC #chat :{}", "away": ":AWAY :{}",
-        "nick": ":NICK {}", "quit": ":QUIT :{}",
-    }  # fmt: skip
-    LOOKS = {
-        "past": r">< NOTICE \(#chat\): Said here before.*<José> früher\n.*>< NOTICE \(#chat\): End of what was said",
-        "said": r"#chat       : [^\n]*<{}> {}\n",
-        "private": r"[^\n]*<{}> {}\n",
-        "topic": r"{} *: [^\n]*>< TOPIC \(#chat\): {}\n",
-        "self": r"{} *: [^\n]*>< NICK \([^\n]*{}\n",
-        "nick": r"{} *: [^\n]*>< NICK \([^\n]*{}\n",
-        "kicked": r"{0} *: [^\n]*>< KICK \(#chat {2}\): {1}\n",
-    }
-
-    def command(self) -> List[str]:
-        return ["sh", "-c", f"exec sic -h 127.0.0.1 -p {self.port} -n foreign >screen"]
-
-    def screen(self) -> str:
-        return self.read("screen")
-
-    def type(self, line: str) -> None:
-        assert self.program.stdin
-        self.program.stdin.write(f"{line}\n".encode())
-        self.program.stdin.flush()
-
-
-class Ii(Foreign):
-    """Files and named pipes."""
-
-    TYPED = {
-        "join": "/j #chat", "say": "{}", "msg": "/j ann {}", "topic": "/t {}", "away": "/a {}", "nick": "/n {}",
-        "quit": "/q {}",
-    }  # fmt: skip
-    LOOKS = {
-        "past": r"Said here before.*End of what was said before.*<José> früher\n",  # in two files
-        "said": r" <{}> {}\n",
-        "private": r" <{}> {}\n",
-        "topic": r" -!- {} changed topic to \"{}\"\n",
-        "self": r" -!- changed nick to \"{1}\"\n",
-        "nick": r" -!- {} changed nick to {}\n",
-        "kicked": r" -!- {0} kicked {2}  \(\"{1}\"\)\n",
-    }
-
-    def command(self) -> List[str]:
-        return ["ii", "-i", str(self.folder), "-s", "127.0.0.1", "-p", str(self.port), "-n", "foreign"]
-
-    def screen(self) -> str:
-        return self.read("127.0.0.1/out", "127.0.0.1/#chat/out", "127.0.0.1/ann/out")
-
-    def type(self, line: str) -> None:
-        self.write("127.0.0.1/#chat/in" if (self.folder / "127.0.0.1/#chat").exists() else "127.0.0.1/in", line)
-
-
-class RealClients(ServerCase):
-    """People with the clients that they have."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = pathlib.Path(folder.name)
-
-    @unittest.skipUnless(shutil.which("irssi") and shutil.which("tmux"), "needs irssi and tmux")
-    def test_irssi(self) -> None:
-        self.talk(Irssi)
-
-    @unittest.skipUnless(shutil.which("weechat-headless"), "needs weechat-headless")
-    def test_weechat(self) -> None:
-        self.talk(Weechat)
-
-    @unittest.skipUnless(shutil.which("sic"), "needs sic")
-    def test_sic(self) -> None:
-        self.talk(Sic)
-
-    @unittest.skipUnless(shutil.which("ii"), "needs ii")
-    def test_ii(self) -> None:
-        self.talk(Ii)
-
-    def talk(self, kind: Callable[[unittest.TestCase, pathlib.Path, int], Foreign]) -> None:
-        ann, jose = self.irc("ann"), self.irc("José")
-        jose.send("PRIVMSG #chat :früher\r\nQUIT\r\n")
-        ann.until("QUIT")
-        client = kind(self, self.folder, self.port)
-        self.addCleanup(client.end)
-        client.connected()
-        client.do("join")
-        ann.until(":foreign!")
-        client.sees("past")
-        self.talk_both_ways(client, ann)
-        self.change_things(client, ann)
-        if "KICK" in chat.COMMANDS:
-            ann.send("KICK #chat Борис :genug davon\r\n")
-            client.sees("kicked", "Анна", "genug davon", "Борис")
-            client.do("join")
-            ann.until(":Борис!")
-        client.do("quit", "bye")
-        self.assertRegex(ann.until("QUIT"), "^:Борис!.* QUIT :bye$")
-        client.until(lambda: client.program.poll() is not None)
-
-    def talk_both_ways(self, client: Foreign, ann: Peer) -> None:
-        client.do("say", "hello José: 你好")
-        self.assertRegex(ann.until("PRIVMSG"), "^:foreign!.* PRIVMSG #chat :hello José: 你好$")
-        client.sees("said", "foreign", "hello José: 你好")
-        ann.send("PRIVMSG #chat :Grüße, Борис 😀\r\n")
-        client.sees("said", "ann", "Grüße, Борис 😀")
-        client.do("msg", "psst Ω")
-        self.assertRegex(ann.until("PRIVMSG"), "^:foreign!.* PRIVMSG ann :psst Ω$")
-        ann.send("PRIVMSG foreign :psssst\r\n")
-        client.sees("private", "ann", "psssst")
-
-    def change_things(self, client: Foreign, ann: Peer) -> None:
-        client.do("topic", "Tee & Тема")
-        self.assertRegex(ann.until("TOPIC"), "^:foreign!.* TOPIC #chat :Tee & Тема$")
-        client.sees("topic", "foreign", "Tee & Тема")
-        ann.send("TOPIC #chat :Kaffee\r\n")
-        client.sees("topic", "ann", "Kaffee")
-        client.do("away", "gone home")
-        self.eventually(lambda: self.server.hub.nicks["foreign"].away, "it is not away")
-        ann.send("PRIVMSG foreign :there?\r\n")
-        self.assertEqual(ann.until(" 301 "), ":chat.local 301 ann foreign :gone home")
-        client.do("nick", "Борис")
-        self.assertRegex(ann.until("NICK"), "^:foreign!.* NICK :Борис$")
-        client.sees("self", "foreign", "Борис")
-        ann.send("NICK Анна\r\n")
-        client.sees("nick", "ann", "Анна")
-
-
         sent([0, -1, 0]),
         [saw("c0", [0, 2]), saw("c1", [0, 2, 1]), saw("c2", [0, 2, 1])],
         {"corruption": (2, "c1 got message 1 at 2, which nobody sent")},
