@@ -2161,6 +2161,7 @@ class Soup:
     TAGS = ["time", "msgid", "batch", "label", "+typing", chat.ID_TAG, chat.BY_TAG, chat.REPLAYED_TAG, chat.COUNT_TAG]
     NUMERICS = [*chat.NUMERICS, "464", "465", "471", "473", "999", "FAIL", "ERROR", "BATCH", "PONG", "ACK", "CHGHOST"]
     OFTEN = ["PRIVMSG", "PRIVMSG", "PRIVMSG", "JOIN", "NICK", "NOTICE"]
+    ARRIVING = ["001", "433", "CAP", "BATCH", "353", "QUIT", "KICK"]
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -2189,7 +2190,7 @@ class Soup:
 
     def from_server(self) -> str:
         sources = ["s", "chat.local", "", "bob!b@h", "ann!a@b", f"{self.word()}!a@b", "bob!" + "h" * 300]
-        return chat.format_tagged(self.message([*self.commands, *self.NUMERICS, "QUIT"], sources))
+        return chat.format_tagged(self.message([*self.commands, *self.NUMERICS, *self.ARRIVING * 3], sources))
 
     def json(self) -> str:
         kinds = ("chat", "chat", "chat", "command", "private", "join", "odd", 1, None)
@@ -2224,6 +2225,11 @@ class Soup:
         return bytes(self.rng.randrange(256) for _ in range(self.rng.randrange(60)))
 
 
+def obeyed(char: str) -> bool:
+    """Whether a terminal may do something else with a character than show it."""
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") or char == "\u3164"
+
+
 def flaw(view: chat.Dialect, data: bytes) -> str:
     """What is wrong with whole lines that the server sent to somebody who speaks so; '' where nothing is."""
     end = "\r\n" if isinstance(view, chat.Irc) else "\n"
@@ -2242,7 +2248,7 @@ def flaw_in_line(view: chat.Dialect, line: str) -> str:
     if view is chat.JSON:
         return "" if json.loads(line)["type"] in ("chat", "private", "system", "error", "ack") else "an odd type"
     if not isinstance(view, chat.Irc):
-        return "obeyed" if any(unicodedata.category(char) in chat.OBEYED for char in line) else ""
+        return "obeyed, or hidden" if any(map(obeyed, line)) else ""
     bare, message = line.partition(" ")[2] if line.startswith("@") else line, chat.parse(line)
     if len(bare.encode()) > chat.LINE_BYTES - 2:
         return "too long"
@@ -2275,6 +2281,7 @@ class Fuzz(unittest.TestCase):
             (chat.PLAIN, "bob: é\n".encode(), False),
             (chat.PLAIN, b"bob: \x1b[m\n", True),
             (chat.PLAIN, "bob: \u202e\n".encode(), True),
+            (chat.PLAIN, "bob: \u3164\n".encode(), True),
             (chat.JSON, b'{"type": "chat"}\n', False),
             (chat.JSON, b'{"type": "chat"\n', True),
         ):
@@ -2282,7 +2289,7 @@ class Fuzz(unittest.TestCase):
                 self.assertEqual(bool(flaw(view, data)), wrong)
 
     def test_dialects(self) -> None:
-        for seed in seeds(20000 if LONG else 200):
+        for seed in seeds(20000 if LONG else 120):
             with repeatable(seed) as rng:
                 soup = Soup(rng)
                 for _ in range(50):
@@ -2324,7 +2331,7 @@ class Fuzz(unittest.TestCase):
                 for _ in range(50):
                     message = chat.parse(soup.line([soup.from_server]).decode(errors="replace"))
                     shown = chat.text_form(message)
-                    self.assertFalse([char for char in shown if unicodedata.category(char) in chat.OBEYED], message)
+                    self.assertEqual(flaw(chat.PLAIN, f"{shown}\n".encode()) if shown else "", "", message)
                     if not chat.is_system(message):
                         self.assertFalse(shown.startswith("*** "), message)
                     item = chat.JSON.encode(message)
@@ -2413,19 +2420,22 @@ class Disturber:
 class FuzzServer(ServerCase):
     """Generated lines, whole and broken, from many at once, at a running server with a few who only want to talk."""
 
-    LINES = 1_000_000 if LONG else 8_000
+    LINES = 1_000_000 if LONG else 6_000
 
     def setUp(self) -> None:
         self.flaws: List[str] = []
         self.handled = itertools.count()
-        patches = mock.patch.multiple(
-            chat, REFUSED_S=0.0, GRACE_S=0.05, PROMPT_S=60.0, fan_out=self.checked, perform=self.counted
-        )
-        patches.start()
-        self.addCleanup(patches.stop)
+        for patch in (
+            mock.patch.multiple(chat, REFUSED_S=0.0, GRACE_S=0.05, PROMPT_S=60.0),
+            mock.patch.multiple(chat, LOG_BROADCASTS=20, LOG_LENGTH=500),  # so that they are reached
+            mock.patch.multiple(chat, fan_out=self.checked, perform=self.counted),
+        ):
+            patch.start()
+            self.addCleanup(patch.stop)
         self.addCleanup(chat.log.setLevel, chat.log.level)
         chat.log.setLevel(logging.ERROR)
         super().setUp()
+        self.limit(outbox=1 << 18)
         self.ann = self.irc("ann")  # an operator, whom nobody can throw out
         self.said = 0
         self.witnesses = [
@@ -2476,8 +2486,9 @@ class FuzzServer(ServerCase):
             (f"NICK {name}\nUSER u 0 * :\u202e\nJOIN #chat,#a\n", [soup.irc, soup.irc, soup.from_server]),
             (f"{name}\n", [soup.plain]),
             (json.dumps({"type": "join", "user": rng.choice((name, ""))}) + "\n", [soup.json]),
+            (f"NICK {name}\n", [soup.from_server]),
             ("", [soup.irc, soup.json, soup.plain, soup.from_server]),
-            ("GET / HTTP/1.0\r\n", [soup.plain]),
+            (rng.choice(("GET / HTTP/1.0\r\n", "\x16\x03\x01")), [soup.plain]),
         ))  # fmt: skip
         end = rng.choice((b"\n", b"\r\n"))
         data = start.encode() + end.join(soup.line(kinds) for _ in range(rng.randrange(200)))
@@ -2499,11 +2510,12 @@ class FuzzServer(ServerCase):
 
     def left(self) -> List[Any]:
         """What of others is still there."""
-        hub, mailer = self.server.hub, self.server._mailer
+        hub, mailer = self.server.hub, self.server.mailer
         with hub:
             names = {session.nick for session in hub.sessions} | set(hub.nicks)
             roster = {session.nick for session in hub.channels["#chat"].roster.present()}
-            counts = [hub.absent, hub._waiting, hub._weight, len(mailer._connections) - 4, len(mailer._lingering)]
+            connections = len(mailer._connections) - 4, sum(hub.gate._here.values()) - 4
+            counts = [hub.absent, hub._waiting, hub._weight, len(mailer._lingering), *connections]
             owed = [len(connection.outbox) for connection in mailer._connections.values()]
         return [item for item in (names - {"ann", "bob", "pat", "jon"}, roster - names, set(hub.channels) - {"#chat"},
                                   sum(counts), sum(owed), threading.active_count() - self.threads) if item]  # fmt: skip
@@ -3015,6 +3027,119 @@ class FromAHostileServer(PersonCase):
             self.assertTrue(windows.can_draw())
             keys = [windows.read_keys() for _ in range(7)]
         self.assertEqual(keys, ["a", LEFT, "\xe0", DELETE, "\x1b[1;5D", "\x03", "\U0001f600"])
+
+
+class FakeLink:
+    """A connection that leads nowhere, and what is sent over it."""
+
+    def __init__(self, *address: Any) -> None:
+        self.stuck = False
+        self.sent: List[str] = []
+
+    def send(self, message: Message) -> None:
+        chat.format_tagged(message).encode()
+        self.sent.append(message.command)
+
+    def close(self, patience: float = 0) -> None:
+        pass
+
+
+class FuzzClient(unittest.TestCase):
+    """Whatever a server sends and a person types, the client goes on, or ends with one clear line."""
+
+    # What a screen is sent by ourselves; all else is text.
+    OURS = re.compile(r"\x1b\[(?:\d+[AD]|[JKH]|2J|(?:0|1|2|7|3[1-6]|9[1-6])(?:;(?:7|3[1-6]|9[1-6]))*m)|[\r\n\a]")
+    KEYS = [
+        *chat.BINDINGS, *"ab éß你😀\u0301\u202e/#", "\x1b", "\x1b[", "\x1b[9", "\x1bO", chat.CANCEL, "y", "\x1b[200~",
+        "\x1b[201~", "\x1b[200~one\rtwo\x1b[201~", "\x1b[200~\x1b[5m\x1b[201~", "\0", "\x7f" * 9, "/ignore ann\r",
+        "/who\r", "/join #a\r", "/msg ann hi\r", "/reply ho\r", "ann: hi\r", "exit\r",
+    ]  # fmt: skip
+    SERVERS = [
+        [],
+        [":s CAP * LS :echo-message message-tags", ":s CAP * ACK :echo-message message-tags"],
+        [f":s CAP * LS :{' '.join(chat.CAPABILITIES)}", f":s CAP * ACK :{' '.join(sorted(chat.WANTED))}"],
+    ]
+    IN = [":s 001 bob :Welcome", ":bob!b@h JOIN #chat", ":s 353 bob = #chat :bob @ann", ":s 366 bob #chat :End"]
+
+    def setUp(self) -> None:
+        for patch in (
+            mock.patch.object(chat, "Link", FakeLink),
+            mock.patch.object(chat.Person, "_read", staticmethod(lambda events: None)),
+            mock.patch.object(chat.Pipe, "_read", lambda view, events: None),
+        ):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_keys_however_they_are_cut(self) -> None:
+        for seed in seeds(100_000 if LONG else 300):
+            with repeatable(seed) as rng:
+                text = "".join(rng.choices(self.KEYS, k=20))
+                cuts = sorted(rng.choices(range(len(text)), k=rng.randrange(9)))
+                keys, whole, editor = chat.Keys(), chat.Keys(), chat.Editor(lambda head: (len(head) // 2, ["ann", ""]))
+                found = [
+                    key for start, end in zip([0, *cuts], [*cuts, len(text)]) for key in keys.feed(text[start:end])
+                ]
+                self.assertEqual(found, whole.feed(text))
+                for key in found:
+                    editor.press(key)
+                    _, shown, cursor = editor.view()
+                    self.assertLessEqual(0, cursor)
+                    self.assertLessEqual(cursor, len(shown))
+
+    def test_at_a_terminal(self) -> None:
+        for seed in seeds(10000 if LONG else 60):
+            with repeatable(seed) as rng:
+                screen = FakeScreen()
+                view = chat.Person(screen)
+                self.live(rng, view, self.keys)
+                self.harmless(self.OURS.sub("", screen.written))
+
+    def test_in_a_pipe(self) -> None:
+        for seed in seeds(10000 if LONG else 60):
+            with repeatable(seed) as rng:
+                as_json = seed % 2 == 0
+                view, out, err = chat.Pipe(None, rng.random() < 0.5, as_json), io.StringIO(), io.StringIO()
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                    self.live(rng, view, self.line)
+                for line in out.getvalue().splitlines() if as_json else ():
+                    json.loads(line)
+                self.harmless(("" if as_json else out.getvalue().replace("\n", "")) + err.getvalue().replace("\n", ""))
+
+    def harmless(self, text: str) -> None:
+        self.assertEqual([char for char in text if obeyed(char)], [])
+
+    def keys(self, soup: Soup) -> str:
+        return "".join(soup.rng.choices(self.KEYS, k=soup.rng.randrange(1, 6)))
+
+    def line(self, soup: Soup) -> bytes:
+        return soup.line([soup.plain]) if soup.rng.random() < 0.9 else b""
+
+    def live(self, rng: random.Random, view: chat.View, typed: Callable[[Soup], Any]) -> None:
+        """Fifty things that happen to a client."""
+        client, soup = chat.Client("host", 1, "bob", "#chat", view), Soup(rng)
+        client.replay = rng.choice((0, 20))
+        welcome = [*rng.choice(self.SERVERS), *self.IN]
+        client.connect()
+        with contextlib.suppress(chat.Failed):
+            self.arrive(client, welcome if rng.random() < 0.8 else [])
+            for _ in range(50):
+                happens = rng.random()
+                if happens < 0.65:
+                    line = soup.line([soup.from_server])
+                    self.arrive(client, [line.decode(errors="replace")])
+                elif happens < 0.85:
+                    view.input(client, typed(soup))
+                elif happens < 0.9:
+                    chat.tick(client, time.monotonic() + rng.choice((0.1, 5, 40)))
+                else:
+                    self.arrive(client, rng.sample(welcome, rng.randrange(len(welcome))))
+                if client.status is not None:
+                    return
+                view.update(client)
+            client._on_closed((client.link, True, ""))  # type: ignore[arg-type]
+
+    def arrive(self, client: chat.Client, lines: List[str]) -> None:
+        client._on_messages((client.link, [chat.parse(line) for line in lines]))  # type: ignore[arg-type]
 
 
 class ProgramCase(unittest.TestCase):
