@@ -2,6 +2,10 @@
 """Tests of chat.py and loadtest.py, in their order: pure parts, real sockets, whole programs.
 
 Run: python test_chat.py
+
+    CHAT_TEST_LONG=1 python test_chat.py -k Fuzz        a million lines each at the parsers and at a server
+    CHAT_TEST_SEED=n python test_chat.py FuzzServer     what a failure named
+    CHAT_TEST_SOAK=60 python test_chat.py Soak          an hour of people who come, stall and vanish
 """
 
 from __future__ import annotations
@@ -2129,8 +2133,8 @@ LONG = bool(os.environ.get("CHAT_TEST_LONG"))
 
 
 def seeds(count: int) -> Iterator[int]:
-    """What a fuzzer runs with: always the same few; with CHAT_TEST_LONG others each time; or only CHAT_TEST_SEED."""
-    start = random.randrange(1 << 32) if LONG else 0
+    """What a fuzzer runs with: the same few; others each time in long runs; or only CHAT_TEST_SEED."""
+    start = random.randrange(1 << 32) if LONG or "CHAT_TEST_SOAK" in os.environ else 0
     only = os.environ.get("CHAT_TEST_SEED")
     yield from [int(only)] if only else range(start, start + count)
 
@@ -2382,7 +2386,10 @@ class Disturber:
     """A connection that sends what it was given as fast as it is taken, reads or does not, and ends in its own way."""
 
     def __init__(self, port: int, rng: random.Random, data: bytes, end: str, reads: bool = True) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self.sock = socket.socket()
+        if not reads:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.sock.connect(("127.0.0.1", port))
         self.sock.setblocking(False)
         self.rng, self.data, self.end = rng, data or b"\n", end
         self.reads = reads or end == "half"
@@ -2404,7 +2411,7 @@ class Disturber:
                 continue
             except OSError:
                 over = True
-            if over or not one.data and one.end != "half":
+            if over or not one.data and one.end not in ("half", "stays"):
                 one.close()
                 disturbers.remove(one)
 
@@ -3334,6 +3341,152 @@ class ServerProgram(ProgramCase):
             self.assertEqual([calm.filter(record) for record in records[998:]], [True, False])
         left_out = 998 - chat.LOG_BURST
         self.assertEqual(records[998].getMessage(), f"998 left ({left_out} more like this are not shown)")
+
+
+class Usage(NamedTuple):
+    """What a process holds."""
+
+    descriptors: int
+    threads: int
+    memory: int  # resident, in KiB
+
+    @staticmethod
+    def of(pid: int) -> Usage:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+        values = {name: re.findall(rf"^{name}:\s+(\d+)", status, re.MULTILINE)[0] for name in ("Threads", "VmRSS")}
+        return Usage(len(os.listdir(f"/proc/{pid}/fd")), int(values["Threads"]), int(values["VmRSS"]))
+
+
+@unittest.skipUnless(os.path.exists("/proc/self/fd"), "needs /proc")
+class Soak(ProgramCase):
+    """Days in minutes: people come, talk, stall and vanish in all ways, and two talk on as if nothing were.
+
+    CHAT_TEST_SOAK tells for how many minutes, CHAT_TEST_SEED repeats what a failure names.
+    """
+
+    MINUTES = float(os.environ.get("CHAT_TEST_SOAK") or 0.025)
+    CROWD = 30  # at once, and who stays on without a word
+    KINDS = ("talks", "floods", "asks", "stalls", "says nothing")
+    TOLERANCE = 8 << 10  # KiB of memory; in six minutes, it was 1 MiB less
+    CHANNELS = ("#a", "#b", "#c")
+    # How a visit begins in each dialect, how something is said, and what else is done: {0} name, {1} text, {2} channel.
+    DIALECTS: List[Tuple[str, str, List[str]]] = [
+        ("{0}", "{1}", ["/who", "/join {2}", "/nick {0}x", "/topic {1}", "/msg ann {1}", "/away", "/whois bob", "/"]),
+        (
+            '{{"type": "join", "user": "{0}"}}',
+            '{{"type": "chat", "text": "{1}", "ref": "1"}}',
+            ['{{"type": "command", "text": "/join {2}"}}', '{{"type": "private", "to": "bob", "text": "{1}"}}', "{{"],
+        ),
+        (
+            "CAP REQ :{3}\nNICK {0}\nUSER {0} 0 * :{0}\nCAP END\nJOIN #chat",
+            "PRIVMSG #chat :{1}",
+            ["WHO #chat", "LIST", "JOIN {2}", "PART {2}", "NICK {0}x", "PRIVMSG ann :{1}", "TOPIC {2} :{1}", "X",
+             "NAMES #chat", "WHOIS bob", "CHATHISTORY LATEST #chat * 50", "PRIVMSG {2} :{1}", "AWAY :{1}"],
+        ),
+    ]  # fmt: skip
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.program, self.port = self.server("--log", f"{folder.name}/log")
+        self.log = pathlib.Path(folder.name, "log")
+        self.crowd: List[Disturber] = []
+        self.addCleanup(self.scatter)
+        self.people = [self.healthy(name) for name in ("ann", "bob")]
+        self.people[0].until("bob!")
+        self.met: Dict[str, int] = {}
+        self.lines = self.said = self.heard = 0
+
+    def healthy(self, name: str) -> Peer:
+        peer = Peer(self.port, f"CAP REQ echo-message\nNICK {name}\nUSER {name} 0 * :x\nCAP END\nJOIN #chat\n")
+        self.addCleanup(peer.close)
+        peer.until(" 366 ")
+        return peer
+
+    def test_for_long(self) -> None:
+        for seed in seeds(1):
+            with repeatable(seed) as rng:
+                seconds = self.MINUTES * 60
+                first = Usage.of(self.program.pid)
+                self.disturb(rng, min(seconds, 100.0))  # more than ping_s, after which who left is forgotten
+                warm = self.quiet(first)
+                self.disturb(rng, seconds)
+                end = self.quiet(first)
+                self.assertLess(end.memory, warm.memory + self.TOLERANCE)
+                self.assertEqual(re.findall("ERROR.*|Traceback.*", self.log.read_text(encoding="utf-8")), [])
+        if "CHAT_TEST_SOAK" in os.environ:
+            visits = ", ".join(f"{count} {kind}" for kind, count in sorted(self.met.items()))
+            print(f"\n{sum(self.met.values())} visitors sent {self.lines} lines: {visits}", file=sys.stderr)
+            slow = self.log.read_text(encoding="utf-8").count("reads too slowly")
+            print(
+                f"ann and bob said {2 * self.said} and saw {self.heard}, the same; {slow} read too slowly",
+                file=sys.stderr,
+            )
+            print(f"at first {first}, warm {warm}, at the end {end}", file=sys.stderr)
+
+    def disturb(self, rng: random.Random, seconds: float) -> None:
+        """So long with visitors, and until they have left."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            active = [one for one in self.crowd if one.data or one.end != "stays"]
+            self.crowd += [self.visitor(rng) for _ in range(self.CROWD - len(active))]
+            Disturber.pump(self.crowd)
+            for one in self.crowd[:]:
+                if one.end == "stays" and rng.random() < 0.004:
+                    one.close()
+                    self.crowd.remove(one)
+            self.talk()
+        self.scatter()
+        self.talk()
+
+    def scatter(self) -> None:
+        while self.crowd:
+            self.crowd.pop().close()
+
+    def talk(self) -> None:
+        """Ann and bob say a few words, and have seen the same of all that was said, in the same order."""
+        words = [[f"word {self.said + number} of {name}" for number in range(3)] for name in ("ann", "bob")]
+        for peer, own in zip(self.people, words):
+            peer.send("".join(f"PRIVMSG #chat :{word}\n" for word in own))
+        saw = []
+        for peer in self.people:
+            unseen = {word for own in words for word in own}
+            while unseen:
+                unseen.discard(peer.until(" PRIVMSG #chat :word ").rpartition(":")[2])
+            saw.append([line for line in peer.seen if " PRIVMSG #chat :" in line])
+            peer.seen = []
+        self.assertEqual(*saw)
+        for own in words:
+            name = own[0].rpartition(" ")[2]
+            self.assertEqual([line.rpartition(":")[2] for line in saw[0] if line.startswith(f":{name}!")], own)
+        self.said += 3
+        self.heard += len(saw[0])
+
+    def quiet(self, first: Usage) -> Usage:
+        """What the server holds once it holds no more descriptors and threads than at first."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            now = Usage.of(self.program.pid)
+            if now[:2] == first[:2]:
+                return now
+            self.assertLess(time.monotonic(), end, f"{now} are held, {first} at first")
+            time.sleep(0.05)
+
+    def visitor(self, rng: random.Random) -> Disturber:
+        """Somebody with one of many bad habits."""
+        begin, say, others = rng.choice(self.DIALECTS)
+        caps = " ".join(rng.sample(chat.CAPABILITIES, 5)).replace(chat.RESUME_CAP, "batch")
+        name, kind = f"u{rng.randrange(1 << 32):x}", rng.choices(self.KINDS, (5, 3, 5, 1, 1))[0]
+        count = {"floods": 500, "says nothing": 0, "stalls": 100}.get(kind, 20)
+        lines = [begin] * (kind != "says nothing")
+        lines += [rng.choice([say] if kind == "floods" else [say, *others]) for _ in range(rng.randrange(count + 1))]
+        words = [rng.choice(("é", "x", "你")) + "y" * rng.randrange(100) for _ in lines]
+        filled = [line.format(name, word, rng.choice(self.CHANNELS), caps) for line, word in zip(lines, words)]
+        data = "".join(f"{line}\n" for line in filled).encode()
+        end = "stays" if kind == "stalls" or rng.random() < 0.05 else rng.choice(("close", "reset", "half"))
+        self.met[f"{kind}/{end}"] = self.met.get(f"{kind}/{end}", 0) + 1
+        self.lines += len(lines)
+        return Disturber(self.port, rng, data[: rng.choice((None, -3))], end, kind != "stalls")
 
 
 class ClientProgram(ProgramCase):
