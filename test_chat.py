@@ -1627,6 +1627,10 @@ class Encrypted(ServerCase):
         self.thread.start()
         self.addCleanup(self.stop)
 
+    def restart(self, tls_only: bool) -> None:
+        self.stop()
+        self.start(tls_only)
+
     def secret(self, data: str = "") -> Peer:
         """A peer that speaks TLS."""
         sock = chat.client_context(True).wrap_socket(socket.create_connection(("127.0.0.1", self.port), PATIENCE))
@@ -1668,7 +1672,7 @@ class Encrypted(ServerCase):
 
     def test_a_prompt_waits_for_the_handshake(self) -> None:
         with mock.patch.object(chat, "PROMPT_S", 0.1):
-            self.start(True)
+            self.restart(True)
             sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
             self.addCleanup(sock.close)
             (session,) = self.sessions(1)
@@ -1682,7 +1686,7 @@ class Encrypted(ServerCase):
         return list(self.server.hub.sessions)
 
     def test_clear_text_where_only_tls_is_wanted(self) -> None:
-        self.start(True)
+        self.restart(True)
         self.secret("bob\n").until("bob joined")
         for line, answer in (
             ("ann\n", f"*** {chat.TLS_ONLY}"),
