@@ -436,7 +436,7 @@ def check_channel(name: str) -> str:
 
 def next_nick(nick: str, size: int = NICK_CHARS) -> str:
     """The name of at most `size` characters to try when `nick` is taken: bob, bob2, bob3 ..."""
-    stem = nick.rstrip("0123456789")
+    stem = re.sub("[0-9]{1,9}$", "", nick)  # a server may have given us digits without end
     number = str(int(nick[len(stem) :] or 1) + 1)
     room = size - len(number), NICK_BYTES - len(number)
     return stem[: room[0]].encode()[: room[1]].decode(errors="ignore") + number
@@ -570,7 +570,8 @@ def format_line(message: Message) -> str:
     if not message.params:
         return source + message.command
     *middle, last = (message.command, *message.params)
-    colon = ":" if len(middle) > 1 or not last or last[0] == ":" or " " in last else ""
+    spoken = len(middle) > 1 or message.command in ("NICK", "QUIT")  # ii finds these only after a colon
+    colon = ":" if spoken or not last or last[0] == ":" or " " in last else ""
     return f"{source}{' '.join(middle)} {colon}{last}"
 
 
@@ -606,8 +607,8 @@ def split_text(text: str, size: int) -> list[str]:
 class LineBuffer:
     """Bytes in, lines out. Holds at most `limit` bytes of an unfinished line.
 
-    A line ends in LF or CRLF. Empty lines are left out. A line over the limit is dropped, and one None stands
-    in its place, as soon as the limit is passed.
+    A line ends in LF or CRLF; the CR counts. Empty lines are left out. A line over the limit is dropped, and one
+    None stands in its place, as soon as the limit is passed.
     """
 
     def __init__(self, limit: int) -> None:
@@ -633,7 +634,7 @@ class LineBuffer:
         if self._dropping and lines:
             del lines[0]
             self._dropping = False
-        checked = [line if len(line) <= self.limit else None for line in [line.rstrip(b"\r") for line in lines]]
+        checked = [line.rstrip(b"\r") if len(line) <= self.limit else None for line in lines]
         if len(self._tail) > self.limit:
             if not self._dropping:
                 checked.append(None)
