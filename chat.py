@@ -158,6 +158,8 @@ PROMPT_S = 1.0  # of silence before a person is asked for a name; IRC clients sp
 FLOOD_S, FLOOD_BYTES = 10.0, 32 << 10  # who leaves so much unread for so long, while its lines wait, is dropped
 WRONG_PASSWORDS, WRONG_S = 5, 60.0  # from one address, which then is refused for so long
 WRONG_DELAY_S = 1.0  # until the next line of somebody who was wrong is read
+ARRIVAL_S = 0.5  # between connections from one address, after twice as many at once as it may have
+GONE_S = 0.05  # between two looks at what somebody goes on to send who has been dropped
 REFUSED_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
 ABSENT = 1000  # at most, whose connection is lost
 GRACE_S = 30.0  # for a client to come back before the others are told that it left
@@ -1253,6 +1255,10 @@ class Allowance:
         self.owe(now)
         return True
 
+    def owed(self, now: float) -> bool:
+        """Whether anything of what was taken has not been given back yet."""
+        return self._full_at > now
+
     def owe(self, now: float) -> float:
         """Takes one in any case; returns in how many seconds it will have been there."""
         self._full_at = max(self._full_at, now) + self._interval
@@ -1285,6 +1291,7 @@ class Gate:
         self._wrong: Dict[str, Tuple[int, float]] = {}  # origin -> wrong passwords, and when they are forgotten
         self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
         self._here: Dict[str, int] = {}  # origin -> connections
+        self._arrivals: Dict[str, Allowance] = {}  # origin -> of new ones
 
     def exempts(self, origin: str) -> bool:
         """Whether the limits for an address and the rate do not count for one. Any thread."""
@@ -1298,10 +1305,20 @@ class Gate:
         if self.shut(origin):
             return "Too many wrong passwords; try again later"
         count = self._here.get(origin, 0) + 1
-        if count > most and not self.exempts(origin):
-            return "Too many connections from your address"
+        if not self.exempts(origin):
+            if count > most:
+                return "Too many connections from your address"
+            if not self._arrives(origin, most):
+                return "Too many new connections from your address; wait a little"
         self._here[origin] = count
         return ""
+
+    def _arrives(self, origin: str, most: float) -> bool:
+        """Whether a connection does not follow the last ones too soon."""
+        now = time.monotonic()
+        if len(self._arrivals) > 1000:
+            self._arrivals = {known: item for known, item in self._arrivals.items() if item.owed(now)}
+        return self._arrivals.setdefault(origin, Allowance(2 * most, ARRIVAL_S)).take(now)
 
     def opens(self, origin: str, password: str) -> bool:
         """Whether a password is right; to be found out a few times only, also by who comes from loopback."""
@@ -3562,11 +3579,13 @@ class Server:
             if session.pace:
                 self._hold_back(connection, session.pace)
             if session.gone:
-                return
+                break
             perform(self.hub, session, line)
         for _ in range(size // LINE_BYTES - len(lines)):
             if session.pace:
                 self._hold_back(connection, session.pace)
+        if session.gone:
+            time.sleep(GONE_S)
 
     def _hold_back(self, connection: Connection, pace: Allowance) -> None:
         """Waits until a session may go on; ends it if it goes on with much more than it may."""

@@ -864,8 +864,11 @@ class Peer:
                 return line
 
     def rest(self) -> List[str]:
-        """All lines up to the end of the connection."""
-        return list(iter(self.line, None))
+        """All lines up to the end of the connection, for whose other half nobody then has to wait."""
+        lines = list(iter(self.line, None))
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+        return lines
 
     def sync(self) -> List[str]:
         """IRC: everything that the server had sent before it answered a PING."""
@@ -1871,7 +1874,7 @@ class Pressure(ServerCase):
     def test_a_name_in_drips_is_cut_off(self) -> None:
         self.limit(register_s=0.3)
         slow = self.peer()
-        with contextlib.suppress(OSError):
+        with mock.patch.object(chat, "LINGER_S", 0.1), contextlib.suppress(OSError):
             while True:
                 slow.send("x")
                 time.sleep(0.02)
@@ -1942,6 +1945,7 @@ class Pressure(ServerCase):
         ann, slow = self.irc("ann"), self.irc("slow")
         ann.sync()
         connection = next(c for c in self.server.mailer._connections.values() if c.session.nick == "slow")
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         count = 0
         while not connection.outbox:
             ann.send("".join(f"PRIVMSG #chat :{number} {'x' * 400}\r\n" for number in range(count, count + 100)))
@@ -2049,6 +2053,17 @@ class Throttled(ServerCase):
         ann.until("bob left")
         self.eventually(lambda: len(self.server.mailer) == 1, "bob's connection was left")
         self.plain("eve")
+
+    def test_a_storm_from_one_address_is_kept_out(self) -> None:
+        self.limit(per_address=2)
+        self.exempt("")
+        with self.assertLogs("chat", "WARNING"):
+            answers = [self.peer("ann\nexit\n").rest()[-1] for _ in range(20)]
+        self.assertEqual(answers[:4], ["*** Goodbye"] * 4)
+        self.assertIn("ERROR :Too many new connections from your address; wait a little", answers)
+        later = time.monotonic() + chat.ARRIVAL_S
+        with mock.patch.object(time, "monotonic", lambda: later):
+            self.plain("ann")
 
     def test_origins(self) -> None:
         for address, origin, exempt in (
@@ -2335,6 +2350,7 @@ class Encrypted(ServerCase):
         ann, slow = self.plain("ann"), self.secret("slow\n")
         ann.until("slow joined")
         connection = next(c for c in self.server.mailer._connections.values() if c.session.nick == "slow")
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         count = 0
         while not connection.outbox:
             ann.send("".join(f"{number} {'x' * 400}\n" for number in range(count, count + 100)))
@@ -4611,7 +4627,7 @@ class AFakeServer(ProgramCase):
         for path, channel in (("%23caf%C3%A9?sesame", "#café"), ("&local?sesame", "&local"), ("x?sesame", "#x")):
             fake = FakeServer(self)
             client = self.start("client", f"irc://bob@127.0.0.1:{fake.port}/{path}", "-m", "x")
-            self.assertEqual(fake.until("NICK"), "NICK bob")
+            self.assertEqual(fake.until("NICK"), "NICK :bob")
             fake.send(":s CAP * LS :", ":s 001 bob :Welcome")
             self.assertEqual(fake.until("JOIN"), f"JOIN {channel} :sesame")
             fake.send(f":s 475 bob {channel} :Cannot join channel (+k)")
@@ -5167,7 +5183,8 @@ class Operator(SeatCase):
         self.enter(seat, "/ban 2001:db8::1", "2001:db8::1 is banned")
         self.enter(seat, "/ban", "banned: eve, 2001:db8::1\n")
         self.enter(seat, "/ban eve", "eve may come back\n")
-        self.plain(port, "eve")
+        for peer in (ann, self.plain(port, "eve")):
+            peer.close()
         seat.type("/stop\r")
         self.assertEqual(carl.rest()[-1], "*** Server is shutting down")
         self.assertEqual((seat.wait(), seat.modes()), (0, seat.modes_at_first))
@@ -5203,7 +5220,7 @@ class Operator(SeatCase):
 
         self.addCleanup(end)
         port = int((re.search(r":(\d+)\n", seat.glass.text()) or ["", "0"])[1])
-        self.plain(port, "ann")
+        self.plain(port, "ann").close()
         seat.until(lambda: "ann from 127.0.0.1 joined" in seat.glass.text())
         self.assertNotIn("server>", seat.glass.text())
         self.assertEqual(seat.modes(), seat.modes_at_first)
