@@ -2057,8 +2057,11 @@ class Throttled(ServerCase):
     def test_a_storm_from_one_address_is_kept_out(self) -> None:
         self.limit(per_address=2)
         self.exempt("")
+        answers = []
         with self.assertLogs("chat", "WARNING"):
-            answers = [self.peer("ann\nexit\n").rest()[-1] for _ in range(20)]
+            for _ in range(20):
+                answers.append(self.peer("ann\nexit\n").rest()[-1])
+                self.eventually(lambda: not len(self.server.mailer), "a connection was left")
         self.assertEqual(answers[:4], ["*** Goodbye"] * 4)
         self.assertIn("ERROR :Too many new connections from your address; wait a little", answers)
         later = time.monotonic() + chat.ARRIVAL_S
