@@ -1265,6 +1265,7 @@ class Allowance:
         return max(self._full_at - now - self._span, 0.0)
 
 
+@functools.lru_cache(maxsize=1000)
 def origin_of(address: str) -> str:
     """An address as limits count it: of IPv6 the network of one customer, within which addresses cost nothing."""
     found = ipaddress.ip_address(address.partition("%")[0])
@@ -3471,17 +3472,14 @@ class Server:
                 self._refuse_without_descriptor()
             return  # or it has gone already
         origin, limits = origin_of(address[0]), self.hub.limits
-        try:
-            prepare(sock, limits)
-        except OSError:  # it has gone already
-            sock.close()
-            return
         with self.hub:
             why = FULL if len(self.mailer) >= limits.clients else self.hub.gate.enter(origin, limits.per_address)
         if why:
             log.warning("refused %s: %s", origin, why)
             turn_away(sock, why)
             return
+        with contextlib.suppress(OSError):  # it has gone already, as its reader will find out
+            prepare(sock, limits)
         paced = limits.rate < math.inf and not self.hub.gate.exempts(origin)
         pace = Allowance(limits.burst, 1 / limits.rate) if paced else None
         session = Session(self._host(origin), time.monotonic(), origin, pace)
