@@ -159,6 +159,7 @@ FLOOD_S, FLOOD_BYTES = 10.0, 32 << 10  # who leaves so much unread for so long, 
 WRONG_PASSWORDS, WRONG_S = 5, 60.0  # from one address, which then is refused for so long
 WRONG_DELAY_S = 1.0  # until the next line of somebody who was wrong is read
 ARRIVAL_S = 0.5  # between connections from one address, after twice as many at once as it may have
+TURN_S = 0.0005  # after each that is turned away: who turns away at full speed lets nobody else have the interpreter
 GONE_S = 0.05  # between two looks at what somebody goes on to send who has been dropped
 REFUSED_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
 ABSENT = 1000  # at most, whose connection is lost
@@ -3477,6 +3478,7 @@ class Server:
         if why:
             log.warning("refused %s: %s", origin, why)
             turn_away(sock, why)
+            time.sleep(TURN_S)
             return
         with contextlib.suppress(OSError):  # it has gone already, as its reader will find out
             prepare(sock, limits)
