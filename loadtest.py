@@ -43,6 +43,7 @@ import random
 import re
 import selectors
 import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -2238,6 +2239,7 @@ def targets(args: argparse.Namespace) -> List[Tuple[str, str]]:
     if not found:
         chat = os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat.py")
         limits = ["--exempt", "127.0.0.1/32", "--password-file", args.password_file] if args.faults else []
+        limits += ["--tls-cert", args.certificate] if args.faults and args.certificate else []
         found.append(("command", shlex.join([sys.executable, chat, "server", "--port", "{port}", *limits])))
     if args.versus:
         found.append(("address", args.versus))
@@ -2256,12 +2258,18 @@ def calibrate(load: Load, args: argparse.Namespace) -> Optional[Dict[str, float]
 
 @contextlib.contextmanager
 def guarded(args: argparse.Namespace) -> Iterator[None]:
-    """A password for the server that is started for faults, because guessing it is one of them."""
+    """What the server that is started for faults needs: a password, and with openssl a certificate of its own."""
+    args.certificate = ""
     with tempfile.TemporaryDirectory() as folder:
         if args.faults and not args.password_file and not (args.port or args.target or args.server_command):
             args.password_file = os.path.join(folder, "password")
             with open(args.password_file, "w", encoding="ascii") as file:
                 print(random.SystemRandom().getrandbits(64), file=file)
+            openssl, made = shutil.which("openssl"), os.path.join(folder, "tls.pem")
+            kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=loadtest"]
+            command = [openssl or "", "req", "-x509", *kind, "-keyout", made, "-out", made]
+            if openssl and not subprocess.run(command, capture_output=True, check=False).returncode:
+                args.certificate = made
         yield
 
 

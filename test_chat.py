@@ -7554,7 +7554,7 @@ class Disturbers(LoadTestCase):
             self.assertEqual(loadtest.the_load(args).password, password)
             self.assertGreater(len(password), 8)
         self.assertEqual(kind, "command")
-        self.assertRegex(command, rf"--exempt 127\.0\.0\.1/32 --password-file {args.password_file}$")
+        self.assertRegex(command, rf"--exempt 127\.0\.0\.1/32 --password-file {args.password_file}( --tls-cert \S+)?$")
         self.assertFalse(os.path.exists(args.password_file))
         self.assertEqual(args.faults, list(loadtest.FAULTS))
 
