@@ -6,6 +6,8 @@ Run: python test_chat.py
     CHAT_TEST_LONG=1 python test_chat.py -k Fuzz        a million lines each at the parsers and at a server
     CHAT_TEST_SEED=n python test_chat.py FuzzServer     what a failure named
     CHAT_TEST_SOAK=60 python test_chat.py Soak          an hour of people who come, stall and vanish
+    CHAT_TEST_LONG=1 python test_chat.py Durable        100 kills of a server, where the suite has 10
+    CHAT_TEST_LONG=1 python test_chat.py ForeignServers    60 lines where the suite has 12
 """
 
 from __future__ import annotations
