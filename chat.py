@@ -238,7 +238,7 @@ class Refused(Exception):
         super().__init__(numeric, *params)
         self.numeric = numeric
         self.params = params
-        self.label = ""  # of the command, where decoding it failed
+        self.command, self.label = "*", ""  # of a line that could not be decoded, as far as they can be seen
 
 
 RPL_WELCOME = Numeric("001", "welcome")
@@ -679,6 +679,7 @@ EVENT_FORMS = {
     "ERROR": ("closing", "{text}"),
     "FAIL": ("fail", "Error: {text}"),
 }
+OWN_REASON = "Quit: "  # before a reason that a user gave, lest it pass for one of the server's; people need not see it
 OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats (direction, zero width), separators
 MARKS = 8  # combining marks that one letter may carry: real writing needs 4, and more of them cover other lines
 
@@ -713,6 +714,8 @@ def event_of(message: Message) -> Tuple[str, str]:
         return numeric.name if numeric else "error", "Error: " + harmless(message.text)
     name, form = (numeric.name, numeric.form) if numeric else EVENT_FORMS.get(message.command, ("", ""))
     reason = message.param({"QUIT": 0, "KICK": 2}.get(message.command, 1))
+    if message.command == "QUIT" and reason.startswith(OWN_REASON):
+        reason = reason[len(OWN_REASON) :]
     values = [harmless(param) for param in message.params] + [""] * MAX_PARAMS
     return name, form.format(
         *values,
@@ -881,6 +884,12 @@ class Json(Dialect):
 
     caps = frozenset({"labeled-response"})  # ref and ack are what label and ACK are on IRC
     NAMED = {"nick": 0, "kick": 1}  # events with a name: of a parameter
+    # Commands with a channel: in which parameter.
+    CHANNEL_AT = {
+        **dict.fromkeys(("JOIN", "PART", "KICK", "MODE", "TOPIC", "NOTICE"), 0),
+        **dict.fromkeys(("INVITE", "322", "324", "331", "332", "367", "368"), 1),
+        **dict.fromkeys(("341", "353"), 2),
+    }
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
         item = self._load(decode_text(line))
@@ -933,7 +942,10 @@ class Json(Dialect):
         if kind == "chat":
             return [Message("PRIVMSG", (HERE, self._field(item, "text")))]
         if kind == "private":
-            return [Message("PRIVMSG", (self._field(item, "to"), self._field(item, "text")))]
+            to = self._field(item, "to")
+            if to == HERE or is_channel(to):
+                raise Refused(ERR_NOSUCHNICK, to)
+            return [Message("PRIVMSG", (to, self._field(item, "text")))]
         if kind == "command":
             return [typed(self._field(item, "text"), HERE)]
         if kind == "leave":
@@ -960,9 +972,9 @@ class Json(Dialect):
         item: dict[str, Any] = {"type": "system", "event": name, "text": f"*** {text}"}
         if "!" in message.source:
             item["user"] = message.nick
-        channels = [param for param in message.params[:3] if param.startswith(tuple(CHANNEL_TYPES))]
-        if channels:
-            item["channel"] = channels[0]
+        channel = message.param(Json.CHANNEL_AT.get(message.command, MAX_PARAMS))
+        if channel.startswith(tuple(CHANNEL_TYPES)):
+            item["channel"] = channel
         if name in Json.NAMED:
             item["name"] = message.param(Json.NAMED[name])
         elif name == "names":
@@ -981,6 +993,21 @@ class Irc(Dialect):
         self.caps = caps
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
+        try:
+            self._check_size(line)
+            message = parse(decode_text(line))
+        except Refused as refused:
+            rough = parse(line.decode(errors="replace"))
+            if re.fullmatch("[A-Z]{1,20}", rough.command):
+                refused.command = rough.command
+            label = rough.tags.get("label", "")
+            if label.isprintable() and len(label.encode()) <= LABEL_BYTES:
+                refused.label = label
+            raise
+        return [message] if message.command else []
+
+    @staticmethod
+    def _check_size(line: bytes) -> None:
         size = len(line) + 2
         if line.startswith(b"@"):
             tags = len(line.partition(b" ")[0])
@@ -989,8 +1016,6 @@ class Irc(Dialect):
                 raise Refused(ERR_INPUTTOOLONG)
         if size > LINE_BYTES:
             raise Refused(ERR_INPUTTOOLONG)
-        message = parse(decode_text(line))
-        return [message] if message.command else []
 
     def encode(self, message: Message) -> bytes:
         needed = "message-tags" if message.command == "TAGMSG" else message.tags.get(FOR_TAG)
@@ -2082,11 +2107,13 @@ def refuse(hub: Hub, session: Session, refused: Refused, message: Message = PROM
     numeric = refused.numeric
     words: Tuple[str, ...] = (session.nick or "*", *params, numeric.text.format(*params))
     if numeric.code == "FAIL":  # IRCv3 standard-replies: FAIL <command> <code> :<text>
-        command = "*" if message is PROMPT else message.command  # * where the line was no command
+        command = refused.command if message is PROMPT else message.command
         context = () if "{0}" in numeric.text else params  # what the text does not tell
-        words = (command, numeric.name.upper().replace("-", "_"), *context, words[-1])
+        text = cut(numeric.text.format(*refused.params), TOPIC_BYTES)
+        words = (command, numeric.name.upper().replace("-", "_"), *context, text)
     label = refused.label or message.tags.get("label", "")
-    labels = label and "labeled-response" in session.view.caps and not batches(session)
+    alone = message is PROMPT or not batches(session)  # of what was no command, nothing else is told
+    labels = label and alone and "labeled-response" in session.view.caps
     tags = {"label": label} if labels else NO_TAGS
     hub.tell_locked(session, Message(numeric.code, words, hub.name, tags))
 
@@ -2175,7 +2202,7 @@ def cap(hub: Hub, session: Session, message: Message) -> None:
         text = message.param(1)
         names = text.split()
         known = all(name.lstrip("-") in CAPABILITIES for name in names)
-        check_length(Message("CAP", (session.nick, "NAK", text), hub.name))
+        check_length(Message("CAP", (session.nick or "*", "NAK", text), hub.name))
         answer = "ACK" if known else "NAK"
         if known:
             dropped = {name[1:] for name in names if name[0] == "-"} - {"cap-notify"}
@@ -2258,7 +2285,6 @@ def take_over(hub: Hub, old: Session, session: Session) -> None:
         channel.remove(old)
         channel.add(session)
         session.channels[channel] = rank
-        channel.names_changed()
     session.missed, session.away, session.invites = old.missed, old.away, old.invites
     hub.tell_locked(old, Message("ERROR", ("You have come back on another connection",), hub.name))
     hub.forget_locked(old)
@@ -2352,7 +2378,7 @@ def pong(hub: Hub, session: Session, message: Message) -> None:
 @command("QUIT", early=True)
 def quit_(hub: Hub, session: Session, message: Message) -> None:
     """QUIT [:<reason>]"""
-    hub.quit_locked(session, message.param(0), "Goodbye")
+    hub.quit_locked(session, message.param(0) and f"{OWN_REASON}{message.param(0)}", "Goodbye")
 
 
 # Channels.
@@ -2479,10 +2505,8 @@ def invite(hub: Hub, session: Session, message: Message) -> None:
         if len(other.invites) > MAX_JOINS:
             del other.invites[next(iter(other.invites))]
     hub.reply_locked(session, RPL_INVITING, other.nick, channel.name)
-    if other.away:
-        hub.reply_locked(session, RPL_AWAY, other.nick, text=other.away)
     asked = Message("INVITE", (other.nick, channel.name), session.prefix, hub.stamps.next())
-    hub.tell_locked(other, asked)
+    say_alone(hub, session, other, asked)
     told = asked._replace(tags={**asked.tags, FOR_TAG: "invite-notify"})
     hub.send_locked(told, channel.roster, session)
 
@@ -2778,7 +2802,7 @@ def say_alone(hub: Hub, session: Session, other: Session, relay: Message) -> Non
         text = "no connection; gets this on coming back within seconds"
     else:
         raise Refused(ERR_NOSUCHNICK, other.nick)
-    if text and relay.command == "PRIVMSG":
+    if text and relay.command in ("PRIVMSG", "INVITE"):
         hub.reply_locked(session, RPL_AWAY, other.nick, text=text)
 
 
@@ -2804,7 +2828,7 @@ def privmsg(hub: Hub, session: Session, message: Message) -> None:
 @command("NOTICE", 2)
 def notice(hub: Hub, session: Session, message: Message) -> None:
     """NOTICE <target>{,<target>} :<text>; never answered, not even with an error: RFC 2812, section 3.3.2"""
-    for target in message.params[0].split(",")[:MAX_TARGETS]:
+    for target in message.params[0].split(",")[:MAX_TARGETS] if message.params[1] else ():
         with contextlib.suppress(Refused):
             say(hub, session, message, target)
 
@@ -3047,17 +3071,24 @@ def motd(hub: Hub, session: Session, message: Message) -> None:
 @command("ISON", 1)
 def ison(hub: Hub, session: Session, message: Message) -> None:
     """ISON <name>{ <name>}"""
-    asked = " ".join(message.params).split()
-    here = [hub.nicks[fold(name)].nick for name in asked if fold(name) in hub.nicks]
-    hub.reply_locked(session, RPL_ISON, text=cut(" ".join(here), NAMES_BYTES))
+    here = [other.nick for other in those_here(hub, " ".join(message.params).split())]
+    for piece in split_text(" ".join(here), NAMES_BYTES) or [""]:
+        hub.reply_locked(session, RPL_ISON, text=piece)
+
+
+def those_here(hub: Hub, names: Iterable[str]) -> List[Session]:
+    """Who of these is here."""
+    found = [hub.nicks.get(fold(name)) for name in names]
+    return [session for session in found if session and session.registered]
 
 
 @command("USERHOST", 1)
 def userhost(hub: Hub, session: Session, message: Message) -> None:
     """USERHOST <name>{ <name>}"""
-    found = [hub.nicks[fold(name)] for name in message.params[:5] if fold(name) in hub.nicks]
+    found = those_here(hub, message.params[:5])
     items = [f"{other.nick}={'-' if other.away else '+'}{other.user}@{other.host}" for other in found]
-    hub.reply_locked(session, RPL_USERHOST, text=cut(" ".join(items), NAMES_BYTES))
+    for piece in split_text(" ".join(items), NAMES_BYTES) or [""]:
+        hub.reply_locked(session, RPL_USERHOST, text=piece)
 
 
 @command("HELP")

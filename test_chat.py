@@ -323,6 +323,7 @@ class TextForm(unittest.TestCase):
         (Message("JOIN", ("#chat",), BOB, {chat.COUNT_TAG: "3"}), "*** bob joined (3 here)"),
         (Message("JOIN", ("#chat",), BOB), "*** bob joined"),
         (Message("QUIT", ("gone home",), BOB), "*** bob left: gone home"),
+        (Message("QUIT", ("Quit: gone home",), BOB), "*** bob left: gone home"),
         (Message("QUIT", (), BOB), "*** bob left"),
         (Message("PART", ("#chat",), BOB), "*** bob left"),
         (Message("PART", ("#chat", "bye"), BOB), "*** bob left: bye"),
@@ -505,6 +506,20 @@ class Dialects(unittest.TestCase):
         (
             Message("433", ("*", "bob", "that name is taken; send another"), "s"),
             {"type": "error", "code": "name-taken", "text": "that name is taken; send another"},
+        ),
+        (
+            Message("QUIT", ("Quit: #secret is gone",), BOB),
+            {"type": "system", "event": "leave", "user": "bob", "text": "*** bob left: #secret is gone"},
+        ),
+        (
+            Message("INVITE", ("ann", "#tea"), BOB),
+            {
+                "type": "system",
+                "event": "invite",
+                "user": "bob",
+                "channel": "#tea",
+                "text": "*** bob invited ann to #tea",
+            },
         ),
         (
             Message("FAIL", ("PRIVMSG", "INVALID_UTF8", "no"), "s"),
@@ -966,6 +981,12 @@ class PlainPeople(ServerCase):
         bob.send("exit\nnot said\n")
         self.assertEqual(bob.rest(), ["*** Goodbye"])
 
+    def test_what_is_typed_wrongly_is_explained(self) -> None:
+        ann = self.plain("ann")
+        ann.send("/msg bob\n/dance\n")
+        self.assertEqual(ann.line(), "*** Error: it is /msg NAME TEXT")
+        self.assertTrue((ann.line() or "").startswith("*** Error: /dance is not a command; /help lists them"))
+
     def test_help_who_join(self) -> None:
         ann, bob = self.plain("ann"), self.plain("bob")
         bob.send("/who\n")
@@ -1089,6 +1110,15 @@ class JsonScripts(ServerCase):
         self.assertEqual(self.next(two)["code"], "not-joined")
         self.assertEqual(self.next(two)["code"], "bad-name")
 
+    def test_what_is_private_is_never_said_in_public(self) -> None:
+        ann, bot = self.plain("ann"), self.peer('{"type":"join","user":"bot"}\n')
+        ann.until("bot joined")
+        for to in ("*", "#chat"):
+            bot.send(json.dumps({"type": "private", "to": to, "text": "psst"}) + "\n")
+            self.assertEqual(json.loads(bot.until("error"))["code"], "no-such-user")
+        bot.send('{"type":"leave"}\n')
+        self.assertEqual(ann.line(), "*** bot left")
+
     def test_errors_carry_the_ref(self) -> None:
         bot = self.script(
             {"type": "join", "user": "bot"},
@@ -1205,7 +1235,7 @@ class IrcClients(ServerCase):
                 ":bob!bob@localhost NICK :rob",
                 ":rob!bob@localhost PART #chat :bye",
                 ":rob!bob@localhost JOIN #chat",
-                ":rob!bob@localhost QUIT :gone",
+                ":rob!bob@localhost QUIT :Quit: gone",
             ],
         )
         self.assertEqual(ann.sync(), [])
@@ -1290,6 +1320,40 @@ class IrcClients(ServerCase):
         bob.close()
         self.assertIn(" QUIT ", ann.until("bob"))
         self.assertEqual(ann.sync(), [])
+
+
+class IrcAnswers(ServerCase):
+    def test_who_is_here_is_told_whole(self) -> None:
+        names = [f"friend-number-{number:06}" for number in range(20)]
+        for name in names[:-1]:
+            self.peer(f"NICK {name}\r\nUSER x 0 * :x\r\n").until(" 376 ")
+        self.peer(f"NICK {names[-1]}\r\n")
+        ann = self.irc("ann")
+        self.eventually(lambda: names[-1] in self.server.hub.nicks, "the last name is not taken")
+        ann.send(f"ISON :{' '.join(names)}\r\nUSERHOST {' '.join(names[15:])}\r\n")
+        lines = ann.sync()
+        told = " ".join(line.partition(" 303 ann ")[2].lstrip(":") for line in lines if " 303 " in line)
+        self.assertEqual(told.split(), names[:-1])
+        told = " ".join(line.partition(" 302 ann ")[2].lstrip(":") for line in lines if " 302 " in line)
+        self.assertEqual(told.split(), [f"{name}=+x@localhost" for name in names[15:-1]])
+
+    def test_who_has_another_name_has_it_in_lists(self) -> None:
+        ann = self.irc("ann")
+        ann.send("NAMES #chat\r\nNICK eve\r\nNAMES #chat\r\nJOIN #a,#b\r\nJOIN 0\r\nWHOIS eve\r\n")
+        lines = ann.sync()
+        self.assertEqual([line[-4:] for line in lines if " 353 " in line][:2], ["@ann", "@eve"])
+        self.assertFalse([line for line in lines if " 319 " in line])
+
+    def test_refused_lines_are_called_by_their_command_and_label(self) -> None:
+        bob = self.irc("bob", "batch", "labeled-response", "standard-replies")
+        for line, answer in (
+            (b"@label=L PRIVMSG #chat :\xff\r\n", "@label=L :chat.local FAIL PRIVMSG INVALID_UTF8 :that"),
+            (b"@label=L TOPIC #chat :a\rb\r\n", "@label=L :chat.local FAIL TOPIC BAD_CHARACTER :a line"),
+            (b"@label=L PRIVMSG #chat :" + b"x" * 600 + b"\r\n", "@label=L :chat.local 417 bob :that line"),
+            (b"@label=" + b"L" * 65 + b" \x1b\xff\r\n", ":chat.local FAIL * INVALID_UTF8 :that"),
+        ):
+            bob.sock.sendall(line)
+            self.assertTrue((bob.line() or "").startswith(answer), bob.seen[-1])
 
 
 class Answers(ServerCase):
@@ -2670,6 +2734,8 @@ class Resume(ServerCase):
     def test_nobody_notices(self) -> None:
         ann, bob = self.both()
         self.lose(bob)
+        ann.send("JOIN #tea\r\nINVITE bob #tea\r\n")
+        self.assertIn(" 301 ann bob :no connection", ann.until("301"))
         ann.send("PRIVMSG bob :psst\r\nPRIVMSG #chat :hello\r\n")
         self.assertIn(" 301 ann bob :no connection", ann.until("301"))
         other = self.bob("another secret token")
@@ -2677,6 +2743,7 @@ class Resume(ServerCase):
         bob = self.bob()
         bob.until(":bob!bob@localhost JOIN #chat")
         self.assertIn("@ann bob", bob.until(" 353 "))
+        self.assertTrue(bob.until("INVITE").endswith(":ann!ann@localhost INVITE bob :#tea"))
         self.assertTrue(bob.until("psst").endswith(":ann!ann@localhost PRIVMSG bob :psst"))
         self.assertEqual(self.server.hub.nicks["bob"].missed, [])
         bob.send("PRIVMSG #chat :back\r\n")
@@ -4132,7 +4199,7 @@ class ServerProgram(ProgramCase):
         _, err = program.communicate(timeout=PATIENCE)
         lines = [line.partition(" INFO ")[2] for line in err.splitlines()]
         joined = [f"{name} from 127.0.0.1 joined" for name in ("ann", "eve")]
-        self.assertEqual(lines[:3], [*joined, "eve from 127.0.0.1 left: gone\\x1b[2J"])
+        self.assertEqual(lines[:3], [*joined, "eve from 127.0.0.1 left: Quit: gone\\x1b[2J"])
 
     def test_nobody_fills_the_log(self) -> None:
         calm, clock = chat.Calm(), 1000.0
