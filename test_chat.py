@@ -5761,7 +5761,7 @@ class RealClients(ServerCase):
             client.do("join")
             ann.until(":Борис!")
         client.do("quit", "bye")
-        self.assertRegex(ann.until("QUIT"), "^:Борис!.* QUIT :bye$")
+        self.assertRegex(ann.until("QUIT"), "^:Борис!.* QUIT :Quit: bye$")
         client.until(lambda: client.program.poll() is not None)
 
     def talk_both_ways(self, client: ForeignClient, ann: Peer) -> None:
