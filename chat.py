@@ -143,7 +143,7 @@ STACK_BYTES = 256 << 10  # of a reader thread; the default of 8 MiB would forbid
 
 # History.
 REPLAY_LINES = 20  # shown to newcomers
-MEMORY_LINES, MEMORY_CHANNELS = 1000, 200  # kept in memory of a channel, and of how many of them
+MEMORY_LINES, MEMORY_CHANNELS = 1000, 50  # kept in memory of a channel, and of how many of them: 4 kB each at worst
 KEPT_TAGS, KEPT_TAG_CHARS = 8, 512  # of a message in the history, which otherwise keeps only those that matter to us
 PAGE_LINES = 100  # at most, of one answer to CHATHISTORY
 SEEN_IDS = 10_000  # of messages, by which one that is sent again is recognised
@@ -174,6 +174,7 @@ SWITCH_S, SWITCH_CLIENT_S = 0.005, 5e-6
 
 # The log.
 LOG_RECORDS = 1000  # that wait to be written: a terminal that is stopped with Ctrl-S must not stop the chat
+END_S = 1.5  # for a terminal to take the last lines
 LOG_END_S = 0.5  # for the rest of them at the end, twice
 LOG_BURST, LOG_INTERVAL_S = 200, 0.125  # of one kind, at once and then one each: nobody fills our disk with complaints
 
@@ -1412,8 +1413,8 @@ class Session:
 
     __slots__ = (
         "absent", "admitted", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard",
-        "held", "host", "invites", "missed", "negotiating", "nick", "nick_changes", "origin", "pace", "prefix",
-        "realname", "registered", "signon", "silent", "since", "spoke", "token", "user", "view", "wrong",
+        "handshaking", "held", "host", "invites", "missed", "negotiating", "nick", "nick_changes", "origin", "pace",
+        "prefix", "realname", "registered", "signon", "silent", "since", "spoke", "token", "user", "view", "wrong",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float, origin: str = "", pace: Optional[Allowance] = None) -> None:
@@ -1430,6 +1431,7 @@ class Session:
         self.wrong = False  # has just told another one
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
         self.silent = True  # has sent nothing, nor been asked for a name
+        self.handshaking = False  # is busy with TLS; the reader's
         self.gone = False  # no longer in the hub: what it still sends is ignored
         self.token = ""  # a hash of the secret by which this client is known again
         self.absent = ""  # why, since its connection was lost; it may come back
@@ -1794,7 +1796,10 @@ def examine(hub: Hub, session: Session, now: float) -> float:
     limits = hub.limits
     if not session.registered:
         if now >= session.since + limits.register_s:
-            hub.quit_locked(session, "", f"No name within {limits.register_s:.0f} seconds")
+            lacking = "password" if session.held else "name"
+            hub.quit_locked(session, "", f"No {lacking} within {limits.register_s:.0f} seconds")
+        elif session.handshaking:  # a prompt would come before the answer to what follows it at once
+            return now + PROMPT_S
         elif session.silent:
             session.silent = False
             hub.tell_locked(session, PROMPT)
@@ -3347,8 +3352,9 @@ class Mailer:
         if connection.shut:
             return
         try:
-            if connection.tls:
-                data = connection.tls.send(data)
+            tls = connection.tls  # which its reader may take away, where there is only clear text
+            if tls:
+                data = tls.send(data)
             sent = connection.send(data, DONTWAIT) if data and not connection.outbox else 0
         except BlockingIOError:
             sent = 0
@@ -3410,8 +3416,9 @@ class Mailer:
         """Half-closes a connection once its outbox is empty; closes it once its reader has returned, too."""
         if connection is None or connection.session not in self._connections:
             return
-        if connection.tls and not connection.closing:
-            connection.tls.close()
+        tls = connection.tls
+        if tls and not connection.closing:
+            tls.close()
             self._write(connection, b"")
         connection.closing = True
         self._lingering.setdefault(connection, time.monotonic() + LINGER_S)
@@ -3584,6 +3591,7 @@ class Server:
             log.warning("refused %s: it speaks TLS, which is not set up here", connection.session.origin)
             return b""
         connection.tls = connection.tls or Tls(self._context, True)
+        connection.session.handshaking = True
         return self._next(connection, data)
 
     def _next(self, connection: Connection, data: bytes = b"") -> bytes:
@@ -3599,9 +3607,12 @@ class Server:
                 raise ConnectionError(f"TLS failed: {error}") from None
             if tls.urgent:
                 self.mailer.push(connection)
+            connection.session.handshaking = not tls.ready
             if text or tls.ended:
                 return text
             data = b""
+            if connection.session.pace:  # what is no text costs as much
+                self._hold_back(connection, connection.session.pace)
 
     def _obey(self, connection: Connection, lines: List[Optional[bytes]], size: int) -> None:
         """Runs commands as they came, in so many bytes: bytes that are no line count as some, for the pace."""
@@ -3627,8 +3638,9 @@ class Server:
         elif now > connection.flooding + FLOOD_S:
             self.hub.leave(session, "Flooding", f"More than {self.hub.limits.rate:g} lines a second, without end")
             return
-        if wait and not session.gone:
-            time.sleep(wait)
+        while wait > 0 and not session.gone:
+            time.sleep(min(wait, TICK_S))
+            wait -= TICK_S
             session.heard = time.monotonic()
 
 
@@ -4023,6 +4035,8 @@ class Screen:
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(0, signal.SIGTSTP)  # without a shell that could let us go on, this does nothing
         signal.signal(signal.SIGTSTP, handler)
+        while not in_foreground():
+            time.sleep(TICK_S)
         self.__enter__()
 
     def paint(self, text: str, *codes: int) -> str:
@@ -4080,6 +4094,12 @@ if sys.platform == "win32":
     import ctypes
     import msvcrt
 
+    TERMINAL_ERRORS = (OSError,)
+
+    def in_foreground() -> bool:
+        """Whether the terminal is ours."""
+        return True
+
     def can_draw() -> bool:
         """Whether the console understands VT sequences, which it is asked to do; not before Windows 10."""
         kernel32, mode = ctypes.windll.kernel32, ctypes.c_uint32()
@@ -4107,6 +4127,15 @@ else:
 
     DECODER = codecs.getincrementaldecoder("utf-8")("replace")
 
+    TERMINAL_ERRORS = (OSError, termios.error)
+
+    def in_foreground() -> bool:
+        """Whether the terminal is ours; raises nothing: one that is gone, or that sends no signals, is nobody's."""
+        try:
+            return os.getpgrp() == os.tcgetpgrp(sys.stdin.fileno())
+        except OSError:
+            return False
+
     def can_draw() -> bool:
         """Whether the terminal understands VT sequences."""
         return os.environ.get("TERM", "dumb") != "dumb"
@@ -4118,6 +4147,7 @@ else:
         modes[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR | termios.IXON | termios.ISTRIP)
         modes[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
         modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)  # in the background, reading fails instead of stopping us
         termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, modes)
         return saved
 
@@ -4131,8 +4161,11 @@ else:
         while not text:
             try:
                 data = os.read(sys.stdin.fileno(), RECV_BYTES)
-            except OSError:  # hung up
-                return ""
+            except OSError:
+                if not os.isatty(sys.stdin.fileno()):  # hung up
+                    return ""
+                time.sleep(TICK_S)  # in the background
+                continue
             text = DECODER.decode(data)
             if not data:
                 return ""
@@ -4193,19 +4226,22 @@ class Link:
         except (OSError, UnicodeError) as error:
             self._events.put(("closed", (self, False, getattr(error, "strerror", None) or str(error))))
             return
-        with sock, contextlib.suppress(OSError):
+        with sock:
             first = self._shake_hands(sock)
             if first is None:
                 return
-            sock.settimeout(None)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._read, args=(sock, first), daemon=True).start()
-            for data in iter(self._lines.get, b""):
-                sock.sendall(self._tls.send(data) if self._tls else data)
-            if self._tls:
-                self._tls.close()
-                sock.sendall(self._tls.send(b""))
-            sock.shutdown(socket.SHUT_RDWR)
+            reader = threading.Thread(target=self._read, args=(sock, first), daemon=True)
+            with contextlib.suppress(OSError):
+                sock.settimeout(None)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                reader.start()
+                for data in iter(self._lines.get, b""):
+                    sock.sendall(self._tls.send(data) if self._tls else data)
+                if self._tls:
+                    self._tls.close()
+                    sock.sendall(self._tls.send(b""))
+                sock.shutdown(socket.SHUT_RDWR)
+            reader.join()  # what has arrived is read before the socket is closed
 
     def _shake_hands(self, sock: socket.socket) -> Optional[bytes]:
         """Begins TLS, if it is wanted. Returns what came right after it; None when that cannot be."""
@@ -4218,6 +4254,8 @@ class Link:
                 data = sock.recv(RECV_BYTES)
                 if not data:
                     raise ConnectionError("it ended the connection; perhaps it does not speak TLS")
+                if data.startswith(b"ERROR :"):  # refused at the door
+                    raise ConnectionError(data[7:].decode(errors="replace").strip())
                 found = tls.feed(data)
                 sock.sendall(tls.send(b""))
             return found
@@ -4235,6 +4273,8 @@ class Link:
                 if found:
                     self._events.put(("messages", (self, found)))
                 data = self._receive(sock)
+        except queue.Full:
+            reason = "it makes us say more than it reads"
         except OSError as error:
             reason = error.strerror or ""
         self._events.put(("closed", (self, True, reason)))
@@ -4245,6 +4285,8 @@ class Link:
             if not self._tls or not data:
                 return data
             data = self._tls.feed(data)
+            if self._tls.urgent:
+                self._lines.put_nowait(b"\n")  # the writer sends it along with this; no server minds an empty line
             if data or self._tls.ended:
                 return data
 
@@ -5411,7 +5453,10 @@ def ban(server: Server, words: List[str]) -> Iterable[str]:
         try:
             key = session.origin if session and not session.loopback else origin_of(words[0])
         except ValueError:
-            key = fold(words[0])
+            try:
+                key = fold(check_nick(words[0]))
+            except Refused:
+                return [f"Error: {words[0]} is neither a name nor an address"]
         if banned.pop(key, None):
             return [f"{words[0]} may come back"]
         label = f"{words[0]} ({key})" if session and key == session.origin else words[0]
@@ -5481,7 +5526,7 @@ class Console:
         self._editor = Editor(self._complete)
 
     def run(self, serving: threading.Thread) -> None:
-        """Until the server ends."""
+        """Until the server ends; raises one of TERMINAL_ERRORS when the terminal is gone."""
         threading.Thread(target=self._read, daemon=True).start()
         with Screen() as screen:
             while serving.is_alive():
@@ -5563,24 +5608,34 @@ def attend(server: Server, greeting: str, args: argparse.Namespace) -> int:
     if console:
         if hasattr(signal, "SIGTSTP"):
             signal.signal(signal.SIGTSTP, lambda *_: setattr(console, "stopping", True))
-        serving = threading.Thread(target=server.serve, daemon=True)
+        serving = threading.Thread(target=serve_and_end, args=(server,), daemon=True)
         serving.start()
-        console.run(serving)
+        with contextlib.suppress(*TERMINAL_ERRORS):
+            console.run(serving)
+        serving.join()
     else:
         server.serve()
     status, ended = int(server.mailer.failed), end_log()
-    while console and not console.events.empty():
-        print(console.events.get()[1])
+    with contextlib.suppress(OSError):
+        while console and not console.events.empty():
+            print(console.events.get()[1], flush=True)
     if not ended:  # its thread holds the stream's lock, without which Python does not end
         os._exit(status)
     return status
 
 
+def serve_and_end(server: Server) -> None:
+    """Lets a server serve; afterwards the program ends soon, even if its terminal takes nothing."""
+    server.serve()
+    end = threading.Timer(END_S, os._exit, [int(server.mailer.failed)])
+    end.daemon = True
+    end.start()
+
+
 def at_terminal() -> bool:
     """Whether there is a person who could type here."""
-    if not (sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty() and can_draw()):
-        return False
-    return sys.platform == "win32" or os.getpgrp() == os.tcgetpgrp(sys.stdin.fileno())  # not in the background
+    there = sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty() and can_draw()
+    return bool(there) and in_foreground()
 
 
 def encryption(args: argparse.Namespace) -> Tuple[str, Optional[ssl.SSLContext]]:
@@ -5592,12 +5647,14 @@ def encryption(args: argparse.Namespace) -> Tuple[str, Optional[ssl.SSLContext]]
     path = args.tls_cert or self_signed(args.server_name)
     try:
         context = server_context(path, args.tls_key)
-        found = re.search("-----BEGIN CERTIFICATE-----.*?-----END", pathlib.Path(path).read_text("ascii"), re.DOTALL)
+        found = re.search("-----BEGIN CERTIFICATE-----.*?-----END", pathlib.Path(path).read_text("latin-1"), re.DOTALL)
     except ImportError as error:
         raise Failed(f"this Python has no TLS: {error}") from None
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         raise Failed(f"cannot use {path} for TLS: {error}") from None
-    body = found[0].partition("\n")[2].rpartition("\n")[0] if found else ""
+    if not found:
+        raise Failed(f"cannot use {path} for TLS: there is no BEGIN CERTIFICATE in it")
+    body = found[0].partition("\n")[2].rpartition("\n")[0]
     return fingerprint_of(binascii.a2b_base64(body)), context
 
 
@@ -5610,8 +5667,11 @@ def self_signed(name: str) -> str:
     openssl = shutil.which("openssl")
     if not openssl:
         raise Failed("--tls needs the openssl program to make a certificate; otherwise give --tls-cert and --tls-key")
-    folder.mkdir(0o700, exist_ok=True)
-    new.touch(0o600)
+    try:
+        folder.mkdir(0o700, exist_ok=True)
+        new.touch(0o600)
+    except OSError as error:
+        raise Failed(f"cannot keep a certificate: {error}; otherwise give --tls-cert and --tls-key") from None
     kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650"]
     command = [openssl, "req", "-x509", *kind, "-subj", f"/CN={name}", "-keyout", str(new), "-out", str(new)]
     made = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -5645,6 +5705,7 @@ def begin_log(args: argparse.Namespace, console: Optional[Console] = None) -> Ca
     source = LogQueue(records)
     source.addFilter(Calm())
     log.addHandler(source)
+    logging.raiseExceptions = False  # a log that cannot be written is no reason to write that down each time
     log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
 
     def write() -> None:
@@ -5735,7 +5796,7 @@ def run_client(args: argparse.Namespace) -> int:
             check_channel(channel)
     except Refused as refused:
         raise Failed(refused.numeric.text.format().replace("; send another", "")) from None
-    password = read_password(args.password_file)
+    password, secured = read_password(args.password_file), ends_of_tls(args)
     for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
@@ -5743,9 +5804,7 @@ def run_client(args: argparse.Namespace) -> int:
         while True:
             client = Client(args.host, args.port, nick, channel, view_of(args, stack))
             client.password, client.reconnects, client.keys = password, args.reconnect, {fold(channel): key.strip()}
-            if args.tls or args.fingerprint:
-                context = client_context(bool(args.fingerprint))
-                client.secured = functools.partial(Tls, context, False, args.host, args.fingerprint or "")
+            client.secured = secured
             client.replay = REPLAY_LINES if isinstance(client.view, Person) else 0
             if args.replay is not None:
                 client.replay = args.replay
@@ -5756,6 +5815,17 @@ def run_client(args: argparse.Namespace) -> int:
                 if not sys.stdin.isatty():
                     raise
                 password = getpass.getpass(f"password for {client.where}: ")
+
+
+def ends_of_tls(args: argparse.Namespace) -> Callable[[], Optional[Tls]]:
+    """What makes our end of each TLS connection, or None where none is wanted."""
+    if not (args.tls or args.fingerprint):
+        return lambda: None
+    try:
+        context = client_context(bool(args.fingerprint))
+    except ImportError as error:
+        raise Failed(f"this Python has no TLS: {error}") from None
+    return functools.partial(Tls, context, False, args.host, args.fingerprint or "")
 
 
 def view_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> View:
@@ -5872,8 +5942,8 @@ def fingerprint(text: str) -> str:
 def above_zero(text: str) -> float:
     """The type of an argument that is a number."""
     number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError("must be above 0")
+    if not number >= 0.01:
+        raise argparse.ArgumentTypeError("must be at least 0.01")
     return number
 
 

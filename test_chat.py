@@ -2160,6 +2160,7 @@ class Throttled(ServerCase):
         bob.send("".join(f"PRIVMSG #chat :{number}\r\n" for number in range(60)))
         ann.send("PRIVMSG #chat :in between\r\n")
         bob.until("in between")
+        self.assertLess(time.monotonic() - began, 40 / 50)  # nor wait for lines of somebody else
         for number in range(60):
             self.assertIn(f"PRIVMSG #chat :{number}", ann.until("PRIVMSG #chat"))
         self.assertGreater(time.monotonic() - began, 45 / 50)  # no line may come before its time
@@ -2359,6 +2360,24 @@ class Encrypted(ServerCase):
             secret = Peer(self.port, sock=chat.client_context(True).wrap_socket(sock))
             self.addCleanup(secret.close)
             self.assertEqual(secret.sock.recv(100), b"Enter your name: ")
+
+    def test_a_slow_handshake_is_not_prompted_into(self) -> None:
+        tls = chat.Tls(chat.client_context(True), False)
+        tls.feed(b"")
+        with mock.patch.object(chat, "PROMPT_S", 0.05):
+            sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+            self.addCleanup(sock.close)
+            sock.sendall(tls.send(b""))
+            (session,) = self.sessions(1)
+            self.eventually(lambda: session.handshaking, "the handshake has not begun")
+            due = session.due
+            self.eventually(lambda: session.due > due, "nobody looks at it")  # when it would have been prompted
+            tls.feed(sock.recv(1 << 16))
+            sock.sendall(tls.send(b"CAP LS\r\n"))
+            text = b""
+            while not text:
+                text = tls.feed(sock.recv(1 << 16))
+        self.assertTrue(text.startswith(b":chat.local CAP * LS"), text)
 
     def sessions(self, count: int) -> List[chat.Session]:
         self.eventually(lambda: len(self.server.hub.sessions) == count, "not all are there")
@@ -4588,6 +4607,19 @@ class Secured(ProgramCase):
             self.assertIn(pin, again.stdout.readline() + again.stdout.readline())
             self.assertEqual(stat.S_IMODE(os.stat(f"{folder}/.chat.py/tls.pem").st_mode), 0o600)
 
+    @unittest.skipUnless(ssl and shutil.which("openssl"), "needs openssl")
+    def test_refused_at_the_door(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            make_certificate(f"{folder}/tls.pem")
+            _, port = self.server("--tls-cert", f"{folder}/tls.pem", "--max-clients", "1")
+            ann = Peer(port, "ann\n")
+            self.addCleanup(ann.close)
+            ann.until("joined")
+            for args in (("--tls",), ()):
+                status, _, err = self.run_client(port, "", "--name", "bob", *args)
+                self.assertEqual(status, 1)
+                self.assertIn(chat.FULL, err)
+
     def test_no_certificate_to_be_had(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             pathlib.Path(folder, "not.pem").write_text("no certificate\n", encoding="ascii")
@@ -5254,6 +5286,7 @@ class Operator(SeatCase):
         self.addCleanup(banned.close)
         self.assertEqual(banned.rest()[-1], "*** You are banned from this server")
         self.enter(seat, "/ban 2001:db8::1", "2001:db8::1 is banned")
+        self.enter(seat, "/ban 10.0.0.0/8", "Error: 10.0.0.0/8 is neither a name nor an address\n")
         self.enter(seat, "/ban", "banned: eve, 2001:db8::1\n")
         self.enter(seat, "/ban eve", "eve may come back\n")
         for peer in (ann, self.plain(port, "eve")):
@@ -5281,8 +5314,41 @@ class Operator(SeatCase):
         self.assertEqual(ann.rest()[-1], "*** Server is shutting down")
         self.assertEqual((seat.wait(), seat.modes()), (0, seat.modes_at_first))
 
+    def test_suspended_and_let_go_on(self) -> None:
+        shell = "set -m; %s; echo stopped; bg; read x; fg >/dev/null"
+        seat = Seat(self, ["server", "--port", "0"], 80, shell, {})
+        self.addCleanup(seat.end)
+        seat.until(lambda: seat.last() == "server>")
+        port = int((re.search(r"listening on 127\.0\.0\.1:(\d+)", seat.glass.text()) or ["", "0"])[1])
+        seat.type("\x1a")
+        seat.until(lambda: "stopped\n" in seat.glass.text())
+        self.plain(port, "ann").close()  # served in the background
+        seat.type("\r")
+        seat.until(lambda: seat.last() == "server>")
+        self.enter(seat, "/who", "nobody is here\n")
+        seat.type("/stop\r")
+        self.assertEqual(seat.wait(), 0)
+
+    def test_a_terminal_that_takes_nothing(self) -> None:
+        seat, port = self.serve("-v")
+        for number in range(400):  # fills what lies between
+            peer = Peer(port, f"u{number}\nexit\n")
+            peer.rest()
+            peer.close()
+        seat.program.terminate()
+        self.assertEqual(seat.program.wait(PATIENCE), 0)
+
+    def test_a_terminal_that_hangs_up(self) -> None:
+        seat, port = self.serve()
+        ann = self.plain(port, "ann")
+        os.close(seat.master)
+        os.close(seat._slave)
+        self.assertEqual(ann.rest()[-1], "*** Server is shutting down")
+        self.assertEqual(seat.program.wait(PATIENCE), 0)
+        seat.master, seat._slave = os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_RDONLY)
+
     def test_in_the_background(self) -> None:
-        seat = Seat(self, ["server", "--port", "0"], 80, "set -m; %s & echo process $!; wait", {})
+        seat = Seat(self, ["server", "--port", "0"], 80, "set -m; %s & echo process $!; wait $!", {})
         self.addCleanup(seat.end)
         seat.until(lambda: "any IRC client" in seat.glass.text())
         process = int((re.search(r"process (\d+)", seat.glass.text()) or ["", "0"])[1])
