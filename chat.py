@@ -5695,15 +5695,7 @@ def own_addresses() -> List[str]:
 def run_client(args: argparse.Namespace) -> int:
     """chat.py client"""
     vars(args).update(args.url or {})
-    channel, _, key = args.channel.partition(" ")
-    try:
-        nick = check_nick(args.name)
-        if channel.startswith(tuple(CHANNEL_TYPES)):  # what else a server wants of it, it will say
-            channel = channel[0] + check_channel(f"#{channel[1:]}")[1:]
-        else:
-            check_channel(channel)
-    except Refused as refused:
-        raise Failed(refused.numeric.text.format().replace("; send another", "")) from None
+    nick, channel, key = chosen_names(args)
     password = read_password(args.password_file)
     for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
         if hasattr(signal, name):
@@ -5711,7 +5703,7 @@ def run_client(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         while True:
             client = Client(args.host, args.port, nick, channel, view_of(args, stack))
-            client.password, client.reconnects, client.keys = password, args.reconnect, {fold(channel): key.strip()}
+            client.password, client.reconnects, client.keys = password, args.reconnect, {fold(channel): key}
             if args.tls or args.fingerprint:
                 context = client_context(bool(args.fingerprint))
                 client.secured = functools.partial(Tls, context, False, args.host, args.fingerprint or "")
@@ -5725,6 +5717,23 @@ def run_client(args: argparse.Namespace) -> int:
                 if not sys.stdin.isatty():
                     raise
                 password = getpass.getpass(f"password for {client.where}: ")
+
+
+def chosen_names(args: argparse.Namespace) -> Tuple[str, str, str]:
+    """Our name, the channel and its key ('' for none), all fit to be sent; raises Failed."""
+    channel, _, key = args.channel.partition(" ")
+    try:
+        nick = check_nick(args.name)
+        if channel.startswith(tuple(CHANNEL_TYPES)):  # what else a server wants of it, it will say
+            channel = channel[0] + check_channel(f"#{channel[1:]}")[1:]
+        else:
+            check_channel(channel)
+    except Refused as refused:
+        raise Failed(refused.numeric.text.format().replace("; send another", "")) from None
+    key = key.strip()
+    if key and not is_word(key, LINE_BYTES // 2):
+        raise Failed("a channel's key is one word without a comma")
+    return nick, channel, key
 
 
 def view_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> View:
@@ -5761,7 +5770,10 @@ def irc_url(text: str) -> Dict[str, Any]:
     match = re.fullmatch(form, text, re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError("it is irc://[nick@]host[:port]/[channel[?key]]")
-    scheme, user, host, port, channel, key = (urllib.parse.unquote(part or "") for part in match.groups())
+    parts = [urllib.parse.unquote(part or "") for part in match.groups()]
+    if not all(is_word(part, LINE_BYTES) for part in parts if part):  # they become words of what we send
+        raise argparse.ArgumentTypeError("its parts cannot contain a space, a comma or a control character")
+    scheme, user, host, port, channel, key = parts
     if ":" in user:
         raise argparse.ArgumentTypeError("others can read a password here: use --password-file or CHAT_PASSWORD")
     found: Dict[str, Any] = {"host": host.strip("[]"), "port": IRC_PORT}

@@ -12,6 +12,7 @@ Run: python test_chat.py
 
 from __future__ import annotations
 
+import argparse
 import ast
 import codecs
 import concurrent.futures
@@ -4322,6 +4323,7 @@ class ClientProgram(ProgramCase):
         for args, text in (
             (["client", "--name", "b\udcff"], "a name is a letter, "),
             (["client", "--channel", "#\udcff"], "a channel is # and "),
+            (["client", "--channel", "#chat a\r\nOPER x y"], "a channel's key is one word "),
             (["client", "--host", "a..b"], "cannot connect to a..b:"),
             (["server", "--host", "a..b"], "cannot listen on a..b:"),
             (["server", "--server-name", "my chat"], "a --server-name is "),
@@ -4647,12 +4649,18 @@ class AFakeServer(ProgramCase):
             ("irc://bob:secret@localhost/chat", "others can read a password here"),
             ("http://localhost/", "it is irc://"),
             ("irc://localhost:99999/", "must be from 1 to 65535"),
+            ("irc://localhost/chat?key%0D%0APRIVMSG%20%23ops%20%3Apwned", "its parts cannot contain a space, a comma"),
+            ("irc://localhost/a%20b", "its parts cannot contain a space, a comma"),
         ):
             client = self.start("client", url)
             _, err = client.communicate(timeout=PATIENCE)
             self.assertEqual(client.returncode, 2)
             self.assertIn(what, err)
             self.assertNotIn("secret", err)
+        for part in ("\n", "%0a", "%0D", "%00", "%20", "%2c", "%C2%A0", "%1b"):
+            for url in (f"irc://b{part}ob@h/chat?key", f"irc://h/ch{part}at?key", f"irc://bob@h/chat?ke{part}y"):
+                with self.subTest(url), self.assertRaises(argparse.ArgumentTypeError):
+                    chat.irc_url(url)
 
     def test_first_contact(self) -> None:
         for line, text in (
