@@ -678,6 +678,8 @@ EVENT_FORMS = {
     "NOTICE": ("notice", "{text}"),  # from a server
     "ERROR": ("closing", "{text}"),
     "FAIL": ("fail", "Error: {text}"),
+    "WARN": ("warn", "Warning: {text}"),
+    "NOTE": ("note", "{text}"),
 }
 OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats (direction, zero width), separators
 MARKS = 8  # combining marks that one letter may carry: real writing needs 4, and more of them cover other lines
@@ -4486,7 +4488,7 @@ class Client:
 
     def say(self, message: Message) -> None:
         """Sends a PRIVMSG, as several if need be, now or when the connection is back."""
-        for target in message.params[0].split(","):
+        for target in filter(None, message.params[0].split(",")):
             pieces = pieces_of(self, target, message)
             if not pieces:
                 self.view.remark("Error: that name is too long")
@@ -4609,7 +4611,7 @@ def pieces_of(client: Client, target: str, message: Message) -> List[str]:
     """What a message says, in pieces that fit in a line with our prefix; none where the target is too long."""
     nick = client.nick.ljust(number_of(client, "NICKLEN", NICK_CHARS, NICK_BYTES))  # it may change on the way
     rest = client.source.partition("!")[2] or f"~{'u' * USER_CHARS}@{'h' * 64}"
-    size = number_of(client, "LINELEN", LINE_BYTES, SERVER_INPUT_BYTES - TAG_BYTES)
+    size = max(number_of(client, "LINELEN", LINE_BYTES, SERVER_INPUT_BYTES - TAG_BYTES), LINE_BYTES)
     room = size - 2 - len(f":{nick}!{rest} PRIVMSG {target} :".encode())
     if room < MIN_PIECE:
         return []

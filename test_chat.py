@@ -338,6 +338,9 @@ class TextForm(unittest.TestCase):
         (Message("TOPIC", ("#chat", "tea"), BOB), "*** bob set the topic: tea"),
         (Message("ERROR", ("Server is shutting down",), "chat.local"), "*** Server is shutting down"),
         (Message("NOTICE", ("*", "hi"), "chat.local"), "*** hi"),
+        (Message("FAIL", ("JOIN", "NO", "not now"), "s"), "*** Error: not now"),
+        (Message("WARN", ("*", "SOON", "a restart is due"), "s"), "*** Warning: a restart is due"),
+        (Message("NOTE", ("*", "NEWS", "we have moved"), "s"), "*** we have moved"),
         (
             Message("433", ("*", "bob", chat.ERR_NICKNAMEINUSE.text), "chat.local"),
             "*** Error: that name is taken; send another",
@@ -3581,7 +3584,7 @@ class WhatItMeans(PersonCase):
 
     def test_names_and_targets_that_do_not_fit(self) -> None:
         self.assertIn("Error: that name is too long", self.type(f"/msg {'a' * 600} hello"))
-        self.type("/msg ann,cat hi")
+        self.type("/msg ann,,cat, hi")
         self.assertEqual([line.target for line in self.client.outgoing.waiting], ["ann", "cat"])
         self.assertEqual(chat.split_text("ééé", 1), ["é", "é", "é"])
 
@@ -3616,6 +3619,8 @@ class AtOtherServers(PersonCase):
         line = chat.Message("PRIVMSG", ("#chat", "é" * 1000))
         room = 1024 - 2 - len(f":123456789!u@{'h' * 30} PRIVMSG #chat :")
         self.assertEqual([len(piece) for piece in chat.pieces_of(self.client, "#chat", line)][0], room // 2)
+        self.arrive(":s 005 bob LINELEN=100 :are supported")  # every server takes 512
+        self.assertEqual([len(piece) for piece in chat.pieces_of(self.client, "#chat", line)][0], (room - 512) // 2)
 
     def test_numbers_that_are_none(self) -> None:
         for value in ("", "0", "-5", "x", "9" * 50, "\u0663"):
