@@ -4319,6 +4319,7 @@ class Past:
         self.asked = 0.0  # monotonic: since when we wait for an answer
         self.channel = ""  # which it is about
         self.missed = False  # it is about what we missed, not what was before we came
+        self.most = PAGE_LINES  # messages that it may have
         self.batch = ""  # the answer's reference
         self.page: List[Message] = []  # the answer
         self.held: List[Message] = []  # what was said meanwhile
@@ -4330,8 +4331,6 @@ class Past:
         if msgid in self._seen:
             return False
         if msgid:
-            if is_channel(message.param(0)):
-                self.last = f"msgid={msgid}"
             self._seen[msgid] = None
             if len(self._seen) > SEEN_IDS:
                 del self._seen[next(iter(self._seen))]
@@ -4347,18 +4346,18 @@ class Past:
             return False
         return True
 
-    def ask(self, channel: str, replay: int) -> List[str]:
-        """The command that asks for the last lines, or with 0 for those that we missed."""
+    def ask(self, channel: str, replay: int, most: int = PAGE_LINES) -> List[str]:
+        """The command that asks for the last lines, or with 0 for those that we missed; for `most` at a time."""
         self.asked, self.missed, self.batch, self.page = time.monotonic(), not replay, "", []
-        self.channel = channel
+        self.channel, self.most = channel, most
         if self.last and not replay:
-            return ["CHATHISTORY", "AFTER", channel, self.last, str(PAGE_LINES)]
-        return ["CHATHISTORY", "LATEST", channel, "*", str(replay or PAGE_LINES)]
+            return ["CHATHISTORY", "AFTER", channel, self.last, str(most)]
+        return ["CHATHISTORY", "LATEST", channel, "*", str(min(replay or most, most))]
 
     def answered(self) -> Tuple[List[Message], bool]:
         """The answer, and whether there may be more."""
         page, self.page, self.batch = self.page, [], ""
-        return page, self.missed and len(page) == PAGE_LINES and bool(self.last)
+        return page, self.missed and len(page) >= self.most and bool(self.last)
 
     def end(self) -> List[Message]:
         """No answer is waited for any more; returns what was held."""
@@ -4680,11 +4679,24 @@ def catch_up(client: Client, more: bool = False) -> None:
     if before:
         client.view.remark("end of what was said before you came")
     if full and more:
-        client.send(*client.past.ask(client.channel, 0))
+        recall(client, 0)
         return
     for message in client.past.end():
         client.take(message)
     client.flush()
+
+
+def recall(client: Client, replay: int) -> None:
+    """Asks for the last lines of our channel, or with 0 for those that we missed."""
+    most = number_of(client, "CHATHISTORY", PAGE_LINES, PAGE_LINES)
+    client.send(*client.past.ask(client.channel, replay, most))
+
+
+def reference(client: Client, tags: Mapping[str, str]) -> str:
+    """How this server is told where in the past a message with these tags is; '' where there is no way."""
+    known = (client.isupport.get("MSGREFTYPES") or "msgid,timestamp").split(",")
+    found = [f"{kind}={tags[tag]}" for kind, tag in REFERENCES.items() if kind in known and tag in tags]
+    return found[0] if found else ""
 
 
 # -----------------------------------------------------------------------------
@@ -4698,7 +4710,8 @@ WANTED = {
 }  # fmt: skip
 
 
-HONOURED = ("CASEMAPPING", "LINELEN", "NICKLEN", "PREFIX")  # of what servers say in 005
+HONOURED = ("CASEMAPPING", "CHATHISTORY", "LINELEN", "MSGREFTYPES", "NICKLEN", "PREFIX")  # of what servers say in 005
+REFERENCES = {"msgid": "msgid", "timestamp": "time"}  # kinds of them in CHATHISTORY, best first, and their tags
 
 
 def arrival(*commands: str) -> Callable[[Arrival], Arrival]:
@@ -4879,11 +4892,11 @@ def join_arrived(client: Client, message: Message) -> bool:
         client.joined = client.entered = True
         client.since = time.monotonic()
     if not again:
-        kind, tag = ("msgid", "msgid") if RESUME_CAP in client.caps else ("timestamp", "time")
-        client.past.last = f"{kind}={message.tags[tag]}" if tag in message.tags else ""
+        ours = RESUME_CAP in client.caps  # elsewhere the past has no JOIN, and does not know its msgid
+        client.past.last = reference(client, {tag: message.tags[tag] for tag in message.tags if ours or tag == "time"})
     recalls = {"batch", "draft/chathistory"} <= set(client.caps)
     if recalls and (again or client.replay):
-        client.send(*client.past.ask(client.channel, 0 if again else client.replay))
+        recall(client, 0 if again else client.replay)
     if again:
         gap = "" if recalls else "; what was said meanwhile is not known here"
         client.view.remark(f"connected again{gap}")
@@ -4967,6 +4980,8 @@ def said_arrived(client: Client, message: Message) -> bool:
         client.outgoing.settle(message.param(0), message.tags.get(ID_TAG, ""), client.fold)
     if not client.past.is_new(message):
         return True
+    if client.fold(message.param(0)) == client.fold(client.channel):
+        client.past.last = reference(client, message.tags) or client.past.last
     if mine:
         client.source = message.source
         client.view.show(message, True)

@@ -3664,6 +3664,32 @@ class AtOtherServers(PersonCase):
         self.arrive(f":s PONG s {line_id}")
         self.assertEqual(len(self.client.outgoing), 0)
 
+    def test_the_past_is_asked_for_as_the_server_allows(self) -> None:
+        said = "@msgid=m{0};time=2026-01-01T00:00:00.{0:03d}Z :ann!a@b PRIVMSG #chat :x"
+        for tokens, asked, more in (
+            ("", "msgid=m1 100", ""),
+            ("CHATHISTORY=0 MSGREFTYPES=timestamp,msgid", "msgid=m1 100", ""),
+            ("CHATHISTORY=500 MSGREFTYPES=msgid", "msgid=m1 100", ""),
+            ("CHATHISTORY=3 MSGREFTYPES=other,msgid", "msgid=m1 3", "msgid=m4 3"),
+            ("CHATHISTORY=3 MSGREFTYPES=timestamp", "timestamp=2026-01-01T00:00:00.001Z 3",
+             "timestamp=2026-01-01T00:00:00.004Z 3"),
+        ):  # fmt: skip
+            with self.subTest(tokens):
+                self.client.past, self.client.isupport, self.client.joined = chat.Past(), {}, True
+                self.client.caps = ["batch", "draft/chathistory"]
+                self.arrive(f":s 005 bob {tokens} :are supported", said.format(1))
+                self.client.joined = False
+                self.lines.clear()
+                self.arrive(":bob!b@h JOIN #chat", "BATCH +1 chathistory #chat")
+                self.arrive(*(f"@batch=1;{said.format(number)[1:]}" for number in (2, 3, 4)), "BATCH -1")
+                wanted = [f"CHATHISTORY AFTER #chat {what}" for what in (asked, more) if what]
+                self.assertEqual(self.lines, wanted)
+
+    def test_the_last_lines_are_as_many_as_the_server_gives(self) -> None:
+        self.client.caps, self.client.replay, self.client.going = ["batch", "draft/chathistory"], 20, "#tea"
+        self.arrive(":s 005 bob CHATHISTORY=5 :are supported", ":bob!b@h JOIN #tea")
+        self.assertEqual(self.lines, ["PART #chat", "CHATHISTORY LATEST #tea * 5"])
+
     def test_a_server_may_look_for_our_host_first(self) -> None:
         self.client.joined = self.client.entered = False
         self.client.link = mock.Mock(stuck=False)
@@ -3800,9 +3826,8 @@ class FromAHostileServer(PersonCase):
         self.assertEqual((self.client.past.batch, bool(self.client.past.asked)), ("", True))
         written = self.arrive("BATCH +2 chathistory #chat", "@batch=2;msgid=2 :ann!a@b PRIVMSG #chat :y", "BATCH -2")
         self.assertIn("ann\x1b[0m: y", written)
-        self.assertEqual(self.client.past.last, "msgid=1")  # of what was held, and shown last
         self.arrive("@msgid=7 :ann!a@b PRIVMSG bob :psst")
-        self.assertEqual(self.client.past.last, "msgid=1")
+        self.assertEqual(self.client.past.last, "msgid=2")
 
     def test_a_clock_behind_does_not_repeat_the_date(self) -> None:
         yesterday = chat.server_time(time.time() - 86400)
