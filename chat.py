@@ -496,6 +496,7 @@ ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msg
 BY_TAG = "chat.py/by"  # only in the history: who used that id
 REPLAYED_TAG = "chat.py/replayed"  # on what was said before, for clients that did not ask
 COUNT_TAG = "chat.py/here"  # on JOIN: how many are in the channel now
+ELSEWHERE_TAG = "chat.py/elsewhere"  # only in the client: on what is about a channel that is not ours
 FOR_TAG = "chat.py/for"  # only in the log: the capability without which an IRC client is not told
 
 
@@ -731,14 +732,16 @@ def text_form(message: Message, name: Callable[[str], str] = harmless) -> str:
 
     `name` makes the sender's name so, and may colour it.
     """
+    place = f"[{harmless(message.param(0))}] " if ELSEWHERE_TAG in message.tags else ""
     if is_system(message):
         text = event_of(message)[1]
-        return text and f"*** {text}"
-    private = "" if is_channel(message.param(0)) else "[private] "
+        return text and f"*** {place}{text}"
+    if not is_channel(message.param(0)):
+        place = "[private] "
     doing = message.action
     if doing is not None:
-        return f"{private}* {name(message.nick)} {harmless(doing)}"
-    return f"{private}{name(message.nick)}: {harmless(message.text)}"
+        return f"{place}* {name(message.nick)} {harmless(doing)}"
+    return f"{place}{name(message.nick)}: {harmless(message.text)}"
 
 
 class Slash(NamedTuple):
@@ -4262,6 +4265,12 @@ class Outgoing:
             self.unsure.append(line)
         return line
 
+    def redirect(self, old: str, new: str) -> None:
+        """What has not been sent to one channel is for another one."""
+        for index, line in enumerate(self.waiting[self.sent :], self.sent):
+            if line.target == old:
+                self.waiting[index] = line._replace(target=new)
+
     def settle(self, target: str, line_id: str = "", fold: Callable[[str], str] = fold) -> bool:
         """Something came of a line: of the one with this id; without, of the first to the target or to anybody."""
         for index, line in enumerate(self.waiting if line_id else self.waiting[: self.sent]):
@@ -4429,6 +4438,7 @@ class Client:
         self.partner = ""  # who spoke to us alone
         self.asking = False  # for names, because we were told to
         self.going = ""  # the channel that we have asked to join, instead
+        self.others: Set[str] = set()  # folded names of channels that a server has put us in, too
         self.welcomed = self.entered = self.leaving = False  # by a server; has been in the chat; wants to leave it
         self.link: Optional[Link] = None
         self.joined = False  # over this link
@@ -4467,7 +4477,7 @@ class Client:
     def connect(self) -> None:
         """Begins a new connection."""
         self.link = Link(*self.address, self.events, self.secured())
-        self.caps, self.negotiated, self.why, self.nick, self.tries = [], False, "", self.wanted, 0
+        self.caps, self.negotiated, self.why, self.nick, self.tries, self.others = [], False, "", self.wanted, 0, set()
         self.since = self.heard = time.monotonic()
         self.send("CAP", "LS", "302")
         if self.password:
@@ -4506,14 +4516,9 @@ class Client:
             if not echoed:
                 if len(self.outgoing.unsure) == 1:
                     self.send("PING", line.id)
-                self.view.show(Message("PRIVMSG", line[1:], self.source), True)
+                self.view.show(placed(self, Message("PRIVMSG", line[1:], self.source)), True)
             if self.pace.unread == UNREAD_LINES:
                 self.send("PING", READ)
-
-    def stay(self) -> None:
-        """The channel that we wanted to go to does not let us in."""
-        self.going = ""
-        self.flush()
 
     def leave(self, reason: str = "") -> None:
         """Ends the chat, as soon as the server has said goodbye."""
@@ -4589,7 +4594,7 @@ class Client:
         """A message, in its turn."""
         handler = ARRIVALS.get(message.command)
         if not (handler and handler(self, message)):
-            self.view.show(message, False)
+            self.view.show(placed(self, message), False)
 
     def _on_input(self, item: Any) -> None:
         self.view.input(self, item)
@@ -4604,6 +4609,14 @@ class Client:
             self.view.remark(f"Error: {refused.params[0]}")
             return
         ENTRIES.get(message.command, ENTRIES[""])(self, message)
+
+
+def placed(client: Client, message: Message) -> Message:
+    """A message as it is shown: marked where it is about a channel that is not ours."""
+    target = message.param(0)
+    if message.command == "QUIT" or not is_channel(target) or client.fold(target) == client.fold(client.channel):
+        return message
+    return message._replace(tags={**message.tags, ELSEWHERE_TAG: ""})
 
 
 def pieces_of(client: Client, target: str, message: Message) -> List[str]:
@@ -4659,13 +4672,30 @@ def watch(client: Client, now: float) -> None:
     elif client.past.asked and now > client.past.asked + CONNECT_S:
         catch_up(client)
     elif client.going and now > client.deadline:
-        client.stay()
+        stay(client)
     elif now > max(client.heard, client.asked) + ASK_S:
         if client.asked > client.heard:
             client.lose(f"{client.where} does not answer any more")
         else:
             client.send("PING", "are-you-there")
             client.asked = now
+
+
+def seek(client: Client, channel: str) -> None:
+    """We have asked to join a channel, or are sent on to it."""
+    if client.fold(channel) == client.fold(client.channel):
+        stay(client)
+        return
+    client.going, client.deadline = channel, time.monotonic() + CONNECT_S
+    if client.fold(channel) in client.others:  # so the server has nothing to answer
+        client.take(Message("JOIN", (channel,), client.source))
+        client.send("NAMES", channel)
+
+
+def stay(client: Client) -> None:
+    """The channel that we wanted to go to does not let us in."""
+    client.going = ""
+    client.flush()
 
 
 def catch_up(client: Client, more: bool = False) -> None:
@@ -4757,7 +4787,7 @@ def caps_changed(client: Client, verb: str, names: Set[str], wanted: List[str]) 
         client.caps = [name for name in client.caps if name not in names]
     for line in client.outgoing.doubt() if "echo-message" not in client.caps else ():
         client.send("PING", line.id)
-        client.view.show(Message("PRIVMSG", line[1:], client.source), True)
+        client.view.show(placed(client, Message("PRIVMSG", line[1:], client.source)), True)
 
 
 @arrival("PING")
@@ -4847,7 +4877,7 @@ def unfit_arrived(client: Client, message: Message) -> bool:
 def refusal_arrived(client: Client, message: Message) -> bool:
     """<numeric> <name> ... :<text>, which ends all hope unless we are in"""
     if client.joined:
-        client.stay()
+        stay(client)
         return refused_arrived(client, message)
     text, code = message.text, message.command
     if code == "464" and not client.password and not client.entered:
@@ -4862,6 +4892,20 @@ def refusal_arrived(client: Client, message: Message) -> bool:
         else "choose another with --channel"
     )
     raise Failed(f"cannot join {client.channel}: {text}; {hint}")
+
+
+@arrival("470")
+def forwarded_arrived(client: Client, message: Message) -> bool:
+    """470 <name> <channel> <other channel> :<text>: we are sent on to that one"""
+    asked, other = client.going or client.channel, message.param(2)
+    if client.fold(message.param(1)) != client.fold(asked) or not is_channel(other):
+        return False
+    if client.going:
+        client.outgoing.redirect(asked, other)
+        seek(client, other)
+    elif not client.joined:
+        client.channel = other
+    return False
 
 
 @arrival("401", "402", "404", "407", "411", "412", "417", "FAIL")
@@ -4881,12 +4925,24 @@ def refused_arrived(client: Client, message: Message) -> bool:
 @arrival("JOIN")
 def join_arrived(client: Client, message: Message) -> bool:
     """JOIN <channel>"""
+    place = client.fold(message.param(0))
     if message.nick != client.nick:
-        client.meet(message.nick)
-        return False
+        if place == client.fold(client.channel):
+            client.meet(message.nick)
+    elif place == client.fold(client.going or client.channel):
+        return let_in(client, message)
+    elif len(client.others) < PEOPLE and len(place) < NAME_CHARS:  # a server or a bouncer has put us there, too
+        client.others.add(place)
+    return False
+
+
+def let_in(client: Client, message: Message) -> bool:
+    """We are in the channel that we have asked to join."""
+    place = client.fold(message.param(0))
     again = client.entered and not client.joined
-    if client.joined and client.fold(message.param(0)) != client.fold(client.channel):
+    if client.joined and place != client.fold(client.channel):
         client.send("PART", client.channel)
+    client.others.discard(place)
     client.channel, client.source, client.people, client.going = message.param(0), message.source, {}, ""
     if not client.joined:
         client.joined = client.entered = True
@@ -4930,7 +4986,10 @@ def gone_arrived(client: Client, message: Message) -> bool:
             client.view.remark(f"you are no longer in {client.channel}; /join {client.channel} may bring you back")
             return True
         return False
-    return nick == client.nick  # our leaving of the channel that we come from
+    if nick != client.nick:
+        return False
+    client.others.discard(client.fold(message.param(0)))
+    return message.command == "PART"  # perhaps of the channel that we come from
 
 
 @arrival("MODE")
@@ -4964,7 +5023,7 @@ def names_arrived(client: Client, message: Message) -> bool:
 @arrival("366")
 def names_end_arrived(client: Client, message: Message) -> bool:
     """366 <name> <channel> :<text>"""
-    if not client.asking:
+    if not client.asking and client.fold(message.param(1)) == client.fold(client.channel):
         client.view.greet(client)
     client.asking = False
     return True
@@ -4984,7 +5043,7 @@ def said_arrived(client: Client, message: Message) -> bool:
         client.past.last = reference(client, message.tags) or client.past.last
     if mine:
         client.source = message.source
-        client.view.show(message, True)
+        client.view.show(placed(client, message), True)
         return True
     if message.text.startswith("\x01") and message.action is None:
         return True  # a CTCP request, or an answer to one that we have not made
@@ -5046,12 +5105,15 @@ def forward(client: Client, message: Message) -> None:
         client.view.remark("Error: not connected; only messages wait until we are")
         return
     client.asking = client.asking or message.command == "NAMES"
+    channel = message.param(0)
+    if message.command == "JOIN" and (client.going or "," in channel):
+        client.view.remark("Error: one channel at a time")
+        return
+    client.send(message.command, *message.params)
     if message.command == "JOIN":
         if message.param(1):
-            client.keys[fold(message.param(0))] = message.param(1)
-        if client.fold(message.param(0)) != client.fold(client.channel):
-            client.going, client.deadline = message.param(0), time.monotonic() + CONNECT_S
-    client.send(message.command, *message.params)
+            client.keys[fold(channel)] = message.param(1)
+        seek(client, channel)
 
 
 def enter_reply(client: Client, message: Message) -> None:
@@ -5268,7 +5330,7 @@ class Person(View):
         else:
             state = "connecting" if client.link else f"offline, next try in {math.ceil(client.deadline - now)} s"
         lines = [Message("PRIVMSG", line[1:], client.nick) for line in client.outgoing.waiting[-WAITING_ROWS:]]
-        waiting = [f"  ... {own_form(line)}" for line in lines]
+        waiting = [f"  ... {own_form(placed(client, line))}" for line in lines]
         question, text, cursor = self._editor.view()
         prompts = [question] if question else [f"[{state}] {harmless(client.nick)}> ", f"[{state}] ", "> "]
         self._screen.draw(waiting, prompts, text, cursor)
