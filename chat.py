@@ -179,6 +179,7 @@ LOG_BURST, LOG_INTERVAL_S = 200, 0.125  # of one kind, at once and then one each
 
 # The client.
 CONNECT_S = 10.0  # for a connection, and then for being let in
+ENTER_S = 120.0  # for being let in, by a server that is not silent meanwhile
 ASK_S = 30.0  # of silence before the client asks whether the server is there, and again before it gives up
 RETRY_S, RETRY_MAX_S = 0.5, 30.0  # pause before we first connect again, and the longest; each at random less
 GIVE_UP_S = 60.0  # without connection, for a pipe that ended: whoever waits for it wants an answer
@@ -4403,6 +4404,7 @@ class View:
         """Empties the screen."""
 
 
+ABOUT_CHANNELS = ("404", "442", "470", "482")  # errors that do not say that we cannot join: 470 sends us on
 READ = "read"  # a PING with this is answered when the server has read what was sent before
 # In the last words of a server that we should not come back to.
 EXPELLED = re.compile(r"\bkilled\b|\b[dgkqz]-?lined?\b|\bbanned\b", re.IGNORECASE)
@@ -4592,7 +4594,7 @@ class Client:
 
     def take(self, message: Message) -> None:
         """A message, in its turn."""
-        handler = ARRIVALS.get(message.command)
+        handler = refusal_arrived if is_refusal(self, message) else ARRIVALS.get(message.command)
         if not (handler and handler(self, message)):
             self.view.show(placed(self, message), False)
 
@@ -4646,6 +4648,14 @@ def is_expelled(client: Client) -> bool:
     return not client.joined or bool(EXPELLED.search(client.why))
 
 
+def is_refusal(client: Client, message: Message) -> bool:
+    """Whether an error can only be about our JOIN: there are more of them than anybody has listed."""
+    asked = client.going or ("" if client.joined else client.channel)
+    if not asked or message.command in ABOUT_CHANNELS or not re.fullmatch("[45][0-9][0-9]", message.command):
+        return False
+    return client.fold(message.param(1)) == client.fold(asked)
+
+
 def tick(client: Client, now: float) -> None:
     """Does what is due."""
     if client.leaving:
@@ -4667,7 +4677,7 @@ def watch(client: Client, now: float) -> None:
     elif not client.joined:
         if client.heard == client.since and now > client.since + CONNECT_S:
             client.lose(f"{client.where} does not answer as a chat or IRC server does; is --port right?")
-        elif now > client.heard + ASK_S:  # a server may look for our name and host first
+        elif now > min(client.heard + ASK_S, client.since + ENTER_S):  # a server may look for our name and host first
             client.lose(f"{client.where} does not let you in")
     elif client.past.asked and now > client.past.asked + CONNECT_S:
         catch_up(client)
@@ -4877,7 +4887,8 @@ def unfit_arrived(client: Client, message: Message) -> bool:
 def refusal_arrived(client: Client, message: Message) -> bool:
     """<numeric> <name> ... :<text>, which ends all hope unless we are in"""
     if client.joined:
-        stay(client)
+        if is_refusal(client, message):
+            stay(client)
         return refused_arrived(client, message)
     text, code = message.text, message.command
     if code == "464" and not client.password and not client.entered:

@@ -3598,84 +3598,6 @@ class AtOtherServers(PersonCase):
         item = json.loads(chat.JSON.encode(chat.parse(":ann!a@b PRIVMSG &local :hi")))
         self.assertEqual((item["type"], item["channel"]), ("chat", "&local"))
 
-    def test_channels_that_a_server_puts_us_in_are_not_ours(self) -> None:
-        self.screen.colours = False
-        self.client.source = "bob!b@h"
-        for line, shown in (
-            (":bob!b@h JOIN #lobby", "*** [#lobby] bob joined\n"),
-            (":s 353 bob = #lobby :bob dan eve", ""),
-            (":s 366 bob #lobby :End", ""),
-            (":dan!d@h JOIN #lobby", "*** [#lobby] dan joined\n"),
-            (":dan!d@h PRIVMSG #lobby :hi bob", "[#lobby] dan: hi bob\n"),
-            (":dan!d@h PRIVMSG #lobby :\x01ACTION waves\x01", "[#lobby] * dan waves\n"),
-            (":bob!b@h PRIVMSG #lobby :an echo", "[#lobby] bob: an echo\n"),
-            (":dan!d@h TOPIC #lobby :cakes", "*** [#lobby] dan set the topic: cakes\n"),
-            (":s NOTICE #lobby :be nice", "*** [#lobby] be nice\n"),
-            (":dan!d@h KICK #lobby eve :shoo", "*** [#lobby] eve was kicked out by dan: shoo\n"),
-            (":dan!d@h PART #lobby", "*** [#lobby] dan left\n"),
-            (":eve!e@h QUIT :#lobby", "*** eve left: #lobby\n"),
-            (":ann!a@h PRIVMSG @#CHAT :for operators", "[@#CHAT] ann: for operators\n"),
-            (":ann!a@h PRIVMSG #CHAT :ours", "ann: ours\n"),
-            (":ann!a@h PRIVMSG bob :alone", "[private] ann: alone\n"),
-        ):
-            with self.subTest(line):
-                written = re.sub(r"\r\x1b\[K|\a|\d\d:\d\d ", "", self.arrive(line))
-                self.assertEqual(written, shown and f"{shown}[#chat 2] bob> ")
-        self.client.caps, self.client.link = ["echo-message"], mock.Mock()
-        self.assertIn("  ... [#lobby] bob: hi all\n", self.type("/msg #lobby hi all"))
-        self.assertIn("  ... bob: hello\n", self.type("hello"))
-        self.assertEqual([line.target for line in self.client.outgoing.waiting], ["#lobby", "#chat"])
-        self.assertEqual(self.lines, [])
-
-    def test_a_bouncer_brings_channels_of_its_own(self) -> None:
-        self.client.joined, self.client.people = False, {}
-        self.client.outgoing.add("#chat", "secret")
-        link = mock.Mock(stuck=False)
-        for channel in ("#a", "#chat", "#zebra"):
-            self.assertEqual(self.client.joined, channel == "#zebra")
-            self.arrive(f":bob!b@h JOIN {channel}", f":s 353 bob = {channel} :bob ann {channel[1:]}")
-        self.assertEqual((self.client.channel, self.lines), ("#chat", []))
-        self.assertEqual(list(self.client.people), ["bob", "ann", "chat"])
-        self.client.link = link
-        self.client.flush()
-        self.assertEqual(link.send.call_args[0][0].params, ("#chat", "secret"))
-
-    def test_going_to_a_channel_that_we_are_in(self) -> None:
-        self.client.source = "bob!b@h"
-        self.arrive(":bob!b@h JOIN #Lobby", ":bob!b@h JOIN #tea", ":bob!b@h PART #tea")
-        self.type("/join #lobby")  # no answer will come
-        self.assertEqual((self.client.channel, self.client.going, self.client.people), ("#lobby", "", {}))
-        self.assertEqual(self.lines, ["JOIN #lobby", "PART #chat", "NAMES #lobby"])
-        self.assertNotIn("left", self.arrive(":bob!b@h PART #chat"))
-        self.assertIn("here: dan", self.arrive(":s 353 bob = #Lobby :dan bob", ":s 366 bob #Lobby :End"))
-        self.type("/join #tea")
-        self.assertEqual((self.client.channel, self.client.going), ("#lobby", "#tea"))
-
-    def test_a_server_may_send_us_on(self) -> None:
-        for joined in (True, False):
-            with self.subTest(joined):
-                self.client.channel, self.client.joined, self.client.outgoing = "#chat", joined, chat.Outgoing()
-                self.lines.clear()
-                asked = "#full" if joined else "#chat"
-                if joined:
-                    self.type("/join #full")
-                    self.type("hello, full")
-                self.arrive(":s 470 bob #else #wrong :no", ":bob!b@h JOIN #wrong")
-                self.assertIn("Error: on", self.arrive(f":s 470 bob {asked} ##over :on", ":s 470 bob #full :odd"))
-                self.arrive(":bob!b@h JOIN ##over")
-                self.assertEqual((self.client.channel, self.client.going, self.client.joined), ("##over", "", True))
-                self.assertEqual(self.lines, ["JOIN #full", "PART #chat"] if joined else [])
-                self.assertEqual([line.target for line in self.client.outgoing.waiting], ["##over"] if joined else [])
-        self.type("/join #full")
-        self.arrive(":s 470 bob #full ##over :Forwarding")  # where we are
-        self.assertEqual((self.client.channel, self.client.going), ("##over", ""))
-
-    def test_one_channel_at_a_time(self) -> None:
-        self.assertIn("Error: one channel at a time", self.type("/join #a,#b"))
-        self.assertNotIn("Error", self.type("/join #a"))
-        self.assertIn("Error: one channel at a time", self.type("/join #b"))
-        self.assertEqual((self.client.going, self.lines), ("#a", ["JOIN #a"]))
-
     def test_ctcp_is_not_shown_nor_answered(self) -> None:
         for line in (":ann!a@b PRIVMSG bob :\x01VERSION\x01", ":ann!a@b NOTICE bob :\x01PING 1\x01"):
             self.assertNotIn("ann", self.arrive(line))
@@ -3771,7 +3693,13 @@ class AtOtherServers(PersonCase):
     def test_a_server_may_look_for_our_host_first(self) -> None:
         self.client.joined = self.client.entered = False
         self.client.link = mock.Mock(stuck=False)
-        for heard, now, text in ((0, 11, "is --port right"), (5, 34, ""), (5, 36, "does not let you in")):
+        for heard, now, text in (
+            (0, 11, "is --port right"),
+            (5, 34, ""),
+            (5, 36, "does not let you in"),
+            (100, 119, ""),
+            (110, 121, "does not let you in"),  # however often it asks whether we are there
+        ):
             self.client.since, self.client.heard = 1000.0, 1000.0 + heard
             with self.subTest(now), contextlib.ExitStack() as stack:
                 if text:
@@ -3784,6 +3712,103 @@ class AtOtherServers(PersonCase):
         self.client.joined = False
         self.arrive(":s 001 bob :hi")
         self.assertEqual(self.lines, ["JOIN #b sesame", "PART #chat", "JOIN #b sesame"])
+
+
+class WhichChannelIsOurs(PersonCase):
+    """Where a client takes itself to be, whatever a server does with it."""
+
+    def test_channels_that_a_server_puts_us_in_are_not_ours(self) -> None:
+        self.screen.colours = False
+        self.client.source = "bob!b@h"
+        for line, shown in (
+            (":bob!b@h JOIN #lobby", "*** [#lobby] bob joined\n"),
+            (":s 353 bob = #lobby :bob dan eve", ""),
+            (":s 366 bob #lobby :End", ""),
+            (":dan!d@h JOIN #lobby", "*** [#lobby] dan joined\n"),
+            (":dan!d@h PRIVMSG #lobby :hi bob", "[#lobby] dan: hi bob\n"),
+            (":dan!d@h PRIVMSG #lobby :\x01ACTION waves\x01", "[#lobby] * dan waves\n"),
+            (":bob!b@h PRIVMSG #lobby :an echo", "[#lobby] bob: an echo\n"),
+            (":dan!d@h TOPIC #lobby :cakes", "*** [#lobby] dan set the topic: cakes\n"),
+            (":s NOTICE #lobby :be nice", "*** [#lobby] be nice\n"),
+            (":dan!d@h KICK #lobby eve :shoo", "*** [#lobby] eve was kicked out by dan: shoo\n"),
+            (":dan!d@h PART #lobby", "*** [#lobby] dan left\n"),
+            (":eve!e@h QUIT :#lobby", "*** eve left: #lobby\n"),
+            (":ann!a@h PRIVMSG @#CHAT :for operators", "[@#CHAT] ann: for operators\n"),
+            (":ann!a@h PRIVMSG #CHAT :ours", "ann: ours\n"),
+            (":ann!a@h PRIVMSG bob :alone", "[private] ann: alone\n"),
+        ):
+            with self.subTest(line):
+                written = re.sub(r"\r\x1b\[K|\a|\d\d:\d\d ", "", self.arrive(line))
+                self.assertEqual(written, shown and f"{shown}[#chat 2] bob> ")
+        self.client.caps, self.client.link = ["echo-message"], mock.Mock()
+        self.assertIn("  ... [#lobby] bob: hi all\n", self.type("/msg #lobby hi all"))
+        self.assertIn("  ... bob: hello\n", self.type("hello"))
+        self.assertEqual([line.target for line in self.client.outgoing.waiting], ["#lobby", "#chat"])
+        self.assertEqual(self.lines, [])
+
+    def test_a_bouncer_brings_channels_of_its_own(self) -> None:
+        self.client.joined, self.client.people = False, {}
+        self.client.outgoing.add("#chat", "secret")
+        link = mock.Mock(stuck=False)
+        for channel in ("#a", "#chat", "#zebra"):
+            self.assertEqual(self.client.joined, channel == "#zebra")
+            self.arrive(f":bob!b@h JOIN {channel}", f":s 353 bob = {channel} :bob ann {channel[1:]}")
+        self.assertEqual((self.client.channel, self.lines), ("#chat", []))
+        self.assertEqual(list(self.client.people), ["bob", "ann", "chat"])
+        self.client.link = link
+        self.client.flush()
+        self.assertEqual(link.send.call_args[0][0].params, ("#chat", "secret"))
+
+    def test_going_to_a_channel_that_we_are_in(self) -> None:
+        self.client.source = "bob!b@h"
+        self.arrive(":bob!b@h JOIN #Lobby", ":bob!b@h JOIN #tea", ":bob!b@h PART #tea")
+        self.type("/join #lobby")  # no answer will come
+        self.assertEqual((self.client.channel, self.client.going, self.client.people), ("#lobby", "", {}))
+        self.assertEqual(self.lines, ["JOIN #lobby", "PART #chat", "NAMES #lobby"])
+        self.assertNotIn("left", self.arrive(":bob!b@h PART #chat"))
+        self.assertIn("here: dan", self.arrive(":s 353 bob = #Lobby :dan bob", ":s 366 bob #Lobby :End"))
+        self.type("/join #tea")
+        self.assertEqual((self.client.channel, self.client.going), ("#lobby", "#tea"))
+
+    def test_a_server_may_send_us_on(self) -> None:
+        for joined in (True, False):
+            with self.subTest(joined):
+                self.client.channel, self.client.joined, self.client.outgoing = "#chat", joined, chat.Outgoing()
+                self.lines.clear()
+                asked = "#full" if joined else "#chat"
+                if joined:
+                    self.type("/join #full")
+                    self.type("hello, full")
+                self.arrive(":s 470 bob #else #wrong :no", ":bob!b@h JOIN #wrong")
+                self.assertIn("Error: on", self.arrive(f":s 470 bob {asked} ##over :on", ":s 470 bob #full :odd"))
+                self.arrive(":bob!b@h JOIN ##over")
+                self.assertEqual((self.client.channel, self.client.going, self.client.joined), ("##over", "", True))
+                self.assertEqual(self.lines, ["JOIN #full", "PART #chat"] if joined else [])
+                self.assertEqual([line.target for line in self.client.outgoing.waiting], ["##over"] if joined else [])
+        self.type("/join #full")
+        self.arrive(":s 470 bob #full ##over :Forwarding")  # where we are
+        self.assertEqual((self.client.channel, self.client.going), ("##over", ""))
+
+    def test_whatever_is_said_of_the_channel_is_a_refusal(self) -> None:
+        for code in ("405", "407", "437", "439", "448", "471", "477", "479", "480", "489", "495", "500", "520", "599"):
+            with self.subTest(code):
+                self.client.joined = True
+                self.type("/join #Tea")
+                for other in (f"{code} bob #else :no", "404 bob #tea :no", "482 bob #tea :no", "332 bob #tea :cakes"):
+                    self.arrive(f":s {other}")
+                    self.assertEqual(self.client.going, "#Tea", other)
+                self.assertIn("Error: not you", self.arrive(f":s {code} bob #tea :not you"))
+                self.assertEqual(self.client.going, "")
+                self.client.joined = False
+                self.arrive(":s 470 bob #chat :on")
+                with self.assertRaisesRegex(chat.Failed, "^cannot join #chat: not you; choose another with --channel$"):
+                    self.arrive(f":s {code} bob #CHAT :not you")
+
+    def test_one_channel_at_a_time(self) -> None:
+        self.assertIn("Error: one channel at a time", self.type("/join #a,#b"))
+        self.assertNotIn("Error", self.type("/join #a"))
+        self.assertIn("Error: one channel at a time", self.type("/join #b"))
+        self.assertEqual((self.client.going, self.lines), ("#a", ["JOIN #a"]))
 
 
 class AtAStrictServer(PersonCase):
