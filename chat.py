@@ -4440,6 +4440,7 @@ class Client:
         self.partner = ""  # who spoke to us alone
         self.asking = False  # for names, because we were told to
         self.going = ""  # the channel that we have asked to join, instead
+        self.out = False  # of our channel: put out of it, and not in one again
         self.others: Set[str] = set()  # folded names of channels that a server has put us in, too
         self.welcomed = self.entered = self.leaving = False  # by a server; has been in the chat; wants to leave it
         self.link: Optional[Link] = None
@@ -4541,7 +4542,7 @@ class Client:
             self.link.close()
         hopeless = not self.entered or not self.reconnects or is_expelled(self)
         joined, self.link, self.joined = self.joined, None, False
-        self.channel, self.going = self.going or self.channel, ""
+        self.channel, self.going, self.out = self.going or self.channel, "", self.out and not self.going
         self.past.end()
         if self.leaving:
             self.end()
@@ -4693,7 +4694,7 @@ def watch(client: Client, now: float) -> None:
 
 def seek(client: Client, channel: str) -> None:
     """We have asked to join a channel, or are sent on to it."""
-    if client.fold(channel) == client.fold(client.channel):
+    if client.fold(channel) == client.fold(client.channel) and not client.out:
         stay(client)
         return
     client.going, client.deadline = channel, time.monotonic() + CONNECT_S
@@ -4831,6 +4832,11 @@ def welcome_arrived(client: Client, message: Message) -> bool:
     client.welcomed = True
     client.pace = Pace(RESUME_CAP in client.caps)
     client.fold = fold if client.pace.free else folding(client.isupport.get("CASEMAPPING", "rfc1459"))
+    if client.out:
+        client.joined, client.since, client.people = True, time.monotonic(), {}
+        client.source = f"{client.nick}!{client.source.partition('!')[2]}"
+        client.view.remark(f"connected again, not in {client.channel}; /join {client.channel} may bring you back")
+        return True
     key = client.keys.get(fold(client.channel))
     client.send("JOIN", client.channel, *([key] if key else []))
     return True
@@ -4951,10 +4957,11 @@ def let_in(client: Client, message: Message) -> bool:
     """We are in the channel that we have asked to join."""
     place = client.fold(message.param(0))
     again = client.entered and not client.joined
-    if client.joined and place != client.fold(client.channel):
+    if client.joined and not client.out and place != client.fold(client.channel):
         client.send("PART", client.channel)
     client.others.discard(place)
-    client.channel, client.source, client.people, client.going = message.param(0), message.source, {}, ""
+    client.channel, client.source, client.people = message.param(0), message.source, {}
+    client.going, client.out = "", False
     if not client.joined:
         client.joined = client.entered = True
         client.since = time.monotonic()
@@ -4993,6 +5000,7 @@ def gone_arrived(client: Client, message: Message) -> bool:
     if message.command == "QUIT" or client.fold(message.param(0)) == client.fold(client.channel):
         client.people.pop(client.fold(nick), None)
         if client.fold(nick) == client.fold(client.nick) and message.command != "QUIT":
+            client.out = client.joined
             client.view.show(message, False)
             client.view.remark(f"you are no longer in {client.channel}; /join {client.channel} may bring you back")
             return True

@@ -3804,6 +3804,43 @@ class WhichChannelIsOurs(PersonCase):
                 with self.assertRaisesRegex(chat.Failed, "^cannot join #chat: not you; choose another with --channel$"):
                     self.arrive(f":s {code} bob #CHAT :not you")
 
+    def test_who_was_kicked_comes_back_only_by_join(self) -> None:
+        self.client.source = "bob!b@h"
+        self.arrive(":ann!a@b KICK #chat bob :out")
+        for name in ("bob", "bob2"):
+            self.client.lose("gone")
+            self.assertIn(
+                "*** connected again, not in #chat; /join #chat may bring you back", self.arrive(f":s 001 {name} :Hi")
+            )
+            self.assertEqual((self.lines, self.client.people, self.client.source), ([], {}, f"{name}!b@h"))
+        self.type("/join #chat")
+        self.assertEqual((self.client.going, self.lines), ("#chat", ["JOIN #chat"]))
+        self.arrive(":s 474 bob2 #chat :banned")
+        self.client.lose("gone")
+        self.arrive(":s 001 bob2 :Hi")
+        self.type("/join #chat")
+        self.assertNotIn("connected again", self.arrive(":bob2!b@h JOIN #chat"))
+        self.client.lose("gone")
+        self.arrive(":s 001 bob2 :Hi")
+        self.assertEqual(self.lines, ["JOIN #chat"] * 3)
+
+    def test_who_was_kicked_and_goes_elsewhere_does_so_after_a_loss(self) -> None:
+        self.arrive(":ann!a@b KICK #chat bob :out")
+        self.type("/join #tea")
+        self.client.lose("gone")
+        self.arrive(":s 001 bob :Hi", ":bob!b@h JOIN #tea")
+        self.assertEqual((self.client.channel, self.lines), ("#tea", ["JOIN #tea", "JOIN #tea"]))
+
+    def test_who_was_kicked_does_not_leave_once_more(self) -> None:
+        for reason in (":ann!a@b KICK #chat bob :out", ":bob!b@h PART #chat"):
+            self.arrive(reason)
+            self.type("/join #tea")
+            self.arrive(":bob!b@h JOIN #tea")
+            self.type("/join #chat")
+            self.arrive(":bob!b@h JOIN #chat")
+            self.assertEqual(self.lines, ["JOIN #tea", "JOIN #chat", "PART #tea"])
+            self.lines.clear()
+
     def test_one_channel_at_a_time(self) -> None:
         self.assertIn("Error: one channel at a time", self.type("/join #a,#b"))
         self.assertNotIn("Error", self.type("/join #a"))
