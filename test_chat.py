@@ -3551,6 +3551,19 @@ class WhatItMeans(PersonCase):
             self.assertIn(shown, self.arrive(line))
         self.assertEqual(len(self.client.outgoing), 1)
 
+    def test_a_name_that_is_taken_later_changes_nothing(self) -> None:
+        self.type("/nick ann")
+        self.assertIn("*** Error: taken", self.arrive(":s 433 bob ann :taken"))
+        self.assertEqual((self.lines, self.client.nick, self.client.wanted), (["NICK ann"], "bob", "bob"))
+        self.arrive(":s 433 bob bob :taken")  # not even then
+        self.assertEqual(self.lines, ["NICK ann"])
+
+    def test_our_own_leaving_comes_back(self) -> None:
+        written = self.arrive(":bob!b@h QUIT :Quit: bye")
+        self.assertIn("*** bob left: Quit: bye", written)
+        self.assertNotIn("/join", written)
+        self.assertEqual((list(self.client.people), self.client.out), (["ann"], False))
+
     def test_being_kicked(self) -> None:
         written = self.arrive(":ann!a@b KICK #chat BOB :go away")
         self.assertIn("*** BOB was kicked out by ann: go away", written)
@@ -3740,11 +3753,16 @@ class WhichChannelIsOurs(PersonCase):
             with self.subTest(line):
                 written = re.sub(r"\r\x1b\[K|\a|\d\d:\d\d ", "", self.arrive(line))
                 self.assertEqual(written, shown and f"{shown}[#chat 2] bob> ")
-        self.client.caps, self.client.link = ["echo-message"], mock.Mock()
+        self.client.link = mock.Mock()
+        self.assertIn(" [#lobby] bob: not echoed\n", self.type("/msg #lobby not echoed"))
+        self.lines.clear()
+        self.client.caps, self.client.negotiated = ["echo-message"], True
         self.assertIn("  ... [#lobby] bob: hi all\n", self.type("/msg #lobby hi all"))
         self.assertIn("  ... bob: hello\n", self.type("hello"))
         self.assertEqual([line.target for line in self.client.outgoing.waiting], ["#lobby", "#chat"])
         self.assertEqual(self.lines, [])
+        self.client.link = None
+        self.assertIn(" [#lobby] bob: hi all\n", self.arrive(":s CAP bob DEL :echo-message"))
 
     def test_a_bouncer_brings_channels_of_its_own(self) -> None:
         self.client.joined, self.client.people = False, {}
@@ -3767,8 +3785,23 @@ class WhichChannelIsOurs(PersonCase):
         self.assertEqual(self.lines, ["JOIN #lobby", "PART #chat", "NAMES #lobby"])
         self.assertNotIn("left", self.arrive(":bob!b@h PART #chat"))
         self.assertIn("here: dan", self.arrive(":s 353 bob = #Lobby :dan bob", ":s 366 bob #Lobby :End"))
-        self.type("/join #tea")
+        self.type("/join #tea")  # no longer
         self.assertEqual((self.client.channel, self.client.going), ("#lobby", "#tea"))
+
+    def test_a_channel_that_we_were_in_is_joined_anew(self) -> None:
+        self.client.source = "bob!b@h"
+        self.arrive(":bob!b@h JOIN #lobby", ":bob!b@h JOIN #tea")
+        self.type("/join #lobby")
+        self.arrive(":ann!a@b KICK #lobby bob :out")
+        self.type("/join #lobby")
+        self.assertEqual(self.client.going, "#lobby")
+        self.client.lose("gone")
+        with mock.patch.object(chat, "Link"):
+            self.client.connect()
+        self.client.link = None
+        self.arrive(":s 001 bob :Hi", ":bob!b@h JOIN #lobby")
+        self.type("/join #tea")
+        self.assertEqual(self.client.going, "#tea")
 
     def test_a_server_may_send_us_on(self) -> None:
         for joined in (True, False):
@@ -3840,6 +3873,18 @@ class WhichChannelIsOurs(PersonCase):
             self.arrive(":bob!b@h JOIN #chat")
             self.assertEqual(self.lines, ["JOIN #tea", "JOIN #chat", "PART #tea"])
             self.lines.clear()
+
+    def test_a_join_that_is_never_answered_ends(self) -> None:
+        self.client.link = mock.Mock(stuck=False)
+        self.client.caps = ["echo-message"]
+        with mock.patch.object(chat, "CONNECT_S", 3.0):
+            self.type("/join #tea")
+            self.type("hello")
+            self.client.heard = self.client.deadline
+            for late, going, sent in ((-1, "#tea", 0), (1, "", 1)):
+                chat.tick(self.client, self.client.deadline + late)
+                self.assertEqual((self.client.going, self.client.link.send.call_count), (going, sent))
+        self.assertEqual((self.client.channel, self.lines), ("#chat", ["JOIN #tea"]))
 
     def test_one_channel_at_a_time(self) -> None:
         self.assertIn("Error: one channel at a time", self.type("/join #a,#b"))
@@ -3929,7 +3974,7 @@ class FromAHostileServer(PersonCase):
             for number in range(5):
                 self.arrive(f":n{number}!a@b JOIN #chat", f":s 353 bob = #chat :m{number} {'x' * 200}")
                 self.arrive(f":bob!b@h JOIN #o{number}", f":bob!b@h JOIN #{'x' * 200}")
-        self.assertEqual((len(self.client.people), len(self.client.others)), (3, 3))
+        self.assertEqual((len(self.client.people), self.client.others), (3, {"#o0", "#o1", "#o2"}))
         self.client.joined = False
         with self.assertRaises(chat.Failed):
             for _ in range(chat.SAME_NAMES + 1):
