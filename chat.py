@@ -180,6 +180,7 @@ LOG_BURST, LOG_INTERVAL_S = 200, 0.125  # of one kind, at once and then one each
 
 # The client.
 CONNECT_S = 10.0  # for a connection, and then for being let in
+ENTER_S = 120.0  # for being let in, by a server that is not silent meanwhile
 ASK_S = 30.0  # of silence before the client asks whether the server is there, and again before it gives up
 RETRY_S, RETRY_MAX_S = 0.5, 30.0  # pause before we first connect again, and the longest; each at random less
 GIVE_UP_S = 60.0  # without connection, for a pipe that ended: whoever waits for it wants an answer
@@ -497,6 +498,7 @@ ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msg
 BY_TAG = "chat.py/by"  # only in the history: who used that id
 REPLAYED_TAG = "chat.py/replayed"  # on what was said before, for clients that did not ask
 COUNT_TAG = "chat.py/here"  # on JOIN: how many are in the channel now
+ELSEWHERE_TAG = "chat.py/elsewhere"  # only in the client: on what is about a channel that is not ours
 FOR_TAG = "chat.py/for"  # only in the log: the capability without which an IRC client is not told
 
 
@@ -679,6 +681,8 @@ EVENT_FORMS = {
     "NOTICE": ("notice", "{text}"),  # from a server
     "ERROR": ("closing", "{text}"),
     "FAIL": ("fail", "Error: {text}"),
+    "WARN": ("warn", "Warning: {text}"),
+    "NOTE": ("note", "{text}"),
 }
 OWN_REASON = "Quit: "  # before a reason that a user gave, lest it pass for one of the server's; people need not see it
 OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats (direction, zero width), separators
@@ -733,14 +737,16 @@ def text_form(message: Message, name: Callable[[str], str] = harmless) -> str:
 
     `name` makes the sender's name so, and may colour it.
     """
+    place = f"[{harmless(message.param(0))}] " if ELSEWHERE_TAG in message.tags else ""
     if is_system(message):
         text = event_of(message)[1]
-        return text and f"*** {text}"
-    private = "" if is_channel(message.param(0)) else "[private] "
+        return text and f"*** {place}{text}"
+    if not is_channel(message.param(0)):
+        place = "[private] "
     doing = message.action
     if doing is not None:
-        return f"{private}* {name(message.nick)} {harmless(doing)}"
-    return f"{private}{name(message.nick)}: {harmless(message.text)}"
+        return f"{place}* {name(message.nick)} {harmless(doing)}"
+    return f"{place}{name(message.nick)}: {harmless(message.text)}"
 
 
 class Slash(NamedTuple):
@@ -4333,6 +4339,12 @@ class Outgoing:
             self.unsure.append(line)
         return line
 
+    def redirect(self, old: str, new: str) -> None:
+        """What has not been sent to one channel is for another one."""
+        for index, line in enumerate(self.waiting[self.sent :], self.sent):
+            if line.target == old:
+                self.waiting[index] = line._replace(target=new)
+
     def settle(self, target: str, line_id: str = "", fold: Callable[[str], str] = fold) -> bool:
         """Something came of a line: of the one with this id; without, of the first to the target or to anybody."""
         for index, line in enumerate(self.waiting if line_id else self.waiting[: self.sent]):
@@ -4390,6 +4402,7 @@ class Past:
         self.asked = 0.0  # monotonic: since when we wait for an answer
         self.channel = ""  # which it is about
         self.missed = False  # it is about what we missed, not what was before we came
+        self.most = PAGE_LINES  # messages that it may have
         self.batch = ""  # the answer's reference
         self.page: List[Message] = []  # the answer
         self.held: List[Message] = []  # what was said meanwhile
@@ -4401,8 +4414,6 @@ class Past:
         if msgid in self._seen:
             return False
         if msgid:
-            if is_channel(message.param(0)):
-                self.last = f"msgid={msgid}"
             self._seen[msgid] = None
             if len(self._seen) > SEEN_IDS:
                 del self._seen[next(iter(self._seen))]
@@ -4418,18 +4429,18 @@ class Past:
             return False
         return True
 
-    def ask(self, channel: str, replay: int) -> List[str]:
-        """The command that asks for the last lines, or with 0 for those that we missed."""
+    def ask(self, channel: str, replay: int, most: int = PAGE_LINES) -> List[str]:
+        """The command that asks for the last lines, or with 0 for those that we missed; for `most` at a time."""
         self.asked, self.missed, self.batch, self.page = time.monotonic(), not replay, "", []
-        self.channel = channel
+        self.channel, self.most = channel, most
         if self.last and not replay:
-            return ["CHATHISTORY", "AFTER", channel, self.last, str(PAGE_LINES)]
-        return ["CHATHISTORY", "LATEST", channel, "*", str(replay or PAGE_LINES)]
+            return ["CHATHISTORY", "AFTER", channel, self.last, str(most)]
+        return ["CHATHISTORY", "LATEST", channel, "*", str(min(replay or most, most))]
 
     def answered(self) -> Tuple[List[Message], bool]:
         """The answer, and whether there may be more."""
         page, self.page, self.batch = self.page, [], ""
-        return page, self.missed and len(page) == PAGE_LINES and bool(self.last)
+        return page, self.missed and len(page) >= self.most and bool(self.last)
 
     def end(self) -> List[Message]:
         """No answer is waited for any more; returns what was held."""
@@ -4466,6 +4477,7 @@ class View:
         """Empties the screen."""
 
 
+ABOUT_CHANNELS = ("404", "442", "470", "482")  # errors that do not say that we cannot join: 470 sends us on
 READ = "read"  # a PING with this is answered when the server has read what was sent before
 # In the last words of a server that we should not come back to.
 EXPELLED = re.compile(r"\bkilled\b|\b[dgkqz]-?lined?\b|\bbanned\b", re.IGNORECASE)
@@ -4501,6 +4513,8 @@ class Client:
         self.partner = ""  # who spoke to us alone
         self.asking = False  # for names, because we were told to
         self.going = ""  # the channel that we have asked to join, instead
+        self.out = False  # of our channel: put out of it, and not in one again
+        self.others: Set[str] = set()  # folded names of channels that a server has put us in, too
         self.welcomed = self.entered = self.leaving = False  # by a server; has been in the chat; wants to leave it
         self.link: Optional[Link] = None
         self.joined = False  # over this link
@@ -4539,7 +4553,7 @@ class Client:
     def connect(self) -> None:
         """Begins a new connection."""
         self.link = Link(*self.address, self.events, self.secured())
-        self.caps, self.negotiated, self.why, self.nick, self.tries = [], False, "", self.wanted, 0
+        self.caps, self.negotiated, self.why, self.nick, self.tries, self.others = [], False, "", self.wanted, 0, set()
         self.since = self.heard = time.monotonic()
         self.send("CAP", "LS", "302")
         if self.password:
@@ -4559,7 +4573,7 @@ class Client:
 
     def say(self, message: Message) -> None:
         """Sends a PRIVMSG, as several if need be, now or when the connection is back."""
-        for target in message.params[0].split(","):
+        for target in filter(None, message.params[0].split(",")):
             pieces = pieces_of(self, target, message)
             if not pieces:
                 self.view.remark("Error: that name is too long")
@@ -4578,14 +4592,9 @@ class Client:
             if not echoed:
                 if len(self.outgoing.unsure) == 1:
                     self.send("PING", line.id)
-                self.view.show(Message("PRIVMSG", line[1:], self.source), True)
+                self.view.show(placed(self, Message("PRIVMSG", line[1:], self.source)), True)
             if self.pace.unread == UNREAD_LINES:
                 self.send("PING", READ)
-
-    def stay(self) -> None:
-        """The channel that we wanted to go to does not let us in."""
-        self.going = ""
-        self.flush()
 
     def leave(self, reason: str = "") -> None:
         """Ends the chat, as soon as the server has said goodbye."""
@@ -4606,7 +4615,7 @@ class Client:
             self.link.close()
         hopeless = not self.entered or not self.reconnects or is_expelled(self)
         joined, self.link, self.joined = self.joined, None, False
-        self.channel, self.going = self.going or self.channel, ""
+        self.channel, self.going, self.out = self.going or self.channel, "", self.out and not self.going
         self.past.end()
         if self.leaving:
             self.end()
@@ -4659,9 +4668,9 @@ class Client:
 
     def take(self, message: Message) -> None:
         """A message, in its turn."""
-        handler = ARRIVALS.get(message.command)
+        handler = refusal_arrived if is_refusal(self, message) else ARRIVALS.get(message.command)
         if not (handler and handler(self, message)):
-            self.view.show(message, False)
+            self.view.show(placed(self, message), False)
 
     def _on_input(self, item: Any) -> None:
         self.view.input(self, item)
@@ -4678,11 +4687,19 @@ class Client:
         ENTRIES.get(message.command, ENTRIES[""])(self, message)
 
 
+def placed(client: Client, message: Message) -> Message:
+    """A message as it is shown: marked where it is about a channel that is not ours."""
+    target = message.param(0)
+    if message.command == "QUIT" or not is_channel(target) or client.fold(target) == client.fold(client.channel):
+        return message
+    return message._replace(tags={**message.tags, ELSEWHERE_TAG: ""})
+
+
 def pieces_of(client: Client, target: str, message: Message) -> List[str]:
     """What a message says, in pieces that fit in a line with our prefix; none where the target is too long."""
     nick = client.nick.ljust(number_of(client, "NICKLEN", NICK_CHARS, NICK_BYTES))  # it may change on the way
     rest = client.source.partition("!")[2] or f"~{'u' * USER_CHARS}@{'h' * 64}"
-    size = number_of(client, "LINELEN", LINE_BYTES, SERVER_INPUT_BYTES - TAG_BYTES)
+    size = max(number_of(client, "LINELEN", LINE_BYTES, SERVER_INPUT_BYTES - TAG_BYTES), LINE_BYTES)
     room = size - 2 - len(f":{nick}!{rest} PRIVMSG {target} :".encode())
     if room < MIN_PIECE:
         return []
@@ -4703,6 +4720,14 @@ def is_expelled(client: Client) -> bool:
     if client.pace.free or not client.why:
         return False
     return not client.joined or bool(EXPELLED.search(client.why))
+
+
+def is_refusal(client: Client, message: Message) -> bool:
+    """Whether an error can only be about our JOIN: there are more of them than anybody has listed."""
+    asked = client.going or ("" if client.joined else client.channel)
+    if not asked or message.command in ABOUT_CHANNELS or not re.fullmatch("[45][0-9][0-9]", message.command):
+        return False
+    return client.fold(message.param(1)) == client.fold(asked)
 
 
 def tick(client: Client, now: float) -> None:
@@ -4726,18 +4751,35 @@ def watch(client: Client, now: float) -> None:
     elif not client.joined:
         if client.heard == client.since and now > client.since + CONNECT_S:
             client.lose(f"{client.where} does not answer as a chat or IRC server does; is --port right?")
-        elif now > client.heard + ASK_S:  # a server may look for our name and host first
+        elif now > min(client.heard + ASK_S, client.since + ENTER_S):  # a server may look for our name and host first
             client.lose(f"{client.where} does not let you in")
     elif client.past.asked and now > client.past.asked + CONNECT_S:
         catch_up(client)
     elif client.going and now > client.deadline:
-        client.stay()
+        stay(client)
     elif now > max(client.heard, client.asked) + ASK_S:
         if client.asked > client.heard:
             client.lose(f"{client.where} does not answer any more")
         else:
             client.send("PING", "are-you-there")
             client.asked = now
+
+
+def seek(client: Client, channel: str) -> None:
+    """We have asked to join a channel, or are sent on to it."""
+    if client.fold(channel) == client.fold(client.channel) and not client.out:
+        stay(client)
+        return
+    client.going, client.deadline = channel, time.monotonic() + CONNECT_S
+    if client.fold(channel) in client.others:  # so the server has nothing to answer
+        client.take(Message("JOIN", (channel,), client.source))
+        client.send("NAMES", channel)
+
+
+def stay(client: Client) -> None:
+    """The channel that we wanted to go to does not let us in."""
+    client.going = ""
+    client.flush()
 
 
 def catch_up(client: Client, more: bool = False) -> None:
@@ -4751,11 +4793,24 @@ def catch_up(client: Client, more: bool = False) -> None:
     if before:
         client.view.remark("end of what was said before you came")
     if full and more:
-        client.send(*client.past.ask(client.channel, 0))
+        recall(client, 0)
         return
     for message in client.past.end():
         client.take(message)
     client.flush()
+
+
+def recall(client: Client, replay: int) -> None:
+    """Asks for the last lines of our channel, or with 0 for those that we missed."""
+    most = number_of(client, "CHATHISTORY", PAGE_LINES, PAGE_LINES)
+    client.send(*client.past.ask(client.channel, replay, most))
+
+
+def reference(client: Client, tags: Mapping[str, str]) -> str:
+    """How this server is told where in the past a message with these tags is; '' where there is no way."""
+    known = (client.isupport.get("MSGREFTYPES") or "msgid,timestamp").split(",")
+    found = [f"{kind}={tags[tag]}" for kind, tag in REFERENCES.items() if kind in known and tag in tags]
+    return found[0] if found else ""
 
 
 # -----------------------------------------------------------------------------
@@ -4769,7 +4824,8 @@ WANTED = {
 }  # fmt: skip
 
 
-HONOURED = ("CASEMAPPING", "LINELEN", "NICKLEN", "PREFIX")  # of what servers say in 005
+HONOURED = ("CASEMAPPING", "CHATHISTORY", "LINELEN", "MSGREFTYPES", "NICKLEN", "PREFIX")  # of what servers say in 005
+REFERENCES = {"msgid": "msgid", "timestamp": "time"}  # kinds of them in CHATHISTORY, best first, and their tags
 
 
 def arrival(*commands: str) -> Callable[[Arrival], Arrival]:
@@ -4815,7 +4871,7 @@ def caps_changed(client: Client, verb: str, names: Set[str], wanted: List[str]) 
         client.caps = [name for name in client.caps if name not in names]
     for line in client.outgoing.doubt() if "echo-message" not in client.caps else ():
         client.send("PING", line.id)
-        client.view.show(Message("PRIVMSG", line[1:], client.source), True)
+        client.view.show(placed(client, Message("PRIVMSG", line[1:], client.source)), True)
 
 
 @arrival("PING")
@@ -4849,6 +4905,11 @@ def welcome_arrived(client: Client, message: Message) -> bool:
     client.welcomed = True
     client.pace = Pace(RESUME_CAP in client.caps)
     client.fold = fold if client.pace.free else folding(client.isupport.get("CASEMAPPING", "rfc1459"))
+    if client.out:
+        client.joined, client.since, client.people = True, time.monotonic(), {}
+        client.source = f"{client.nick}!{client.source.partition('!')[2]}"
+        client.view.remark(f"connected again, not in {client.channel}; /join {client.channel} may bring you back")
+        return True
     key = client.keys.get(fold(client.channel))
     client.send("JOIN", client.channel, *([key] if key else []))
     return True
@@ -4905,7 +4966,8 @@ def unfit_arrived(client: Client, message: Message) -> bool:
 def refusal_arrived(client: Client, message: Message) -> bool:
     """<numeric> <name> ... :<text>, which ends all hope unless we are in"""
     if client.joined:
-        client.stay()
+        if is_refusal(client, message):
+            stay(client)
         return refused_arrived(client, message)
     text, code = message.text, message.command
     if code == "464" and not client.password and not client.entered:
@@ -4920,6 +4982,20 @@ def refusal_arrived(client: Client, message: Message) -> bool:
         else "choose another with --channel"
     )
     raise Failed(f"cannot join {client.channel}: {text}; {hint}")
+
+
+@arrival("470")
+def forwarded_arrived(client: Client, message: Message) -> bool:
+    """470 <name> <channel> <other channel> :<text>: we are sent on to that one"""
+    asked, other = client.going or client.channel, message.param(2)
+    if client.fold(message.param(1)) != client.fold(asked) or not is_channel(other):
+        return False
+    if client.going:
+        client.outgoing.redirect(asked, other)
+        seek(client, other)
+    elif not client.joined:
+        client.channel = other
+    return False
 
 
 @arrival("401", "402", "404", "407", "411", "412", "417", "FAIL")
@@ -4939,22 +5015,35 @@ def refused_arrived(client: Client, message: Message) -> bool:
 @arrival("JOIN")
 def join_arrived(client: Client, message: Message) -> bool:
     """JOIN <channel>"""
+    place = client.fold(message.param(0))
     if message.nick != client.nick:
-        client.meet(message.nick)
-        return False
+        if place == client.fold(client.channel):
+            client.meet(message.nick)
+    elif place == client.fold(client.going or client.channel):
+        return let_in(client, message)
+    elif len(client.others) < PEOPLE and len(place) < NAME_CHARS:  # a server or a bouncer has put us there, too
+        client.others.add(place)
+    return False
+
+
+def let_in(client: Client, message: Message) -> bool:
+    """We are in the channel that we have asked to join."""
+    place = client.fold(message.param(0))
     again = client.entered and not client.joined
-    if client.joined and client.fold(message.param(0)) != client.fold(client.channel):
+    if client.joined and not client.out and place != client.fold(client.channel):
         client.send("PART", client.channel)
-    client.channel, client.source, client.people, client.going = message.param(0), message.source, {}, ""
+    client.others.discard(place)
+    client.channel, client.source, client.people = message.param(0), message.source, {}
+    client.going, client.out = "", False
     if not client.joined:
         client.joined = client.entered = True
         client.since = time.monotonic()
     if not again:
-        kind, tag = ("msgid", "msgid") if RESUME_CAP in client.caps else ("timestamp", "time")
-        client.past.last = f"{kind}={message.tags[tag]}" if tag in message.tags else ""
+        ours = RESUME_CAP in client.caps  # elsewhere the past has no JOIN, and does not know its msgid
+        client.past.last = reference(client, {tag: message.tags[tag] for tag in message.tags if ours or tag == "time"})
     recalls = {"batch", "draft/chathistory"} <= set(client.caps)
     if recalls and (again or client.replay):
-        client.send(*client.past.ask(client.channel, 0 if again else client.replay))
+        recall(client, 0 if again else client.replay)
     if again:
         gap = "" if recalls else "; what was said meanwhile is not known here"
         client.view.remark(f"connected again{gap}")
@@ -4984,11 +5073,15 @@ def gone_arrived(client: Client, message: Message) -> bool:
     if message.command == "QUIT" or client.fold(message.param(0)) == client.fold(client.channel):
         client.people.pop(client.fold(nick), None)
         if client.fold(nick) == client.fold(client.nick) and message.command != "QUIT":
+            client.out = client.joined
             client.view.show(message, False)
             client.view.remark(f"you are no longer in {client.channel}; /join {client.channel} may bring you back")
             return True
         return False
-    return nick == client.nick  # our leaving of the channel that we come from
+    if nick != client.nick:
+        return False
+    client.others.discard(client.fold(message.param(0)))
+    return message.command == "PART"  # perhaps of the channel that we come from
 
 
 @arrival("MODE")
@@ -5022,7 +5115,7 @@ def names_arrived(client: Client, message: Message) -> bool:
 @arrival("366")
 def names_end_arrived(client: Client, message: Message) -> bool:
     """366 <name> <channel> :<text>"""
-    if not client.asking:
+    if not client.asking and client.fold(message.param(1)) == client.fold(client.channel):
         client.view.greet(client)
     client.asking = False
     return True
@@ -5038,9 +5131,11 @@ def said_arrived(client: Client, message: Message) -> bool:
         client.outgoing.settle(message.param(0), message.tags.get(ID_TAG, ""), client.fold)
     if not client.past.is_new(message):
         return True
+    if client.fold(message.param(0)) == client.fold(client.channel):
+        client.past.last = reference(client, message.tags) or client.past.last
     if mine:
         client.source = message.source
-        client.view.show(message, True)
+        client.view.show(placed(client, message), True)
         return True
     if message.text.startswith("\x01") and message.action is None:
         return True  # a CTCP request, or an answer to one that we have not made
@@ -5102,12 +5197,15 @@ def forward(client: Client, message: Message) -> None:
         client.view.remark("Error: not connected; only messages wait until we are")
         return
     client.asking = client.asking or message.command == "NAMES"
+    channel = message.param(0)
+    if message.command == "JOIN" and (client.going or "," in channel):
+        client.view.remark("Error: one channel at a time")
+        return
+    client.send(message.command, *message.params)
     if message.command == "JOIN":
         if message.param(1):
-            client.keys[fold(message.param(0))] = message.param(1)
-        if client.fold(message.param(0)) != client.fold(client.channel):
-            client.going, client.deadline = message.param(0), time.monotonic() + CONNECT_S
-    client.send(message.command, *message.params)
+            client.keys[fold(channel)] = message.param(1)
+        seek(client, channel)
 
 
 def enter_reply(client: Client, message: Message) -> None:
@@ -5324,7 +5422,7 @@ class Person(View):
         else:
             state = "connecting" if client.link else f"offline, next try in {math.ceil(client.deadline - now)} s"
         lines = [Message("PRIVMSG", line[1:], client.nick) for line in client.outgoing.waiting[-WAITING_ROWS:]]
-        waiting = [f"  ... {own_form(line)}" for line in lines]
+        waiting = [f"  ... {own_form(placed(client, line))}" for line in lines]
         question, text, cursor = self._editor.view()
         prompts = [question] if question else [f"[{state}] {harmless(client.nick)}> ", f"[{state}] ", "> "]
         self._screen.draw(waiting, prompts, text, cursor)
@@ -5787,15 +5885,7 @@ def own_addresses() -> List[str]:
 def run_client(args: argparse.Namespace) -> int:
     """chat.py client"""
     vars(args).update(args.url or {})
-    channel, _, key = args.channel.partition(" ")
-    try:
-        nick = check_nick(args.name)
-        if channel.startswith(tuple(CHANNEL_TYPES)):  # what else a server wants of it, it will say
-            channel = channel[0] + check_channel(f"#{channel[1:]}")[1:]
-        else:
-            check_channel(channel)
-    except Refused as refused:
-        raise Failed(refused.numeric.text.format().replace("; send another", "")) from None
+    nick, channel, key = chosen_names(args)
     password, secured = read_password(args.password_file), ends_of_tls(args)
     for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
         if hasattr(signal, name):
@@ -5803,7 +5893,7 @@ def run_client(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         while True:
             client = Client(args.host, args.port, nick, channel, view_of(args, stack))
-            client.password, client.reconnects, client.keys = password, args.reconnect, {fold(channel): key.strip()}
+            client.password, client.reconnects, client.keys = password, args.reconnect, {fold(channel): key}
             client.secured = secured
             client.replay = REPLAY_LINES if isinstance(client.view, Person) else 0
             if args.replay is not None:
@@ -5826,6 +5916,23 @@ def ends_of_tls(args: argparse.Namespace) -> Callable[[], Optional[Tls]]:
     except ImportError as error:
         raise Failed(f"this Python has no TLS: {error}") from None
     return functools.partial(Tls, context, False, args.host, args.fingerprint or "")
+
+
+def chosen_names(args: argparse.Namespace) -> Tuple[str, str, str]:
+    """Our name, the channel and its key ('' for none), all fit to be sent; raises Failed."""
+    channel, _, key = args.channel.partition(" ")
+    try:
+        nick = check_nick(args.name)
+        if channel.startswith(tuple(CHANNEL_TYPES)):  # what else a server wants of it, it will say
+            channel = channel[0] + check_channel(f"#{channel[1:]}")[1:]
+        else:
+            check_channel(channel)
+    except Refused as refused:
+        raise Failed(refused.numeric.text.format().replace("; send another", "")) from None
+    key = key.strip()
+    if key and not is_word(key, LINE_BYTES // 2):
+        raise Failed("a channel's key is one word without a comma")
+    return nick, channel, key
 
 
 def view_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> View:
@@ -5862,7 +5969,10 @@ def irc_url(text: str) -> Dict[str, Any]:
     match = re.fullmatch(form, text, re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError("it is irc://[nick@]host[:port]/[channel[?key]]")
-    scheme, user, host, port, channel, key = (urllib.parse.unquote(part or "") for part in match.groups())
+    parts = [urllib.parse.unquote(part or "") for part in match.groups()]
+    if not all(is_word(part, LINE_BYTES) for part in parts if part):  # they become words of what we send
+        raise argparse.ArgumentTypeError("its parts cannot contain a space, a comma or a control character")
+    scheme, user, host, port, channel, key = parts
     if ":" in user:
         raise argparse.ArgumentTypeError("others can read a password here: use --password-file or CHAT_PASSWORD")
     found: Dict[str, Any] = {"host": host.strip("[]"), "port": IRC_PORT}

@@ -12,6 +12,7 @@ Run: python test_chat.py
 
 from __future__ import annotations
 
+import argparse
 import ast
 import codecs
 import concurrent.futures
@@ -338,6 +339,9 @@ class TextForm(unittest.TestCase):
         (Message("TOPIC", ("#chat", "tea"), BOB), "*** bob set the topic: tea"),
         (Message("ERROR", ("Server is shutting down",), "chat.local"), "*** Server is shutting down"),
         (Message("NOTICE", ("*", "hi"), "chat.local"), "*** hi"),
+        (Message("FAIL", ("JOIN", "NO", "not now"), "s"), "*** Error: not now"),
+        (Message("WARN", ("*", "SOON", "a restart is due"), "s"), "*** Warning: a restart is due"),
+        (Message("NOTE", ("*", "NEWS", "we have moved"), "s"), "*** we have moved"),
         (
             Message("433", ("*", "bob", chat.ERR_NICKNAMEINUSE.text), "chat.local"),
             "*** Error: that name is taken; send another",
@@ -3633,6 +3637,19 @@ class WhatItMeans(PersonCase):
             self.assertIn(shown, self.arrive(line))
         self.assertEqual(len(self.client.outgoing), 1)
 
+    def test_a_name_that_is_taken_later_changes_nothing(self) -> None:
+        self.type("/nick ann")
+        self.assertIn("*** Error: taken", self.arrive(":s 433 bob ann :taken"))
+        self.assertEqual((self.lines, self.client.nick, self.client.wanted), (["NICK ann"], "bob", "bob"))
+        self.arrive(":s 433 bob bob :taken")  # not even then
+        self.assertEqual(self.lines, ["NICK ann"])
+
+    def test_our_own_leaving_comes_back(self) -> None:
+        written = self.arrive(":bob!b@h QUIT :Quit: bye")
+        self.assertIn("*** bob left: bye", written)
+        self.assertNotIn("/join", written)
+        self.assertEqual((list(self.client.people), self.client.out), (["ann"], False))
+
     def test_being_kicked(self) -> None:
         written = self.arrive(":ann!a@b KICK #chat BOB :go away")
         self.assertIn("*** BOB was kicked out by ann: go away", written)
@@ -3666,7 +3683,7 @@ class WhatItMeans(PersonCase):
 
     def test_names_and_targets_that_do_not_fit(self) -> None:
         self.assertIn("Error: that name is too long", self.type(f"/msg {'a' * 600} hello"))
-        self.type("/msg ann,cat hi")
+        self.type("/msg ann,,cat, hi")
         self.assertEqual([line.target for line in self.client.outgoing.waiting], ["ann", "cat"])
         self.assertEqual(chat.split_text("ééé", 1), ["é", "é", "é"])
 
@@ -3676,7 +3693,7 @@ class AtOtherServers(PersonCase):
 
     def test_local_channels_are_no_people(self) -> None:
         self.screen.colours = False
-        self.assertIn("\x1b[K" + time.strftime("%H:%M ann: hi\n"), self.arrive(":ann!a@b PRIVMSG &local :hi"))
+        self.assertIn("[&local] ann: hi\n", self.arrive(":ann!a@b PRIVMSG &local :hi"))
         item = json.loads(chat.JSON.encode(chat.parse(":ann!a@b PRIVMSG &local :hi")))
         self.assertEqual((item["type"], item["channel"]), ("chat", "&local"))
 
@@ -3701,6 +3718,8 @@ class AtOtherServers(PersonCase):
         line = chat.Message("PRIVMSG", ("#chat", "é" * 1000))
         room = 1024 - 2 - len(f":123456789!u@{'h' * 30} PRIVMSG #chat :")
         self.assertEqual([len(piece) for piece in chat.pieces_of(self.client, "#chat", line)][0], room // 2)
+        self.arrive(":s 005 bob LINELEN=100 :are supported")  # every server takes 512
+        self.assertEqual([len(piece) for piece in chat.pieces_of(self.client, "#chat", line)][0], (room - 512) // 2)
 
     def test_numbers_that_are_none(self) -> None:
         for value in ("", "0", "-5", "x", "9" * 50, "\u0663"):
@@ -3744,10 +3763,42 @@ class AtOtherServers(PersonCase):
         self.arrive(f":s PONG s {line_id}")
         self.assertEqual(len(self.client.outgoing), 0)
 
+    def test_the_past_is_asked_for_as_the_server_allows(self) -> None:
+        said = "@msgid=m{0};time=2026-01-01T00:00:00.{0:03d}Z :ann!a@b PRIVMSG #chat :x"
+        for tokens, asked, more in (
+            ("", "msgid=m1 100", ""),
+            ("CHATHISTORY=0 MSGREFTYPES=timestamp,msgid", "msgid=m1 100", ""),
+            ("CHATHISTORY=500 MSGREFTYPES=msgid", "msgid=m1 100", ""),
+            ("CHATHISTORY=3 MSGREFTYPES=other,msgid", "msgid=m1 3", "msgid=m4 3"),
+            ("CHATHISTORY=3 MSGREFTYPES=timestamp", "timestamp=2026-01-01T00:00:00.001Z 3",
+             "timestamp=2026-01-01T00:00:00.004Z 3"),
+        ):  # fmt: skip
+            with self.subTest(tokens):
+                self.client.past, self.client.isupport, self.client.joined = chat.Past(), {}, True
+                self.client.caps = ["batch", "draft/chathistory"]
+                self.arrive(f":s 005 bob {tokens} :are supported", said.format(1))
+                self.client.joined = False
+                self.lines.clear()
+                self.arrive(":bob!b@h JOIN #chat", "BATCH +1 chathistory #chat")
+                self.arrive(*(f"@batch=1;{said.format(number)[1:]}" for number in (2, 3, 4)), "BATCH -1")
+                wanted = [f"CHATHISTORY AFTER #chat {what}" for what in (asked, more) if what]
+                self.assertEqual(self.lines, wanted)
+
+    def test_the_last_lines_are_as_many_as_the_server_gives(self) -> None:
+        self.client.caps, self.client.replay, self.client.going = ["batch", "draft/chathistory"], 20, "#tea"
+        self.arrive(":s 005 bob CHATHISTORY=5 :are supported", ":bob!b@h JOIN #tea")
+        self.assertEqual(self.lines, ["PART #chat", "CHATHISTORY LATEST #tea * 5"])
+
     def test_a_server_may_look_for_our_host_first(self) -> None:
         self.client.joined = self.client.entered = False
         self.client.link = mock.Mock(stuck=False)
-        for heard, now, text in ((0, 11, "is --port right"), (5, 34, ""), (5, 36, "does not let you in")):
+        for heard, now, text in (
+            (0, 11, "is --port right"),
+            (5, 34, ""),
+            (5, 36, "does not let you in"),
+            (100, 119, ""),
+            (110, 121, "does not let you in"),  # however often it asks whether we are there
+        ):
             self.client.since, self.client.heard = 1000.0, 1000.0 + heard
             with self.subTest(now), contextlib.ExitStack() as stack:
                 if text:
@@ -3760,6 +3811,172 @@ class AtOtherServers(PersonCase):
         self.client.joined = False
         self.arrive(":s 001 bob :hi")
         self.assertEqual(self.lines, ["JOIN #b sesame", "PART #chat", "JOIN #b sesame"])
+
+
+class WhichChannelIsOurs(PersonCase):
+    """Where a client takes itself to be, whatever a server does with it."""
+
+    def test_channels_that_a_server_puts_us_in_are_not_ours(self) -> None:
+        self.screen.colours = False
+        self.client.source = "bob!b@h"
+        for line, shown in (
+            (":bob!b@h JOIN #lobby", "*** [#lobby] bob joined\n"),
+            (":s 353 bob = #lobby :bob dan eve", ""),
+            (":s 366 bob #lobby :End", ""),
+            (":dan!d@h JOIN #lobby", "*** [#lobby] dan joined\n"),
+            (":dan!d@h PRIVMSG #lobby :hi bob", "[#lobby] dan: hi bob\n"),
+            (":dan!d@h PRIVMSG #lobby :\x01ACTION waves\x01", "[#lobby] * dan waves\n"),
+            (":bob!b@h PRIVMSG #lobby :an echo", "[#lobby] bob: an echo\n"),
+            (":dan!d@h TOPIC #lobby :cakes", "*** [#lobby] dan set the topic: cakes\n"),
+            (":s NOTICE #lobby :be nice", "*** [#lobby] be nice\n"),
+            (":dan!d@h KICK #lobby eve :shoo", "*** [#lobby] eve was kicked out by dan: shoo\n"),
+            (":dan!d@h PART #lobby", "*** [#lobby] dan left\n"),
+            (":eve!e@h QUIT :#lobby", "*** eve left: #lobby\n"),
+            (":ann!a@h PRIVMSG @#CHAT :for operators", "[@#CHAT] ann: for operators\n"),
+            (":ann!a@h PRIVMSG #CHAT :ours", "ann: ours\n"),
+            (":ann!a@h PRIVMSG bob :alone", "[private] ann: alone\n"),
+        ):
+            with self.subTest(line):
+                written = re.sub(r"\r\x1b\[K|\a|\d\d:\d\d ", "", self.arrive(line))
+                self.assertEqual(written, shown and f"{shown}[#chat 2] bob> ")
+        self.client.link = mock.Mock()
+        self.assertIn(" [#lobby] bob: not echoed\n", self.type("/msg #lobby not echoed"))
+        self.lines.clear()
+        self.client.caps, self.client.negotiated = ["echo-message"], True
+        self.assertIn("  ... [#lobby] bob: hi all\n", self.type("/msg #lobby hi all"))
+        self.assertIn("  ... bob: hello\n", self.type("hello"))
+        self.assertEqual([line.target for line in self.client.outgoing.waiting], ["#lobby", "#chat"])
+        self.assertEqual(self.lines, [])
+        self.client.link = None
+        self.assertIn(" [#lobby] bob: hi all\n", self.arrive(":s CAP bob DEL :echo-message"))
+
+    def test_a_bouncer_brings_channels_of_its_own(self) -> None:
+        self.client.joined, self.client.people = False, {}
+        self.client.outgoing.add("#chat", "secret")
+        link = mock.Mock(stuck=False)
+        for channel in ("#a", "#chat", "#zebra"):
+            self.assertEqual(self.client.joined, channel == "#zebra")
+            self.arrive(f":bob!b@h JOIN {channel}", f":s 353 bob = {channel} :bob ann {channel[1:]}")
+        self.assertEqual((self.client.channel, self.lines), ("#chat", []))
+        self.assertEqual(list(self.client.people), ["bob", "ann", "chat"])
+        self.client.link = link
+        self.client.flush()
+        self.assertEqual(link.send.call_args[0][0].params, ("#chat", "secret"))
+
+    def test_going_to_a_channel_that_we_are_in(self) -> None:
+        self.client.source = "bob!b@h"
+        self.arrive(":bob!b@h JOIN #Lobby", ":bob!b@h JOIN #tea", ":bob!b@h PART #tea")
+        self.type("/join #lobby")  # no answer will come
+        self.assertEqual((self.client.channel, self.client.going, self.client.people), ("#lobby", "", {}))
+        self.assertEqual(self.lines, ["JOIN #lobby", "PART #chat", "NAMES #lobby"])
+        self.assertNotIn("left", self.arrive(":bob!b@h PART #chat"))
+        self.assertIn("here: dan", self.arrive(":s 353 bob = #Lobby :dan bob", ":s 366 bob #Lobby :End"))
+        self.type("/join #tea")  # no longer
+        self.assertEqual((self.client.channel, self.client.going), ("#lobby", "#tea"))
+
+    def test_a_channel_that_we_were_in_is_joined_anew(self) -> None:
+        self.client.source = "bob!b@h"
+        self.arrive(":bob!b@h JOIN #lobby", ":bob!b@h JOIN #tea")
+        self.type("/join #lobby")
+        self.arrive(":ann!a@b KICK #lobby bob :out")
+        self.type("/join #lobby")
+        self.assertEqual(self.client.going, "#lobby")
+        self.client.lose("gone")
+        with mock.patch.object(chat, "Link"):
+            self.client.connect()
+        self.client.link = None
+        self.arrive(":s 001 bob :Hi", ":bob!b@h JOIN #lobby")
+        self.type("/join #tea")
+        self.assertEqual(self.client.going, "#tea")
+
+    def test_a_server_may_send_us_on(self) -> None:
+        for joined in (True, False):
+            with self.subTest(joined):
+                self.client.channel, self.client.joined, self.client.outgoing = "#chat", joined, chat.Outgoing()
+                self.lines.clear()
+                asked = "#full" if joined else "#chat"
+                if joined:
+                    self.type("/join #full")
+                    self.type("hello, full")
+                self.arrive(":s 470 bob #else #wrong :no", ":bob!b@h JOIN #wrong")
+                self.assertIn("Error: on", self.arrive(f":s 470 bob {asked} ##over :on", ":s 470 bob #full :odd"))
+                self.arrive(":bob!b@h JOIN ##over")
+                self.assertEqual((self.client.channel, self.client.going, self.client.joined), ("##over", "", True))
+                self.assertEqual(self.lines, ["JOIN #full", "PART #chat"] if joined else [])
+                self.assertEqual([line.target for line in self.client.outgoing.waiting], ["##over"] if joined else [])
+        self.type("/join #full")
+        self.arrive(":s 470 bob #full ##over :Forwarding")  # where we are
+        self.assertEqual((self.client.channel, self.client.going), ("##over", ""))
+
+    def test_whatever_is_said_of_the_channel_is_a_refusal(self) -> None:
+        for code in ("405", "407", "437", "439", "448", "471", "477", "479", "480", "489", "495", "500", "520", "599"):
+            with self.subTest(code):
+                self.client.joined = True
+                self.type("/join #Tea")
+                for other in (f"{code} bob #else :no", "404 bob #tea :no", "482 bob #tea :no", "332 bob #tea :cakes"):
+                    self.arrive(f":s {other}")
+                    self.assertEqual(self.client.going, "#Tea", other)
+                self.assertIn("Error: not you", self.arrive(f":s {code} bob #tea :not you"))
+                self.assertEqual(self.client.going, "")
+                self.client.joined = False
+                self.arrive(":s 470 bob #chat :on")
+                with self.assertRaisesRegex(chat.Failed, "^cannot join #chat: not you; choose another with --channel$"):
+                    self.arrive(f":s {code} bob #CHAT :not you")
+
+    def test_who_was_kicked_comes_back_only_by_join(self) -> None:
+        self.client.source = "bob!b@h"
+        self.arrive(":ann!a@b KICK #chat bob :out")
+        for name in ("bob", "bob2"):
+            self.client.lose("gone")
+            self.assertIn(
+                "*** connected again, not in #chat; /join #chat may bring you back", self.arrive(f":s 001 {name} :Hi")
+            )
+            self.assertEqual((self.lines, self.client.people, self.client.source), ([], {}, f"{name}!b@h"))
+        self.type("/join #chat")
+        self.assertEqual((self.client.going, self.lines), ("#chat", ["JOIN #chat"]))
+        self.arrive(":s 474 bob2 #chat :banned")
+        self.client.lose("gone")
+        self.arrive(":s 001 bob2 :Hi")
+        self.type("/join #chat")
+        self.assertNotIn("connected again", self.arrive(":bob2!b@h JOIN #chat"))
+        self.client.lose("gone")
+        self.arrive(":s 001 bob2 :Hi")
+        self.assertEqual(self.lines, ["JOIN #chat"] * 3)
+
+    def test_who_was_kicked_and_goes_elsewhere_does_so_after_a_loss(self) -> None:
+        self.arrive(":ann!a@b KICK #chat bob :out")
+        self.type("/join #tea")
+        self.client.lose("gone")
+        self.arrive(":s 001 bob :Hi", ":bob!b@h JOIN #tea")
+        self.assertEqual((self.client.channel, self.lines), ("#tea", ["JOIN #tea", "JOIN #tea"]))
+
+    def test_who_was_kicked_does_not_leave_once_more(self) -> None:
+        for reason in (":ann!a@b KICK #chat bob :out", ":bob!b@h PART #chat"):
+            self.arrive(reason)
+            self.type("/join #tea")
+            self.arrive(":bob!b@h JOIN #tea")
+            self.type("/join #chat")
+            self.arrive(":bob!b@h JOIN #chat")
+            self.assertEqual(self.lines, ["JOIN #tea", "JOIN #chat", "PART #tea"])
+            self.lines.clear()
+
+    def test_a_join_that_is_never_answered_ends(self) -> None:
+        self.client.link = mock.Mock(stuck=False)
+        self.client.caps = ["echo-message"]
+        with mock.patch.object(chat, "CONNECT_S", 3.0):
+            self.type("/join #tea")
+            self.type("hello")
+            self.client.heard = self.client.deadline
+            for late, going, sent in ((-1, "#tea", 0), (1, "", 1)):
+                chat.tick(self.client, self.client.deadline + late)
+                self.assertEqual((self.client.going, self.client.link.send.call_count), (going, sent))
+        self.assertEqual((self.client.channel, self.lines), ("#chat", ["JOIN #tea"]))
+
+    def test_one_channel_at_a_time(self) -> None:
+        self.assertIn("Error: one channel at a time", self.type("/join #a,#b"))
+        self.assertNotIn("Error", self.type("/join #a"))
+        self.assertIn("Error: one channel at a time", self.type("/join #b"))
+        self.assertEqual((self.client.going, self.lines), ("#a", ["JOIN #a"]))
 
 
 class AtAStrictServer(PersonCase):
@@ -3842,7 +4059,8 @@ class FromAHostileServer(PersonCase):
         with mock.patch.object(chat, "PEOPLE", 3):
             for number in range(5):
                 self.arrive(f":n{number}!a@b JOIN #chat", f":s 353 bob = #chat :m{number} {'x' * 200}")
-        self.assertEqual(len(self.client.people), 3)
+                self.arrive(f":bob!b@h JOIN #o{number}", f":bob!b@h JOIN #{'x' * 200}")
+        self.assertEqual((len(self.client.people), self.client.others), (3, {"#o0", "#o1", "#o2"}))
         self.client.joined = False
         with self.assertRaises(chat.Failed):
             for _ in range(chat.SAME_NAMES + 1):
@@ -3880,9 +4098,8 @@ class FromAHostileServer(PersonCase):
         self.assertEqual((self.client.past.batch, bool(self.client.past.asked)), ("", True))
         written = self.arrive("BATCH +2 chathistory #chat", "@batch=2;msgid=2 :ann!a@b PRIVMSG #chat :y", "BATCH -2")
         self.assertIn("ann\x1b[0m: y", written)
-        self.assertEqual(self.client.past.last, "msgid=1")  # of what was held, and shown last
         self.arrive("@msgid=7 :ann!a@b PRIVMSG bob :psst")
-        self.assertEqual(self.client.past.last, "msgid=1")
+        self.assertEqual(self.client.past.last, "msgid=2")
 
     def test_a_clock_behind_does_not_repeat_the_date(self) -> None:
         yesterday = chat.server_time(time.time() - 86400)
@@ -4408,6 +4625,7 @@ class ClientProgram(ProgramCase):
         for args, text in (
             (["client", "--name", "b\udcff"], "a name is a letter, "),
             (["client", "--channel", "#\udcff"], "a channel is # and "),
+            (["client", "--channel", "#chat a\r\nOPER x y"], "a channel's key is one word "),
             (["client", "--host", "a..b"], "cannot connect to a..b:"),
             (["server", "--host", "a..b"], "cannot listen on a..b:"),
             (["server", "--server-name", "my chat"], "a --server-name is "),
@@ -4746,12 +4964,18 @@ class AFakeServer(ProgramCase):
             ("irc://bob:secret@localhost/chat", "others can read a password here"),
             ("http://localhost/", "it is irc://"),
             ("irc://localhost:99999/", "must be from 1 to 65535"),
+            ("irc://localhost/chat?key%0D%0APRIVMSG%20%23ops%20%3Apwned", "its parts cannot contain a space, a comma"),
+            ("irc://localhost/a%20b", "its parts cannot contain a space, a comma"),
         ):
             client = self.start("client", url)
             _, err = client.communicate(timeout=PATIENCE)
             self.assertEqual(client.returncode, 2)
             self.assertIn(what, err)
             self.assertNotIn("secret", err)
+        for part in ("\n", "%0a", "%0D", "%00", "%20", "%2c", "%C2%A0", "%1b"):
+            for url in (f"irc://b{part}ob@h/chat?key", f"irc://h/ch{part}at?key", f"irc://bob@h/chat?ke{part}y"):
+                with self.subTest(url), self.assertRaises(argparse.ArgumentTypeError):
+                    chat.irc_url(url)
 
     def test_first_contact(self) -> None:
         for line, text in (
@@ -5460,6 +5684,7 @@ INSPIRCD = """<config format="xml">
 <pid file="{folder}/pid">
 <log method="file" type="*" level="none" target="{folder}/log">
 <module name="cap"><module name="ircv3_echomessage"><module name="ircv3_ctctags"><module name="ircv3_servertime">
+<module name="conn_join"><autojoin channel="#lobby">
 """  # with the flood limits that Debian installs
 
 
@@ -5492,7 +5717,7 @@ class Foreign:
             time.sleep(0.02)
         self.ann.until(" 001 ")
         self.ann.send("JOIN #chat\r\n")
-        self.ann.until(" 366 ")
+        self.ann.until(" 366 ann #chat ")
 
     def stop(self) -> None:
         self.ann.close()
