@@ -1638,17 +1638,12 @@ class Hub:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        wake = self._mailer_waits and bool(self._log or self._closing)
+        wake = self._mailer_waits and bool(self._log or self._closing or self._notes)
         if wake:
             self._mailer_waits = False
-        notes = self._notes
-        if notes:
-            self._notes = []
         self._lock.release()
         if wake:
             self.wake()
-        for level, text, values in notes:
-            log.log(level, text, *values)
 
     # For the server's threads.
 
@@ -1680,12 +1675,14 @@ class Hub:
     def take(self) -> Tuple[List[Delivery], List[Session]]:
         """The whole log and who is to be closed after it. When both are empty, the next append wakes. Mailer only."""
         with self._lock:
-            log, closing = self._log, self._closing
+            taken, closing, notes = self._log, self._closing, self._notes
             if self._waiting:
                 self._room.notify()
-            self._log, self._closing, self._broadcasts, self._weight = [], [], 0, 0
-            self._mailer_waits = not log and not closing
-            return log, closing
+            self._log, self._closing, self._notes, self._broadcasts, self._weight = [], [], [], 0, 0
+            self._mailer_waits = not (taken or closing or notes)
+        for level, text, values in notes:
+            log.log(level, text, *values)
+        return taken, closing
 
     def tick(self) -> float:
         """Does what is due: prompts, pings, timeouts. Returns the seconds until it should be called again."""
@@ -1727,7 +1724,7 @@ class Hub:
         self._weight += weight
 
     def note_locked(self, level: int, text: str, *values: object) -> None:
-        """Writes a line to the log, as soon as the lock is free."""
+        """Has the mailer write a line to the program's log: a reader's stack would grow by what that takes."""
         self._notes.append((level, text, values))
 
     def mark_locked(self) -> int:
