@@ -2184,7 +2184,7 @@ class Throttled(ServerCase):
         self.limit(rate=20)
         self.exempt("")
         ann, bob = self.irc("ann"), self.irc("bob")
-        with mock.patch.multiple(chat, FLOOD_S=0.3, LINGER_S=0.3):
+        with mock.patch.multiple(chat, FLOOD_S=0.3, LINGER_S=0.3, GONE_S=0):
             writer = threading.Thread(target=self.flood, args=(bob,))
             writer.start()
             self.assertEqual(ann.until(" QUIT "), ":bob!bob@localhost QUIT :Flooding")
