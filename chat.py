@@ -1742,11 +1742,13 @@ class Hub:
 
     def wait_for_room_locked(self) -> None:
         """Lets go of the lock until the mailer has caught up. Each lets in the next, lest a thousand wake at once."""
+        waited = False
         while self._broadcasts >= LOG_BROADCASTS or len(self._log) + self._weight >= LOG_LENGTH:
             self._waiting += 1
             self._room.wait()
             self._waiting -= 1
-        if self._waiting:
+            waited = True
+        if waited and self._waiting:
             self._room.notify()
 
     def send_locked(
