@@ -1015,7 +1015,8 @@ class Irc(Dialect):
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
         try:
-            self._check_size(line)
+            if len(line) > LINE_BYTES - 2:
+                self._check_size(line)
             message = parse(decode_text(line))
         except Refused as refused:
             rough = parse(line.decode(errors="replace"))
@@ -1138,7 +1139,7 @@ class History:
 
     def store(self, said: List[Tuple[str, Message]]) -> None:
         """Keeps messages, each with its channel: all, or none and raises Unkept."""
-        for channel in {channel for channel, _ in said}:
+        for channel in dict(said):
             known = self._channels.pop(channel) if channel in self._channels else collections.deque([], MEMORY_LINES)
             self._channels[channel] = known
         for channel, message in said:
@@ -1918,7 +1919,10 @@ def settle(hub: Hub, batch: List[Delivery]) -> List[Delivery]:
 def keep(hub: Hub, said: List[Delivery]) -> None:
     """Stores what was said, each message with the token of a sender who may send it again; tells hub.unkept."""
     lines = []
-    for message, saying in ((delivery.message, delivery.saying) for delivery in said if delivery.saying):
+    for delivery in said:
+        message, saying = delivery.message, delivery.saying
+        if not saying:
+            continue
         tags = message.tags
         if len(tags) > KEPT_TAGS or len(tags) > 2 and sum(map(len, itertools.chain(*tags.items()))) > KEPT_TAG_CHARS:
             tags = {tag: value for tag, value in tags.items() if tag in (ID_TAG, *known(message))}
@@ -3343,8 +3347,10 @@ class Sleep:
 
     def wake(self) -> None:
         """Ends the sleep, or the next one."""
-        with contextlib.suppress(RuntimeError):  # somebody did already
+        try:  # noqa: SIM105 - every message passes here, and suppress takes three calls
             self._asleep.release()
+        except RuntimeError:  # somebody did already
+            pass
         if self._watching:
             with contextlib.suppress(OSError):  # full: it is awake; or closed
                 self._bell.send(b"!")

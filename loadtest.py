@@ -119,6 +119,7 @@ HEARD_BYTES = 1000  # of what a disturber heard, to find out why it was closed
 TURNS = 20  # of what a disturber says again and again, in one send
 PER_ADDRESS = 16  # disturbers at most from one source address: so many does chat.py let in
 FAULT_LOAD = {"rate": 500.0, "rounds": 1}  # defaults with --faults: all of it within five minutes
+GIL = getattr(sys, "_is_gil_enabled", lambda: True)()  # CPython 3.13 can be built, and told, to do without
 KERNEL_CLOCK = sys.platform == "linux"
 SO_TIMESTAMPNS = 35  # <asm-generic/socket.h>: the kernel's own time of arrival; the socket module has no name for it
 LOAD_KEYS = ("clients", "senders", "rate", "duration_s", "warmup_s", "size", "seed")
@@ -2072,7 +2073,7 @@ def conditions(run: Run, args: argparse.Namespace) -> Dict[str, Any]:
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join(["loadtest.py", *map(shlex.quote, args.argv)]),
         "machine": {
-            "python": f"{platform.python_implementation()} {platform.python_version()}",
+            "python": f"{platform.python_implementation()} {platform.python_version()}" + " free-threaded" * (not GIL),
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
             "cpus": os.cpu_count(),
         },
@@ -2240,12 +2241,17 @@ def targets(args: argparse.Namespace) -> List[Tuple[str, str]]:
         chat = os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat.py")
         limits = ["--exempt", "127.0.0.1/32", "--password-file", args.password_file] if args.faults else []
         limits += ["--tls-cert", args.certificate] if args.faults and args.certificate else []
-        found.append(("command", shlex.join([sys.executable, chat, "server", "--port", "{port}", *limits])))
+        found.append(("command", server_of(chat, *limits)))
     if args.versus:
-        found.append(("address", args.versus))
+        found.append(args.versus)
     if len(found) > (1 if args.sweep or args.faults else 2) or args.pid and found[0][0] != "address":
         raise Failed("one target can be swept or have faults, two can be compared, and --pid goes with --port")
     return found
+
+
+def server_of(chat: str, *more: str) -> str:
+    """The command that starts the server of a chat.py."""
+    return shlex.join([sys.executable, chat, "server", "--port", "{port}", *more])
 
 
 def calibrate(load: Load, args: argparse.Namespace) -> Optional[Dict[str, float]]:
@@ -2396,12 +2402,22 @@ def amount(text: str) -> float:
 
 
 def address(text: str) -> str:
-    """The type of --target and --versus."""
+    """The type of --target."""
     host, _, port = text.rpartition(":")
     if not host:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
     whole(1, 65535)(port)
     return text
+
+
+def rival(text: str) -> Tuple[str, str]:
+    """The type of --versus: what `opened` takes."""
+    if os.path.isfile(text):
+        return "command", server_of(text)
+    try:
+        return "address", address(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a file nor HOST:PORT") from None
 
 
 def numbers(text: str) -> List[int]:
@@ -2480,7 +2496,8 @@ def add_target(top: argparse.ArgumentParser) -> None:
     where(
         "--server-command", action="append", default=[], metavar="COMMAND", help="start and test this; {port} is put in"
     )
-    where("--versus", type=address, metavar="HOST:PORT", help="a second target, in turn (or a second --server-command)")
+    where("--versus", type=rival, metavar="FILE|HOST:PORT",
+          help="a second target, in turn: another chat.py, or a server that runs")  # fmt: skip
     where("--rounds", type=whole(1, 1000), metavar="N", default=3, help="with two targets, or faults (%(default)s)")
 
 

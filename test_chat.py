@@ -7649,6 +7649,16 @@ class LoadTest(LoadTestCase):
                     self.assertGreaterEqual(found["latency"]["corrected"]["p50"], 0)
                     self.assertIn("<svg", pathlib.Path(folder, f"{protocol}.html").read_text(encoding="utf-8"))
 
+    def test_another_chat_is_compared(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            other = str(shutil.copy(chat.__file__, f"{folder}/other.py"))
+            few = ("-n", "4", "-S", "2", "-r", "100", "-d", "0.3", "-w", "0.1", "--rounds", "1")
+            status, out, err = self.done(self.loadtest(*few, "--versus", other, "--json", f"{folder}/found.json"))
+            found = json.loads(pathlib.Path(folder, "found.json").read_text(encoding="utf-8"))["versus"]
+        self.assertEqual((status, err), (0, ""), out)
+        self.assertRegex(out, r"\nratio: chat\.py / .*other\.py, medians of 1 rounds\n$")
+        self.assertGreater(found["ratios"]["p50"], 0)
+
     def test_what_was_said_before_is_not_counted(self) -> None:
         programs = []
         for protocol in ("irc", "plain", "json"):
@@ -7705,7 +7715,7 @@ class LoadTest(LoadTestCase):
                 (("--fail-if", "speed>3"), 2, "unknown measure 'speed'", ""),
                 (("-n", "1"), 2, "'1' is not a whole number from 2", ""),
                 (("--host", "192.0.2.1"), 2, "--host needs --port", ""),
-                (("--versus", "foo"), 2, "'foo' is not HOST:PORT", ""),
+                (("--versus", "foo"), 2, "'foo' is neither a file nor HOST:PORT", ""),
                 (
                     ("--target", "a:1", "--target", "b:2", "--proto", "json"),
                     2,
