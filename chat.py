@@ -1509,7 +1509,7 @@ class Channel:
     """A channel and the members in it. Guarded by Hub.lock."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.folded = name, fold(name)
         self.created = int(time.time())
         self.topic = self.topic_by = ""
         self.topic_time = 0
@@ -1834,7 +1834,7 @@ class Hub:
     def _remove_locked(self, session: Session, channel: Channel) -> None:
         channel.remove(session)
         if not len(channel):
-            del self.channels[fold(channel.name)]
+            del self.channels[channel.folded]
 
 
 def examine(hub: Hub, session: Session, now: float) -> float:
@@ -2007,7 +2007,9 @@ def plan(batch: List[Delivery]) -> Tuple[List[int], Roster, int, Dict[Session, L
         rosters.setdefault(delivery.roster, []).append(position)
     if not rosters:
         return [], Roster([]), 0, {}
-    common, *others = sorted(rosters.values(), key=lambda positions: -batch[positions[0]].size)
+    common, *others = rosters.values()
+    if others:
+        common, *others = sorted(rosters.values(), key=lambda positions: -batch[positions[0]].size)
     roster, size = batch[common[0]].roster, batch[common[0]].size
     special = exceptions(batch, common)
     everybody = set(roster.members[:size]) if others else set()
@@ -2112,7 +2114,7 @@ def run_all(hub: Hub, session: Session, messages: List[Message]) -> None:
 def run(hub: Hub, session: Session, message: Message) -> bool:
     """Runs one command; False when it was refused, which the session has been told."""
     label = message.tags.get("label", "") if message.tags and batches(session) else ""
-    mark, done = hub.mark_locked(), False
+    mark, done = hub.mark_locked() if label else 0, False
     try:
         row = COMMANDS.get(message.command)
         if row is None:
@@ -2812,12 +2814,15 @@ def tell_bans(hub: Hub, session: Session, channel: Channel) -> None:
 
 def say(hub: Hub, session: Session, message: Message, target: str) -> None:
     """Relays a message to one target, once, also when it is sent again; raises Refused."""
-    channel = channel_of(hub, session, target) if target.startswith("#") or target == HERE else None
-    if channel:
+    channel: Optional[Channel] = None  # compared with None below: a channel has a length, and asking that takes time
+    if target.startswith("#") or target == HERE:
+        channel = channel_of(hub, session, target)
         check_speech(session, channel)
-    other = None if channel else user_of(hub, target)
-    to = channel.name if channel else other.nick if other else ""
-    line_id = message.tags.get(ID_TAG, "")
+        to = channel.name
+    else:
+        other = user_of(hub, target)
+        to = other.nick
+    label, line_id = (message.tags.get("label", ""), message.tags.get(ID_TAG, "")) if message.tags else ("", "")
     key = (session.token, line_id, fold(to)) if session.token and line_id else NO_KEY
     before = hub.seen.get(key)
     tags = dict(before) if before else hub.stamps.next()
@@ -2827,21 +2832,21 @@ def say(hub: Hub, session: Session, message: Message, target: str) -> None:
     check_length(relay)
     session.spoke = time.time()
     hub.said += not before
-    saying = None
-    if channel and message.command != "TAGMSG":
-        saying = Saying(session, fold(to), message.tags.get("label", ""), key)
-    unheard = "echo-message" not in session.view.caps or channel not in session.channels
-    apart = unheard or "label" in message.tags or bool(before)
-    if channel and not before:
-        hub.send_locked(relay, channel.roster, session if apart else None, saying)
-    elif other and not before:
-        say_alone(hub, session, other, relay)
+    if channel is None:
+        apart, saying = other is not session, None
+        if not before:
+            say_alone(hub, session, other, relay)
+    else:
+        apart = "echo-message" not in session.view.caps or channel not in session.channels or bool(label or before)
+        saying = None if message.command == "TAGMSG" else Saying(session, channel.folded, label, key)
+        if not before:
+            hub.send_locked(relay, channel.roster, session if apart else None, saying)
     if key is not NO_KEY and not before:
         hub.seen[key] = known(relay)
         if len(hub.seen) > SEEN_IDS:
             del hub.seen[next(iter(hub.seen))]
-    if apart if channel else other is not session:
-        confirm(hub, session, relay, message.tags.get("label", ""), saying)
+    if apart:
+        confirm(hub, session, relay, label, saying)
 
 
 def check_speech(session: Session, channel: Channel) -> None:
@@ -2883,9 +2888,10 @@ def confirm(hub: Hub, session: Session, relay: Message, label: str, saying: Opti
 @command("PRIVMSG")
 def privmsg(hub: Hub, session: Session, message: Message) -> None:
     """PRIVMSG <target>{,<target>} :<text>"""
-    if not message.param(0):
+    targets, text = (*message.params, "", "")[:2]
+    if not targets:
         raise Refused(ERR_NORECIPIENT)
-    if not message.param(1):
+    if not text:
         raise Refused(ERR_NOTEXTTOSEND)
     each(hub, session, message, functools.partial(say, hub, session, message))
 
@@ -2969,7 +2975,7 @@ def chathistory(hub: Hub, session: Session, message: Message) -> None:
     if limit < 0 or len(spans) != (2 if sub in ("BETWEEN", "TARGETS") else 1):
         raise Refused(FAIL_INVALID_PARAMS, sub)
     if sub == "TARGETS":
-        names = {fold(channel.name): channel.name for channel in session.channels}
+        names = {channel.folded: channel.name for channel in session.channels}
         hub.ask_locked(session, functools.partial(targets, hub, session, names, sorted(spans), limit), len(names))
         return
     channel = hub.channels.get(fold(words[0]))
