@@ -678,6 +678,7 @@ def server_time(moment: float) -> str:
 
 # What a plain user is asked for; other dialects do not show it.
 PROMPT = Message("PROMPT", ("Enter your name: ",))
+PROMPT_END = Message("PROMPT", ("",))  # what follows is on a line of its own: a person's Enter does that by itself
 PASSWORD_PROMPT = Message("PROMPT", ("Enter the password: ",))
 # How events read: their name in JSON, and a text of {nick}, {text} (the last parameter), {rest} (all parameters after
 # the channel), {here} and {reason}.
@@ -923,6 +924,8 @@ class Json(Dialect):
         return [message._replace(tags={"label": ref}) for message in messages] if ref else messages
 
     def encode(self, message: Message) -> bytes:
+        if message is PROMPT_END:
+            return b"\n"
         item = self._describe(message)
         if not item:
             return b""
@@ -1040,6 +1043,8 @@ class Irc(Dialect):
             raise Refused(ERR_INPUTTOOLONG)
 
     def encode(self, message: Message) -> bytes:
+        if message is PROMPT_END:
+            return b"\r\n"
         needed = CAPS_NEEDED.get(message.command) or message.tags.get(FOR_TAG)
         if needed and needed not in self.caps:
             if message.command == "JOIN":
@@ -1456,8 +1461,8 @@ class Session:
     __slots__ = (
         "absent", "admitted", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard",
         "handshaking", "held", "host", "invites", "missed", "negotiating", "nick", "nick_changes", "origin", "pace",
-        "prefix", "realname", "registered", "send", "signon", "silent", "since", "spoke", "token", "user", "view",
-        "wrong",
+        "prefix", "prompted", "realname", "registered", "send", "signon", "silent", "since", "spoke", "token", "user",
+        "view", "wrong",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float, origin: str = "", pace: Optional[Allowance] = None) -> None:
@@ -1475,6 +1480,7 @@ class Session:
         self.wrong = False  # has just told another one
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
         self.silent = True  # has sent nothing, nor been asked for a name
+        self.prompted = False  # has been asked for a name
         self.handshaking = False  # is busy with TLS; the reader's
         self.gone = False  # no longer in the hub: what it still sends is ignored
         self.token = ""  # a hash of the secret by which this client is known again
@@ -1850,7 +1856,7 @@ def examine(hub: Hub, session: Session, now: float) -> float:
         elif session.handshaking:  # a prompt would come before the answer to what follows it at once
             return now + PROMPT_S
         elif session.silent:
-            session.silent = False
+            session.silent, session.prompted = False, True
             hub.tell_locked(session, PROMPT)
         return session.since + limits.register_s
     if session.heard < session.asked:
@@ -2082,6 +2088,9 @@ def perform(hub: Hub, session: Session, line: Optional[bytes]) -> None:
     if session.fresh:
         session.fresh = False
         session.speak(dialect_of(line or b""))
+        if session.prompted:
+            with hub:
+                hub.tell_locked(session, PROMPT_END)
     try:
         if line is None:
             raise Refused(ERR_INPUTTOOLONG)

@@ -1018,6 +1018,18 @@ class PlainPeople(ServerCase):
         quiet.send("ann\n")
         self.assertEqual(quiet.line(), "*** ann joined (1 here)")
 
+    def test_a_program_that_was_prompted_gets_whole_lines(self) -> None:
+        with mock.patch.object(chat, "PROMPT_S", 0.1):
+            for first, answer in (
+                ("NICK ann\r\nUSER ann 0 * :Ann\r\n", ":chat.local 001 ann :"),
+                ('{"type":"join","user":"jon"}\n', '{"type": "system", "event": "join"'),
+            ):
+                slow = self.peer()
+                self.assertEqual(slow.sock.recv(100), b"Enter your name: ")
+                slow.send(first)
+                self.assertEqual(slow.line(), "")  # the end of the prompt's
+                self.assertTrue((slow.line() or "").startswith(answer))
+
     def test_wrong_names_are_refused_and_asked_again(self) -> None:
         self.plain("bob")
         late = self.peer("BOB\nan n\n\x1b[31m\nbоb\nann\nhello\n")
