@@ -23,6 +23,8 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import random
@@ -8013,5 +8015,134 @@ class LoadOfForeignServers(LoadTestCase):
         self.assertEqual(complaint.getvalue(), text)
 
 
+# The suite: spread over processes, because most tests wait most of the time.
+
+
+def work(pipe: Any) -> None:
+    """A process that runs each test it is sent, and answers with what came of it, until nobody sends any more."""
+    test: Any = None
+
+    def stop(*_: Any) -> None:
+        for name in ("SIGINT", "SIGTERM"):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)  # what follows tidies up
+        raise KeyboardInterrupt
+
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), stop)
+    try:
+        while True:
+            test = pipe.recv()
+            result = unittest.TestResult()
+            unittest.TestSuite([test]).run(result)
+            pipe.send(outcome(test, result))
+    except (EOFError, OSError):
+        return
+    except KeyboardInterrupt:
+        if test:
+            test.doCleanups()  # ends what it started
+        os._exit(130)
+
+
+def outcome(test: unittest.TestCase, result: unittest.TestResult) -> List[Tuple[str, str]]:
+    """What came of one test, as methods of a TestResult, each with a text."""
+    found = [("addSkip", reason) for _, reason in result.skipped]
+    for method, broken in (("addFailure", result.failures), ("addError", result.errors)):
+        found += [(method, text if part is test else f"{part}\n{text}") for part, text in broken]
+    if result.unexpectedSuccesses:
+        found.append(("addFailure", "unexpected success"))
+    return found or [("addSuccess", "")]
+
+
+class Elsewhere(Exception):
+    """Carries the traceback of a test in another process."""
+
+
+class Worker:
+    """Runs one test at a time in a process, which is spawned: it shares nothing with us but Python's flags."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other,), daemon=True)
+        self.process.start()
+        other.close()  # or we would not see that the process has ended
+        self.test: Any = None
+
+    def begin(self, test: unittest.TestCase) -> None:
+        self.test, self.began = test, time.monotonic()
+        self.pipe.send(test)
+
+    def tell(self, result: unittest.TestResult) -> bool:
+        """Adds what came of the test; False when its process is no more."""
+        found: List[Tuple[str, str]] = []
+        try:
+            found = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(PATIENCE)
+        result.startTest(self.test)
+        if hasattr(result, "addDuration"):  # since Python 3.12
+            result.addDuration(self.test, time.monotonic() - self.began)
+        for method, text in found or [("addError", f"its process ended with {self.process.exitcode}")]:
+            broken = method in ("addFailure", "addError")
+            args = [(Elsewhere, Elsewhere(f"\n{text}"), None)] if broken else [text] if text else []
+            getattr(result, method)(self.test, *args)
+        result.stopTest(self.test)
+        self.test = None
+        return bool(found)
+
+    def end(self) -> None:
+        """Begins to end the process, and what a test has started there."""
+        if self.test:
+            self.process.terminate()
+        self.pipe.close()
+
+    def ended(self) -> None:
+        self.process.join(PATIENCE)
+        self.process.kill()
+
+
+class Spread(unittest.TestSuite):
+    """Tests that are run by several workers; whole programs, which stand last here and take longest, first."""
+
+    WORKERS = 3 + (os.cpu_count() or 1)
+
+    def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
+        order = list(globals())
+        waiting: List[Any] = sorted(self, key=lambda test: order.index(type(test).__name__))
+        idle: List[Worker] = []
+        busy: Dict[Any, Worker] = {}
+        try:
+            while (waiting or busy) and not result.shouldStop:
+                while waiting and len(busy) < self.WORKERS:
+                    worker = idle.pop() if idle else Worker()
+                    worker.begin(waiting.pop())
+                    busy[worker.pipe] = worker
+                for pipe in multiprocessing.connection.wait(list(busy)):
+                    worker = busy.pop(pipe)
+                    (idle if worker.tell(result) else []).append(worker)
+        finally:
+            for worker in (*idle, *busy.values()):
+                worker.end()
+            for worker in (*idle, *busy.values()):
+                worker.ended()
+        return result
+
+
+def singly(suite: Any) -> Iterator[unittest.TestCase]:
+    """The tests of a suite."""
+    for item in suite:
+        yield from singly(item) if isinstance(item, unittest.TestSuite) else [item]
+
+
+class Runner(unittest.TextTestRunner):
+    """Runs the tests of a single class here, where they can be debugged, and others spread."""
+
+    def run(self, test: Any) -> Any:
+        tests = list(singly(test))
+        kinds = {type(one) for one in tests}
+        here = len(kinds) < 2 or any(kind.__module__ != __name__ for kind in kinds) or self.buffer or self.tb_locals
+        return super().run(test if here else Spread(tests))
+
+
 if __name__ == "__main__":
-    unittest.main()
+    unittest.main(testRunner=Runner)
