@@ -27,6 +27,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import py_compile
 import random
 import re
 import select
@@ -4279,10 +4280,12 @@ class FuzzClient(unittest.TestCase):
 class ProgramCase(unittest.TestCase):
     """Whole programs as a user starts them."""
 
+    CHAT = str(HERE / "chat.py")  # or the same, compiled: half of a start is that
+
     def start(
         self, *args: str, stdin: Any = subprocess.DEVNULL, file: str = "chat.py", **more: Any
     ) -> subprocess.Popen[str]:
-        command = [sys.executable, str(HERE / file), *args]
+        command = [sys.executable, self.CHAT if file == "chat.py" else str(HERE / file), *args]
         program = subprocess.Popen(
             command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **more
         )
@@ -5130,7 +5133,7 @@ class Seat:
 
         # Opened by a session that has none, it becomes the terminal that sends signals.
         tty = os.ttyname(slave)
-        client = f"'{sys.executable}' '{HERE / 'chat.py'}' \"$@\""
+        client = f"'{sys.executable}' '{ProgramCase.CHAT}' \"$@\""
         script = f"exec <{tty} >{tty} 2>&1; {shell % client}"
         self.program = subprocess.Popen(
             ["sh", "-c", script, "sh", *args],
@@ -8018,9 +8021,10 @@ class LoadOfForeignServers(LoadTestCase):
 # The suite: spread over processes, because most tests wait most of the time.
 
 
-def work(pipe: Any) -> None:
+def work(pipe: Any, program: str) -> None:
     """A process that runs each test it is sent, and answers with what came of it, until nobody sends any more."""
     test: Any = None
+    ProgramCase.CHAT = program
 
     def stop(*_: Any) -> None:
         for name in ("SIGINT", "SIGTERM"):
@@ -8060,10 +8064,10 @@ class Elsewhere(Exception):
 class Worker:
     """Runs one test at a time in a process, which is spawned: it shares nothing with us but Python's flags."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other,), daemon=True)
+        self.process = context.Process(target=work, args=(other, program), daemon=True)
         self.process.start()
         other.close()  # or we would not see that the process has ended
         self.test: Any = None
@@ -8108,13 +8112,20 @@ class Spread(unittest.TestSuite):
 
     def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
         order = list(globals())
-        waiting: List[Any] = sorted(self, key=lambda test: order.index(type(test).__name__))
+        waiting = sorted(self, key=lambda test: order.index(type(test).__name__))
+        with tempfile.TemporaryDirectory() as folder:
+            program = py_compile.compile(ProgramCase.CHAT, f"{folder}/chat.pyc", doraise=True)
+            self.spread(waiting, result, str(program))
+        return result
+
+    def spread(self, waiting: List[Any], result: unittest.TestResult, program: str) -> None:
+        """Runs tests, the last one first."""
         idle: List[Worker] = []
         busy: Dict[Any, Worker] = {}
         try:
             while (waiting or busy) and not result.shouldStop:
                 while waiting and len(busy) < self.WORKERS:
-                    worker = idle.pop() if idle else Worker()
+                    worker = idle.pop() if idle else Worker(program)
                     worker.begin(waiting.pop())
                     busy[worker.pipe] = worker
                 for pipe in multiprocessing.connection.wait(list(busy)):
@@ -8125,7 +8136,6 @@ class Spread(unittest.TestSuite):
                 worker.end()
             for worker in (*idle, *busy.values()):
                 worker.ended()
-        return result
 
 
 def singly(suite: Any) -> Iterator[unittest.TestCase]:
