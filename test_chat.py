@@ -68,6 +68,7 @@ from loadtest import CHECKS, Finding, History, Sent
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATIENCE = 20.0  # seconds before a test gives up; never a measure of speed
+ERROR = ":chat.local ERROR :"  # how the last line of a server begins on IRC
 NARROW = 1 << 16  # bytes in a socket
 SLACK = 8  # bytes by which what is pickled differs for the same amount of data
 SOURCES = {module: (HERE / f"{module.__name__}.py").read_text(encoding="utf-8") for module in (chat, loadtest)}
@@ -1979,7 +1980,7 @@ class Identity(ServerCase):
             late.until(" 433 ")
             ghost.until("PING")
             self.eventually(lambda: self.counts()[0] == 0, "the ghost kept its name")
-        self.assertEqual(ghost.rest(), [":chat.local ERROR :Ping timeout"])
+        self.assertEqual(ghost.rest(), [f"{ERROR}Ping timeout"])
 
     def test_who_answers_is_no_ghost(self) -> None:
         holder = self.irc("bob")
@@ -2068,7 +2069,7 @@ class Pressure(ServerCase):
             if alive.seen[-1].startswith("PING"):
                 alive.send("PONG chat.local\r\n")
         self.assertEqual(alive.seen[-1], ":dead!dead@localhost QUIT :Ping timeout")
-        self.assertEqual(dead.rest()[-1], ":chat.local ERROR :Ping timeout")
+        self.assertEqual(dead.rest()[-1], f"{ERROR}Ping timeout")
 
     def test_who_does_not_read_is_dropped_and_nobody_else_notices(self) -> None:
         self.limit(outbox=1 << 16)
@@ -2185,7 +2186,7 @@ class Pressure(ServerCase):
         self.server.stop()
         self.assertEqual(ann.rest()[-1], "*** Server is shutting down")
         self.assertEqual(json.loads(bot.rest()[-1])["text"], "*** Server is shutting down")
-        self.assertEqual(eve.rest()[-1], ":chat.local ERROR :Server is shutting down")
+        self.assertEqual(eve.rest()[-1], f"{ERROR}Server is shutting down")
 
     def test_a_defect_ends_one_connection_only(self) -> None:
         ann, bob = self.plain("ann"), self.plain("bob")
@@ -2314,7 +2315,7 @@ class Passwords(ServerCase):
         refused = ":chat.local 464 * :the right password is wanted"
         for knock in ("NICK ann\r\nUSER a 0 * :a\r\n", "PASS sesame\r\nNICK ann\r\n"):
             with self.subTest(knock):
-                self.assertEqual(self.peer(knock).rest(), [refused, ":chat.local ERROR :Wrong password"])
+                self.assertEqual(self.peer(knock).rest(), [refused, f"{ERROR}Wrong password"])
         self.assertEqual(ann.sync(), [])
 
     def test_a_person_is_asked(self) -> None:
@@ -2363,7 +2364,7 @@ class Passwords(ServerCase):
             self.assertEqual(last, ["ERROR :Too many wrong passwords; try again later"])
             self.assertEqual(tried, chat.WRONG_PASSWORDS)
             inside.send(right)  # even the right one: it might be a guess
-            self.assertEqual(inside.rest()[-1], ":chat.local ERROR :Too many wrong passwords; try again later")
+            self.assertEqual(inside.rest()[-1], f"{ERROR}Too many wrong passwords; try again later")
         later = time.monotonic() + chat.WRONG_S
         with mock.patch.object(time, "monotonic", lambda: later):
             self.peer(right).until(" 001 ")
@@ -2481,7 +2482,7 @@ class Encrypted(ServerCase):
         self.secret("bob\n").until("bob joined")
         for line, answer in (
             ("ann\n", f"*** {chat.TLS_ONLY}"),
-            ("NICK ann\r\n", f":chat.local ERROR :{chat.TLS_ONLY}"),
+            ("NICK ann\r\n", f"{ERROR}{chat.TLS_ONLY}"),
             ("GET / HTTP/1.0\r\n", chat.HTTP.ANSWER.splitlines()[-1]),
         ):
             self.assertEqual(self.peer(line).rest()[-1], answer)
@@ -4373,6 +4374,19 @@ class FuzzClient(unittest.TestCase):
         client._on_messages((client.link, [chat.parse(line) for line in lines]))  # type: ignore[arg-type]
 
 
+def held_port(case: unittest.TestCase) -> int:
+    """A port that nobody else is given during a test, for a server that can be told to share it (SO_REUSEADDR)."""
+    sock = socket.socket()
+    case.addCleanup(sock.close)
+    if sys.platform != "win32":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    port: int = sock.getsockname()[1]
+    if sys.platform == "win32":
+        sock.close()
+    return port
+
+
 class ProgramCase(unittest.TestCase):
     """Whole programs as a user starts them."""
 
@@ -4748,7 +4762,7 @@ class ClientProgram(ProgramCase):
             (["client", "--host", "a..b"], "cannot connect to a..b:"),
             (["server", "--host", "a..b"], "cannot listen on a..b:"),
             (["server", "--server-name", "my chat"], "a --server-name is "),
-            (["server", "--log", str(HERE / "no" / "such")], "[Errno 2] "),
+            (["server", "--port", "0", "--log", str(HERE / "no" / "such")], "[Errno 2] "),
         ):
             with self.subTest(args):
                 program = self.start(*args)
@@ -5398,7 +5412,8 @@ class AtTheTerminal(SeatCase):
         seat.until(lambda: seat.last() == "[#chat 2] bob> typed")
 
     def test_a_killed_and_restarted_server(self) -> None:
-        server, port = self.server()
+        port = held_port(self)
+        server, _ = self.server("--port", str(port))
         seat = self.sit(port)
         seat.until(lambda: seat.last() == "[#chat 1] bob>")
         seat.type("before\r")
@@ -5620,7 +5635,7 @@ class Operator(SeatCase):
         seat.type("\x15/ki\tro\t too loud\r")
         thrown = "Thrown out: too loud"
         self.assertEqual(ann.until("rob left"), f"*** rob left: {thrown}")
-        self.assertEqual(bob.rest()[-2:], [f":chat.local KILL rob :{thrown}", f":chat.local ERROR :{thrown}"])
+        self.assertEqual(bob.rest()[-2:], [f":chat.local KILL rob :{thrown}", f"{ERROR}{thrown}"])
         self.enter(seat, "/kick nobody", "Error: nobody here is called nobody\n")
         self.enter(seat, "/kick", r"Error: it is /kick NAME \[REASON\]\n")
         self.enter(seat, "hello", "Error: these are commands of the server: /help lists them")
@@ -5817,7 +5832,7 @@ class Foreign:
         folder = tempfile.TemporaryDirectory()
         case.addCleanup(folder.cleanup)
         path = pathlib.Path(folder.name, "conf")
-        self.port = loadtest.free_port()
+        self.port = held_port(case)
         self.ann: Any = mock.Mock()
         path.write_text(config.format(port=self.port, folder=folder.name), encoding="ascii")
         self._command = [part.format(path=path) for part in command]
@@ -6255,7 +6270,7 @@ class Durable(ProgramCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = pathlib.Path(folder.name)
-        self.port = 0
+        self.port = held_port(self)  # also between one server and the next
         self.file = "chat.py"
         for name, seconds in (("RETRY_S", 0.02), ("RETRY_MAX_S", 0.1)):
             patch = mock.patch.object(chat, name, seconds)
@@ -6267,9 +6282,7 @@ class Durable(ProgramCase):
             "server", "--port", str(self.port), "--history", str(self.folder / "history"), file=self.file
         )
         assert program.stdout
-        first = program.stdout.readline()
-        self.assertRegex(first, "^listening on ")
-        self.port = int(first.rpartition(":")[2])
+        self.assertRegex(program.stdout.readline(), "^listening on ")
         return program
 
     def run_clients(self, count: int) -> List[Tuple[Recorder, chat.Client, threading.Thread]]:
@@ -8059,8 +8072,8 @@ class Disturbers(LoadTestCase):
 class LoadOfForeignServers(LoadTestCase):
     def against_ngircd(self, extra: str, *args: str) -> Dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            config, port = pathlib.Path(folder, "ngircd.conf"), loadtest.free_port()
-            plain = loadtest.free_port() if extra else port
+            config, port = pathlib.Path(folder, "ngircd.conf"), held_port(self)
+            plain = held_port(self) if extra else port
             text = ngircd_config("irc.test", plain, "Password = secret\n") + extra.format(folder=folder, port=port)
             config.write_text(text, encoding="ascii")
             if extra:
@@ -8088,7 +8101,7 @@ class LoadOfForeignServers(LoadTestCase):
 
     @unittest.skipUnless(shutil.which("ngircd"), "needs ngircd")
     def test_two_linked_servers(self) -> None:
-        ports = [loadtest.free_port(), loadtest.free_port()]
+        ports = [held_port(self), held_port(self)]
         with tempfile.TemporaryDirectory() as folder:
             for number, how in enumerate(("Passive = yes", f"Port = {ports[0]}")):
                 link = f"[Server]\nName = irc{1 - number}.test\nHost = 127.0.0.1\nMyPassword = x\nPeerPassword = x\n"
