@@ -7736,6 +7736,15 @@ class LoadTestCase(ProgramCase):
 
     QUICK = ("-n", "8", "-S", "4", "-r", "200", "-d", "1", "-w", "0.2")
 
+    def end(self, program: subprocess.Popen[str]) -> None:
+        """When a test was interrupted: lets a load test end the server that it started, which may have begun."""
+        for seconds in (3, 15) if "loadtest.py" in str(program.args) and program.poll() is None else ():
+            with contextlib.suppress(subprocess.TimeoutExpired, ValueError):  # read to its end already
+                program.communicate(timeout=seconds)
+            if program.poll() is None and seconds == 3:
+                program.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+        super().end(program)
+
     def loadtest(self, *args: str) -> subprocess.Popen[str]:
         return self.start(*args, file="loadtest.py")
 
