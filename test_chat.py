@@ -3,6 +3,8 @@
 
 Run: python test_chat.py
 
+The tests of several classes are spread over processes; those of one class run in this one, for a debugger.
+
     CHAT_TEST_LONG=1 python test_chat.py -k Fuzz        a million lines each at the parsers and at a server
     CHAT_TEST_SEED=n python test_chat.py FuzzServer     what a failure named
     CHAT_TEST_SOAK=60 python test_chat.py Soak          an hour of people who come, stall and vanish
@@ -7898,7 +7900,9 @@ class LoadTest(LoadTestCase):
 
 
 class Witness:
-    """An IRC server that lets everybody in, and keeps all that it is sent."""
+    """An IRC server that lets everybody in, and keeps what it is sent: the beginning and the end, if that is much."""
+
+    KEPT = 4_000_000  # bytes of the beginning
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
@@ -7917,7 +7921,7 @@ class Witness:
         with sock:
             while data:
                 with self.more:
-                    self.seen = (self.seen + data)[-5_000_000:]
+                    self.seen = self.seen[: self.KEPT] + (self.seen[self.KEPT :] + data)[-self.KEPT :]
                     self.more.notify_all()
                 try:
                     if b"USER " in data:
