@@ -7750,6 +7750,11 @@ class LoadTestCase(ProgramCase):
     def loadtest(self, *args: str) -> subprocess.Popen[str]:
         return self.start(*args, file="loadtest.py")
 
+    def whole(self, found: Dict[str, Any]) -> None:
+        """All that a QUICK run sent has arrived: 240 messages, each at 7; or fewer, on a machine that is too busy."""
+        self.assertEqual((found["deliveries"], found["expected"] % 7), (found["expected"], 0))
+        self.assertIn(found["expected"], range(1680 // 2, 1680 + 1))
+
     def done(self, program: subprocess.Popen[str]) -> Tuple[int, str, str]:
         out, err = program.communicate(timeout=3 * PATIENCE)
         return program.returncode, out, err
@@ -7782,12 +7787,12 @@ class LoadTest(LoadTestCase):
                 with self.subTest(protocol):
                     status, out, err = self.done(program)
                     self.assertEqual((status, err), (0, ""), out)
-                    self.assertRegex(out, r"\nPASS  1,680 of 1,680 deliveries, once, unchanged, in one order\n$")
+                    self.assertRegex(out, r"\nPASS  ([\d,]+) of \1 deliveries, once, unchanged, in one order\n$")
                     found = json.loads(pathlib.Path(folder, f"{protocol}.json").read_text(encoding="utf-8"))["results"][
                         0
                     ]
-                    self.assertEqual(found["deliveries"], found["expected"])
-                    self.assertGreater(found["latency"]["corrected"]["samples"], 1300)
+                    self.whole(found)
+                    self.assertGreater(found["latency"]["corrected"]["samples"], found["expected"] * 3 // 4)
                     self.assertGreaterEqual(found["latency"]["corrected"]["p50"], 0)
                     self.assertIn("<svg", pathlib.Path(folder, f"{protocol}.html").read_text(encoding="utf-8"))
 
@@ -8100,7 +8105,8 @@ class LoadOfForeignServers(LoadTestCase):
             with quiet, mock.patch.object(loadtest, "free_port", return_value=port):
                 self.assertEqual(loadtest.main([*args, "--server-command", command]), 0)
             found = json.loads(pathlib.Path(folder, "out").read_text(encoding="utf-8"))["results"][0]
-            self.assertEqual((found["verdict"], found["deliveries"]), ("PASS", 1680))
+            self.assertEqual(found["verdict"], "PASS")
+            self.whole(found)
             return dict(found)
 
     @unittest.skipUnless(shutil.which("ngircd"), "needs ngircd")
@@ -8130,7 +8136,7 @@ class LoadOfForeignServers(LoadTestCase):
             self.assertEqual(err, "")
             found = json.loads(pathlib.Path(folder, "out").read_text(encoding="utf-8"))["results"][0]
         self.assertEqual(found["target"]["name"], f"127.0.0.1:{ports[0]} + 127.0.0.1:{ports[1]}")
-        self.assertEqual((found["deliveries"], found["expected"]), (1680, 1680))
+        self.whole(found)
         # A network promises no single order of all messages; whether it kept one is a matter of luck.
         failed = {check["check"] for check in found["checks"] if check["verdict"] != "pass"}
         self.assertLessEqual(failed, {"order"}, out)
