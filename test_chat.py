@@ -2185,6 +2185,7 @@ class Pressure(ServerCase):
 
     def test_shutdown_tells_everybody(self) -> None:
         ann, bot, eve = self.plain("ann"), self.peer('{"type":"join","user":"bot"}\n'), self.irc("eve")
+        bot.until('"join"')
         self.server.stop()
         self.assertEqual(ann.rest()[-1], "*** Server is shutting down")
         self.assertEqual(json.loads(bot.rest()[-1])["text"], "*** Server is shutting down")
