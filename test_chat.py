@@ -70,7 +70,7 @@ from loadtest import CHECKS, Finding, History, Sent
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATIENCE = 60.0  # seconds before a test gives up; never a measure of speed
-ERROR = ":chat.local ERROR :"  # how the last line of a server begins on IRC
+ERROR = "ERROR :"  # how the last line of a server begins on IRC
 NARROW = 1 << 16  # bytes in a socket
 SLACK = 8  # bytes by which what is pickled differs for the same amount of data
 SOURCES = {module: (HERE / f"{module.__name__}.py").read_text(encoding="utf-8") for module in (chat, loadtest)}
@@ -1401,6 +1401,19 @@ class IrcClients(ServerCase):
 
 
 class IrcAnswers(ServerCase):
+    def test_the_last_line_has_no_source_and_always_a_colon(self) -> None:
+        """RFC 1459, section 6, and RFC 2812, 3.7.4: programs look for a line that begins with ERROR."""
+        ann = self.irc("ann")
+        ann.send("QUIT\r\n")
+        self.assertEqual(ann.rest()[-1], "ERROR :Goodbye")
+        bob = self.irc("bob", *chat.CAPABILITIES)
+        bob.send("@label=x QUIT :gone home\r\n")
+        last = bob.rest()[-1]
+        self.assertRegex(last, r"^(@\S+ )?ERROR :Goodbye$")
+        eve = self.irc("eve")
+        self.server.stop()
+        self.assertEqual(eve.rest()[-1], "ERROR :Server is shutting down")
+
     def test_who_is_here_is_told_whole(self) -> None:
         names = [f"friend-number-{number:06}" for number in range(20)]
         for name in names[:-1]:
@@ -4445,6 +4458,17 @@ class ServerProgram(ProgramCase):
         out, err = second.communicate(timeout=PATIENCE)
         message = f"chat.py: port {port} is taken; choose another with --port, or any with --port 0\n"
         self.assertEqual((second.returncode, out, err), (1, "", message))
+
+    def test_a_log_that_cannot_be_opened_is_told_before_the_port_is_bound(self) -> None:
+        _, port = self.server()
+        with tempfile.TemporaryDirectory() as folder:
+            for path in (folder, os.path.join(folder, "no", "such")):
+                with self.subTest(path):
+                    program = self.start("server", "--port", str(port), "--log", path)
+                    out, err = program.communicate(timeout=PATIENCE)
+                    self.assertEqual((program.returncode, out), (1, ""), err)
+                    self.assertRegex(err, rf"^chat\.py: [^\n]*{re.escape(path)}[^\n]*\n$")
+                    self.assertNotIn(f"port {port}", err)
 
     def test_a_password_and_who_is_warned_without(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
