@@ -12,9 +12,9 @@ Sections, from pure to effectful; each uses only those above it:
     text form              a message as people read it; slash commands as people type them
     dialects               plain, JSON lines, IRC and HTTP: bytes of a line <-> Message
     history                what was said in channels: in memory, or in an SQLite file
-    chat state             Session, Channel, Hub: who is here, who is where; the log; one lock
-    delivery               a batch of the log: what of it is stored, and which bytes of it go to whom
-    commands               one function per command, in a table with its minimum parameters
+    chat state             Session, Channel, Hub: who is here, who is where; Call and the log; limits, access; one lock
+    commands               dispatch; one function per command, in a table; each gets one Call
+    delivery               the log applied in order: what is stored, and which bytes go to whom
     encryption             TLS as bytes in, bytes out; who is at the other end
     server                 connections and their readers, the mailer, the listener
     terminal               line editor and screen, for people
@@ -24,14 +24,17 @@ Sections, from pure to effectful; each uses only those above it:
     operator               what whoever runs a server can do, and the terminal to do it at
     command line           argparse, main
 
-Threads of the server. A reader per connection receives, splits into lines and runs commands, which change the
-state and append deliveries to one ordered log, under one lock. The mailer alone writes to sockets: it takes the
-whole log, stores what is to be kept, encodes each message once per view, and makes one send per recipient. The thread
-that serves accepts, and lets Hub.tick do what is due: the main thread, unless that has a terminal to look after.
-Another one writes what is logged.
+Threads of the server. A reader per connection receives, splits into lines and runs commands. Each command is a
+Call, which changes the state under the hub's lock and is then appended to the log. The mailer alone writes to
+sockets: it takes the whole log, stores what is to be stored, encodes each message once per dialect, and makes one
+send per recipient. The thread that serves accepts, and lets Hub.tick do what is due: the main thread, unless that
+has a terminal to look after. Another one writes the program's own log.
 
-The rule of the lock. `with hub:` holds it. A method whose name ends in _locked, and every command, runs with it
-held. No I/O happens under it, and no other lock is taken under it.
+The order of the log is the order in which everybody sees everything. Joins and leaves are in it, too: a channel's
+`members` are those at its write end, under the lock, its `audience` those at its read end, which is the mailer's.
+
+The rule of the lock. `with hub:` holds it. Every command and all methods of Call run with it held, and of Hub's
+those that it lists so. No I/O happens under it, and no other lock is taken under it.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ import codecs
 import collections
 import contextlib
 import datetime
+import enum
 import errno
 import functools
 import gc
@@ -82,16 +86,20 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Collection,
     Deque,
     Dict,
+    FrozenSet,
     Iterable,
     Iterator,
     List,
     Mapping,
     NamedTuple,
     Optional,
+    Sequence,
     Set,
     Tuple,
+    Union,
 )
 
 if TYPE_CHECKING:  # imported where it is needed: Python can be built without it, and most servers do not use it
@@ -119,7 +127,9 @@ LABEL_BYTES = 64  # IRCv3 labeled-response
 MAX_PARAMS = 15  # RFC 1459, section 2.3
 JSON_NESTING = 32  # ours needs 1; the json module recurses in C and could run through a reader's stack
 RECV_BYTES = 16 << 10  # one read
-WAIT_BYTES = 1024  # the same where little is expected; held while a reader waits: with 4096, 9,000 took 280 MB, not 240
+IDLE_RECV_BYTES = (
+    1024  # the same where little is expected; held while a reader waits: with 4096, 9,000 took 280 MB, not 240
+)
 
 # Names, in characters; a nick also has a bound in bytes so that every prefix fits in a line.
 NICK_CHARS, NICK_BYTES = 24, 64
@@ -134,56 +144,64 @@ MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
 MAX_JOINS = 50  # channels in one JOIN or PART, and invitations that are remembered
 MAX_MODES = 4  # with a parameter, in one MODE
 MAX_BANS = 100  # of a channel
-BANNED_KNOWN = 10_000  # of whom a channel remembers whether they are banned
+BANS_CACHED = 10_000  # of whom a channel remembers whether they are banned
 MAX_LISTED = 1000  # channels in one LIST
-VIEWS = 1000  # sets of capabilities that are remembered; there are few, unless somebody tries them all
+IRC_DIALECTS = 1000  # sets of capabilities that are remembered; there are few, unless somebody tries them all
 NICK_CHANGES, NICK_CHANGE_S = 5, 10.0  # at once, then one each so many seconds: each is told to everybody
 
 # Memory between a sender and a slow recipient.
 # Not yet taken by the mailer; over it senders wait, which TCP passes on to them. Flooded, half of the messages take
 # 0.15 s with 200, and 1.0 s with 500, because more of them wait in socket buffers; with 60 fewer get through.
-LOG_BROADCASTS = 200
-LOG_LENGTH = 20_000  # the same with answers to one session: NAMES alone may be hundreds
+LOG_HIGH_WATER = 200
+LOG_ENTRIES = 20_000  # the same with answers to one session: NAMES alone may be hundreds
 STACK_BYTES = 256 << 10  # of a reader thread; the default of 8 MiB would forbid thousands of them
 
 # History.
 REPLAY_LINES = 20  # shown to newcomers
 MEMORY_LINES, MEMORY_CHANNELS = 1000, 50  # kept in memory of a channel, and of how many of them: 4 kB each at worst
-KEPT_TAGS, KEPT_TAG_CHARS = 8, 512  # of a message in the history, which otherwise keeps only those that matter to us
+STORED_TAGS, STORED_TAG_CHARS = (
+    8,
+    512,
+)  # of a message in the history, which otherwise keeps only those that matter to us
 PAGE_LINES = 100  # at most, of one answer to CHATHISTORY
-SEEN_IDS = 10_000  # of messages, by which one that is sent again is recognised
-MISSED_LINES = 100  # kept of what is said to somebody alone whose connection is lost
+DEDUP_IDS = 10_000  # of messages, by which one that is sent again is recognised
+RESUME_QUEUE = 100  # private messages to one of them
 STORE_S = 1.0  # that another program may keep the file to itself, while everybody waits
-TIDY_LINES, TIDY_S = 1000, 1.0  # removed of one channel at a time, when they are too old; and how often
-ARCHIVE_ID = 0x63686174  # in the header of our SQLite files: "chat"
-ALL = 1 << 62  # above every message's number
+PRUNE_LINES, PRUNE_S = 1000, 1.0  # removed of one channel at a time, when they are too old; and how often
+SQLITE_ID = 0x63686174  # in the header of our SQLite files: "chat"
+MAX_SEQUENCE = 1 << 62  # above every message's number
 
 # Time, in seconds.
 PROMPT_S = 1.0  # of silence before a person is asked for a name; IRC clients speak first
 FLOOD_S, FLOOD_BYTES = 10.0, 32 << 10  # who leaves so much unread for so long, while its lines wait, is dropped
-WRONG_PASSWORDS, WRONG_S = 5, 60.0  # from one address, which then is refused for so long
-WRONG_DELAY_S = 1.0  # until the next line of somebody who was wrong is read
-ARRIVAL_S = 0.5  # between connections from one address, after twice as many at once as it may have
-TURN_S = 0.0005  # after each that is turned away: who turns away at full speed lets nobody else have the interpreter
-GONE_S = 0.05  # between two looks at what somebody goes on to send who has been dropped
-REFUSED_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
-ABSENT = 1000  # at most, whose connection is lost
-GRACE_S = 30.0  # for a client to come back before the others are told that it left
-PROBE_S = 10.0  # for the holder of a name that somebody else asks for: a ghost does not answer
+WRONG_PASSWORDS, WRONG_S = 5, 60.0  # at once from one address, and how long until there may be as many again
+WRONG_PAUSE_S = 1.0  # until the next line of somebody who was wrong is read
+SWEEP_S = 10.0  # between two looks for addresses of which nothing need be remembered
+CONNECT_INTERVAL_S = 0.5  # between connections from one address, after twice as many at once as it may have
+REJECT_PAUSE_S = (
+    0.0005  # after each that is turned away: who turns away at full speed lets nobody else have the interpreter
+)
+DROPPED_PAUSE_S = 0.05  # between two looks at what somebody goes on to send who has been dropped
+ERROR_PAUSE_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
+MAX_RESUMABLE = 1000  # sessions whose connection is lost
+RESUME_GRACE_S = 30.0  # for a client to come back before the others are told that it left
+GHOST_PING_S = 10.0  # for the holder of a name that somebody else asks for: a ghost does not answer
 TICK_S = 0.5  # longest sleep of the timers
-LINGER_S = 3.0  # for the last line to be read before a closed connection is cut
+DRAIN_S = 3.0  # without progress, for the send queue of a connection that is closed
+CLOSE_GRACE_S = 0.5  # for the peer to close, too, once the socket has taken the last line
 STOP_S = 3.0  # for the last lines to be delivered when the server stops; it is gone within 5
 # Thread switch interval. Each of N threads that want to run wakes once in it, for nothing, so it grows with N: when
 # 9,000 clients spoke at once, they had joined after 19 s with 1 ms, after 10 s with 50 ms.
 SWITCH_S, SWITCH_CLIENT_S = 0.005, 5e-6
 
 # The log.
-LOG_RECORDS = 1000  # that wait to be written: a terminal that is stopped with Ctrl-S must not stop the chat
+LOG_QUEUE = 1000  # that wait to be written: a terminal that is stopped with Ctrl-S must not stop the chat
 END_S = 1.5  # for a terminal to take the last lines
 LOG_END_S = 0.5  # for the rest of them at the end, twice
 LOG_BURST, LOG_INTERVAL_S = 200, 0.125  # of one kind, at once and then one each: nobody fills our disk with complaints
 
 # The client.
+LINGER_S = 3.0  # for a server to say goodbye
 CONNECT_S = 10.0  # for a connection, and then for being let in
 ENTER_S = 120.0  # for being let in, by a server that is not silent meanwhile
 ASK_S = 30.0  # of silence before the client asks whether the server is there, and again before it gives up
@@ -238,14 +256,14 @@ class Numeric(NamedTuple):
     form: str = ""
 
 
-class Refused(Exception):
-    """A command that cannot be done; the dispatcher sends `numeric` with `params` to whoever gave it."""
+class CommandError(Exception):
+    """A command that cannot be done; the dispatcher replies with `numeric` and `params`."""
 
     def __init__(self, numeric: Numeric, *params: str) -> None:
         super().__init__(numeric, *params)
         self.numeric = numeric
         self.params = params
-        self.command, self.label = "*", ""  # of a line that could not be decoded, as far as they can be seen
+        self.message: Optional[Message] = None  # as much as could be decoded of a line that could not be
 
 
 RPL_WELCOME = Numeric("001", "welcome")
@@ -412,7 +430,7 @@ def script(char: str) -> str:
 
 
 def check_nick(nick: str) -> str:
-    """The NFC form of `nick`; raises Refused where it is none (DESIGN: one script, 24 characters, 64 bytes)."""
+    """The NFC form of `nick`; raises CommandError where it is none (DESIGN: one script, 24 characters, 64 bytes)."""
     nick = unicodedata.normalize("NFC", nick)
     scripts = {script(char) for char in nick} - {""}
     if not (
@@ -425,12 +443,12 @@ def check_nick(nick: str) -> str:
         and not INVISIBLE.search(nick)
         and (len(scripts) <= 1 or any(scripts <= mixed for mixed in MIXED_SCRIPTS))
     ):
-        raise Refused(ERR_ERRONEUSNICKNAME, nick)
+        raise CommandError(ERR_ERRONEUSNICKNAME, nick)
     return nick
 
 
 def check_channel(name: str) -> str:
-    """The NFC form of a channel's name; raises Refused where it is none."""
+    """The NFC form of a channel's name; raises CommandError where it is none."""
     name = unicodedata.normalize("NFC", name)
     if not (
         name.startswith("#")
@@ -440,7 +458,7 @@ def check_channel(name: str) -> str:
         and not INVISIBLE.search(name)
         and not set(name) & set(" ,")
     ):
-        raise Refused(ERR_BADCHANMASK, name)
+        raise CommandError(ERR_BADCHANMASK, name)
     return name
 
 
@@ -497,8 +515,7 @@ def matches(mask: str, text: str) -> bool:
 NO_TAGS: Mapping[str, str] = {}
 TAG_ESCAPES = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n"}  # IRCv3 message-tags, "Escaping values"
 TAG_UNESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n"}
-NO_KEY = ("", "", "")
-HERE = "*"  # as a target: the one channel that the sender is in
+CURRENT_CHANNEL = "*"  # as a target: the one channel that the sender is in
 ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msgid
 BY_TAG = "chat.py/by"  # only in the history: who used that id
 REPLAYED_TAG = "chat.py/replayed"  # on what was said before, for clients that did not ask
@@ -534,6 +551,20 @@ class Message(NamedTuple):
         """What follows /me, or None where it is no action (CTCP ACTION)."""
         text = self.text
         return text[8:].rstrip("\x01") if text.startswith("\x01ACTION ") else None
+
+
+NO_MESSAGE = Message("")  # of a call that no command began
+
+
+class Lines(NamedTuple):
+    """Messages that differ in their last parameter only, as the 353 of a large channel do: encoded in one step."""
+
+    message: Message  # without it
+    texts: Tuple[str, ...]
+
+    def messages(self) -> List[Message]:
+        """Each of them."""
+        return [self.message._replace(params=(*self.message.params, text)) for text in self.texts]
 
 
 def action(text: str) -> str:
@@ -583,7 +614,11 @@ def format_line(message: Message) -> str:
     if not message.params:
         return source + message.command
     *middle, last = (message.command, *message.params)
-    spoken = len(middle) > 1 or message.command in ("NICK", "QUIT")  # ii finds these only after a colon
+    spoken = len(middle) > 1 or message.command in (
+        "NICK",
+        "QUIT",
+        "ERROR",
+    )  # ii finds the first two only after a colon
     colon = ":" if spoken or not last or last[0] == ":" or " " in last else ""
     return f"{source}{' '.join(middle)} {colon}{last}"
 
@@ -594,11 +629,11 @@ def format_tagged(message: Message) -> str:
 
 
 def check_length(message: Message) -> None:
-    """Raises Refused when a message could not be relayed within an IRC line, with its sender's full prefix."""
+    """Raises CommandError when a message could not be relayed within an IRC line, with its sender's full prefix."""
     if 4 * sum(map(len, message.params)) + 4 * len(message.source) < LINE_BYTES - 40:
         return  # no character has more than four bytes: the usual message needs no closer look
     if len(format_line(message).encode()) + 2 > LINE_BYTES:
-        raise Refused(ERR_INPUTTOOLONG)
+        raise CommandError(ERR_INPUTTOOLONG)
 
 
 def cut(text: str, size: int) -> str:
@@ -698,11 +733,17 @@ EVENT_FORMS = {
     "NOTE": ("note", "{text}"),
 }
 OWN_REASON = "Quit: "  # before a reason that a user gave, lest it pass for one of the server's; people need not see it
-OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats (direction, zero width), separators
-MARKS = 8  # combining marks that one letter may carry: real writing needs 4, and more of them cover other lines
+UNSAFE_CATEGORIES = (
+    "Cc",
+    "Cf",
+    "Cs",
+    "Zl",
+    "Zp",
+)  # Unicode categories: controls, formats (direction, zero width), separators
+MAX_COMBINING = 8  # combining marks that one letter may carry: real writing needs 4, and more of them cover other lines
 
 
-def harmless(text: str) -> str:
+def escape_controls(text: str) -> str:
     """`text` with all that a terminal could obey, or that hides, made visible: \\x1b, <U+202E>. Never fails."""
     if text.isascii() and text.isprintable():
         return text
@@ -711,13 +752,18 @@ def harmless(text: str) -> str:
         category = unicodedata.category(char)
         marks = marks + 1 if category[0] == "M" else 0
         hides = INVISIBLE.match(char) and char not in "\ufe0e\ufe0f"  # those two only choose how an emoji looks
-        shown.append(visible(char) if category in OBEYED or hides or marks > MARKS else char)
+        shown.append(escape_char(char) if category in UNSAFE_CATEGORIES or hides or marks > MAX_COMBINING else char)
     return "".join(shown)
 
 
-def visible(char: str) -> str:
+def escape_char(char: str) -> str:
     """How a character is shown that must not be shown as itself."""
     return f"\\x{ord(char):02x}" if ord(char) < 0x100 else f"<U+{ord(char):04X}>"
+
+
+def safe_param(text: str) -> str:
+    """`text` as a parameter that is not the last: one word, not empty, short."""
+    return cut(escape_controls(text.lstrip(" :").partition(" ")[0]), NICK_BYTES) or "*"
 
 
 def is_system(message: Message) -> bool:
@@ -729,28 +775,28 @@ def event_of(message: Message) -> Tuple[str, str]:
     """(name, readable text without stars) of a system message; the text is '' where a person need not see it."""
     numeric = NUMERICS.get(message.command)
     if re.fullmatch("[45][0-9][0-9]", message.command):
-        return numeric.name if numeric else "error", "Error: " + harmless(message.text)
+        return numeric.name if numeric else "error", "Error: " + escape_controls(message.text)
     name, form = (numeric.name, numeric.form) if numeric else EVENT_FORMS.get(message.command, ("", ""))
     reason = message.param({"QUIT": 0, "KICK": 2}.get(message.command, 1))
     if message.command == "QUIT" and reason.startswith(OWN_REASON):
         reason = reason[len(OWN_REASON) :]
-    values = [harmless(param) for param in message.params] + [""] * MAX_PARAMS
+    values = [escape_controls(param) for param in message.params] + [""] * MAX_PARAMS
     return name, form.format(
         *values,
-        nick=harmless(message.nick),
-        text=harmless(message.text),
-        rest=harmless(" ".join(message.params[2 if numeric else 1 :])),
-        here=f" ({harmless(message.tags[COUNT_TAG])} here)" if COUNT_TAG in message.tags else "",
-        reason=f": {harmless(reason)}" if reason else "",
+        nick=escape_controls(message.nick),
+        text=escape_controls(message.text),
+        rest=escape_controls(" ".join(message.params[2 if numeric else 1 :])),
+        here=f" ({escape_controls(message.tags[COUNT_TAG])} here)" if COUNT_TAG in message.tags else "",
+        reason=f": {escape_controls(reason)}" if reason else "",
     )
 
 
-def text_form(message: Message, name: Callable[[str], str] = harmless) -> str:
-    """The line in which a person reads a message, '' for none. What the network sent is made harmless.
+def text_form(message: Message, name: Callable[[str], str] = escape_controls) -> str:
+    """The line in which a person reads a message, '' for none. What the network sent is escaped.
 
     `name` makes the sender's name so, and may colour it.
     """
-    place = f"[{harmless(message.param(0))}] " if ELSEWHERE_TAG in message.tags else ""
+    place = f"[{escape_controls(message.param(0))}] " if ELSEWHERE_TAG in message.tags else ""
     if is_system(message):
         text = event_of(message)[1]
         return text and f"*** {place}{text}"
@@ -758,11 +804,11 @@ def text_form(message: Message, name: Callable[[str], str] = harmless) -> str:
         place = "[private] "
     doing = message.action
     if doing is not None:
-        return f"{place}* {name(message.nick)} {harmless(doing)}"
-    return f"{place}{name(message.nick)}: {harmless(message.text)}"
+        return f"{place}* {name(message.nick)} {escape_controls(doing)}"
+    return f"{place}{name(message.nick)}: {escape_controls(message.text)}"
 
 
-class Slash(NamedTuple):
+class SlashCommand(NamedTuple):
     """A slash command: its grammar, what /help says, and its message from the channel and the words after it."""
 
     grammar: str
@@ -773,47 +819,61 @@ class Slash(NamedTuple):
     local: bool = False  # done by the bundled client itself, so unknown to the plain dialect
 
 
-SLASHES = {
-    "help": Slash("", "shows this", 0, 1, lambda here, words: Message("HELP")),
-    "nick": Slash("NAME", "takes another name", 1, 2, lambda here, words: Message("NICK", words[:1])),
-    "msg": Slash("NAME TEXT", "speaks to one person", 2, 2, lambda here, words: Message("PRIVMSG", words)),
-    "reply": Slash("TEXT", "answers the last private message", 1, 1, lambda here, words: Message("REPLY", words), True),
-    "me": Slash("TEXT", "says what you do", 1, 1, lambda here, words: Message("PRIVMSG", (here, action(words[0])))),
-    "who": Slash("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
-    "whois": Slash("NAME", "tells more about somebody", 1, 2, lambda here, words: Message("WHOIS", words[:1])),
-    "join": Slash("#NAME [KEY]", "goes to another channel", 1, 3, lambda here, words: Message("JOIN", words[:2])),
-    "topic": Slash("[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))),
-    "invite": Slash("NAME", "asks somebody to come", 1, 2, lambda here, words: Message("INVITE", (words[0], here))),
-    "kick": Slash("NAME [TEXT]", "puts somebody out", 1, 2, lambda here, words: Message("KICK", (here, *words))),
-    "mode": Slash("[MODES]", "shows or sets modes: +o NAME", 0, 9, lambda here, words: Message("MODE", (here, *words))),
-    "away": Slash("[TEXT]", "says why you do not answer", 0, 1, lambda here, words: Message("AWAY", words)),
-    "ignore": Slash(
+SLASH_COMMANDS = {
+    "help": SlashCommand("", "shows this", 0, 1, lambda here, words: Message("HELP")),
+    "nick": SlashCommand("NAME", "takes another name", 1, 2, lambda here, words: Message("NICK", words[:1])),
+    "msg": SlashCommand("NAME TEXT", "speaks to one person", 2, 2, lambda here, words: Message("PRIVMSG", words)),
+    "reply": SlashCommand(
+        "TEXT", "answers the last private message", 1, 1, lambda here, words: Message("REPLY", words), True
+    ),
+    "me": SlashCommand(
+        "TEXT", "says what you do", 1, 1, lambda here, words: Message("PRIVMSG", (here, action(words[0])))
+    ),
+    "who": SlashCommand("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
+    "whois": SlashCommand("NAME", "tells more about somebody", 1, 2, lambda here, words: Message("WHOIS", words[:1])),
+    "join": SlashCommand(
+        "#NAME [KEY]", "goes to another channel", 1, 3, lambda here, words: Message("JOIN", words[:2])
+    ),
+    "topic": SlashCommand(
+        "[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))
+    ),
+    "invite": SlashCommand(
+        "NAME", "asks somebody to come", 1, 2, lambda here, words: Message("INVITE", (words[0], here))
+    ),
+    "kick": SlashCommand("NAME [TEXT]", "puts somebody out", 1, 2, lambda here, words: Message("KICK", (here, *words))),
+    "mode": SlashCommand(
+        "[MODES]", "shows or sets modes: +o NAME", 0, 9, lambda here, words: Message("MODE", (here, *words))
+    ),
+    "away": SlashCommand("[TEXT]", "says why you do not answer", 0, 1, lambda here, words: Message("AWAY", words)),
+    "ignore": SlashCommand(
         "[NAME]", "hides somebody, or no more", 0, 2, lambda here, words: Message("IGNORE", words[:1]), True
     ),
-    "clear": Slash("", "clears the screen", 0, 1, lambda here, words: Message("CLEAR"), True),
-    "quit": Slash("[TEXT]", "leaves, as does exit alone", 0, 1, lambda here, words: Message("QUIT", words)),
+    "clear": SlashCommand("", "clears the screen", 0, 1, lambda here, words: Message("CLEAR"), True),
+    "quit": SlashCommand("[TEXT]", "leaves, as does exit alone", 0, 1, lambda here, words: Message("QUIT", words)),
 }
 
 
-def typed(line: str, here: str, local: bool = False) -> Message:
-    """The message that a line typed by a person in channel `here` stands for; raises Refused for a wrong command."""
+def parse_input(line: str, here: str, local: bool = False) -> Message:
+    """The message that a line typed in channel `here` stands for; raises CommandError for a wrong command."""
     if line.strip() == "exit":
         return Message("QUIT")
     if not line.startswith("/") or line.startswith("//"):
         return Message("PRIVMSG", (here, line[1:] if line.startswith("/") else line))
     name, _, rest = line[1:].partition(" ")
-    slash = SLASHES.get(name.lower())
+    slash = SLASH_COMMANDS.get(name.lower())
     if slash is None or (slash.local and not local):
-        raise Refused(FAIL_BAD_SLASH, f"/{name} is not a command; /help lists them (//text sends a line with a slash)")
+        raise CommandError(
+            FAIL_BAD_SLASH, f"/{name} is not a command; /help lists them (//text sends a line with a slash)"
+        )
     words = tuple(rest.split(None, slash.words - 1)) if rest.strip() else ()
     if len(words) < slash.least:
-        raise Refused(FAIL_BAD_SLASH, f"it is /{name} {slash.grammar}")
+        raise CommandError(FAIL_BAD_SLASH, f"it is /{name} {slash.grammar}")
     return slash.message(here, words)
 
 
 def help_lines(local: bool = False) -> list[str]:
     """What /help says, a line each."""
-    shown = [(f"/{name} {slash.grammar}", slash) for name, slash in SLASHES.items() if local or not slash.local]
+    shown = [(f"/{name} {slash.grammar}", slash) for name, slash in SLASH_COMMANDS.items() if local or not slash.local]
     return [f"{usage:18}{slash.help}" for usage, slash in shown]
 
 
@@ -841,18 +901,18 @@ CAPS_NEEDED = {"TAGMSG": "message-tags", "PROMPT": "none", "JOIN": "extended-joi
 
 
 def decode_text(line: bytes) -> str:
-    """The text of a line; raises Refused where it is none, or would be broken in two somewhere on its way."""
+    """The text of a line; raises CommandError where it is none, or would be broken in two somewhere on its way."""
     try:
         text = line.decode()
     except UnicodeDecodeError:
-        raise Refused(FAIL_INVALID_UTF8) from None
+        raise CommandError(FAIL_INVALID_UTF8) from None
     if "\0" in text or "\r" in text or "\n" in text:
-        raise Refused(FAIL_BAD_CHARACTER)
+        raise CommandError(FAIL_BAD_CHARACTER)
     return text
 
 
 class Dialect:
-    """What a connection speaks. An instance is a view: what it encodes is the same for all who share it."""
+    """What a connection speaks. Sessions share an instance, and so what it encodes."""
 
     caps: frozenset[str] = frozenset()  # IRCv3 capabilities in force
     single = True  # in one channel at a time
@@ -860,15 +920,19 @@ class Dialect:
     pings = False  # answers PING
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
-        """The commands in a line; raises Refused."""
+        """The commands in a line; raises CommandError."""
         raise NotImplementedError
 
     def encode(self, message: Message) -> bytes:
         """The bytes that tell of a message; b'' where this dialect says nothing."""
         raise NotImplementedError
 
+    def encode_lines(self, lines: Lines) -> bytes:
+        """The same of several messages."""
+        return b"".join(map(self.encode, lines.messages()))
 
-def entry(nick: str, by: str, channel: str = DEFAULT_CHANNEL, password: str = "") -> list[Message]:
+
+def registration_commands(nick: str, by: str, channel: str = DEFAULT_CHANNEL, password: str = "") -> list[Message]:
     """What an IRC client would send to enter: a password, a name (none: the server chooses one), a user, a channel."""
     first = Message("NICK", (nick,)) if nick else Message("GUEST")
     knock = [Message("PASS", (password,))] if password else []
@@ -883,8 +947,8 @@ class Plain(Dialect):
         if not text.strip():
             return []
         if registered or text.strip() == "exit" or text.startswith("/quit"):
-            return [typed(text, HERE)]
-        return entry(text.strip(), "plain")
+            return [parse_input(text, CURRENT_CHANNEL)]
+        return registration_commands(text.strip(), "plain")
 
     def encode(self, message: Message) -> bytes:
         if message.command == "PROMPT":
@@ -918,8 +982,8 @@ class Json(Dialect):
         ref = self._field(item, "ref", "")
         try:
             messages = self._messages(item, registered)
-        except Refused as refused:
-            refused.label = ref
+        except CommandError as error:
+            error.message = NO_MESSAGE._replace(tags={"label": ref} if ref else NO_TAGS)
             raise
         return [message._replace(tags={"label": ref}) for message in messages] if ref else messages
 
@@ -941,40 +1005,40 @@ class Json(Dialect):
         if text.count("[") + text.count("{") > JSON_NESTING:
             bare = JSON_STRING.sub("", text)
             if bare.count("[") + bare.count("{") > JSON_NESTING:
-                raise Refused(FAIL_BAD_JSON)
+                raise CommandError(FAIL_BAD_JSON)
         try:
             item = json.loads(text)
         except ValueError:  # JSONDecodeError, or a number of too many digits
             item = None
         if not isinstance(item, dict):
-            raise Refused(FAIL_BAD_JSON)
+            raise CommandError(FAIL_BAD_JSON)
         return item
 
     @staticmethod
     def _field(item: dict[str, Any], key: str, default: Optional[str] = None) -> str:
         value = item.get(key, default)
         if not isinstance(value, str):
-            raise Refused(FAIL_BAD_FIELD, key)
+            raise CommandError(FAIL_BAD_FIELD, key)
         return decode_text(value.encode(errors="surrogatepass"))  # half of a surrogate pair is not UTF-8
 
     def _messages(self, item: dict[str, Any], registered: bool) -> list[Message]:
         kind = item.get("type")
         if kind == "join":
             user, password = self._field(item, "user", ""), self._field(item, "password", "")
-            steps = entry(user, "json", self._field(item, "channel", DEFAULT_CHANNEL), password)
+            steps = registration_commands(user, "json", self._field(item, "channel", DEFAULT_CHANNEL), password)
             return steps[-1:] if registered else steps
         if kind == "chat":
-            return [Message("PRIVMSG", (HERE, self._field(item, "text")))]
+            return [Message("PRIVMSG", (CURRENT_CHANNEL, self._field(item, "text")))]
         if kind == "private":
             to = self._field(item, "to")
-            if to == HERE or is_channel(to):
-                raise Refused(ERR_NOSUCHNICK, to)
+            if to == CURRENT_CHANNEL or is_channel(to):
+                raise CommandError(ERR_NOSUCHNICK, to)
             return [Message("PRIVMSG", (to, self._field(item, "text")))]
         if kind == "command":
-            return [typed(self._field(item, "text"), HERE)]
+            return [parse_input(self._field(item, "text"), CURRENT_CHANNEL)]
         if kind == "leave":
             return [Message("QUIT", (self._field(item, "text", ""),))]
-        raise Refused(FAIL_BAD_TYPE)
+        raise CommandError(FAIL_BAD_TYPE)
 
     @staticmethod
     def _describe(message: Message) -> dict[str, Any]:
@@ -1021,13 +1085,11 @@ class Irc(Dialect):
             if len(line) > LINE_BYTES - 2:
                 self._check_size(line)
             message = parse(decode_text(line))
-        except Refused as refused:
+        except CommandError as error:
             rough = parse(line.decode(errors="replace"))
-            if re.fullmatch("[A-Z]{1,20}", rough.command):
-                refused.command = rough.command
+            command = rough.command if re.fullmatch("[A-Z]{1,20}", rough.command) else ""
             label = rough.tags.get("label", "")
-            if label.isprintable() and len(label.encode()) <= LABEL_BYTES:
-                refused.label = label
+            error.message = Message(command, tags={"label": label} if label.isprintable() and label else NO_TAGS)
             raise
         return [message] if message.command else []
 
@@ -1038,9 +1100,9 @@ class Irc(Dialect):
             tags = len(line.partition(b" ")[0])
             size -= tags + 1
             if tags > TAG_BYTES + 1:
-                raise Refused(ERR_INPUTTOOLONG)
+                raise CommandError(ERR_INPUTTOOLONG)
         if size > LINE_BYTES:
-            raise Refused(ERR_INPUTTOOLONG)
+            raise CommandError(ERR_INPUTTOOLONG)
 
     def encode(self, message: Message) -> bytes:
         if message is PROMPT_END:
@@ -1058,8 +1120,12 @@ class Irc(Dialect):
         wanted = [item for item in message.tags.items() if TAG_CAPS.get(item[0], "message-tags") in self.caps]
         return f"{format_tags(wanted)}{format_line(message)}\r\n".encode()
 
+    def encode_lines(self, lines: Lines) -> bytes:
+        head = self.encode(lines.message._replace(params=(*lines.message.params, "")))[:-2]  # up to the colon
+        return head + "\n".join(lines.texts).encode().replace(b"\n", b"\r\n" + head) + b"\r\n"
 
-irc = functools.lru_cache(maxsize=VIEWS)(Irc)  # one view for all who negotiated the same capabilities
+
+irc = functools.lru_cache(maxsize=IRC_DIALECTS)(Irc)  # one view for all who negotiated the same capabilities
 
 
 class Http(Dialect):
@@ -1078,6 +1144,7 @@ class Http(Dialect):
 
 
 PLAIN, PLAIN_PASSWORD, JSON, HTTP = Plain(), PlainPassword(), Json(), Http()
+UNDECIDED = Plain()  # before the first line
 
 
 def dialect_of(first: bytes) -> Dialect:
@@ -1092,135 +1159,151 @@ def dialect_of(first: bytes) -> Dialect:
 # -----------------------------------------------------------------------------
 # history
 # -----------------------------------------------------------------------------
-# What was said in channels. A message's number is in its msgid; numbers grow in the order in which all see messages.
+# What was said in channels. A message's sequence number is its msgid; it grows in the order in which all see messages.
 
 
-class Stamps:
-    """Gives messages their times and ids. Numbers are Unix microseconds, made to grow also when the clock does not."""
+class MessageIds:
+    """Allocates message ids: Unix time in microseconds, made to increase even when the clock stands still or goes back.
+
+    `last` is the highest one that is stored. Where the clock was set back to before it, those are skipped that may
+    have been given out after it.
+    """
 
     def __init__(self, last: int = 0) -> None:
-        self.last = last
+        self.last = last + 1_000_000_000 * (last > time.time() * 1e6)
 
     def next(self) -> Dict[str, str]:
-        """The tags of one more message."""
+        """The tags `time` and `msgid` of one more message."""
         now = time.time()
         self.last = max(self.last + 1, int(now * 1e6))
         return {"time": server_time(now), "msgid": f"{self.last:x}"}
 
 
-def known(message: Message) -> Mapping[str, str]:
-    """What a message was stamped with."""
+def id_tags(message: Message) -> Dict[str, str]:
+    """The tags that MessageIds gave to a message."""
     return {"time": message.tags["time"], "msgid": message.tags["msgid"]}
 
 
-def number(message: Message) -> int:
-    """What the msgid of a stamped message says."""
+def sequence(message: Message) -> int:
+    """The sequence number of a message with an id."""
     return int(message.tags["msgid"], 16)
 
 
-def numbers(reference: str) -> Tuple[int, int]:
-    """The first and the last number that `msgid=...` or `timestamp=...` may mean; raises ValueError."""
+def parse_reference(reference: str) -> Tuple[int, int]:
+    """The first and the last sequence number that `msgid=...` or `timestamp=...` may mean; raises ValueError."""
     kind, _, value = reference.partition("=")
     if kind == "msgid" and re.fullmatch("[0-9a-f]{1,15}", value):
         return int(value, 16), int(value, 16)
     if kind == "timestamp" and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", value, re.ASCII):
         second = calendar.timegm(time.strptime(value[:19], "%Y-%m-%dT%H:%M:%S"))
-        return second * 1_000_000 + int(value[20:23]) * 1000, second * 1_000_000 + int(value[20:23]) * 1000 + 999
+        first = second * 1_000_000 + int(value[20:23]) * 1000
+        return first, first + 999
     raise ValueError(reference)
 
 
-Key = Tuple[str, str, str]  # token of a sender, id that it gave to a message, folded target
+def strip_private_tags(message: Message, **more: str) -> Message:
+    """A message from the history as others may get it."""
+    return message._replace(tags={**{key: value for key, value in message.tags.items() if key != BY_TAG}, **more})
 
 
-class Unkept(Exception):
+DedupKey = Tuple[str, str, str]  # a sender's token, the id that it gave to a message, the folded target
+
+
+class StorageError(Exception):
     """Messages cannot be stored or read; the text says why."""
 
 
-class History:
-    """The last MEMORY_LINES of each channel, in memory. The mailer's alone. Channels go by their folded names."""
+class MemoryHistory:
+    """The last MEMORY_LINES messages of each channel, by folded name, in memory. Only the mailer uses it."""
 
     def __init__(self) -> None:
-        self._channels: Dict[str, Deque[Message]] = {}  # the one that was used last is last
+        # Sequence numbers beside their messages; the channel used last is last.
+        self._channels: Dict[str, Tuple[Deque[int], Deque[Message]]] = {}
 
-    def store(self, said: List[Tuple[str, Message]]) -> None:
-        """Keeps messages, each with its channel: all, or none and raises Unkept."""
-        for channel in dict(said):
-            known = self._channels.pop(channel) if channel in self._channels else collections.deque([], MEMORY_LINES)
-            self._channels[channel] = known
-        for channel, message in said:
-            self._channels[channel].append(message)
+    def append(self, messages: List[Tuple[str, Message]]) -> None:
+        """Stores messages, each with its channel: all of them, or none and raises StorageError."""
+        for channel, message in messages:
+            kept = self._channels.pop(channel, None)
+            if kept is None:
+                kept = collections.deque([], MEMORY_LINES), collections.deque([], MEMORY_LINES)
+            self._channels[channel] = kept
+            kept[0].append(sequence(message))
+            kept[1].append(message)
         while len(self._channels) > MEMORY_CHANNELS:
             del self._channels[next(iter(self._channels))]
 
-    def page(self, channel: str, low: int, high: int, limit: int, newest: bool) -> List[Message]:
-        """At most `limit` messages with numbers above `low` and below `high`, in order: the newest, or the oldest."""
-        found = [message for message in self._channels.get(channel, ()) if low < number(message) < high]
-        return found[max(len(found) - limit, 0) :] if newest else found[:limit]
+    def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool) -> List[Message]:
+        """At most `limit` messages numbered above `low` and below `high`, in order: the newest, or the oldest."""
+        numbers, messages = self._channels.get(channel, ((), ()))
+        first, end = bisect.bisect_right(numbers, low), bisect.bisect_left(numbers, high)
+        if newest:
+            first = max(first, end - limit)
+        return list(itertools.islice(messages, first, max(min(end, first + limit), first)))
 
     def channels(self) -> List[str]:
-        """Those of which anything is kept."""
+        """The channels of which messages are stored."""
         return list(self._channels)
 
     def __contains__(self, channel: str) -> bool:
-        """Whether anything is kept of a channel; any thread."""
+        """Whether messages of a channel are stored. Any thread."""
         return channel in self._channels
 
-    def last(self) -> int:
-        """The highest number of what is kept."""
-        return max((number(m) for name in self.channels() for m in self.page(name, 0, ALL, 1, True)), default=0)
+    def last_sequence(self) -> int:
+        """The highest sequence number that is stored, or 0."""
+        newest = (self.fetch(name, 0, MAX_SEQUENCE, 1, True) for name in self.channels())
+        return max((sequence(message) for page in newest for message in page), default=0)
 
-    def tidy(self) -> None:
-        """Removes a part of what is older than it need be; to be called now and then."""
-
-    def seen(self) -> Dict[Key, Mapping[str, str]]:
-        """Of the last messages that may be sent again: time and msgid."""
+    def dedup_index(self) -> Dict[DedupKey, Message]:
+        """The last messages whose senders may resend them."""
         names = self.channels()
-        share = max(SEEN_IDS // max(len(names), 1), 10)
-        found = [m for name in names for m in self.page(name, 0, ALL, share, True) if {BY_TAG, ID_TAG} <= m.tags.keys()]
-        found.sort(key=number)
-        return {(m.tags[BY_TAG], m.tags[ID_TAG], fold(m.param(0))): known(m) for m in found[-SEEN_IDS:]}
+        share = max(DEDUP_IDS // max(len(names), 1), 10)
+        last = [message for name in names for message in self.fetch(name, 0, MAX_SEQUENCE, share, True)]
+        found = sorted((m for m in last if {BY_TAG, ID_TAG} <= m.tags.keys()), key=sequence)
+        return {(m.tags[BY_TAG], m.tags[ID_TAG], fold(m.param(0))): strip_private_tags(m) for m in found[-DEDUP_IDS:]}
+
+    def prune(self) -> None:
+        """Deletes some of what is too old; to be called every PRUNE_S."""
 
     def close(self) -> None:
-        """Ends the use."""
+        """Closes the file."""
 
 
-class Archive(History):
-    """The same in an SQLite file, without end or for so many days; raises Unkept.
+class SqliteHistory(MemoryHistory):
+    """The same in an SQLite file, without bound or for so many days. A message is stored as its IRC line with tags.
 
-    A message is stored as its IRC line with tags. When `store` returns, it survives the death of the process, and
-    with `fsync` that of the machine.
+    When `append` returns, the messages survive the death of the process, and with `fsync` that of the machine.
     """
 
-    def __init__(self, path: str, fsync: bool = False, days: float = math.inf, readable: bool = False) -> None:
+    def __init__(self, path: str, fsync: bool = False, days: float = math.inf, readonly: bool = False) -> None:
         self._path, self._days = path, days
-        self._turn = 0  # whose old lines are removed next
-        self._gone = False  # somebody has removed the file
+        self._prune_next = 0  # index of the channel that is pruned next
+        self._removed = False  # somebody has deleted the file
         try:
             import sqlite3
         except ImportError as error:  # Python can be built without it
-            raise Unkept(f"cannot keep a history: {error}") from None
+            raise StorageError(f"cannot keep a history: {error}") from None
         self._errors = sqlite3.Error
         try:
-            if not readable:
+            if not readonly:
                 pathlib.Path(path).touch(0o600)  # SQLite would let others read it
-            where = f"{pathlib.Path(path).resolve().as_uri()}?mode={'ro' if readable else 'rw'}"
-            self._db = sqlite3.connect(where, timeout=STORE_S, isolation_level=None, check_same_thread=False, uri=True)
+            uri = f"{pathlib.Path(path).resolve().as_uri()}?mode={'ro' if readonly else 'rw'}"
+            self._db = sqlite3.connect(uri, timeout=STORE_S, isolation_level=None, check_same_thread=False, uri=True)
             self._check()
-            if not readable:
+            if not readonly:
                 self._prepare("FULL" if fsync else "NORMAL")
         except (OSError, ValueError, sqlite3.Error) as error:
-            raise Unkept(f"cannot use {path} as a history: {error}") from None
+            raise StorageError(f"cannot use {path} as a history: {error}") from None
         self._names = dict.fromkeys(self.channels())
 
     def _check(self) -> None:
         application = self._rows("PRAGMA application_id")[0][0]
-        if application != ARCHIVE_ID and (application or self._rows("SELECT 1 FROM sqlite_master")):
+        if application != SQLITE_ID and (application or self._rows("SELECT 1 FROM sqlite_master")):
             raise ValueError("it belongs to another program")
         if self._rows("PRAGMA quick_check(1)") != [("ok",)]:
             raise ValueError("it is damaged; move it away, or rescue what is left with: sqlite3 FILE .recover")
 
     def _prepare(self, synchronous: str) -> None:
-        self._rows(f"PRAGMA application_id = {ARCHIVE_ID}")
+        self._rows(f"PRAGMA application_id = {SQLITE_ID}")
         self._rows("PRAGMA journal_mode = WAL")
         self._rows(f"PRAGMA synchronous = {synchronous}")
         self._rows(
@@ -1231,11 +1314,11 @@ class Archive(History):
     def _rows(self, query: str, *values: object) -> List[Any]:
         return self._db.execute(query, values).fetchall()
 
-    def store(self, said: List[Tuple[str, Message]]) -> None:
-        rows = [(channel, number(message), format_tagged(message)) for channel, message in said]
+    def append(self, messages: List[Tuple[str, Message]]) -> None:
+        rows = [(channel, sequence(message), format_tagged(message)) for channel, message in messages]
         try:
-            if self._gone:
-                raise Unkept(f"{self._path} is gone")
+            if self._removed:
+                raise StorageError(f"{self._path} is gone")
             self._rows("BEGIN IMMEDIATE")
             try:
                 self._db.executemany("INSERT INTO said VALUES (?, ?, ?)", rows)
@@ -1245,16 +1328,16 @@ class Archive(History):
                     self._rows("ROLLBACK")
                 raise
         except self._errors as error:
-            raise Unkept(str(error)) from None
-        self._names.update(dict.fromkeys(channel for channel, _ in said))
+            raise StorageError(str(error)) from None
+        self._names.update(dict.fromkeys(channel for channel, _ in messages))
 
-    def page(self, channel: str, low: int, high: int, limit: int, newest: bool) -> List[Message]:
+    def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool) -> List[Message]:
         order = "DESC" if newest else "ASC"
         query = "SELECT number, line FROM said WHERE channel = ? AND number > ? AND number < ?"
         try:
             rows = self._rows(f"{query} ORDER BY number {order} LIMIT ?", channel, low, high, limit)
         except self._errors as error:
-            raise Unkept(str(error)) from None
+            raise StorageError(str(error)) from None
         lines = [(f"{key:x}", parse(str(line))) for key, line in rows]
         found = [item for key, item in lines if item.tags.get("msgid") == key and "time" in item.tags]  # undamaged
         return found[::-1] if newest else found
@@ -1262,7 +1345,7 @@ class Archive(History):
     def channels(self) -> List[str]:
         found: List[str] = []
         with contextlib.suppress(self._errors):
-            while True:  # from one to the next, lest all lines be read
+            while True:  # each by a look into the index: DISTINCT would read every line
                 rows = self._rows("SELECT min(channel) FROM said WHERE channel > ?", found[-1] if found else "")
                 if rows[0][0] is None:
                     break
@@ -1272,17 +1355,17 @@ class Archive(History):
     def __contains__(self, channel: str) -> bool:
         return channel in self._names
 
-    def tidy(self) -> None:
-        self._gone = self._gone or not pathlib.Path(self._path).exists()
-        if self._days < math.inf:
-            oldest = int((time.time() - self._days * 86400) * 1e6)
-            with contextlib.suppress(self._errors):  # next time, then
-                names = list(self._names)
-                self._turn = (self._turn + 1) % max(len(names), 1)
-                query = "SELECT number FROM said WHERE channel = ? AND number < ? ORDER BY number LIMIT ?"
-                query = f"DELETE FROM said WHERE channel = ? AND number IN ({query})"
-                for name in names[self._turn : self._turn + 1]:
-                    self._rows(query, name, name, oldest, TIDY_LINES)
+    def prune(self) -> None:
+        self._removed = self._removed or not pathlib.Path(self._path).exists()
+        if self._days == math.inf or not self._names:
+            return
+        oldest = int((time.time() - self._days * 86400) * 1e6)
+        names = list(self._names)
+        self._prune_next = (self._prune_next + 1) % len(names)
+        name = names[self._prune_next]
+        query = "SELECT number FROM said WHERE channel = ? AND number < ? ORDER BY number LIMIT ?"
+        with contextlib.suppress(self._errors):  # next time, then
+            self._rows(f"DELETE FROM said WHERE channel = ? AND number IN ({query})", name, name, oldest, PRUNE_LINES)
 
     def close(self) -> None:
         with contextlib.suppress(self._errors):
@@ -1294,36 +1377,40 @@ class Archive(History):
 # -----------------------------------------------------------------------------
 
 
-class Allowance:
-    """A token bucket: `burst` at once, then one every `interval` seconds."""
+class TokenBucket:
+    """Rate limiting: `burst` tokens at once, then one every `interval` seconds."""
 
     __slots__ = ("_full_at", "_interval", "_span")
 
     def __init__(self, burst: float, interval: float) -> None:
         self._interval = interval
         self._span = burst * interval
-        self._full_at = 0.0  # when all that was taken has been given back
+        self._full_at = 0.0  # monotonic: when the bucket is full again
 
-    def take(self, now: float) -> bool:
-        """Takes one at the monotonic time `now`; False when there is none."""
-        if max(self._full_at, now) + self._interval > now + self._span:
+    def allow(self, now: float) -> bool:
+        """Takes a token at the monotonic time `now`; False where there is none."""
+        if self.is_empty(now):
             return False
-        self.owe(now)
+        self.debit(now)
         return True
 
-    def owed(self, now: float) -> bool:
-        """Whether anything of what was taken has not been given back yet."""
-        return self._full_at > now
-
-    def owe(self, now: float) -> float:
-        """Takes one in any case; returns in how many seconds it will have been there."""
+    def debit(self, now: float) -> float:
+        """Takes a token even if there is none; returns the seconds until it would have been available."""
         self._full_at = max(self._full_at, now) + self._interval
         return max(self._full_at - now - self._span, 0.0)
 
+    def is_empty(self, now: float) -> bool:
+        """Whether there is no token."""
+        return max(self._full_at, now) + self._interval > now + self._span
+
+    def in_debt(self, now: float) -> bool:
+        """Whether the bucket is not full."""
+        return self._full_at > now
+
 
 @functools.lru_cache(maxsize=1000)
-def origin_of(address: str) -> str:
-    """An address as limits count it: of IPv6 the network of one customer, within which addresses cost nothing."""
+def address_key(address: str) -> str:
+    """The key for per-address limits: an IPv4 address, or the /64 network of an IPv6 address; raises ValueError."""
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         if found.ipv4_mapped:
@@ -1334,185 +1421,162 @@ def origin_of(address: str) -> str:
 
 
 def digest(secret: str) -> bytes:
-    """What stands for a secret where it is kept or compared."""
+    """The SHA-256 of a secret, which stands for it where it is kept or compared."""
     return hashlib.sha256(secret.encode(errors="surrogateescape")).digest()
 
 
-class Gate:
-    """Who may connect. Guarded by Hub.lock."""
+class AddressRecord:
+    """What is known of one address: its connections, and how many more it may make, or wrong passwords give."""
+
+    __slots__ = ("arrivals", "connections", "passwords")
+
+    def __init__(self, per_address: float) -> None:
+        self.connections = 0
+        self.arrivals = TokenBucket(2 * per_address, CONNECT_INTERVAL_S)
+        self.passwords = TokenBucket(WRONG_PASSWORDS, WRONG_S / WRONG_PASSWORDS)
+
+
+class AccessControl:
+    """Who may connect: bans, limits per address, the password. Guarded by the hub's lock."""
 
     def __init__(self, exempt: str = LOOPBACK, password: str = "") -> None:
-        self.banned: Dict[str, str] = {}  # origin or folded nick -> how the operator calls it
-        self.locked = bool(password)
+        self.banned: Dict[str, str] = {}  # address key or folded nick -> as the operator wrote it
+        self.password_required = bool(password)
         self._digest = digest(password)
-        self._wrong: Dict[str, Tuple[int, float]] = {}  # origin -> wrong passwords, and when they are forgotten
         self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
-        self._here: Dict[str, int] = {}  # origin -> connections
-        self._arrivals: Dict[str, Allowance] = {}  # origin -> of new ones
+        self._records: Dict[str, AddressRecord] = {}  # by address key
+        self._swept = 0.0  # monotonic: when records that say nothing were last dropped
 
-    def exempts(self, origin: str) -> bool:
-        """Whether the limits for an address and the rate do not count for one. Any thread."""
-        found = ipaddress.ip_address(origin.partition("/")[0])
-        return any(found in network for network in self._exempt)
+    def is_exempt(self, key: str) -> bool:
+        """Whether an address is exempt from the limits per address and from the rate limit. Any thread."""
+        address = ipaddress.ip_address(key.partition("/")[0])
+        return any(address in network for network in self._exempt)
 
-    def enter(self, origin: str, most: float) -> str:
-        """Counts one more connection of at most so many; or returns why there must not be one."""
-        if origin in self.banned:
+    def admit(self, key: str, per_address: float) -> str:
+        """Counts one more connection from an address; or returns why it is refused."""
+        now = time.monotonic()
+        if key in self.banned:
             return "You are banned from this server"
-        if self.shut(origin):
+        if self.locked_out(key):
             return "Too many wrong passwords; try again later"
-        count = self._here.get(origin, 0) + 1
-        if not self.exempts(origin):
-            if count > most:
+        record = self._record(key, per_address, now)
+        if not self.is_exempt(key):
+            if record.connections >= per_address:
                 return "Too many connections from your address"
-            if not self._arrives(origin, most):
+            if not record.arrivals.allow(now):
                 return "Too many new connections from your address; wait a little"
-        self._here[origin] = count
+        record.connections += 1
         return ""
 
-    def _arrives(self, origin: str, most: float) -> bool:
-        """Whether a connection does not follow the last ones too soon."""
-        now = time.monotonic()
-        if len(self._arrivals) > 1000:
-            self._arrivals = {known: item for known, item in self._arrivals.items() if item.owed(now)}
-        return self._arrivals.setdefault(origin, Allowance(2 * most, ARRIVAL_S)).take(now)
+    def release(self, key: str) -> None:
+        """A connection that was admitted has ended."""
+        self._records[key].connections -= 1
 
-    def opens(self, origin: str, password: str) -> bool:
-        """Whether a password is right; to be found out a few times only, also by who comes from loopback."""
+    def check_password(self, key: str, password: str) -> bool:
+        """Whether the password is right. After too many wrong ones from this address, False whatever it is."""
         right = hmac.compare_digest(digest(password), self._digest)
-        if self.shut(origin):
+        if self.locked_out(key):
             return False
-        if right:
-            self._wrong.pop(origin, None)
-            return True
         now = time.monotonic()
-        self._wrong = {known: item for known, item in self._wrong.items() if now < item[1]}
-        self._wrong[origin] = self._wrong.get(origin, (0, 0.0))[0] + 1, now + WRONG_S
-        return False
+        record = self._record(key, math.inf, now)
+        if right:
+            record.passwords = TokenBucket(WRONG_PASSWORDS, WRONG_S / WRONG_PASSWORDS)
+        else:
+            record.passwords.debit(now)
+        return right
 
-    def shut(self, origin: str) -> bool:
-        """Whether there were too many wrong passwords from an origin."""
-        count, until = self._wrong.get(origin, (0, 0.0))
-        return count >= WRONG_PASSWORDS and time.monotonic() < until
+    def locked_out(self, key: str) -> bool:
+        """Whether an address has given too many wrong passwords lately; exempt ones, too."""
+        record = self._records.get(key)
+        return record is not None and record.passwords.is_empty(time.monotonic())
 
-    def leave(self, origin: str) -> None:
-        """A connection that was counted is no more."""
-        self._here[origin] -= 1
-        if not self._here[origin]:
-            del self._here[origin]
-
-
-class Roster:
-    """Whom deliveries go to, by reference: a delivery is for the first `size` members, less who had left by then.
-
-    Members are only appended, and leaving is only noted, so that neither a thousand joins in a row nor a
-    thousand leaves copy the list each time; a channel makes a new roster when too many of an old one have left.
-    """
-
-    __slots__ = ("_groups", "_key", "left", "members", "sent", "views")
-
-    def __init__(self, members: List[Session]) -> None:
-        self.members = members
-        self.left: Dict[Session, int] = {}  # member -> number of the first delivery that is not for it
-        self.sent = 0  # deliveries so far, which numbers the next one
-        self.views = 0  # how often a member changed its view
-        self._key = (-1, 0)
-        self._groups: Dict[Dialect, List[Session]] = {}  # the mailer's
-
-    def present(self) -> List[Session]:
-        """The members who have not left."""
-        return [member for member in self.members if member not in self.left] if self.left else self.members
-
-    def groups(self, size: int) -> Dict[Dialect, List[Session]]:
-        """The first `size` members by their views. Mailer only; the same for message after message."""
-        key = (size, self.views)
-        if key != self._key:
-            self._groups = {}
-            for member in self.members[:size]:
-                self._groups.setdefault(member.view, []).append(member)
-            self._key = key
-        return self._groups
+    def _record(self, key: str, per_address: float, now: float) -> AddressRecord:
+        if now > self._swept + SWEEP_S:
+            self._swept = now
+            self._records = {
+                known: record
+                for known, record in self._records.items()
+                if record.connections or record.arrivals.in_debt(now) or record.passwords.in_debt(now)
+            }
+        return self._records.setdefault(key, AddressRecord(per_address))
 
 
-def union(rosters: List[Roster]) -> Roster:
-    """All who are in one of `rosters` now, once each."""
-    if len(rosters) == 1:
-        return rosters[0]
-    return Roster(list(dict.fromkeys(itertools.chain(*(roster.present() for roster in rosters)))))
-
-
-SIGNS = {"": "", "o": "@", "v": "+", "ov": "@+"}  # how ranks are shown
+SIGNS = {"": "", "o": "@", "v": "+", "ov": "@+"}  # rank -> prefixes in NAMES and WHO
 NAMES_CAPS = frozenset({"multi-prefix", "userhost-in-names"})  # on which the form of names in 353 depends
 
 
 def signs(rank: str, caps: frozenset[str]) -> str:
-    """A rank as a client with these capabilities sees it before a name: one sign, or all."""
+    """The prefix of a member's name as a client with these capabilities gets it: one sign, or all."""
     return SIGNS[rank] if "multi-prefix" in caps else SIGNS[rank][:1]
 
 
 def discard(data: bytes, flags: int) -> int:
-    """Where what is sent to a session without a connection goes."""
+    """The `send` of a session without a connection."""
     return len(data)
 
 
+class Stage(enum.IntEnum):
+    """How far a session has come; see Session.stage."""
+
+    NEW = 0  # nothing was received
+    HANDSHAKING = 1  # TLS is being set up
+    PROMPTED = 2  # has been asked for a name, and has not sent a line
+    REGISTERING = 3  # has sent something
+    REGISTERED = 4
+    DISCONNECTED = 5  # registered, its connection is lost; it may resume
+    GONE = 6  # no longer in the hub; its input is ignored
+
+
 class Session:
-    """Somebody connected, named or not yet. Guarded by the hub's lock, but for what its reader alone sets."""
+    """A client, registered or not. Guarded by the hub's lock, but for what one thread alone uses."""
 
     __slots__ = (
-        "absent", "admitted", "alone", "answer_by", "asked", "away", "channels", "due", "fresh", "gone", "heard",
-        "handshaking", "held", "host", "invites", "missed", "negotiating", "nick", "nick_changes", "origin", "pace",
-        "prefix", "prompted", "realname", "registered", "send", "signon", "silent", "since", "spoke", "token", "user",
-        "view", "wrong",
+        "address", "audiences", "authenticated", "away", "channels", "connected_at", "deadline", "deferred", "dialect",
+        "flood_bucket", "host", "invites", "last_received", "last_spoke", "negotiating", "nick", "nick_bucket",
+        "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname", "resume_queue", "send", "signon",
+        "stage", "token", "user", "wrong_password",
     )  # fmt: skip
 
-    def __init__(self, host: str, now: float, origin: str = "", pace: Optional[Allowance] = None) -> None:
+    def __init__(self, host: str, now: float, address: str = "", flood_bucket: Optional[TokenBucket] = None) -> None:
         self.host = host  # shown to others, so not the address
-        self.origin = origin  # where it comes from, as the gate counts it
-        self.pace = pace  # of its lines; the reader's
-        self.view: Dialect = PLAIN  # until the first line tells; the reader's
-        self.send: Callable[[bytes, int], int] = discard  # bytes, flags -> how many were taken; the mailer's
-        self.fresh = True  # has sent no line yet; the reader's
+        self.address = address  # its address key
+        self.stage = Stage.NEW
+        self.dialect: Dialect = UNDECIDED  # what it speaks, at the log's write end
         self.nick = self.user = self.realname = self.away = ""
         self.prefix = ""  # nick!user@host, once registered
-        self.registered = False
-        self.admitted = False  # has told the password, where one is wanted
-        self.held: List[Message] = []  # commands of a plain user that wait for it
-        self.wrong = False  # has just told another one
+        self.authenticated = False  # has given the password, where one is required
+        self.deferred: List[Message] = []  # commands of a plain user that wait for the password
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
-        self.silent = True  # has sent nothing, nor been asked for a name
-        self.prompted = False  # has been asked for a name
-        self.handshaking = False  # is busy with TLS; the reader's
-        self.gone = False  # no longer in the hub: what it still sends is ignored
-        self.token = ""  # a hash of the secret by which this client is known again
-        self.absent = ""  # why, since its connection was lost; it may come back
-        self.missed: List[Message] = []  # said to it alone since then
-        self.channels: Dict[Channel, str] = {}  # channel -> rank: '', 'o', 'v' or 'ov'
+        self.token = ""  # a hash of the secret by which this client may resume
+        self.quit_reason = ""  # of a disconnected session
+        self.resume_queue: List[Message] = []  # private messages to a disconnected session
+        self.channels: Dict[Channel, None] = {}
         self.invites: Dict[Channel, None] = {}  # channels that an operator invited it to; the last few
-        self.alone = Roster([self])  # of what is for it alone
-        self.since = self.heard = now  # monotonic seconds: connected; last bytes received (the reader's)
-        self.spoke = self.signon = time.time()  # Unix seconds: last said something, registered
-        self.due = 0.0  # when Hub.tick looks at it next
-        self.asked = self.answer_by = 0.0  # when the last PING went out, and until when it must be answered
-        self.nick_changes = Allowance(NICK_CHANGES, NICK_CHANGE_S)
+        self.nick_bucket = TokenBucket(NICK_CHANGES, NICK_CHANGE_S)
+        self.connected_at = self.last_received = now  # monotonic seconds; the latter is the reader's
+        self.last_spoke = self.signon = time.time()  # Unix seconds
+        self.deadline = 0.0  # monotonic: when Hub.tick looks at it next
+        self.ping_sent = self.pong_deadline = 0.0  # monotonic
+        # The reader's:
+        self.flood_bucket = flood_bucket
+        self.wrong_password = False  # its last line was one
+        # The mailer's, at the log's read end:
+        self.output: Dialect = UNDECIDED
+        self.audiences: Tuple[Channel, ...] = ()  # in which it is
+        self.send: Callable[[bytes, int], int] = discard  # bytes, flags -> how many were taken
 
     @property
-    def loopback(self) -> bool:
-        """Whether it comes from this machine."""
-        return self.host == "localhost"
+    def registered(self) -> bool:
+        """Whether it has a name that others see."""
+        return Stage.REGISTERED <= self.stage <= Stage.DISCONNECTED
 
-    def speak(self, view: Dialect) -> None:
-        """Changes its dialect, or what it has negotiated."""
-        self.view = view
-        for roster in [self.alone, *[channel.roster for channel in self.channels]]:
-            roster.views += 1
-
-    def called(self) -> str:
-        """How the log calls it."""
-        return f"{self.nick or 'someone without a name'} from {self.origin or self.host}"
+    def description(self) -> str:
+        """The session in the program's log."""
+        return f"{self.nick or 'someone without a name'} from {self.address or self.host}"
 
 
 class Channel:
-    """A channel and the members in it. Guarded by Hub.lock."""
+    """A channel with members. Guarded by the hub's lock, but for `audience`, which only the mailer uses."""
 
     def __init__(self, name: str) -> None:
         self.name, self.folded = name, fold(name)
@@ -1520,646 +1584,1569 @@ class Channel:
         self.topic = self.topic_by = ""
         self.topic_time = 0
         self.modes = {"n": ""}  # letter -> parameter, or ''
-        self.masks: Dict[str, Tuple[str, str, str]] = {}  # folded mask of a ban -> mask, by whom, Unix time
-        self.roster = Roster([])
-        self._banned: Dict[str, bool] = {}  # prefix -> whether a mask matches it, as far as that was asked
-        self._names: Dict[frozenset[str], List[str]] = {}  # of NAMES_CAPS -> chunks for 353; empty when out of date
+        self.bans: Dict[str, Tuple[str, str, str]] = {}  # folded mask -> mask, by whom, Unix time
+        self.members: Dict[Session, str] = {}  # -> rank: '', 'o', 'v' or 'ov'; at the log's write end
+        self.audience: Dict[Dialect, Dict[Session, None]] = {}  # the same by dialect, at the log's read end
+        self._banned: Dict[str, bool] = {}  # prefix -> whether a mask matches, as far as that was asked
+        self._names: Dict[frozenset[str], List[str]] = {}  # of NAMES_CAPS -> texts for 353
 
-    def __len__(self) -> int:
-        return len(self.roster.members) - len(self.roster.left)
-
-    def add(self, session: Session) -> None:
-        """Lets a session in; the first becomes operator."""
-        if session in self.roster.left:
-            self.roster = Roster(self.roster.present())
-        session.channels[self] = "" if len(self) else "o"
-        self.roster.members.append(session)
+    def add(self, session: Session, rank: str = "") -> None:
+        """Adds a member; the first one becomes operator."""
+        self.members[session] = rank if self.members else rank or "o"
+        session.channels[self] = None
         for caps in self._names:
             self._add_name(session, caps)
 
     def remove(self, session: Session) -> None:
-        """Lets a session out."""
-        del session.channels[self]
-        self.roster.left[session] = self.roster.sent
-        if not len(self) or len(self.roster.left) > 8 + len(self) // 8:
-            self.roster = Roster(self.roster.present())
-        self.names_changed()
+        """Removes a member."""
+        del self.members[session], session.channels[self]
+        self._names = {}
 
-    def title(self, session: Session, caps: frozenset[str] = frozenset()) -> str:
-        """A member's name with the sign of its rank."""
-        name = session.prefix if "userhost-in-names" in caps else session.nick
-        return signs(session.channels[self], caps) + name
+    def changed(self) -> None:
+        """A nick, a rank or a ban has changed, on which what is cached here depends."""
+        self._names, self._banned = {}, {}
 
     def names(self, caps: frozenset[str] = frozenset()) -> list[str]:
-        """All titles, in chunks that fit in a 353 line. A thousand joiners in a row share one list."""
+        """All names with their signs, in texts that fit in a 353 line. Kept up to date as members join."""
         caps = NAMES_CAPS & caps
         if caps not in self._names:
             self._names[caps] = []
-            for member in self.roster.present():
+            for member in self.members:
                 self._add_name(member, caps)
         return self._names[caps]
 
-    def names_changed(self) -> None:
-        """To be called when a member's title has changed."""
-        self._names = {}
-
-    def _add_name(self, session: Session, caps: frozenset[str]) -> None:
-        title, chunks = self.title(session, caps), self._names[caps]
-        if chunks and len(f"{chunks[-1]} {title}".encode()) <= NAMES_BYTES:
-            chunks[-1] += f" {title}"
+    def _add_name(self, member: Session, caps: frozenset[str]) -> None:
+        shown = member.prefix if "userhost-in-names" in caps else member.nick
+        name, texts = signs(self.members[member], caps) + shown, self._names[caps]
+        if texts and len(f"{texts[-1]} {name}".encode()) <= NAMES_BYTES:
+            texts[-1] += f" {name}"
         else:
-            chunks.append(title)
+            texts.append(name)
 
-    def bans(self, session: Session) -> bool:
-        """Whether a session is banned. Every message asks, so the masks are compared once only."""
+    def is_banned(self, session: Session) -> bool:
+        """Whether a ban matches a session. Asked for every message, so the answer is kept."""
+        if not self.bans:
+            return False
         if session.prefix not in self._banned:
-            if len(self._banned) >= BANNED_KNOWN:
+            if len(self._banned) >= BANS_CACHED:
                 self._banned = {}
-            self._banned[session.prefix] = any(matches(mask, fold(session.prefix)) for mask in self.masks)
+            self._banned[session.prefix] = any(matches(mask, fold(session.prefix)) for mask in self.bans)
         return self._banned[session.prefix]
 
-    def bans_changed(self) -> None:
-        """To be called when a mask has come or gone."""
-        self._banned = {}
+
+# What a log entry does, in order: messages that others get, and what changes who will get the next ones. The mailer
+# alone applies the changes, to `Channel.audience` and to what is the mailer's of a session.
 
 
-class Saying(NamedTuple):
-    """Something said in a channel, which has to be stored before it is delivered or confirmed."""
+class Broadcast:
+    """A message for the members of channels, but for one of them. Encoded once for each dialect."""
 
-    sender: Session
-    channel: str  # folded
-    label: str
-    key: Key
+    __slots__ = ("_encoded", "channels", "message", "skip")
+
+    def __init__(self, message: Message, channels: Tuple[Channel, ...], skip: Optional[Session]) -> None:
+        self.message, self.channels, self.skip = message, channels, skip
+        self._encoded: Dict[Dialect, bytes] = {}
+
+    def encode(self, dialect: Dialect) -> bytes:
+        """Its bytes in a dialect."""
+        data = self._encoded.get(dialect)
+        if data is None:
+            data = self._encoded[dialect] = dialect.encode(self.message)
+        return data
 
 
-Ask = Callable[[History], List[Message]]
+class Unicast(NamedTuple):
+    """Messages for one session."""
+
+    session: Session
+    messages: Sequence[Union[Message, Lines]]
 
 
-class Delivery(NamedTuple):
-    """An entry of the log: a message for the first `size` of `roster`, without `but`; its `number` there.
+class Update(NamedTuple):
+    """A session's dialect or channels have changed: what they are from now on."""
 
-    With `saying`, it is delivered only if that is stored, to which end `keep` tells to do so. With `ask`, the mailer
-    gets the messages from that instead, which sees the history as it is then.
+    session: Session
+    dialect: Dialect
+    channels: Tuple[Channel, ...]
+
+    def apply(self) -> None:
+        """Moves the session from its old audiences to its new ones."""
+        session = self.session
+        for channel in session.audiences:
+            group = channel.audience[session.output]
+            del group[session]
+            if not group:
+                del channel.audience[session.output]
+        session.output, session.audiences = self.dialect, self.channels
+        for channel in session.audiences:
+            channel.audience.setdefault(session.output, {})[session] = None
+
+
+class Close(NamedTuple):
+    """A session has ended: its connection is to be closed after the batch."""
+
+    session: Session
+
+
+Effect = Union[Broadcast, Unicast, Update, Close]
+HistoryQuery = Callable[[MemoryHistory], List[Message]]
+Reply = Union[Message, Lines, HistoryQuery]
+
+
+class StoredMessage:
+    """A message that has to be stored before anybody gets it. The calls that send it, and send it again, share it."""
+
+    __slots__ = ("channel", "key", "message", "stored")
+
+    def __init__(self, channel: str, message: Message, key: Optional[DedupKey], stored: Optional[bool] = None) -> None:
+        self.channel = channel  # folded
+        self.message = message
+        self.key = key  # by which a resend is recognised
+        self.stored = stored  # whether that worked; None before it was tried
+
+
+class Call:
+    """A command while it runs, and then its entry in the log. All methods are to be called with the hub's lock held.
+
+    `effects` is what others get and what changes for the mailer. `replies` is what the caller gets after that: messages
+    or queries, which the mailer runs on the history as it is then. Where something in `stored` cannot be stored,
+    neither happens, and the caller gets an error. A label (IRCv3 labeled-response) goes onto the replies as a whole.
     """
 
-    message: Message
-    roster: Roster
-    size: int = 1
-    number: int = 0
-    but: Optional[Session] = None
-    saying: Optional[Saying] = None
-    keep: bool = False
-    ask: Optional[Ask] = None
+    __slots__ = ("effects", "hub", "label", "message", "params", "ref", "replies", "session", "stored")
 
-    def tells(self, session: Session) -> bool:
-        """Whether it is also for the session whose command caused it: alone, or as one of a channel."""
-        if self.roster is session.alone:
-            return True
-        return self.but is None and self.roster is not self.roster.members[0].alone
+    def __init__(self, hub: Hub, session: Session, message: Message = NO_MESSAGE) -> None:
+        self.hub, self.session, self.message, self.params = hub, session, message, message.params
+        self.effects: List[Effect] = []
+        self.replies: List[Reply] = []
+        self.stored: List[StoredMessage] = []
+        self.label = self.ref = ""  # ref: a label of a client without batches goes onto receipts and errors only
+        if "label" in message.tags and "labeled-response" in session.dialect.caps:
+            if "batch" not in session.dialect.caps:
+                self.ref = message.tags["label"]
+            elif len(message.tags["label"].encode()) <= LABEL_BYTES:
+                self.label = message.tags["label"]
+
+    # What the caller gets.
+
+    def reply(self, numeric: Numeric, *params: str) -> None:
+        """Replies with a numeric, its parameters, and its text filled from them, if it has one."""
+        words = (*params, numeric.text.format(*params)) if numeric.text else params
+        self.replies.append(Message(numeric.code, (self.session.nick or "*", *words), self.hub.name))
+
+    def reply_lines(self, numeric: Numeric, *params: str, texts: List[str]) -> None:
+        """Replies with a numeric for each of some texts, of which there is at least one."""
+        message = Message(numeric.code, (self.session.nick, *params), self.hub.name)
+        self.replies.append(Lines(message, tuple(texts)))
+        self.hub.log_length += len(texts)
+
+    def reply_error(self, error: CommandError) -> None:
+        """Replies with an error."""
+        params = [safe_param(param) for param in error.params]
+        numeric, nick = error.numeric, self.session.nick or "*"
+        words: Tuple[str, ...] = (nick, *params, numeric.text.format(*params))
+        if numeric.code == "FAIL":  # IRCv3 standard-replies: FAIL <command> <code> {<context>} :<text>
+            context = () if "{0}" in numeric.text else params  # what the text does not tell
+            text = cut(numeric.text.format(*error.params), TOPIC_BYTES)
+            words = (self.message.command or "*", numeric.name.upper().replace("-", "_"), *context, text)
+        self.replies.append(Message(numeric.code, words, self.hub.name, {"label": self.ref} if self.ref else NO_TAGS))
+
+    def query(self, query: HistoryQuery, weight: int) -> None:
+        """Replies with what the history answers, about `weight` messages."""
+        self.replies.append(query)
+        self.hub.log_length += weight
+
+    def acknowledge(self, relayed: Message) -> None:
+        """Tells a sender that its message was accepted, by its echo or an ACK. With a label, no echo makes an ACK."""
+        if "echo-message" in self.session.dialect.caps:
+            self.replies.append(relayed._replace(tags={**relayed.tags, "label": self.ref}) if self.ref else relayed)
+        elif self.ref:
+            self.replies.append(Message("ACK", (), self.hub.name, {**id_tags(relayed), "label": self.ref}))
+
+    # What others get.
+
+    def send_to(self, session: Session, message: Message) -> None:
+        """Sends a message to one session."""
+        if session is self.session:
+            self.replies.append(message)
+        else:
+            self.effects.append(Unicast(session, [message]))
+
+    def broadcast(self, message: Message, *channels: Channel, echo: bool = True) -> None:
+        """Sends a message to all members of channels, once to each; to the caller only with `echo`."""
+        if self.label and echo and any(self.session in channel.members for channel in channels):
+            self.replies.append(message)
+            echo = False
+        self.effects.append(Broadcast(message, channels, None if echo else self.session))
+        self.hub.log_broadcasts += 1
+
+    # What changes.
+
+    def set_dialect(self, dialect: Dialect) -> None:
+        """Changes what the caller speaks, or has negotiated."""
+        self.session.dialect = dialect
+        self._update(self.session)
+
+    def join(self, channel: Channel, rank: str = "") -> None:
+        """Adds the caller to a channel. Tells nobody."""
+        self.hub.channels[channel.folded] = channel
+        channel.add(self.session, rank)
+        self._update(self.session)
+
+    def leave(self, session: Session, *channels: Channel) -> None:
+        """Removes a session from channels. Tells nobody."""
+        for channel in channels:
+            channel.remove(session)
+            if not channel.members:
+                del self.hub.channels[channel.folded]
+        self._update(session)
+
+    def _update(self, session: Session) -> None:
+        self.effects.append(Update(session, session.dialect, tuple(session.channels)))
+
+    def part(self, session: Session, channel: Channel, reason: str) -> None:
+        """Removes a session from a channel, which the caller did, and tells its members."""
+        kicked = [] if session is self.session and self.message.command != "KICK" else [session.nick]
+        words = (channel.name, *kicked, *([reason] if reason else []))
+        message = Message("KICK" if kicked else "PART", words, self.session.prefix, self.hub.ids.next())
+        self.broadcast(message, channel)
+        self.leave(session, channel)
+
+    def quit(self, session: Session, reason: str, farewell: str) -> None:
+        """Ends a session: the others see `reason`, itself gets `farewell`, if any, as its last line."""
+        if session.stage is Stage.GONE:
+            return
+        level = logging.INFO if session.registered else logging.DEBUG
+        why = escape_controls(reason or farewell) or "went away"
+        self.hub.log_later(level, "%s left: %s", session.description(), why)
+        channels = tuple(session.channels)
+        if channels:
+            self.leave(session, *channels)
+            words = (cut(reason, REASON_BYTES),) if reason else ()
+            self.broadcast(Message("QUIT", words, session.prefix, self.hub.ids.next()), *channels)
+        if farewell:
+            self.send_to(session, Message("ERROR", (farewell,)))
+        self.forget(session)
+
+    def forget(self, session: Session) -> None:
+        """Removes a session from the hub; its connection is closed once the log is sent."""
+        self.hub.disconnected -= session.stage is Stage.DISCONNECTED
+        session.stage = Stage.GONE
+        del self.hub.sessions[session]
+        if self.hub.nicks.get(fold(session.nick)) is session:
+            del self.hub.nicks[fold(session.nick)]
+        self.effects.append(Close(session))
+        if session is self.session:
+            self.label = ""  # its last line is the ERROR
+
+    def ping(self, session: Session, now: float, patience: float) -> None:
+        """Sends a PING, which must be answered within `patience` seconds."""
+        session.ping_sent, session.pong_deadline = now, now + patience
+        self.send_to(session, Message("PING", (self.hub.name,)))
+        self.hub.deadlines.set(session, session.pong_deadline)
 
 
-class Timers:
-    """When to look at which session; each at the latest of the times it was given."""
+class DeadlineQueue:
+    """Session deadlines, in a heap. A new deadline for a session replaces its old one."""
 
     def __init__(self) -> None:
-        self._heap: List[Tuple[float, int, Session]] = []  # (due, tie-break, session)
+        self._heap: List[Tuple[float, int, Session]] = []  # (deadline, tie-break, session)
         self._ties = itertools.count()
 
-    def set(self, session: Session, when: float) -> None:
-        """Plans to look at a session at the monotonic time `when`, and not as planned before."""
-        session.due = when
-        heapq.heappush(self._heap, (when, next(self._ties), session))
+    def set(self, session: Session, deadline: float) -> None:
+        """Sets a deadline, in monotonic seconds."""
+        session.deadline = deadline
+        heapq.heappush(self._heap, (deadline, next(self._ties), session))
 
-    def next(self, now: float) -> Optional[Session]:
-        """One whose time has come."""
+    def pop_due(self, now: float) -> Optional[Session]:
+        """A session whose deadline has passed, or None."""
         while self._heap and self._heap[0][0] <= now:
-            due, _, session = heapq.heappop(self._heap)
-            if due == session.due and not session.gone:
+            deadline, _, session = heapq.heappop(self._heap)
+            if deadline == session.deadline and session.stage is not Stage.GONE:
                 return session
         return None
 
     def wait(self, now: float) -> float:
-        """Seconds until the next time, at most TICK_S."""
+        """Seconds until the next deadline, at most TICK_S."""
         return min(max(self._heap[0][0] - now, 0.01), TICK_S) if self._heap else TICK_S
 
 
 class Hub:
     """Who is here, who is where, and the log of what is to be delivered.
 
-    `with hub:` holds the lock; whatever was appended to the log meanwhile wakes the mailer afterwards.
+    `with hub:` holds the lock, and afterwards wakes the mailer if the log has grown. What has no other owner named is
+    guarded by the lock.
     """
 
     def __init__(
-        self, name: str, history: Optional[History] = None, replay: int = REPLAY_LINES, limits: Optional[Limits] = None
+        self,
+        name: str,
+        history: Optional[MemoryHistory] = None,
+        replay: int = REPLAY_LINES,
+        limits: Optional[Limits] = None,
     ) -> None:
         self.name = name
-        self.history = history or History()  # the mailer's
+        self.history = history or MemoryHistory()  # the mailer's
+        self.storage_error = ""  # why the last message could not be stored; the mailer's
         self.replay = replay  # lines that newcomers get
         self.limits = limits or Limits()
-        self.gate = Gate()
-        self.seen = self.history.seen()  # (token, id) -> time and msgid of what was said
-        last = self.history.last()
-        if last > time.time() * 1e6:  # the clock was set back: what was given and not stored must not be given again
-            last += 1_000_000_000
-        self.stamps = Stamps(last)
-        self.absent = 0  # sessions whose connection is lost
-        self.said = 0  # messages
-        self.unkept = ""  # why the last message could not be stored; the mailer's
-        self.wake: Callable[[], None] = lambda: None  # ends the mailer's sleep
+        self.access = AccessControl()
+        self.ids = MessageIds(self.history.last_sequence())
+        self.resends = {
+            key: StoredMessage("", message, key, True) for key, message in self.history.dedup_index().items()
+        }
         self.started = time.time()
-        self.sessions: Dict[Session, None] = {}  # all that are connected, in order of arrival
+        self.messages = 0  # said so far
+        self.sessions: Dict[Session, None] = {}  # all but those that are gone, in order of arrival
+        self.disconnected = 0  # how many of them
         self.nicks: Dict[str, Session] = {}  # folded nick -> who holds it
         self.channels: Dict[str, Channel] = {}  # folded name -> a channel that has members
-        self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)  # the log is short enough again
-        self._waiting = 0  # readers that wait for room
-        self._mailer_waits = False
-        self._log: List[Delivery] = []
-        self._broadcasts = 0  # how many of the log go to more than one session
-        self._weight = 0  # messages that entries of the log stand for, beyond one each
-        self._notes: List[Tuple[int, str, Tuple[object, ...]]] = []  # for the log
-        self._closing: List[Session] = []  # to be closed once what the log holds for them is sent
-        self._timers = Timers()
-        self._tidy_at = 0.0
         self.guests = itertools.count(1)  # numbers for those who bring no name
+        self.deadlines = DeadlineQueue()
+        self.log_broadcasts = 0  # in the log
+        self.log_length = 0  # effects and replies in the log
+        self.wake: Callable[[], None] = lambda: None  # wakes the mailer
+        self._lock = threading.Lock()
+        self._not_full = threading.Condition(self._lock)
+        self._waiting = 0  # readers that wait until the log is not full
+        self._mailer_waits = False
+        self._log: List[Call] = []
+        self._log_records: List[Tuple[int, str, Tuple[object, ...]]] = []  # for the program's log
 
     def __enter__(self) -> Hub:
         self._lock.acquire()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        wake = self._mailer_waits and bool(self._log or self._closing or self._notes)
+        wake = self._mailer_waits and bool(self._log or self._log_records)
         if wake:
             self._mailer_waits = False
         self._lock.release()
         if wake:
             self.wake()
 
-    # For the server's threads.
+    # For the server's threads, without the lock.
 
-    def enter(self, session: Session) -> None:
-        """Somebody connected. Accepting thread."""
+    def add(self, session: Session) -> None:
+        """A client has connected."""
         with self:
             self.sessions[session] = None
-            self._timers.set(session, session.since + PROMPT_S)
+            self.deadlines.set(session, session.connected_at + PROMPT_S)
 
-    def leave(self, session: Session, reason: str, farewell: str = "") -> None:
-        """A connection broke or ended. Any thread; only the first call for a session counts."""
+    def set_stage(self, session: Session, stage: Stage, *before: Stage) -> None:
+        """Changes a session's stage, if it is one of those before."""
         with self:
-            if session.absent:
-                return
-            if not (session.token and session.registered) or farewell or self.absent >= ABSENT:
-                self.quit_locked(session, reason, farewell)
-            elif not session.gone:
-                self.absent += 1
-                session.absent = reason or "Connection lost"
-                self._timers.set(session, time.monotonic() + GRACE_S)
+            if session.stage in before:
+                session.stage = stage
 
-    def stop(self, reason: str) -> None:
-        """Tells everybody and lets nobody stay."""
+    def disconnect(self, session: Session, reason: str, farewell: str = "") -> None:
+        """A connection has ended. A client that may resume is gone only later; without a `farewell`, which says why."""
+        with self:
+            if session.stage is Stage.DISCONNECTED:
+                return
+            if session.token and session.registered and not farewell and self.disconnected < MAX_RESUMABLE:
+                self.disconnected += 1
+                session.stage, session.quit_reason = Stage.DISCONNECTED, reason or "Connection lost"
+                self.deadlines.set(session, time.monotonic() + RESUME_GRACE_S)
+            else:
+                call = Call(self, session)
+                call.quit(session, reason, farewell)
+                self.append(call)
+
+    def close(self, reason: str) -> None:
+        """Tells everybody that the server ends, and lets nobody stay."""
         with self:
             for session in list(self.sessions):
-                self.tell_locked(session, Message("ERROR", (reason,), self.name))
-                self.forget_locked(session)
-
-    def take(self) -> Tuple[List[Delivery], List[Session]]:
-        """The whole log and who is to be closed after it. When both are empty, the next append wakes. Mailer only."""
-        with self._lock:
-            taken, closing, notes = self._log, self._closing, self._notes
-            if self._waiting:
-                self._room.notify()
-            self._log, self._closing, self._notes, self._broadcasts, self._weight = [], [], [], 0, 0
-            self._mailer_waits = not (taken or closing or notes)
-        for level, text, values in notes:
-            log.log(level, text, *values)
-        return taken, closing
+                call = Call(self, session)
+                call.send_to(session, Message("ERROR", (reason,)))
+                call.forget(session)
+                self.append(call)
 
     def tick(self) -> float:
         """Does what is due: prompts, pings, timeouts. Returns the seconds until it should be called again."""
         now = time.monotonic()
         with self:
-            for session in iter(lambda: self._timers.next(now), None):
-                self._timers.set(session, examine(self, session, now))
-            if now > self._tidy_at:
-                self._tidy_at = now + TIDY_S
-                self._log.append(Delivery(PROMPT, Roster([]), ask=tidy))
-            return self._timers.wait(now)
+            for session in iter(lambda: self.deadlines.pop_due(now), None):
+                call = Call(self, session)
+                self.deadlines.set(session, check_timeouts(call, now))
+                self.append(call)
+            return self.deadlines.wait(now)
 
-    # For commands: only to be called with the lock held.
+    def drain_log(self) -> List[Call]:
+        """The whole log. When it is empty, the next entry wakes the mailer. Mailer only."""
+        with self._lock:
+            calls, self._log = self._log, []
+            records, self._log_records = self._log_records, []
+            self.log_broadcasts = self.log_length = 0
+            if self._waiting:
+                self._not_full.notify()
+            self._mailer_waits = not (calls or records)
+        for level, text, values in records:
+            log.log(level, text, *values)
+        return calls
 
-    def wait_for_room_locked(self) -> None:
-        """Lets go of the lock until the mailer has caught up. Each lets in the next, lest a thousand wake at once."""
+    # With the lock held.
+
+    def append(self, call: Call) -> None:
+        """Appends a call to the log, if it does anything."""
+        if call.effects or call.replies or call.label or call.stored:
+            self._log.append(call)
+            self.log_length += len(call.effects) + len(call.replies)
+
+    def wait_until_not_full(self) -> None:
+        """Backpressure: waits, with the lock released, while the log is full. Waiters wake one after another."""
         waited = False
-        while self._broadcasts >= LOG_BROADCASTS or len(self._log) + self._weight >= LOG_LENGTH:
+        while self.log_broadcasts >= LOG_HIGH_WATER or self.log_length >= LOG_ENTRIES:
             self._waiting += 1
-            self._room.wait()
+            self._not_full.wait()
             self._waiting -= 1
             waited = True
         if waited and self._waiting:
-            self._room.notify()
+            self._not_full.notify()
 
-    def send_locked(
-        self, message: Message, roster: Roster, but: Optional[Session] = None, saying: Optional[Saying] = None
-    ) -> None:
-        """Appends to the log: a message for all who are in `roster` now."""
-        self._log.append(Delivery(message, roster, len(roster.members), roster.sent, but, saying, bool(saying)))
-        roster.sent += 1
-        self._broadcasts += 1
-
-    def tell_locked(self, session: Session, message: Message, saying: Optional[Saying] = None) -> None:
-        """Appends to the log: a message for one."""
-        self._log.append(Delivery(message, session.alone, saying=saying))
-
-    def ask_locked(self, session: Session, ask: Ask, weight: int) -> None:
-        """Appends to the log: for one, what the history answers when the mailer gets there, about `weight` messages."""
-        self._log.append(Delivery(PROMPT, session.alone, ask=ask))
-        self._weight += weight
-
-    def note_locked(self, level: int, text: str, *values: object) -> None:
-        """Has the mailer write a line to the program's log: a reader's stack would grow by what that takes."""
-        self._notes.append((level, text, values))
-
-    def mark_locked(self) -> int:
-        """A place in the log."""
-        return len(self._log)
-
-    def gather_locked(self, session: Session, mark: int, present: Callable[[List[Delivery]], Ask]) -> None:
-        """Lets `present` make one answer of all that the command of a session since `mark` tells it."""
-        since = self._log[mark:]
-        answers = [delivery for delivery in since if delivery.tells(session)]
-        others = [delivery._replace(but=session) for delivery in since if delivery.roster is not session.alone]
-        saying = next((delivery.saying for delivery in since if delivery.saying), None)
-        self._log[mark:] = [*others, Delivery(PROMPT, session.alone, saying=saying, ask=present(answers))]
-        self._weight += len(answers)
-
-    def reply_locked(self, session: Session, numeric: Numeric, *params: str, text: Optional[str] = None) -> None:
-        """Answers with a numeric: its text is filled from `params` unless `text` takes its place."""
-        if text is None and numeric.text:
-            text = numeric.text.format(*params)
-        words = (*params, text) if text is not None else params
-        self.tell_locked(session, Message(numeric.code, (session.nick or "*", *words), self.name))
-
-    def part_locked(self, session: Session, channel: Channel, reason: str, by: Optional[Session] = None) -> None:
-        """Takes a session out of a channel, by itself or by somebody else, and tells its members."""
-        words = (channel.name, *([session.nick] if by else []), *([reason] if reason else []))
-        gone = Message("KICK" if by else "PART", words, (by or session).prefix, self.stamps.next())
-        self.send_locked(gone, channel.roster)
-        self._remove_locked(session, channel)
-
-    def quit_locked(self, session: Session, reason: str, farewell: str) -> None:
-        """Ends a session: the others see `reason`, itself gets `farewell`, if any, as its last line."""
-        if session.gone:
-            return
-        level = logging.INFO if session.registered else logging.DEBUG
-        self.note_locked(level, "%s left: %s", session.called(), harmless(reason or farewell) or "went away")
-        rosters = [channel.roster for channel in session.channels]
-        for channel in list(session.channels):
-            self._remove_locked(session, channel)
-        if rosters:
-            words = (cut(reason, REASON_BYTES),) if reason else ()
-            self.send_locked(Message("QUIT", words, session.prefix, self.stamps.next()), union(rosters))
-        if farewell:
-            self.tell_locked(session, Message("ERROR", (farewell,), self.name))
-        self.forget_locked(session)
-
-    def forget_locked(self, session: Session) -> None:
-        """Ends what the hub knows of a session; its connection is closed once the log is sent."""
-        session.gone = True
-        self.absent -= bool(session.absent)
-        del self.sessions[session]
-        if self.nicks.get(fold(session.nick)) is session:
-            del self.nicks[fold(session.nick)]
-        self._closing.append(session)
-
-    def ping_locked(self, session: Session, now: float, patience: float) -> None:
-        """Asks a session whether it is there, and looks again when it should have answered."""
-        session.asked, session.answer_by = now, now + patience
-        self.tell_locked(session, Message("PING", (self.name,)))
-        self._timers.set(session, session.answer_by)
-
-    def _remove_locked(self, session: Session, channel: Channel) -> None:
-        channel.remove(session)
-        if not len(channel):
-            del self.channels[channel.folded]
+    def log_later(self, level: int, text: str, *values: object) -> None:
+        """Has the mailer write to the program's log: a reader's stack would grow by what that takes."""
+        self._log_records.append((level, text, values))
 
 
-def examine(hub: Hub, session: Session, now: float) -> float:
-    """Does what time demands of a session, and returns when to look again. With the lock held."""
-    if session.absent:
-        hub.quit_locked(session, session.absent, "")
+def check_timeouts(call: Call, now: float) -> float:
+    """Prompts, pings or ends the caller, whose deadline has passed; returns its next one."""
+    session, limits = call.session, call.hub.limits
+    if session.stage is Stage.DISCONNECTED:
+        call.quit(session, session.quit_reason, "")
         return now
-    limits = hub.limits
     if not session.registered:
-        if now >= session.since + limits.register_s:
-            lacking = "password" if session.held else "name"
-            hub.quit_locked(session, "", f"No {lacking} within {limits.register_s:.0f} seconds")
-        elif session.handshaking:  # a prompt would come before the answer to what follows it at once
+        if now >= session.connected_at + limits.register_s:
+            lacking = "password" if session.deferred else "name"
+            call.quit(session, "", f"No {lacking} within {limits.register_s:.0f} seconds")
+        elif session.stage is Stage.HANDSHAKING:  # a prompt would come before the answer to what follows it at once
             return now + PROMPT_S
-        elif session.silent:
-            session.silent, session.prompted = False, True
-            hub.tell_locked(session, PROMPT)
-        return session.since + limits.register_s
-    if session.heard < session.asked:
-        if now < session.answer_by:
-            return session.answer_by
-        hub.quit_locked(session, "Ping timeout", "Ping timeout")
-        return now
-    if not session.view.pings:
+        elif session.stage is Stage.NEW:
+            session.stage = Stage.PROMPTED
+            call.send_to(session, PROMPT)
+        return session.connected_at + limits.register_s
+    if session.last_received < session.ping_sent:
+        if now >= session.pong_deadline:
+            call.quit(session, "Ping timeout", "Ping timeout")
+        return session.pong_deadline
+    if not session.dialect.pings:
         return now + limits.ping_s  # nothing to ask: TCP itself finds out
-    if now >= session.heard + limits.ping_s:
-        hub.ping_locked(session, now, limits.pong_s)
-        return session.answer_by
-    return session.heard + limits.ping_s
+    if now >= session.last_received + limits.ping_s:
+        call.ping(session, now, limits.pong_s)
+        return session.pong_deadline
+    return session.last_received + limits.ping_s
 
 
-def probe(hub: Hub, session: Session) -> None:
-    """Asks whether somebody is still there, because a ghost may hold a name. With the lock held."""
+def ping_ghost(call: Call, session: Session) -> None:
+    """Finds out whether the holder of a name, which the caller asks for, is still there."""
     now = time.monotonic()
-    asked = session.heard < session.asked
-    if session.view.pings and not asked and not session.absent and now > session.heard + PROBE_S:
-        hub.ping_locked(session, now, PROBE_S)
-
-
-def tidy(history: History) -> List[Message]:
-    """What the log asks for now and then."""
-    history.tidy()
-    return []
-
-
-# -----------------------------------------------------------------------------
-# delivery
-# -----------------------------------------------------------------------------
-# What becomes of a batch of the log: it is stored, then encoded. In the mailer's thread, without the hub's lock.
-
-
-def settle(hub: Hub, batch: List[Delivery]) -> List[Delivery]:
-    """Stores what a batch says, all or nothing, and answers what it asks, in its place.
-
-    What cannot be stored is neither delivered nor confirmed; who said it is told.
-    """
-    kept, waiting = [], False
-    for delivery in batch:
-        if delivery.keep:
-            kept.append(delivery)
-        elif delivery.ask or delivery.saying:
-            waiting = True
-    if kept:
-        keep(hub, kept)
-    lost = {id(delivery.saying) for delivery in kept} if hub.unkept else set()
-    if not lost and not waiting:
-        return batch
-    settled: List[Delivery] = []
-    for delivery in batch:
-        saying = delivery.saying
-        if saying and id(saying) in lost:
-            settled += [refusal(hub, delivery.message, saying)] if delivery.keep else []
-        elif saying and saying.key[0] and saying.key not in hub.seen:  # a repeat; the first could not be stored
-            settled.append(refusal(hub, delivery.message, saying))
-        elif delivery.ask:
-            settled += [Delivery(message, delivery.roster) for message in answer(hub, delivery)]
-        else:
-            settled.append(delivery)
-    return settled
-
-
-def keep(hub: Hub, said: List[Delivery]) -> None:
-    """Stores what was said, each message with the token of a sender who may send it again; tells hub.unkept."""
-    lines = []
-    for delivery in said:
-        message, saying = delivery.message, delivery.saying
-        if not saying:
-            continue
-        tags = message.tags
-        if len(tags) > KEPT_TAGS or len(tags) > 2 and sum(map(len, itertools.chain(*tags.items()))) > KEPT_TAG_CHARS:
-            tags = {tag: value for tag, value in tags.items() if tag in (ID_TAG, *known(message))}
-        if saying.key[0]:
-            tags = {**tags, BY_TAG: saying.key[0]}
-        lines.append((saying.channel, message if tags is message.tags else message._replace(tags=tags)))
-    try:
-        hub.history.store(lines)
-        if hub.unkept:
-            log.warning("what is said can be stored again")
-        hub.unkept = ""
-    except Unkept as error:
-        if not hub.unkept:
-            log.error("cannot store what is said: %s", error)
-        hub.unkept = str(error)
-        with hub:
-            for delivery in said:
-                if delivery.saying:
-                    hub.seen.pop(delivery.saying.key, None)
-
-
-def refusal(hub: Hub, message: Message, saying: Saying) -> Delivery:
-    """Tells somebody that something could not be stored."""
-    words = (message.command, "CANNOT_STORE", FAIL_CANNOT_STORE.text.format(hub.unkept or "try again"))
-    tags = {"label": saying.label} if saying.label else NO_TAGS
-    return Delivery(Message("FAIL", words, hub.name, tags), saying.sender.alone)
-
-
-def answer(hub: Hub, delivery: Delivery) -> List[Message]:
-    """What the history says to who asks and is still there, or that it cannot."""
-    session = delivery.roster.members[0] if delivery.roster.members else None
-    if delivery.ask is None or (session and (session.gone or session.absent)):
-        return []
-    try:
-        return delivery.ask(hub.history)
-    except Unkept:
-        return [Message("FAIL", ("CHATHISTORY", "MESSAGE_ERROR", FAIL_MESSAGE_ERROR.text), hub.name)]
-
-
-def fan_out(batch: List[Delivery]) -> Iterator[Tuple[bytes, List[Session], int]]:
-    """Which bytes of a batch go to whom, and how many messages they are; encoded once per view.
-
-    Nearly everybody is a member of one large roster and gets the same positions of the batch, `common`, so the
-    same bytes; `special` tells of the others. A batch costs a few steps per message and none per usual recipient.
-    """
-    common, roster, size, special = plan(batch)
-    skips = {delivery.but for delivery in batch if delivery.but}
-    odd = special.keys() | skips
-    lines: Dict[Dialect, Dict[int, bytes]] = {}  # view -> position -> encoded
-    payloads: Dict[Tuple[int, Dialect], bytes] = {}  # (id of positions, view) -> their lines
-
-    def encode(view: Dialect, positions: List[int]) -> bytes:
-        known = lines.setdefault(view, {})
-        for position in positions:
-            if position not in known:
-                known[position] = view.encode(batch[position].message)
-        return b"".join([known[position] for position in positions])
-
-    for view, sessions in roster.groups(size).items():
-        for session in skips.intersection(sessions):
-            special.setdefault(session, common)
-        yield encode(view, common), [session for session in sessions if session not in odd], len(common)
-    for session, positions in special.items():
-        view = session.view
-        if session in skips:
-            others = [position for position in positions if batch[position].but is not session]
-            yield encode(view, others), [session], len(others)
-            continue
-        if (id(positions), view) not in payloads:
-            payloads[id(positions), view] = encode(view, positions)
-        yield payloads[id(positions), view], [session], len(positions)
-
-
-def plan(batch: List[Delivery]) -> Tuple[List[int], Roster, int, Dict[Session, List[int]]]:
-    """(common, roster, size, special): which positions of a batch the first `size` of a roster get, unless `special`
-    has others for them.
-
-    Lists of positions are shared by all who get the same, and live as long as the result.
-    """
-    rosters: Dict[Roster, List[int]] = {}  # -> positions of its deliveries
-    for position, delivery in enumerate(batch):
-        rosters.setdefault(delivery.roster, []).append(position)
-    if not rosters:
-        return [], Roster([]), 0, {}
-    common, *others = rosters.values()
-    if others:
-        common, *others = sorted(rosters.values(), key=lambda positions: -batch[positions[0]].size)
-    roster, size = batch[common[0]].roster, batch[common[0]].size
-    special = exceptions(batch, common)
-    everybody = set(roster.members[:size]) if others else set()
-    merged: Dict[Tuple[int, int], Tuple[List[int], ...]] = {}
-    for positions in others:
-        also = exceptions(batch, positions)
-        for session in batch[positions[0]].roster.members[: batch[positions[0]].size]:
-            also.setdefault(session, positions)
-        for session, own in also.items():
-            known = special.get(session, common if session in everybody else None)
-            if known is None:
-                special[session] = own
-                continue
-            both = (id(known), id(own))
-            if both not in merged:
-                merged[both] = (sorted(known + own), known, own)  # keeps both alive, and so their ids
-            special[session] = merged[both][0]
-    return common, roster, size, special
-
-
-def exceptions(batch: List[Delivery], positions: List[int]) -> Dict[Session, List[int]]:
-    """Who gets only some of the deliveries of a roster, because they came or left in between, and which."""
-    first, last = batch[positions[0]], batch[positions[-1]]
-    if first.size == last.size and not first.roster.left:
-        return {}
-    sizes = [batch[position].size for position in positions]
-    found = {}
-    for index in range(first.size, last.size):
-        found[first.roster.members[index]] = positions[bisect.bisect_right(sizes, index) :]
-    for session, number in list(first.roster.left.items()):  # a copy in one step: readers note who leaves meanwhile
-        if number <= first.number:
-            found[session] = []
-        elif number <= last.number:
-            found[session] = [index for index in found.get(session, positions) if batch[index].number < number]
-    return found
+    asked = session.last_received < session.ping_sent
+    quiet = now > session.last_received + GHOST_PING_S
+    if session.dialect.pings and not asked and session.stage is Stage.REGISTERED and quiet:
+        call.ping(session, now, GHOST_PING_S)
 
 
 # -----------------------------------------------------------------------------
 # commands
 # -----------------------------------------------------------------------------
-# Each function is one command, headed by its grammar, and runs with the hub's lock held.
+# Each function is one command, headed by its grammar. It runs with the hub's lock held, and does everything by the
+# methods of its Call; functions above the first command are the dispatcher's, and what commands share.
 
-Run = Callable[[Hub, Session, Message], None]
+Handler = Callable[[Call], None]
+Rows = Iterable[Tuple[Any, ...]]  # (numeric, *parameters)
 
 
 class Command(NamedTuple):
     """A row of the table."""
 
-    run: Run
-    least: int  # parameters
+    run: Handler
+    min_params: int
     early: bool  # allowed before registration
 
 
 COMMANDS: Dict[str, Command] = {}
 
 
-def command(name: str, least: int = 0, early: bool = False) -> Callable[[Run], Run]:
-    """Enters a function in the table."""
+def command(grammar: str, min_params: int = 0, early: bool = False) -> Callable[[Handler], Handler]:
+    """Enters a function in the table, under the first word of its grammar."""
 
-    def enter(run: Run) -> Run:
-        COMMANDS[name] = Command(run, least, early)
+    def enter(run: Handler) -> Handler:
+        COMMANDS[grammar.split()[0]] = Command(run, min_params, early)
         return run
 
     return enter
 
 
-def perform(hub: Hub, session: Session, line: Optional[bytes]) -> None:
-    """Does what a line from a session says; None stands for one that was too long. Its reader, without the lock."""
-    refusal: Optional[Refused] = None
-    if session.fresh:
-        session.fresh = False
-        session.speak(dialect_of(line or b""))
-        if session.prompted:
-            with hub:
-                hub.tell_locked(session, PROMPT_END)
+Query = Callable[[Call], Rows]
+
+
+def query(grammar: str, min_params: int = 0, names_server: bool = False) -> Callable[[Query], Query]:
+    """Enters a function that yields replies. With `names_server`, the last parameter may name a server: ours."""
+
+    def enter(rows: Query) -> Query:
+        def run(call: Call) -> None:
+            if names_server and call.params and not matches(fold(call.params[-1]), fold(call.hub.name)):
+                raise CommandError(ERR_NOSUCHSERVER, call.params[-1])
+            for row in rows(call):
+                call.reply(*row)
+
+        command(grammar, min_params)(run)
+        return rows
+
+    return enter
+
+
+def handle_line(hub: Hub, session: Session, line: Optional[bytes]) -> None:
+    """Runs the commands in a line; None stands for one that was too long. In the session's reader, without the lock."""
+    if session.dialect is UNDECIDED:
+        begin(hub, session, line or b"")
+    error: Optional[CommandError] = None
+    messages: List[Message] = []
     try:
         if line is None:
-            raise Refused(ERR_INPUTTOOLONG)
-        messages = session.view.decode(line, session.registered)
-    except Refused as refused:
-        messages, refusal = [], refused
-        time.sleep(REFUSED_S)
+            raise CommandError(ERR_INPUTTOOLONG)
+        messages = session.dialect.decode(line, session.registered)
+    except CommandError as caught:
+        error = caught
+        time.sleep(ERROR_PAUSE_S)
     with hub:
-        hub.wait_for_room_locked()
-        if refusal and not session.gone:
-            refuse(hub, session, refusal)
-        run_all(hub, session, messages)
-    if session.wrong:
-        session.wrong = False
-        time.sleep(WRONG_DELAY_S)
+        hub.wait_until_not_full()
+        if error and session.stage is not Stage.GONE:
+            call = Call(hub, session, error.message or NO_MESSAGE)
+            call.reply_error(error)
+            hub.append(call)
+        dispatch_all(hub, session, messages)
+    if session.wrong_password:
+        session.wrong_password = False
+        time.sleep(WRONG_PAUSE_S)
 
 
-def run_all(hub: Hub, session: Session, messages: List[Message]) -> None:
-    """Runs commands up to one that is refused. Those that a plain user would enter by wait for the password."""
-    if hub.gate.locked and not session.admitted and session.view is PLAIN and len(messages) > 1:
-        session.held = messages
-        session.speak(PLAIN_PASSWORD)
-        hub.tell_locked(session, PASSWORD_PROMPT)
+def begin(hub: Hub, session: Session, line: bytes) -> None:
+    """Decides by the first line which dialect a session speaks."""
+    with hub:
+        call = Call(hub, session)
+        call.set_dialect(dialect_of(line))
+        if session.stage is Stage.PROMPTED:
+            call.send_to(session, PROMPT_END)
+        if session.stage is not Stage.GONE:
+            session.stage = Stage.REGISTERING
+            hub.append(call)
+
+
+def dispatch_all(hub: Hub, session: Session, messages: List[Message]) -> None:
+    """Runs commands up to the first error. Those by which a plain user registers wait for the password."""
+    if hub.access.password_required and not session.authenticated and session.dialect is PLAIN and len(messages) > 1:
+        session.deferred = messages
+        call = Call(hub, session)
+        call.set_dialect(PLAIN_PASSWORD)
+        call.send_to(session, PASSWORD_PROMPT)
+        hub.append(call)
         return
     for message in messages:
-        if session.gone or not run(hub, session, message):
+        if session.stage is Stage.GONE or not dispatch(hub, session, message):
             return
+    if session.deferred and session.authenticated:
+        messages, session.deferred = session.deferred, []
+        dispatch_all(hub, session, messages)
 
 
-def run(hub: Hub, session: Session, message: Message) -> bool:
-    """Runs one command; False when it was refused, which the session has been told."""
-    label = message.tags.get("label", "") if message.tags and batches(session) else ""
-    mark, done = hub.mark_locked() if label else 0, False
+def dispatch(hub: Hub, session: Session, message: Message) -> bool:
+    """Runs one command and appends its call to the log; False when it ended with an error."""
+    call, done = Call(hub, session, message), False
     try:
         row = COMMANDS.get(message.command)
         if row is None:
-            raise Refused(ERR_UNKNOWNCOMMAND, message.command)
-        if not row.early and not session.registered:
-            raise Refused(ERR_NOTREGISTERED)
-        if len(message.params) < row.least:
-            raise Refused(ERR_NEEDMOREPARAMS, message.command)
-        row.run(hub, session, message)
+            raise CommandError(ERR_UNKNOWNCOMMAND, message.command)
+        if not row.early and session.stage < Stage.REGISTERED:
+            raise CommandError(ERR_NOTREGISTERED)
+        if len(message.params) < row.min_params:
+            raise CommandError(ERR_NEEDMOREPARAMS, message.command)
+        row.run(call)
         done = True
-    except Refused as refused:
-        refuse(hub, session, refused, message)
-    if label and len(label.encode()) <= LABEL_BYTES and not session.gone:  # its last words do not wait for history
-        hub.gather_locked(session, mark, lambda answers: functools.partial(labeled, label, hub.name, answers))
+    except CommandError as error:
+        call.reply_error(error)
+    hub.append(call)
     return done
 
 
-def batches(session: Session) -> bool:
-    """Whether answers to a labeled command are gathered (IRCv3 labeled-response)."""
-    return {"batch", "labeled-response"} <= session.view.caps
-
-
-def labeled(label: str, server: str, answers: List[Delivery], history: History) -> List[Message]:
-    """Answers with their label: on the only one, on the batch that they are, or on one round them; or an ACK."""
-    messages: List[Message] = []
-    for delivery in answers:
+def for_each_target(call: Call, act: Callable[[str], None], index: int = 0, most: int = MAX_TARGETS) -> None:
+    """Calls `act` for every item of a comma-separated parameter, at most `most`. An error in one does not stop the
+    others."""
+    items = dict.fromkeys(call.message.param(index).split(","))
+    if len(items) > most:
+        raise CommandError(ERR_TOOMANYTARGETS)
+    for item in items:
         try:
-            messages += delivery.ask(history) if delivery.ask else [delivery.message]
-        except Unkept:
-            messages.append(Message("FAIL", ("CHATHISTORY", "MESSAGE_ERROR", FAIL_MESSAGE_ERROR.text), server))
+            act(item)
+        except CommandError as error:
+            call.reply_error(error)
+
+
+def find_channel(call: Call, name: str) -> Channel:
+    """The channel of a name; raises CommandError."""
+    if name == CURRENT_CHANNEL and call.session.dialect.single:
+        if call.session.channels:
+            return next(iter(call.session.channels))
+        raise CommandError(ERR_NOWHERE, name)
+    channel = call.hub.channels.get(fold(name))
+    if channel is None:
+        raise CommandError(ERR_NOSUCHCHANNEL, name)
+    return channel
+
+
+def find_user(call: Call, nick: str) -> Session:
+    """The registered session with a nick; raises CommandError."""
+    session = call.hub.nicks.get(fold(nick))
+    if session is None or not session.registered:
+        raise CommandError(ERR_NOSUCHNICK, nick)
+    return session
+
+
+def find_member(call: Call, channel: Channel, nick: str) -> Session:
+    """The member of a channel with a nick; raises CommandError."""
+    session = find_user(call, nick)
+    if session not in channel.members:
+        raise CommandError(ERR_USERNOTINCHANNEL, session.nick, channel.name)
+    return session
+
+
+def check_member(call: Call, channel: Channel, rank: str = "") -> None:
+    """Raises CommandError if the caller is not in the channel or lacks the rank."""
+    if call.session not in channel.members:
+        raise CommandError(ERR_NOTONCHANNEL, channel.name)
+    if rank not in channel.members[call.session]:
+        raise CommandError(ERR_CHANOPRIVSNEEDED, channel.name)
+
+
+def check_change_rate(call: Call) -> None:
+    """Raises CommandError for too many changes of which everybody is told: of the nick, the real name, AWAY."""
+    if not call.session.nick_bucket.allow(time.monotonic()):
+        raise CommandError(RPL_TRYAGAIN, call.message.command)
+
+
+def notify_peers(call: Call, message: Message, cap: str) -> None:
+    """Tells those who share a channel with the caller, if they have negotiated a capability."""
+    if call.session.channels:
+        told = message._replace(tags={**message.tags, FOR_TAG: cap})
+        call.broadcast(told, *call.session.channels, echo=False)
+
+
+# Registration.
+
+
+@command("CAP LS [302] | LIST | REQ :<capability>{ <capability>} | END", 1, early=True)
+def cap(call: Call) -> None:
+    session, sub = call.session, call.params[0].upper()
+    if sub == "END":
+        session.negotiating = False
+        register(call)
+        return
+    if sub not in ("LS", "LIST", "REQ"):
+        raise CommandError(ERR_INVALIDCAPCMD, sub)
+    session.negotiating = not session.registered and (sub != "LIST" or session.negotiating)
+    caps = session.dialect.caps
+    if sub == "LS" and call.message.param(1).isdecimal() and int(call.message.param(1)) >= 302:
+        caps |= {"cap-notify"}  # IRCv3 cap-notify: implied
+    answer, text = sub, " ".join(CAPABILITIES if sub == "LS" else sorted(caps))
+    if sub == "REQ":
+        text = call.message.param(1)
+        names = text.split()
+        known = all(name.lstrip("-") in CAPABILITIES for name in names)
+        check_length(Message("CAP", (session.nick or "*", "NAK", text), call.hub.name))
+        answer = "ACK" if known else "NAK"
+        if known:
+            dropped = {name[1:] for name in names if name[0] == "-"} - {"cap-notify"}
+            caps = (caps | {name for name in names if name[0] != "-"}) - dropped
+    if caps != session.dialect.caps:
+        call.set_dialect(irc(caps))
+    call.send_to(session, Message("CAP", (session.nick or "*", answer, text), call.hub.name))
+
+
+@command("PASS <password>", 1, early=True)
+def pass_(call: Call) -> None:
+    hub, session = call.hub, call.session
+    if session.registered:
+        raise CommandError(ERR_ALREADYREGISTERED)
+    if not hub.access.password_required or session.authenticated:
+        return
+    session.authenticated = hub.access.check_password(session.address, call.params[0])
+    if not session.authenticated:
+        session.wrong_password = True
+        hub.log_later(logging.WARNING, "wrong password from %s", session.address)
+        reject_password(call)
+    elif session.deferred:
+        call.set_dialect(PLAIN)
+
+
+def reject_password(call: Call) -> None:
+    """Rejects a wrong or missing password. Plain and JSON clients may try again; IRC clients are disconnected."""
+    locked_out = call.hub.access.locked_out(call.session.address)
+    if call.session.dialect.single and not locked_out:
+        raise CommandError(ERR_PASSWDMISMATCH)
+    call.reply_error(CommandError(ERR_PASSWDMISMATCH))
+    call.quit(call.session, "", "Too many wrong passwords; try again later" if locked_out else "Wrong password")
+
+
+def is_rejected(call: Call) -> bool:
+    """Rejects the caller, who asks for a nick, without the password, or where the nick is banned."""
+    if call.hub.access.password_required and not call.session.authenticated:
+        reject_password(call)
+        return True
+    if fold(call.message.param(0)) not in call.hub.access.banned:
+        return False
+    call.reply_error(CommandError(ERR_YOUREBANNEDCREEP))
+    call.quit(call.session, "", "You are banned from this server")
+    return True
+
+
+@command("NICK <name>", early=True)
+def nick(call: Call) -> None:
+    if not is_rejected(call):
+        change_nick(call, call.message.param(0))
+
+
+@command("GUEST", early=True)
+def guest(call: Call) -> None:
+    """The server chooses a name; what a JSON join without a user stands for."""
+    if call.session.registered:
+        raise CommandError(ERR_ALREADYREGISTERED)
+    if not is_rejected(call):
+        change_nick(call, next(name for name in map("guest{}".format, call.hub.guests) if name not in call.hub.nicks))
+
+
+def change_nick(call: Call, name: str) -> None:
+    """Takes a nick, if nobody else has it, and registers when all else has been said."""
+    hub, session = call.hub, call.session
+    if not name:
+        raise CommandError(ERR_NONICKNAMEGIVEN)
+    name = check_nick(name)
+    holder = hub.nicks.get(fold(name), session)
+    resumes = session.token and holder.token == session.token and not session.registered
+    if holder is not session and not resumes:
+        ping_ghost(call, holder)
+        raise CommandError(ERR_NICKNAMEINUSE, name)
+    if name == session.nick:
+        return
+    if session.registered and not session.nick_bucket.allow(time.monotonic()):
+        raise CommandError(ERR_NICKTOOFAST, name)
+    if hub.nicks.get(fold(session.nick)) is session:
+        del hub.nicks[fold(session.nick)]
+    if not resumes or holder is session:
+        hub.nicks[fold(name)] = session
+    if session.registered:
+        change = Message("NICK", (name,), session.prefix, hub.ids.next())
+        if session.channels:
+            call.broadcast(change, *session.channels)
+        else:
+            call.send_to(session, change)
+    session.nick = name
+    session.prefix = f"{name}!{session.user}@{session.host}"
+    for channel in session.channels:
+        channel.changed()
+    register(call)
+
+
+def resume_session(call: Call, old: Session) -> None:
+    """Resumes a client's old session on its new connection: channels, ranks, pending messages. Others see nothing."""
+    session = call.session
+    for channel, rank in [(channel, channel.members[old]) for channel in old.channels]:
+        call.join(channel, rank)
+        call.leave(old, channel)
+    session.resume_queue, session.away, session.invites = old.resume_queue, old.away, old.invites
+    call.send_to(old, Message("ERROR", ("You have come back on another connection",)))
+    call.forget(old)
+
+
+@command("USER <user> <mode> <unused> :<real name>", 4, early=True)
+def user(call: Call) -> None:
+    session = call.session
+    if session.registered:
+        raise CommandError(ERR_ALREADYREGISTERED)
+    session.user = re.sub("[^A-Za-z0-9._-]", "", call.params[0])[:USER_CHARS] or "user"
+    session.realname = cut(call.params[3], REALNAME_BYTES)
+    session.prefix = f"{session.nick}!{session.user}@{session.host}"
+    register(call)
+
+
+def register(call: Call) -> None:
+    """Registers and welcomes a session that has said all it must."""
+    hub, session = call.hub, call.session
+    if session.registered or session.negotiating or not session.nick or not session.user:
+        return
+    holder = hub.nicks.get(fold(session.nick), session)
+    if holder is not session and holder.token != session.token:
+        name, session.nick = session.nick, ""
+        raise CommandError(ERR_NICKNAMEINUSE, name)
+    if holder is not session:
+        resume_session(call, holder)
+    hub.nicks[fold(session.nick)] = session
+    session.stage = Stage.REGISTERED
+    session.signon = session.last_spoke = time.time()
+    hub.log_later(logging.INFO, "%s joined", session.description())
+    started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(hub.started))
+    call.reply(RPL_WELCOME, f"Welcome to the chat, {session.prefix}")
+    call.reply(RPL_YOURHOST, f"Your host is {hub.name}, running {VERSION}")
+    call.reply(RPL_CREATED, f"This server was started {started}")
+    call.reply(RPL_MYINFO, hub.name, VERSION, "i", "biklmnotv")
+    for row in (*ISUPPORT, *lusers(call), *motd(call)):
+        call.reply(*row)
+    for channel in session.channels:  # of a resumed session
+        call.send_to(session, join_message(session, channel, NO_TAGS))
+        send_channel_info(call, channel)
+    call.replies += session.resume_queue
+    session.resume_queue = []
+
+
+_TOKENS = (
+    "NETWORK=chat.py CASEMAPPING=ascii CHANTYPES=# PREFIX=(ov)@+ CHANMODES=b,k,l,imnt"
+    f" NICKLEN={NICK_CHARS} CHANNELLEN={CHANNEL_CHARS} TOPICLEN={TOPIC_BYTES} AWAYLEN={AWAY_BYTES}"
+    f" KICKLEN={REASON_BYTES} KEYLEN={KEY_BYTES} NAMELEN={REALNAME_BYTES} MODES={MAX_MODES} MAXLIST=b:{MAX_BANS}"
+    f" TARGMAX=JOIN:{MAX_JOINS},PART:{MAX_JOINS},KICK:{MAX_TARGETS},NAMES:{MAX_TARGETS},NOTICE:{MAX_TARGETS},"
+    f"PRIVMSG:{MAX_TARGETS} UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
+).split()
+ISUPPORT = [(RPL_ISUPPORT, *_TOKENS[start : start + 13]) for start in range(0, len(_TOKENS), 13)]  # at most 13 a line
+
+
+@command("RESUME <token>", 1, early=True)
+def resume(call: Call) -> None:
+    """A secret of 16 to 64 characters by which this client is known again."""
+    session = call.session
+    if session.registered or RESUME_CAP not in session.dialect.caps or not 16 <= len(call.params[0]) <= 64:
+        raise CommandError(ERR_UNKNOWNCOMMAND, "RESUME")
+    session.token = hashlib.sha256(call.params[0].encode()).hexdigest()[:32]
+
+
+@command("PING <token>", 1, early=True)
+def ping(call: Call) -> None:
+    if not call.params[0]:
+        raise CommandError(ERR_NOORIGIN)
+    answer = Message("PONG", (call.hub.name, call.params[0]), call.hub.name)
+    check_length(answer)
+    call.send_to(call.session, answer)
+
+
+@command("PONG <token>", early=True)
+def pong(call: Call) -> None:
+    """That something was received is what counts."""
+
+
+@command("QUIT [:<reason>]", early=True)
+def quit_(call: Call) -> None:
+    reason = call.message.param(0)
+    call.quit(call.session, f"{OWN_REASON}{reason}" if reason else "", "Goodbye")
+
+
+# Channels.
+
+
+@command("JOIN <channel>{,<channel>} [<key>{,<key>}] | 0", 1)
+def join(call: Call) -> None:
+    session = call.session
+    if call.params[0] == "0" and not session.dialect.single:  # RFC 2812, section 3.2.1: leave all
+        for channel in list(session.channels):
+            call.part(session, channel, "")
+        return
+    keys = dict(zip(call.params[0].split(","), call.message.param(1).split(",")))
+
+    def join_one(name: str) -> None:
+        join_channel(call, check_channel(name), keys.get(name, ""))
+
+    for_each_target(call, join_one, most=MAX_JOINS)
+
+
+def join_channel(call: Call, name: str, key: str) -> None:
+    """Takes the caller into a channel, which begins to exist with its first member."""
+    hub, session = call.hub, call.session
+    known = hub.channels.get(fold(name))
+    channel = known or Channel(name)
+    if session in channel.members:
+        return
+    check_can_join(session, channel, key)
+    others = 0 if session.dialect.single else len(session.channels)
+    if others >= hub.limits.channels or not known and len(hub.channels) >= hub.limits.all_channels:
+        raise CommandError(ERR_TOOMANYCHANNELS, name)
+    if session.dialect.single:
+        for old in list(session.channels):
+            call.part(session, old, f"went to {name}")
+    session.invites.pop(channel, None)
+    call.join(channel)
+    tags = {**hub.ids.next(), COUNT_TAG: str(len(channel.members))}
+    call.broadcast(join_message(session, channel, tags), channel)
+    if session.away:
+        tags = {**hub.ids.next(), FOR_TAG: "away-notify"}
+        call.broadcast(Message("AWAY", (session.away,), session.prefix, tags), channel, echo=False)
+    send_channel_info(call, channel)
+    if hub.replay and channel.folded in hub.history and "draft/chathistory" not in session.dialect.caps:
+        call.query(functools.partial(replay, hub, channel.name, hub.ids.last), hub.replay)
+
+
+def check_can_join(session: Session, channel: Channel, key: str) -> None:
+    """Raises CommandError where the modes of a channel do not let a session in."""
+    modes = channel.modes
+    if channel.is_banned(session):
+        raise CommandError(ERR_BANNEDFROMCHAN, channel.name)
+    if "i" in modes and channel not in session.invites:
+        raise CommandError(ERR_INVITEONLYCHAN, channel.name)
+    if "k" in modes and not hmac.compare_digest(key.encode(), modes["k"].encode()):
+        raise CommandError(ERR_BADCHANNELKEY, channel.name)
+    if "l" in modes and len(channel.members) >= int(modes["l"]):
+        raise CommandError(ERR_CHANNELISFULL, channel.name)
+
+
+def join_message(session: Session, channel: Channel, tags: Mapping[str, str]) -> Message:
+    """JOIN with the account, of which there are none, and the real name: IRCv3 extended-join."""
+    return Message("JOIN", (channel.name, "*", session.realname), session.prefix, tags)
+
+
+def send_channel_info(call: Call, channel: Channel) -> None:
+    """Sends what a newcomer must know of a channel: topic and names."""
+    if channel.topic:
+        send_topic(call, channel)
+    if not call.session.dialect.single:
+        send_names(call, channel)
+
+
+def replay(hub: Hub, name: str, until: int, history: MemoryHistory) -> List[Message]:
+    """What was said last in a channel, for those who cannot ask, between lines that tell when."""
+    said = history.fetch(fold(name), 0, until, hub.replay, True)
+    if not said:
+        return []
+    first, last = (item.tags["time"].replace("T", " ")[:16] for item in (said[0], said[-1]))
+    return [
+        Message("NOTICE", (name, f"Said here before, since {first} UTC:"), hub.name),
+        *(strip_private_tags(item, **{REPLAYED_TAG: ""}) for item in said),
+        Message("NOTICE", (name, f"End of what was said before; the last was at {last} UTC"), hub.name),
+    ]
+
+
+@command("PART <channel>{,<channel>} [:<reason>]", 1)
+def part(call: Call) -> None:
+
+    def part_one(name: str) -> None:
+        channel = find_channel(call, name)
+        check_member(call, channel)
+        call.part(call.session, channel, cut(call.message.param(1), REASON_BYTES))
+
+    for_each_target(call, part_one, most=MAX_JOINS)
+
+
+@command("KICK <channel> <name>{,<name>} [:<reason>]", 2)
+def kick(call: Call) -> None:
+    channel = find_channel(call, call.params[0])
+
+    def kick_one(nick: str) -> None:
+        check_member(call, channel, "o")  # each time: an operator may kick itself, too
+        call.part(find_member(call, channel, nick), channel, cut(call.message.param(2), REASON_BYTES))
+
+    for_each_target(call, kick_one, index=1)
+
+
+@command("INVITE <name> <channel>", 2)
+def invite(call: Call) -> None:
+    other, channel = find_user(call, call.params[0]), find_channel(call, call.params[1])
+    check_member(call, channel, "o" if "i" in channel.modes else "")
+    if other in channel.members:
+        raise CommandError(ERR_USERONCHANNEL, other.nick, channel.name)
+    if "o" in channel.members[call.session]:
+        other.invites[channel] = None
+        if len(other.invites) > MAX_JOINS:
+            del other.invites[next(iter(other.invites))]
+    call.reply(RPL_INVITING, other.nick, channel.name)
+    message = Message("INVITE", (other.nick, channel.name), call.session.prefix, call.hub.ids.next())
+    relay_private(call, other, message)
+    told = message._replace(tags={**message.tags, FOR_TAG: "invite-notify"})
+    call.broadcast(told, channel, echo=False)
+
+
+@command("TOPIC <channel> [:<topic>]", 1)
+def topic(call: Call) -> None:
+    channel = find_channel(call, call.params[0])
+    check_member(call, channel)
+    if len(call.params) == 1:
+        send_topic(call, channel)
+        return
+    check_member(call, channel, "o" if "t" in channel.modes else "")
+    if len(call.params[1].encode()) > TOPIC_BYTES:
+        raise CommandError(ERR_INPUTTOOLONG)
+    channel.topic, channel.topic_by, channel.topic_time = call.params[1], call.session.prefix, int(time.time())
+    call.broadcast(Message("TOPIC", (channel.name, channel.topic), channel.topic_by, call.hub.ids.next()), channel)
+
+
+def send_topic(call: Call, channel: Channel) -> None:
+    """331, or 332 and 333"""
+    if not channel.topic:
+        call.reply(RPL_NOTOPIC, channel.name)
+        return
+    call.reply(RPL_TOPIC, channel.name, channel.topic)
+    call.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_by, str(channel.topic_time))
+
+
+@command("NAMES <channel>{,<channel>}")
+def names(call: Call) -> None:
+
+    def names_of_one(name: str) -> None:
+        try:
+            send_names(call, find_channel(call, name))
+        except CommandError:
+            if call.session.dialect.single:  # a person is told why there is no answer
+                raise
+            call.reply(RPL_ENDOFNAMES, safe_param(name))
+
+    for_each_target(call, names_of_one)
+
+
+def send_names(call: Call, channel: Channel) -> None:
+    """353 for each text of names, then 366"""
+    call.reply_lines(RPL_NAMREPLY, "=", channel.name, texts=channel.names(call.session.dialect.caps))
+    call.reply(RPL_ENDOFNAMES, channel.name)
+
+
+@query("LIST [<channel>{,<channel>}]")
+def list_(call: Call) -> Rows:
+    channels = call.hub.channels
+    asked = dict.fromkeys(fold(name) for name in call.message.param(0).split(",") if name)
+    found = [channels[key] for key in asked or channels if key in channels]
+    yield RPL_LISTSTART, "Channel"
+    for channel in found[:MAX_LISTED]:
+        yield RPL_LIST, channel.name, str(len(channel.members)), channel.topic
+    if len(found) > MAX_LISTED:
+        yield ERR_TOOMANYMATCHES, "LIST"
+    yield (RPL_LISTEND,)
+
+
+# Modes.
+
+
+class ModeChange(NamedTuple):
+    """A change of one mode."""
+
+    on: bool
+    letter: str
+    param: str  # '' where there is none
+
+
+# Makes a change; returns the parameter that the members are told, or None if nothing has changed; raises CommandError.
+ModeHandler = Callable[[Call, Channel, ModeChange], Optional[str]]
+
+
+@command("MODE <name> [<modes>] | <channel> [<modes>{ <parameter>}]", 1)
+def mode(call: Call) -> None:
+    target, asked = call.params[0], call.message.param(1)
+    if not target.startswith("#") and target != CURRENT_CHANNEL:
+        if find_user(call, target) is not call.session:
+            raise CommandError(ERR_USERSDONTMATCH)
+        if asked not in ("", "+i", "-i"):  # i, asked for by every client, hides from nothing here
+            raise CommandError(ERR_UMODEUNKNOWNFLAG)
+        call.reply(RPL_UMODEIS, "+")
+        return
+    channel = find_channel(call, target)
+    if not asked:
+        send_modes(call, channel)
+        return
+    last = {(change.letter, change.param): change for change in parse_modes(call.params[1:])}
+    changes = list(last.values())  # of changes to and fro, the last counts
+    wanted = [change for change in changes if change.letter != "b" or change.param]
+    if len(wanted) < len(changes):
+        send_bans(call, channel)
+    if wanted:
+        check_member(call, channel, "o")
+        change_modes(call, channel, wanted)
+
+
+def parse_modes(params: Tuple[str, ...]) -> Iterator[ModeChange]:
+    """The changes that MODE asks for, at most MAX_MODES with a parameter."""
+    on, words, room = True, iter(params[1:]), MAX_MODES
+    for letter in params[0]:
+        if letter in "+-":
+            on = letter == "+"
+            continue
+        takes = letter in "bkov" or (letter == "l" and on)
+        param = next(words, "") if takes else ""
+        room -= bool(param)
+        if room >= 0 or not param:
+            yield ModeChange(on, letter, param)
+
+
+def change_modes(call: Call, channel: Channel, changes: List[ModeChange]) -> None:
+    """Makes changes, as far as each is possible, and tells the members in one line what has changed."""
+    done: List[ModeChange] = []
+    for change in changes:
+        try:
+            if change.letter not in MODES:
+                raise CommandError(ERR_UNKNOWNMODE, change.letter)
+            param = MODES[change.letter](call, channel, change)
+        except CommandError as error:
+            call.reply_error(error)
+        else:
+            done += [change._replace(param=param)] if param is not None else []
+    if not done:
+        return
+    flags = ""
+    for on, same in itertools.groupby(done, key=lambda change: change.on):
+        flags += ("+" if on else "-") + "".join(change.letter for change in same)
+    words = (channel.name, flags, *(change.param for change in done if change.param))
+    call.broadcast(Message("MODE", words, call.session.prefix, call.hub.ids.next()), channel)
+
+
+def set_mode(call: Call, channel: Channel, change: ModeChange) -> Optional[str]:
+    """[+-]i: only who is invited may join; m: only who has a rank may speak; n: only members may; t: only operators set
+    the topic; +k <key> | -k [<key>]: only who knows it may join; +l <members> | -l: no more may join"""
+    letter, value = change.letter, change.param
+    if not change.on:
+        before = channel.modes.pop(letter, None)
+        return None if before is None else "*" if letter == "k" else ""
+    if letter in "kl" and not value:
+        raise CommandError(ERR_NEEDMOREPARAMS, "MODE")
+    if letter == "k" and not is_word(value, KEY_BYTES):
+        raise CommandError(ERR_INVALIDMODEPARAM, channel.name, "k", "*")
+    if letter == "l" and not re.fullmatch("0*[1-9][0-9]{0,5}", value):
+        raise CommandError(ERR_INVALIDMODEPARAM, channel.name, "l", value)
+    value = value.lstrip("0") if letter == "l" else value
+    if channel.modes.get(letter) == value:
+        return None
+    channel.modes[letter] = value
+    return value
+
+
+def set_ban(call: Call, channel: Channel, change: ModeChange) -> Optional[str]:
+    """[+-]b <mask>: whom it matches may neither join nor, without a rank, speak"""
+    mask = full_mask(change.param)
+    if not is_word(mask, MASK_BYTES):
+        raise CommandError(ERR_INVALIDMODEPARAM, channel.name, "b", change.param)
+    if change.on == (fold(mask) in channel.bans):
+        return None
+    if not change.on:
+        mask = channel.bans.pop(fold(mask))[0]
+    elif len(channel.bans) >= MAX_BANS:
+        raise CommandError(ERR_BANLISTFULL, channel.name, "b")
+    else:
+        channel.bans[fold(mask)] = (mask, call.session.prefix, str(int(time.time())))
+    channel.changed()
+    return mask
+
+
+def set_rank(call: Call, channel: Channel, change: ModeChange) -> Optional[str]:
+    """[+-]o <name>: operator; [+-]v <name>: may speak in a moderated channel"""
+    if not change.param:
+        raise CommandError(ERR_NEEDMOREPARAMS, "MODE")
+    member = find_member(call, channel, change.param)
+    rank = channel.members[member]
+    if change.on == (change.letter in rank):
+        return None
+    channel.members[member] = "".join(x for x in "ov" if (change.on if x == change.letter else x in rank))
+    channel.changed()
+    return member.nick
+
+
+MODES: Dict[str, ModeHandler] = {"b": set_ban, "o": set_rank, "v": set_rank, **dict.fromkeys("imntkl", set_mode)}
+
+
+def send_modes(call: Call, channel: Channel) -> None:
+    """324, in which only members see the key, and 329"""
+    letters = sorted(channel.modes)
+    shown = {**channel.modes, **({} if call.session in channel.members else {"k": "*"})}
+    words = [shown[letter] for letter in letters if shown[letter]]
+    call.reply(RPL_CHANNELMODEIS, channel.name, f"+{''.join(letters)}", *words)
+    call.reply(RPL_CREATIONTIME, channel.name, str(channel.created))
+
+
+def send_bans(call: Call, channel: Channel) -> None:
+    """367 for each ban, then 368"""
+    for ban in channel.bans.values():
+        call.reply(RPL_BANLIST, channel.name, *ban)
+    call.reply(RPL_ENDOFBANLIST, channel.name)
+
+
+# Messages.
+
+
+@command("PRIVMSG <target>{,<target>} :<text>")
+def privmsg(call: Call) -> None:
+    if not call.params:
+        raise CommandError(ERR_NORECIPIENT)
+    if not call.message.param(1):
+        raise CommandError(ERR_NOTEXTTOSEND)
+    for_each_target(call, functools.partial(relay, call))
+
+
+@command("NOTICE <target>{,<target>} :<text>", 2)
+def notice(call: Call) -> None:
+    """Never answered, not even with an error: RFC 2812, section 3.3.2."""
+    for target in call.params[0].split(",")[:MAX_TARGETS] if call.params[1] else ():
+        with contextlib.suppress(CommandError):
+            relay(call, target)
+
+
+@command("TAGMSG <target>{,<target>}", 1)
+def tagmsg(call: Call) -> None:
+    for target in call.params[0].split(",")[:MAX_TARGETS]:
+        relay(call, target)
+
+
+def relay(call: Call, target: str) -> None:
+    """Relays a message to one target. A resend with the same client id is delivered only once. Raises CommandError."""
+    hub, session, tags = call.hub, call.session, call.message.tags
+    channel, other = None, session
+    if target.startswith("#") or target == CURRENT_CHANNEL:
+        channel = find_channel(call, target)
+        check_can_speak(session, channel)
+    else:
+        other = find_user(call, target)
+    to = channel.name if channel else other.nick
+    key = (session.token, tags[ID_TAG], fold(to)) if session.token and ID_TAG in tags else None
+    known = hub.resends.get(key) if key else None
+    if known:
+        call.stored.append(known)
+        call.acknowledge(known.message)
+        return
+    text = () if call.message.command == "TAGMSG" else call.params[1:2]
+    own_tags = {tag: value for tag, value in tags.items() if tag.startswith("+")} if tags else NO_TAGS
+    message = Message(call.message.command, (to, *text), session.prefix, {**hub.ids.next(), **own_tags})
+    check_length(message)
+    session.last_spoke = time.time()
+    hub.messages += 1
+    item = StoredMessage(channel.folded if channel else "", message, key, None if channel and text else True)
+    if channel:
+        echo = session in channel.members and not call.ref and "echo-message" in session.dialect.caps
+        call.broadcast(message, channel, echo=echo)
+        call.stored.append(item)
+    else:
+        echo = other is session
+        relay_private(call, other, message)
+    if not echo:
+        call.acknowledge(message)
+    if key:
+        hub.resends[key] = item
+        if len(hub.resends) > DEDUP_IDS:
+            del hub.resends[next(iter(hub.resends))]
+
+
+def check_can_speak(session: Session, channel: Channel) -> None:
+    """Raises CommandError where a session may not speak in a channel."""
+    rank = channel.members.get(session)
+    if rank:
+        return
+    if rank is None and "n" in channel.modes:
+        raise CommandError(ERR_CANNOTSENDTOCHAN, channel.name)
+    if "m" in channel.modes:
+        raise CommandError(ERR_MODERATED, channel.name)
+    if channel.is_banned(session):
+        raise CommandError(ERR_SILENCED, channel.name)
+
+
+def relay_private(call: Call, other: Session, message: Message) -> None:
+    """Sends a message to one user, or keeps it until their connection is back."""
+    text = other.away
+    if other.stage is Stage.REGISTERED:
+        call.send_to(other, message)
+    elif len(other.resume_queue) < RESUME_QUEUE:
+        other.resume_queue.append(message)
+        text = "no connection; gets this on coming back within seconds"
+    else:
+        raise CommandError(ERR_NOSUCHNICK, other.nick)
+    if text and message.command in ("PRIVMSG", "INVITE"):
+        call.reply(RPL_AWAY, other.nick, text)
+
+
+@command("AWAY [:<text>]")
+def away(call: Call) -> None:
+    session, text = call.session, call.message.param(0)
+    if len(text.encode()) > AWAY_BYTES:
+        raise CommandError(ERR_INPUTTOOLONG)
+    if session.away != text:
+        check_change_rate(call)
+        session.away = text
+        words = (text,) if text else ()
+        notify_peers(call, Message("AWAY", words, session.prefix, call.hub.ids.next()), "away-notify")
+    call.reply(RPL_NOWAWAY if text else RPL_UNAWAY)
+
+
+@command("SETNAME :<real name>", 1)
+def setname(call: Call) -> None:
+    session = call.session
+    if not 0 < len(call.params[0].encode()) <= REALNAME_BYTES:
+        raise CommandError(FAIL_INVALID_REALNAME)
+    check_change_rate(call)
+    session.realname = call.params[0]
+    change = Message("SETNAME", (session.realname,), session.prefix, call.hub.ids.next())
+    if "setname" in session.dialect.caps:
+        call.send_to(session, change)
+    notify_peers(call, change, "setname")
+
+
+# Queries.
+
+Span = Tuple[int, int]  # the first and the last sequence number that a reference means
+Page = Tuple[int, int, int, bool]  # low, high, limit, newest: see MemoryHistory.fetch
+# What a subcommand of CHATHISTORY asks for, from its references and limit.
+PAGES: Dict[str, Callable[[List[Span], int], List[Page]]] = {
+    "LATEST": lambda spans, limit: [(spans[0][1], MAX_SEQUENCE, limit, True)],
+    "BEFORE": lambda spans, limit: [(0, spans[0][0], limit, True)],
+    "AFTER": lambda spans, limit: [(spans[0][1], MAX_SEQUENCE, limit, False)],
+    "AROUND": lambda spans, limit: [
+        (0, spans[0][0], limit // 2, True),
+        (spans[0][0] - 1, MAX_SEQUENCE, -(-limit // 2), False),
+    ],
+    "BETWEEN": lambda spans, limit: [
+        (spans[0][1], spans[1][0], limit, False) if spans[0] < spans[1] else (spans[1][1], spans[0][0], limit, True)
+    ],
+}
+
+
+@command(
+    "CHATHISTORY LATEST <channel> <reference or *> <limit> | BEFORE, AFTER or AROUND <channel> <reference> <limit>"
+    " | BETWEEN <channel> <reference> <reference> <limit> | TARGETS <timestamp> <timestamp> <limit>",
+    1,
+)
+def chathistory(call: Call) -> None:
+    hub, sub, words = call.hub, call.params[0].upper(), call.params[1:]
+    if sub not in PAGES and sub != "TARGETS":
+        raise CommandError(FAIL_UNKNOWN_COMMAND, sub)
+    references = words[0 if sub == "TARGETS" else 1 : -1]
+    try:
+        limit = min(int(words[-1]), PAGE_LINES)
+        spans = [(0, 0) if (word, sub) == ("*", "LATEST") else parse_reference(word) for word in references]
+    except (IndexError, ValueError):
+        raise CommandError(FAIL_INVALID_PARAMS, sub) from None
+    if limit < 0 or len(spans) != (2 if sub in ("BETWEEN", "TARGETS") else 1):
+        raise CommandError(FAIL_INVALID_PARAMS, sub)
+    if sub == "TARGETS":
+        names = {channel.folded: channel.name for channel in call.session.channels}
+        call.query(functools.partial(target_messages, call, names, sorted(spans), limit), len(names))
+        return
+    channel = hub.channels.get(fold(words[0]))
+    if channel is None or call.session not in channel.members:
+        raise CommandError(FAIL_INVALID_TARGET, sub, words[0])
+    until = hub.ids.last + 1  # what comes later in the log is sent as such
+    pages = [(low, min(high, until), size, newest) for low, high, size, newest in PAGES[sub](spans, limit)]
+    call.query(functools.partial(page_messages, call, channel.name, pages), limit)
+
+
+def page_messages(call: Call, name: str, pages: List[Page], history: MemoryHistory) -> List[Message]:
+    """The answer to CHATHISTORY: pages of what was said in a channel."""
+    said = [strip_private_tags(message) for page in pages for message in history.fetch(fold(name), *page)]
+    return batch_of("chathistory", (name,), call.hub.name, said) if "batch" in call.session.dialect.caps else said
+
+
+def target_messages(
+    call: Call, names: Dict[str, str], spans: List[Span], limit: int, history: MemoryHistory
+) -> List[Message]:
+    """The answer to CHATHISTORY TARGETS: of these channels, those whose last message is in a span of time."""
+    server = call.hub.name
+    last = {name: item for key, name in names.items() for item in history.fetch(key, 0, MAX_SEQUENCE, 1, True)}
+    found = sorted((sequence(item), name) for name, item in last.items() if spans[0][1] < sequence(item) < spans[1][0])
+    lines = [Message("CHATHISTORY", ("TARGETS", name, last[name].tags["time"]), server) for _, name in found[:limit]]
+    batched = "batch" in call.session.dialect.caps
+    return batch_of("draft/chathistory-targets", (), server, lines) if batched else lines
+
+
+@query("WHO <channel or name> [%<fields>[,<token>]]")
+def who(call: Call) -> Rows:
+    mask = call.message.param(0)
+    channel = call.hub.channels.get(fold(mask))
+    members: Iterable[Session] = channel.members if channel else find_registered(call, [mask])
+    fields, _, token = call.message.param(1).partition("%")[2].partition(",")
+    for member in members:
+        values = who_fields(call, member, channel)
+        if fields:  # WHOX: only what was asked for, in the order of its specification
+            values["t"] = token[:3] or "0"
+            yield (RPL_WHOSPCRPL, *(values[key] for key in "tcuihsnfdlaor" if key in fields))
+        else:
+            yield (RPL_WHOREPLY, *(values[key] for key in "cuhsnf"), f"0 {member.realname}")
+    yield RPL_ENDOFWHO, safe_param(mask)
+
+
+def who_fields(call: Call, member: Session, channel: Optional[Channel]) -> Dict[str, str]:
+    """What WHO tells of a member, by the letters of WHOX."""
+    rank = signs(channel.members[member], call.session.dialect.caps) if channel else ""
+    return {
+        "c": channel.name if channel else "*",
+        "u": member.user,
+        "i": "255.255.255.255",  # WHOX: an address that is not told
+        "h": member.host,
+        "s": call.hub.name,
+        "n": member.nick,
+        "f": ("G" if member.away else "H") + rank,
+        "d": "0",
+        "l": str(int(time.time() - member.last_spoke)),
+        "a": "0",
+        "o": "n/a",
+        "r": member.realname,
+    }
+
+
+@query("WHOIS [<server>] <name>", 1)
+def whois(call: Call) -> Rows:
+    for other in find_registered(call, call.params[-1:]):
+        yield RPL_WHOISUSER, other.nick, other.user, other.host, "*", other.realname
+        caps = call.session.dialect.caps
+        names = [signs(channel.members[other], caps) + channel.name for channel in other.channels]
+        for start in range(0, len(names), 4):  # so many fit in a line, however long they are
+            yield RPL_WHOISCHANNELS, other.nick, " ".join(names[start : start + 4])
+        yield RPL_WHOISSERVER, other.nick, call.hub.name, VERSION
+        if other.away:
+            yield RPL_AWAY, other.nick, other.away
+        yield RPL_WHOISIDLE, other.nick, str(int(time.time() - other.last_spoke)), str(int(other.signon))
+        yield RPL_ENDOFWHOIS, other.nick
+        return
+    call.reply_error(CommandError(ERR_NOSUCHNICK, call.params[-1]))
+    yield RPL_ENDOFWHOIS, safe_param(call.params[-1])
+
+
+def find_registered(call: Call, nicks: Iterable[str]) -> List[Session]:
+    """The registered sessions with one of these nicks."""
+    found = [call.hub.nicks.get(fold(nick)) for nick in nicks]
+    return [session for session in found if session and session.registered]
+
+
+@query("ISON <name>{ <name>}", 1)
+def ison(call: Call) -> Rows:
+    here = " ".join(other.nick for other in find_registered(call, " ".join(call.params).split()))
+    for piece in split_text(here, NAMES_BYTES) or [""]:
+        yield RPL_ISON, piece
+
+
+@query("USERHOST <name>{ <name>}", 1)
+def userhost(call: Call) -> Rows:
+    found = find_registered(call, call.params[:5])
+    items = [f"{other.nick}={'-' if other.away else '+'}{other.user}@{other.host}" for other in found]
+    for piece in split_text(" ".join(items), NAMES_BYTES) or [""]:
+        yield RPL_USERHOST, piece
+
+
+@query("LUSERS")
+def lusers(call: Call) -> Rows:
+    named, connected = len(call.hub.nicks), len(call.hub.sessions)
+    yield RPL_LUSERCLIENT, f"There are {named} users on 1 server"
+    yield RPL_LUSEROP, "0"
+    yield RPL_LUSERUNKNOWN, str(connected - named)
+    yield RPL_LUSERCHANNELS, str(len(call.hub.channels))
+    yield RPL_LUSERME, f"I have {connected} clients and 0 servers"
+
+
+@query("MOTD [<server>]", names_server=True)
+def motd(call: Call) -> Rows:
+    yield RPL_MOTDSTART, f"- {call.hub.name} message of the day -"
+    yield RPL_MOTD, f"- Everybody meets in {DEFAULT_CHANNEL}."
+    yield (RPL_ENDOFMOTD,)
+
+
+@query("VERSION [<server>]", names_server=True)
+def version(call: Call) -> Rows:
+    yield RPL_VERSION, VERSION, call.hub.name, "a small chat that is one file"
+    yield from ISUPPORT
+
+
+@query("INFO [<server>]", names_server=True)
+def info(call: Call) -> Rows:
+    yield RPL_INFO, f"{VERSION}, a small chat that is one file"
+    yield RPL_INFO, f"Started {server_time(call.hub.started)}"
+    yield (RPL_ENDOFINFO,)
+
+
+@query("WHOWAS <name>", 1)
+def whowas(call: Call) -> Rows:
+    yield ERR_WASNOSUCHNICK, safe_param(call.params[0])  # those who left are not remembered
+    yield RPL_ENDOFWHOWAS, safe_param(call.params[0])
+
+
+@query("LINKS")
+def links(call: Call) -> Rows:
+    yield RPL_LINKS, call.hub.name, call.hub.name, f"0 {VERSION}"
+    yield RPL_ENDOFLINKS, "*"
+
+
+@query("HELP")
+def help_(call: Call) -> Rows:
+    for line in help_lines():
+        yield RPL_HELPTXT, "*", line
+    yield RPL_ENDOFHELP, "*"
+
+
+query("TIME [<server>]", names_server=True)(lambda call: [(RPL_TIME, call.hub.name, server_time(time.time()))])
+# For operators of the server, whom IRC does not know here.
+query("OPER <name> <password>")(lambda call: [(ERR_NOOPERHOST,)])
+query("KILL <name> :<reason>")(lambda call: [(ERR_NOPRIVILEGES,)])
+query("WALLOPS :<text>")(lambda call: [(ERR_NOPRIVILEGES,)])
+
+
+# -----------------------------------------------------------------------------
+# delivery
+# -----------------------------------------------------------------------------
+# What becomes of a batch of the log: it is stored, then its effects are applied in order, and what each session gets of
+# all that is one sequence of bytes. In the mailer's thread, without the hub's lock.
+
+
+def commit(hub: Hub, batch: List[Call]) -> List[Effect]:
+    """Stores the batch in one transaction and runs its history queries. If storing fails, nothing of it is delivered
+    and the senders get an error."""
+    pending = [item for call in batch for item in call.stored if item.stored is None]
+    if pending:
+        store_batch(hub, list(dict.fromkeys(pending)))  # a resend may be in the same batch
+    effects: List[Effect] = []
+    for call in batch:
+        if call.stored and not all(item.stored for item in call.stored):
+            call.effects, call.replies = [], []
+            call.reply_error(CommandError(FAIL_CANNOT_STORE, hub.storage_error or "try again"))
+        effects += call.effects
+        if call.replies or call.label:
+            effects.append(Unicast(call.session, answers(call)))
+    return effects
+
+
+def store_batch(hub: Hub, items: List[StoredMessage]) -> None:
+    """Stores messages, each with the token of a sender who may resend it, or sets hub.storage_error."""
+    messages = []
+    for item in items:
+        message, tags = item.message, item.message.tags
+        size = sum(map(len, itertools.chain(*tags.items()))) if len(tags) > 2 else 0
+        if len(tags) > STORED_TAGS or size > STORED_TAG_CHARS:
+            tags = {tag: value for tag, value in tags.items() if tag in ("time", "msgid", ID_TAG)}
+        if item.key:
+            tags = {**tags, BY_TAG: item.key[0]}
+        messages.append((item.channel, message if tags is message.tags else message._replace(tags=tags)))
+    try:
+        hub.history.append(messages)
+        if hub.storage_error:
+            log.warning("what is said can be stored again")
+        hub.storage_error = ""
+    except StorageError as error:
+        if not hub.storage_error:
+            log.error("cannot store what is said: %s", error)
+        hub.storage_error = str(error)
+        with hub:
+            for item in items:
+                if item.key:
+                    hub.resends.pop(item.key, None)
+    for item in items:
+        item.stored = not hub.storage_error
+
+
+def answers(call: Call) -> Sequence[Union[Message, Lines]]:
+    """The replies of a call, with those of the history, and its label: on the only one, on the batch that they are, or
+    on a batch around them; without any, an ACK (IRCv3 labeled-response)."""
+    found: List[Union[Message, Lines]] = []
+    for reply in call.replies:
+        found += [reply] if isinstance(reply, (Message, Lines)) else run_query(call, reply)
+    if not call.label:
+        return found
+    messages = [message for item in found for message in (item.messages() if isinstance(item, Lines) else [item])]
     if not messages:
-        return [Message("ACK", (), server, {"label": label})]
-    whole = messages[0].command == "BATCH" and messages[0].param(0)[1:] == messages[-1].param(0)[1:]
-    if len(messages) > 1 and not whole:
-        messages = batch_of("labeled-response", (), server, messages)
-    return [messages[0]._replace(tags={**messages[0].tags, "label": label}), *messages[1:]]
+        messages = [Message("ACK", (), call.hub.name)]
+    is_batch = messages[0].command == "BATCH" and messages[0].param(0)[1:] == messages[-1].param(0)[1:]
+    if len(messages) > 1 and not is_batch:
+        messages = batch_of("labeled-response", (), call.hub.name, messages)
+    return [messages[0]._replace(tags={**messages[0].tags, "label": call.label}), *messages[1:]]
+
+
+def run_query(call: Call, query: HistoryQuery) -> List[Message]:
+    """What the history answers, or that it cannot; nothing for a session that has left."""
+    if call.session.stage > Stage.REGISTERED:
+        return []
+    try:
+        return query(call.hub.history)
+    except StorageError:
+        return [Message("FAIL", ("CHATHISTORY", "MESSAGE_ERROR", FAIL_MESSAGE_ERROR.text), call.hub.name)]
 
 
 def batch_of(kind: str, params: Tuple[str, ...], server: str, messages: List[Message]) -> List[Message]:
@@ -2174,1009 +3161,123 @@ def batch_of(kind: str, params: Tuple[str, ...], server: str, messages: List[Mes
     return [first, *inside, Message("BATCH", (f"-{reference}",), server)]
 
 
-def refuse(hub: Hub, session: Session, refused: Refused, message: Message = PROMPT) -> None:
-    """Tells a session why its message was refused."""
-    params = [word(param) for param in refused.params]
-    numeric = refused.numeric
-    words: Tuple[str, ...] = (session.nick or "*", *params, numeric.text.format(*params))
-    if numeric.code == "FAIL":  # IRCv3 standard-replies: FAIL <command> <code> :<text>
-        command = refused.command if message is PROMPT else message.command
-        context = () if "{0}" in numeric.text else params  # what the text does not tell
-        text = cut(numeric.text.format(*refused.params), TOPIC_BYTES)
-        words = (command, numeric.name.upper().replace("-", "_"), *context, text)
-    label = refused.label or message.tags.get("label", "")
-    alone = message is PROMPT or not batches(session)  # of what was no command, nothing else is told
-    labels = label and alone and "labeled-response" in session.view.caps
-    tags = {"label": label} if labels else NO_TAGS
-    hub.tell_locked(session, Message(numeric.code, words, hub.name, tags))
-
-
-def word(text: str) -> str:
-    """`text` as a parameter that is not the last: one word, not empty, short."""
-    return cut(harmless(text.lstrip(" :").partition(" ")[0]), NICK_BYTES) or "*"
-
-
-def each(
-    hub: Hub, session: Session, message: Message, act: Callable[[str], None], index: int = 0, most: int = MAX_TARGETS
-) -> None:
-    """Does something for every item of a parameter's list, in which they may not be more; a refusal does not stop
-    the rest."""
-    items = dict.fromkeys(message.param(index).split(","))
-    if len(items) > most:
-        raise Refused(ERR_TOOMANYTARGETS)
-    for item in items:
-        try:
-            act(item)
-        except Refused as refused:
-            refuse(hub, session, refused, message)
-
-
-def channel_of(hub: Hub, session: Session, name: str) -> Channel:
-    """The channel that a parameter names; raises Refused."""
-    if name == HERE and session.view.single:
-        if session.channels:
-            return next(iter(session.channels))
-        raise Refused(ERR_NOWHERE, HERE)
-    channel = hub.channels.get(fold(name))
-    if channel is None:
-        raise Refused(ERR_NOSUCHCHANNEL, name)
-    return channel
-
-
-def user_of(hub: Hub, nick: str) -> Session:
-    """The session that a parameter names; raises Refused."""
-    session = hub.nicks.get(fold(nick))
-    if session is None or not session.registered:
-        raise Refused(ERR_NOSUCHNICK, nick)
-    return session
-
-
-def member_of(hub: Hub, channel: Channel, nick: str) -> Session:
-    """The member of a channel that a parameter names; raises Refused."""
-    session = user_of(hub, nick)
-    if channel not in session.channels:
-        raise Refused(ERR_USERNOTINCHANNEL, session.nick, channel.name)
-    return session
-
-
-def check_member(session: Session, channel: Channel, rank: str = "") -> None:
-    """Raises Refused for who is not in a channel, or lacks a rank there."""
-    if channel not in session.channels:
-        raise Refused(ERR_NOTONCHANNEL, channel.name)
-    if rank not in session.channels[channel]:
-        raise Refused(ERR_CHANOPRIVSNEEDED, channel.name)
-
-
-def notify(hub: Hub, session: Session, message: Message, cap: str) -> None:
-    """Tells of a change those who share a channel with a session, if they negotiated a capability."""
-    if session.channels:
-        told = message._replace(tags={**message.tags, FOR_TAG: cap})
-        hub.send_locked(told, union([channel.roster for channel in session.channels]), session)
-
-
-# Entering and leaving.
-
-
-@command("CAP", 1, early=True)
-def cap(hub: Hub, session: Session, message: Message) -> None:
-    """CAP LS [302] | LIST | REQ :<capability>{ <capability>} | END"""
-    sub = message.params[0].upper()
-    if sub == "END":
-        session.negotiating = False
-        register(hub, session)
-        return
-    if sub not in ("LS", "LIST", "REQ"):
-        raise Refused(ERR_INVALIDCAPCMD, sub)
-    session.negotiating = not session.registered and (sub != "LIST" or session.negotiating)
-    caps = session.view.caps
-    if sub == "LS" and message.param(1).isdecimal() and int(message.param(1)) >= 302:  # IRCv3 cap-notify: implied
-        caps |= {"cap-notify"}
-    answer, text = sub, " ".join(CAPABILITIES if sub == "LS" else sorted(caps))
-    if sub == "REQ":
-        text = message.param(1)
-        names = text.split()
-        known = all(name.lstrip("-") in CAPABILITIES for name in names)
-        check_length(Message("CAP", (session.nick or "*", "NAK", text), hub.name))
-        answer = "ACK" if known else "NAK"
-        if known:
-            dropped = {name[1:] for name in names if name[0] == "-"} - {"cap-notify"}
-            caps = (caps | {name for name in names if name[0] != "-"}) - dropped
-    if caps != session.view.caps:
-        session.speak(irc(caps))
-    hub.tell_locked(session, Message("CAP", (session.nick or "*", answer, text), hub.name))
-
-
-@command("PASS", 1, early=True)
-def pass_(hub: Hub, session: Session, message: Message) -> None:
-    """PASS <password>"""
-    if session.registered:
-        raise Refused(ERR_ALREADYREGISTERED)
-    if not hub.gate.locked or session.admitted:
-        return
-    session.admitted = hub.gate.opens(session.origin, message.params[0])
-    if not session.admitted:
-        session.wrong = True
-        hub.note_locked(logging.WARNING, "wrong password from %s", session.origin)
-        keep_out(hub, session, message)
-    elif session.held:
-        session.speak(PLAIN)
-        run_all(hub, session, session.held)
-
-
-def keep_out(hub: Hub, session: Session, message: Message) -> None:
-    """Refuses who has not told the password; other than people and scripts, IRC clients have to connect again."""
-    shut = hub.gate.shut(session.origin)
-    if session.view.single and not shut:
-        raise Refused(ERR_PASSWDMISMATCH)
-    refuse(hub, session, Refused(ERR_PASSWDMISMATCH), message)
-    hub.quit_locked(session, "", "Too many wrong passwords; try again later" if shut else "Wrong password")
-
-
-def turned_away(hub: Hub, session: Session, message: Message) -> bool:
-    """Refuses a name to who has not told the password, and to who is banned by name."""
-    if hub.gate.locked and not session.admitted:
-        keep_out(hub, session, message)
-        return True
-    if fold(message.param(0)) not in hub.gate.banned:
-        return False
-    refuse(hub, session, Refused(ERR_YOUREBANNEDCREEP), message)
-    hub.quit_locked(session, "", "You are banned from this server")
-    return True
-
-
-@command("NICK", early=True)
-def nick(hub: Hub, session: Session, message: Message) -> None:
-    """NICK <name>"""
-    if turned_away(hub, session, message):
-        return
-    if not message.param(0):
-        raise Refused(ERR_NONICKNAMEGIVEN)
-    name = check_nick(message.params[0])
-    holder = hub.nicks.get(fold(name), session)
-    again = session.token and holder.token == session.token and not session.registered
-    if holder is not session and not again:
-        probe(hub, holder)
-        raise Refused(ERR_NICKNAMEINUSE, name)
-    if name == session.nick:
-        return
-    if session.registered and not session.nick_changes.take(time.monotonic()):
-        raise Refused(ERR_NICKTOOFAST, name)
-    if hub.nicks.get(fold(session.nick)) is session:
-        del hub.nicks[fold(session.nick)]
-    if not again or holder is session:
-        hub.nicks[fold(name)] = session
-    if session.registered:
-        change = Message("NICK", (name,), session.prefix, hub.stamps.next())
-        hub.send_locked(change, union([channel.roster for channel in session.channels] or [session.alone]))
-        for channel in session.channels:
-            channel.names_changed()
-    session.nick = name
-    session.prefix = f"{name}!{session.user}@{session.host}"
-    register(hub, session)
-
-
-def take_over(hub: Hub, old: Session, session: Session) -> None:
-    """Lets a session have the place of an older one of the same client, without anybody noticing."""
-    for channel, rank in list(old.channels.items()):
-        channel.remove(old)
-        channel.add(session)
-        session.channels[channel] = rank
-    session.missed, session.away, session.invites = old.missed, old.away, old.invites
-    hub.tell_locked(old, Message("ERROR", ("You have come back on another connection",), hub.name))
-    hub.forget_locked(old)
-
-
-@command("GUEST", early=True)
-def guest(hub: Hub, session: Session, message: Message) -> None:
-    """GUEST: the server chooses a name; what a JSON join without a user stands for"""
-    if session.registered:
-        raise Refused(ERR_ALREADYREGISTERED)
-    name = next(name for name in (f"guest{number}" for number in hub.guests) if name not in hub.nicks)
-    nick(hub, session, Message("NICK", (name,)))
-
-
-@command("USER", 4, early=True)
-def user(hub: Hub, session: Session, message: Message) -> None:
-    """USER <user> <mode> <unused> :<real name>"""
-    if session.registered:
-        raise Refused(ERR_ALREADYREGISTERED)
-    session.user = re.sub("[^A-Za-z0-9._-]", "", message.params[0])[:USER_CHARS] or "user"
-    session.realname = cut(message.params[3], REALNAME_BYTES)
-    session.prefix = f"{session.nick}!{session.user}@{session.host}"
-    register(hub, session)
-
-
-def register(hub: Hub, session: Session) -> None:
-    """Welcomes a session that has said all it must."""
-    if session.registered or session.negotiating or not session.nick or not session.user:
-        return
-    holder = hub.nicks.get(fold(session.nick), session)
-    if holder is not session and holder.token != session.token:
-        name, session.nick = session.nick, ""
-        raise Refused(ERR_NICKNAMEINUSE, name)
-    if holder is not session:
-        take_over(hub, holder, session)
-    hub.nicks[fold(session.nick)] = session
-    session.registered = True
-    session.signon = session.spoke = time.time()
-    hub.note_locked(logging.INFO, "%s joined", session.called())
-    started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(hub.started))
-    hub.reply_locked(session, RPL_WELCOME, text=f"Welcome to the chat, {session.prefix}")
-    hub.reply_locked(session, RPL_YOURHOST, text=f"Your host is {hub.name}, running {VERSION}")
-    hub.reply_locked(session, RPL_CREATED, text=f"This server was started {started}")
-    hub.reply_locked(session, RPL_MYINFO, hub.name, VERSION, "i", "biklmnotv")
-    for tokens in ISUPPORT:
-        hub.reply_locked(session, RPL_ISUPPORT, *tokens)
-    lusers(hub, session, Message("LUSERS"))
-    motd(hub, session, Message("MOTD"))
-    for channel in session.channels:  # which it has taken over
-        hub.tell_locked(session, joined(session, channel, NO_TAGS))
-        show_round(hub, session, channel)
-    for message in session.missed:
-        hub.tell_locked(session, message)
-    session.missed = []
-
-
-_TOKENS = (
-    "NETWORK=chat.py CASEMAPPING=ascii CHANTYPES=# PREFIX=(ov)@+ CHANMODES=b,k,l,imnt"
-    f" NICKLEN={NICK_CHARS} CHANNELLEN={CHANNEL_CHARS} TOPICLEN={TOPIC_BYTES} AWAYLEN={AWAY_BYTES}"
-    f" KICKLEN={REASON_BYTES} KEYLEN={KEY_BYTES} NAMELEN={REALNAME_BYTES} MODES={MAX_MODES} MAXLIST=b:{MAX_BANS}"
-    f" TARGMAX=JOIN:{MAX_JOINS},PART:{MAX_JOINS},"
-    + ",".join(f"{name}:{MAX_TARGETS}" for name in ("KICK", "NAMES", "NOTICE", "PRIVMSG"))
-    + f" UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
-).split()
-ISUPPORT = [_TOKENS[start : start + 13] for start in range(0, len(_TOKENS), 13)]  # a line each
-
-
-@command("RESUME", 1, early=True)
-def resume(hub: Hub, session: Session, message: Message) -> None:
-    """RESUME <token>: a secret of 16 to 64 characters by which this client is known again"""
-    if session.registered or RESUME_CAP not in session.view.caps or not 16 <= len(message.params[0]) <= 64:
-        raise Refused(ERR_UNKNOWNCOMMAND, "RESUME")
-    session.token = hashlib.sha256(message.params[0].encode()).hexdigest()[:32]
-
-
-@command("PING", 1, early=True)
-def ping(hub: Hub, session: Session, message: Message) -> None:
-    """PING <token>"""
-    if not message.params[0]:
-        raise Refused(ERR_NOORIGIN)
-    answer = Message("PONG", (hub.name, message.params[0]), hub.name)
-    check_length(answer)
-    hub.tell_locked(session, answer)
-
-
-@command("PONG", early=True)
-def pong(hub: Hub, session: Session, message: Message) -> None:
-    """PONG <token>: that something was heard is what counts"""
-
-
-@command("QUIT", early=True)
-def quit_(hub: Hub, session: Session, message: Message) -> None:
-    """QUIT [:<reason>]"""
-    hub.quit_locked(session, message.param(0) and f"{OWN_REASON}{message.param(0)}", "Goodbye")
-
-
-# Channels.
-
-
-@command("JOIN", 1)
-def join(hub: Hub, session: Session, message: Message) -> None:
-    """JOIN <channel>{,<channel>} [<key>{,<key>}]"""
-    if message.params[0] == "0" and not session.view.single:  # RFC 2812, section 3.2.1: leave all
-        for channel in list(session.channels):
-            hub.part_locked(session, channel, "")
-        return
-    keys = dict(zip(message.params[0].split(","), message.param(1).split(",")))
-
-    def enter_one(name: str) -> None:
-        enter(hub, session, check_channel(name), keys.get(name, ""))
-
-    each(hub, session, message, enter_one, most=MAX_JOINS)
-
-
-def enter(hub: Hub, session: Session, name: str, key: str) -> None:
-    """Takes a session into a channel, which is made when it is the first, and shows it round."""
-    channel = hub.channels.get(fold(name)) or Channel(name)
-    if channel in session.channels:
-        return
-    check_entry(session, channel, key)
-    own = 0 if session.view.single else len(session.channels)
-    new = fold(name) not in hub.channels
-    if own >= hub.limits.channels or new and len(hub.channels) >= hub.limits.all_channels:
-        raise Refused(ERR_TOOMANYCHANNELS, name)
-    if session.view.single:
-        for old in list(session.channels):
-            hub.part_locked(session, old, f"went to {name}")
-    session.invites.pop(channel, None)
-    hub.channels[fold(name)] = channel
-    channel.add(session)
-    tags = {**hub.stamps.next(), COUNT_TAG: str(len(channel))}
-    hub.send_locked(joined(session, channel, tags), channel.roster)
-    if session.away:
-        tags = {**hub.stamps.next(), FOR_TAG: "away-notify"}
-        hub.send_locked(Message("AWAY", (session.away,), session.prefix, tags), channel.roster, session)
-    show_round(hub, session, channel)
-    if hub.replay and fold(name) in hub.history and "draft/chathistory" not in session.view.caps:
-        hub.ask_locked(session, functools.partial(replay, hub, channel.name, hub.stamps.last), hub.replay)
-
-
-def check_entry(session: Session, channel: Channel, key: str) -> None:
-    """Raises Refused where the modes of a channel keep a session out."""
-    modes = channel.modes
-    if channel.masks and channel.bans(session):
-        raise Refused(ERR_BANNEDFROMCHAN, channel.name)
-    if "i" in modes and channel not in session.invites:
-        raise Refused(ERR_INVITEONLYCHAN, channel.name)
-    if "k" in modes and not hmac.compare_digest(key.encode(), modes["k"].encode()):
-        raise Refused(ERR_BADCHANNELKEY, channel.name)
-    if "l" in modes and len(channel) >= int(modes["l"]):
-        raise Refused(ERR_CHANNELISFULL, channel.name)
-
-
-def joined(session: Session, channel: Channel, tags: Mapping[str, str]) -> Message:
-    """Tells that a session is in a channel: with its account, of which there are none, and its real name."""
-    return Message("JOIN", (channel.name, "*", session.realname), session.prefix, tags)
-
-
-def show_round(hub: Hub, session: Session, channel: Channel) -> None:
-    """What a newcomer is told of a channel."""
-    if channel.topic:
-        tell_topic(hub, session, channel)
-    if not session.view.single:
-        tell_names(hub, session, channel)
-
-
-def replay(hub: Hub, name: str, until: int, history: History) -> List[Message]:
-    """What was said last in a channel, for those who cannot ask, between lines that tell when."""
-    said = history.page(fold(name), 0, until, hub.replay, True)
-    if not said:
-        return []
-    first, last = (item.tags["time"].replace("T", " ")[:16] for item in (said[0], said[-1]))
-    return [
-        Message("NOTICE", (name, f"Said here before, since {first} UTC:"), hub.name),
-        *(recalled(item, **{REPLAYED_TAG: ""}) for item in said),
-        Message("NOTICE", (name, f"End of what was said before; the last was at {last} UTC"), hub.name),
-    ]
-
-
-def recalled(message: Message, **more: str) -> Message:
-    """A message from the history as it may be shown."""
-    return message._replace(tags={**{key: value for key, value in message.tags.items() if key != BY_TAG}, **more})
-
-
-@command("PART", 1)
-def part(hub: Hub, session: Session, message: Message) -> None:
-    """PART <channel>{,<channel>} [:<reason>]"""
-
-    def leave(name: str) -> None:
-        channel = channel_of(hub, session, name)
-        check_member(session, channel)
-        hub.part_locked(session, channel, cut(message.param(1), REASON_BYTES))
-
-    each(hub, session, message, leave, most=MAX_JOINS)
-
-
-@command("KICK", 2)
-def kick(hub: Hub, session: Session, message: Message) -> None:
-    """KICK <channel> <name>{,<name>} [:<reason>]"""
-    channel = channel_of(hub, session, message.params[0])
-
-    def put_out(nick: str) -> None:
-        check_member(session, channel, "o")  # each time: one may put out oneself, too
-        hub.part_locked(member_of(hub, channel, nick), channel, cut(message.param(2), REASON_BYTES), session)
-
-    each(hub, session, message, put_out, index=1)
-
-
-@command("INVITE", 2)
-def invite(hub: Hub, session: Session, message: Message) -> None:
-    """INVITE <name> <channel>"""
-    other, channel = user_of(hub, message.params[0]), channel_of(hub, session, message.params[1])
-    check_member(session, channel, "o" if "i" in channel.modes else "")
-    if channel in other.channels:
-        raise Refused(ERR_USERONCHANNEL, other.nick, channel.name)
-    if "o" in session.channels[channel]:
-        other.invites[channel] = None
-        if len(other.invites) > MAX_JOINS:
-            del other.invites[next(iter(other.invites))]
-    hub.reply_locked(session, RPL_INVITING, other.nick, channel.name)
-    asked = Message("INVITE", (other.nick, channel.name), session.prefix, hub.stamps.next())
-    say_alone(hub, session, other, asked)
-    told = asked._replace(tags={**asked.tags, FOR_TAG: "invite-notify"})
-    hub.send_locked(told, channel.roster, session)
-
-
-@command("TOPIC", 1)
-def topic(hub: Hub, session: Session, message: Message) -> None:
-    """TOPIC <channel> [:<topic>]"""
-    channel = channel_of(hub, session, message.params[0])
-    check_member(session, channel)
-    if len(message.params) == 1:
-        tell_topic(hub, session, channel)
-        return
-    check_member(session, channel, "o" if "t" in channel.modes else "")
-    if len(message.params[1].encode()) > TOPIC_BYTES:
-        raise Refused(ERR_INPUTTOOLONG)
-    channel.topic, channel.topic_by, channel.topic_time = message.params[1], session.prefix, int(time.time())
-    change = Message("TOPIC", (channel.name, channel.topic), session.prefix, hub.stamps.next())
-    hub.send_locked(change, channel.roster)
-
-
-def tell_topic(hub: Hub, session: Session, channel: Channel) -> None:
-    """331, or 332 and 333."""
-    if not channel.topic:
-        hub.reply_locked(session, RPL_NOTOPIC, channel.name)
-        return
-    hub.reply_locked(session, RPL_TOPIC, channel.name, text=channel.topic)
-    hub.reply_locked(session, RPL_TOPICWHOTIME, channel.name, channel.topic_by, str(channel.topic_time))
-
-
-@command("NAMES")
-def names(hub: Hub, session: Session, message: Message) -> None:
-    """NAMES <channel>{,<channel>}"""
-
-    def tell(name: str) -> None:
-        try:
-            tell_names(hub, session, channel_of(hub, session, name))
-        except Refused:
-            if session.view.single:  # a person is told why there is no answer
-                raise
-            hub.reply_locked(session, RPL_ENDOFNAMES, word(name))
-
-    each(hub, session, message, tell)
-
-
-def tell_names(hub: Hub, session: Session, channel: Channel) -> None:
-    """353 for each chunk of the members, then 366."""
-    for chunk in channel.names(session.view.caps):
-        hub.reply_locked(session, RPL_NAMREPLY, "=", channel.name, text=chunk)
-    hub.reply_locked(session, RPL_ENDOFNAMES, channel.name)
-
-
-@command("LIST")
-def list_(hub: Hub, session: Session, message: Message) -> None:
-    """LIST [<channel>{,<channel>}]"""
-    asked = dict.fromkeys(fold(name) for name in message.param(0).split(",") if name)
-    found = [hub.channels[key] for key in asked or hub.channels if key in hub.channels]
-    hub.reply_locked(session, RPL_LISTSTART, "Channel")
-    for channel in found[:MAX_LISTED]:
-        hub.reply_locked(session, RPL_LIST, channel.name, str(len(channel)), text=channel.topic)
-    if len(found) > MAX_LISTED:
-        hub.reply_locked(session, ERR_TOOMANYMATCHES, "LIST")
-    hub.reply_locked(session, RPL_LISTEND)
-
-
-# Modes.
-
-
-class Change(NamedTuple):
-    """A change of one mode, as MODE asks for it."""
-
-    on: bool
-    letter: str
-    param: str  # '' where there is none
-
-
-# Makes a change; the parameter that the members are told, or None where there was nothing to change. May raise Refused.
-Changer = Callable[[Hub, Session, Channel, Change], Optional[str]]
-
-
-@command("MODE", 1)
-def mode(hub: Hub, session: Session, message: Message) -> None:
-    """MODE <name> [<modes>] | <channel> [<modes>{ <parameter>}]"""
-    target, asked = message.params[0], message.param(1)
-    if not target.startswith("#") and target != HERE:
-        if user_of(hub, target) is not session:
-            raise Refused(ERR_USERSDONTMATCH)
-        if asked not in ("", "+i", "-i"):  # i, asked for by every client, hides from nothing here
-            raise Refused(ERR_UMODEUNKNOWNFLAG)
-        hub.reply_locked(session, RPL_UMODEIS, "+")
-        return
-    channel = channel_of(hub, session, target)
-    if not asked:
-        tell_modes(hub, session, channel)
-        return
-    last = {(change.letter, change.param): change for change in asked_changes(message.params[1:])}
-    changes = list(last.values())  # of changes to and fro, the last counts
-    wanted = [change for change in changes if change.letter != "b" or change.param]
-    if len(wanted) < len(changes):
-        tell_bans(hub, session, channel)
-    if wanted:
-        check_member(session, channel, "o")
-        change_modes(hub, session, channel, message, wanted)
-
-
-def asked_changes(params: Tuple[str, ...]) -> Iterator[Change]:
-    """What the parameters of MODE ask for, without those for which there are too many parameters."""
-    on, words, room = True, iter(params[1:]), MAX_MODES
-    for letter in params[0]:
-        if letter in "+-":
-            on = letter == "+"
-            continue
-        takes = letter in "bkov" or (letter == "l" and on)
-        param = next(words, "") if takes else ""
-        room -= bool(param)
-        if room >= 0 or not param:
-            yield Change(on, letter, param)
-
-
-def change_modes(hub: Hub, session: Session, channel: Channel, message: Message, changes: List[Change]) -> None:
-    """Makes changes, as far as each is possible, and tells the members in one line what has changed."""
-    done: List[Change] = []
-    for change in changes:
-        try:
-            if change.letter not in MODES:
-                raise Refused(ERR_UNKNOWNMODE, change.letter)
-            param = MODES[change.letter](hub, session, channel, change)
-        except Refused as refused:
-            refuse(hub, session, refused, message)
-        else:
-            done += [change._replace(param=param)] if param is not None else []
-    if not done:
-        return
-    flags = ""
-    for on, same in itertools.groupby(done, key=lambda change: change.on):
-        flags += ("+" if on else "-") + "".join(change.letter for change in same)
-    words = (channel.name, flags, *(change.param for change in done if change.param))
-    hub.send_locked(Message("MODE", words, session.prefix, hub.stamps.next()), channel.roster)
-
-
-def change_flag(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
-    """[+-]i: only who was invited may join; m: only who has a rank may speak; n: only members may; t: only operators
-    set the topic"""
-    if change.on == (change.letter in channel.modes):
-        return None
-    if change.on:
-        channel.modes[change.letter] = ""
-    else:
-        del channel.modes[change.letter]
-    return ""
-
-
-def change_key(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
-    """+k <key> | -k [<key>]: only who knows it may join"""
-    if not change.on:
-        return "*" if channel.modes.pop("k", None) else None
-    if not change.param:
-        raise Refused(ERR_NEEDMOREPARAMS, "MODE")
-    if not is_word(change.param, KEY_BYTES):
-        raise Refused(ERR_INVALIDMODEPARAM, channel.name, "k", "*")
-    return set_mode(channel, "k", change.param)
-
-
-def change_limit(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
-    """+l <members> | -l: nobody may join who would be one too many"""
-    if not change.on:
-        return "" if channel.modes.pop("l", None) else None
-    if not change.param:
-        raise Refused(ERR_NEEDMOREPARAMS, "MODE")
-    if not re.fullmatch("0*[1-9][0-9]{0,5}", change.param):
-        raise Refused(ERR_INVALIDMODEPARAM, channel.name, "l", change.param)
-    return set_mode(channel, "l", str(int(change.param)))
-
-
-def set_mode(channel: Channel, letter: str, param: str) -> Optional[str]:
-    """Sets a mode that has a parameter; None where it was set to that."""
-    before, channel.modes[letter] = channel.modes.get(letter), param
-    return param if param != before else None
-
-
-def change_ban(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
-    """[+-]b <mask>: whom it matches may neither join nor, without a rank, speak"""
-    mask = full_mask(change.param)
-    if not is_word(mask, MASK_BYTES):
-        raise Refused(ERR_INVALIDMODEPARAM, channel.name, "b", change.param)
-    if change.on == (fold(mask) in channel.masks):
-        return None
-    if not change.on:
-        mask = channel.masks.pop(fold(mask))[0]
-    elif len(channel.masks) >= MAX_BANS:
-        raise Refused(ERR_BANLISTFULL, channel.name, "b")
-    else:
-        channel.masks[fold(mask)] = (mask, session.prefix, str(int(time.time())))
-    channel.bans_changed()
-    return mask
-
-
-def change_rank(hub: Hub, session: Session, channel: Channel, change: Change) -> Optional[str]:
-    """[+-]o <name>: operator; [+-]v <name>: may speak in a moderated channel"""
-    if not change.param:
-        raise Refused(ERR_NEEDMOREPARAMS, "MODE")
-    member = member_of(hub, channel, change.param)
-    rank = member.channels[channel]
-    if change.on == (change.letter in rank):
-        return None
-    member.channels[channel] = "".join(x for x in "ov" if (change.on if x == change.letter else x in rank))
-    channel.names_changed()
-    return member.nick
-
-
-MODES: Dict[str, Changer] = {
-    "b": change_ban,
-    "k": change_key,
-    "l": change_limit,
-    "o": change_rank,
-    "v": change_rank,
-    **dict.fromkeys("imnt", change_flag),
-}
-
-
-def tell_modes(hub: Hub, session: Session, channel: Channel) -> None:
-    """324, in which only members see the key, and 329."""
-    letters = sorted(channel.modes)
-    shown = {**channel.modes, **({} if channel in session.channels else {"k": "*"})}
-    words = [shown[letter] for letter in letters if shown[letter]]
-    hub.reply_locked(session, RPL_CHANNELMODEIS, channel.name, f"+{''.join(letters)}", *words)
-    hub.reply_locked(session, RPL_CREATIONTIME, channel.name, str(channel.created))
-
-
-def tell_bans(hub: Hub, session: Session, channel: Channel) -> None:
-    """367 for each ban, then 368."""
-    for ban in channel.masks.values():
-        hub.reply_locked(session, RPL_BANLIST, channel.name, *ban)
-    hub.reply_locked(session, RPL_ENDOFBANLIST, channel.name)
-
-
-# Talking.
-
-
-def say(hub: Hub, session: Session, message: Message, target: str) -> None:
-    """Relays a message to one target, once, also when it is sent again; raises Refused."""
-    channel: Optional[Channel] = None  # compared with None below: a channel has a length, and asking that takes time
-    if target.startswith("#") or target == HERE:
-        channel = channel_of(hub, session, target)
-        check_speech(session, channel)
-        to = channel.name
-    else:
-        other = user_of(hub, target)
-        to = other.nick
-    label, line_id = (message.tags.get("label", ""), message.tags.get(ID_TAG, "")) if message.tags else ("", "")
-    key = (session.token, line_id, fold(to)) if session.token and line_id else NO_KEY
-    before = hub.seen.get(key)
-    tags = dict(before) if before else hub.stamps.next()
-    if message.tags:
-        tags.update((tag, value) for tag, value in message.tags.items() if tag.startswith("+"))
-    relay = Message(message.command, (to, *message.params[1:2]), session.prefix, tags)
-    check_length(relay)
-    session.spoke = time.time()
-    hub.said += not before
-    if channel is None:
-        apart, saying = other is not session, None
-        if not before:
-            say_alone(hub, session, other, relay)
-    else:
-        apart = "echo-message" not in session.view.caps or channel not in session.channels or bool(label or before)
-        saying = None if message.command == "TAGMSG" else Saying(session, channel.folded, label, key)
-        if not before:
-            hub.send_locked(relay, channel.roster, session if apart else None, saying)
-    if key is not NO_KEY and not before:
-        hub.seen[key] = known(relay)
-        if len(hub.seen) > SEEN_IDS:
-            del hub.seen[next(iter(hub.seen))]
-    if apart:
-        confirm(hub, session, relay, label, saying)
-
-
-def check_speech(session: Session, channel: Channel) -> None:
-    """Raises Refused where a session may not speak in a channel."""
-    rank = session.channels.get(channel)
-    if rank:
-        return
-    if rank is None and "n" in channel.modes:
-        raise Refused(ERR_CANNOTSENDTOCHAN, channel.name)
-    if "m" in channel.modes:
-        raise Refused(ERR_MODERATED, channel.name)
-    if channel.masks and channel.bans(session):
-        raise Refused(ERR_SILENCED, channel.name)
-
-
-def say_alone(hub: Hub, session: Session, other: Session, relay: Message) -> None:
-    """Relays a message to one user, or keeps it for when their connection is back."""
-    text = other.away
-    if not other.absent:
-        hub.tell_locked(other, relay)
-    elif len(other.missed) < MISSED_LINES:
-        other.missed.append(relay)
-        text = "no connection; gets this on coming back within seconds"
-    else:
-        raise Refused(ERR_NOSUCHNICK, other.nick)
-    if text and relay.command in ("PRIVMSG", "INVITE"):
-        hub.reply_locked(session, RPL_AWAY, other.nick, text=text)
-
-
-def confirm(hub: Hub, session: Session, relay: Message, label: str, saying: Optional[Saying]) -> None:
-    """Tells a sender that its message was accepted: by its echo or an ACK, where one of them was asked for."""
-    tags = {**relay.tags, "label": label} if label and not batches(session) else relay.tags
-    if "echo-message" in session.view.caps:
-        hub.tell_locked(session, relay._replace(tags=tags), saying)
-    elif label and "labeled-response" in session.view.caps and not batches(session):
-        hub.tell_locked(session, Message("ACK", (), hub.name, {**known(relay), "label": label}), saying)
-
-
-@command("PRIVMSG")
-def privmsg(hub: Hub, session: Session, message: Message) -> None:
-    """PRIVMSG <target>{,<target>} :<text>"""
-    targets, text = (*message.params, "", "")[:2]
-    if not targets:
-        raise Refused(ERR_NORECIPIENT)
-    if not text:
-        raise Refused(ERR_NOTEXTTOSEND)
-    each(hub, session, message, functools.partial(say, hub, session, message))
-
-
-@command("NOTICE", 2)
-def notice(hub: Hub, session: Session, message: Message) -> None:
-    """NOTICE <target>{,<target>} :<text>; never answered, not even with an error: RFC 2812, section 3.3.2"""
-    for target in message.params[0].split(",")[:MAX_TARGETS] if message.params[1] else ():
-        with contextlib.suppress(Refused):
-            say(hub, session, message, target)
-
-
-@command("TAGMSG", 1)
-def tagmsg(hub: Hub, session: Session, message: Message) -> None:
-    """TAGMSG <target>{,<target>}: IRCv3 message-tags"""
-    for target in message.params[0].split(",")[:MAX_TARGETS]:
-        say(hub, session, message._replace(params=(target,)), target)
-
-
-@command("AWAY")
-def away(hub: Hub, session: Session, message: Message) -> None:
-    """AWAY [:<text>]"""
-    if len(message.param(0).encode()) > AWAY_BYTES:
-        raise Refused(ERR_INPUTTOOLONG)
-    if session.away != message.param(0):
-        check_pace(session, message)
-        session.away = message.param(0)
-        words = (session.away,) if session.away else ()
-        notify(hub, session, Message("AWAY", words, session.prefix, hub.stamps.next()), "away-notify")
-    hub.reply_locked(session, RPL_NOWAWAY if session.away else RPL_UNAWAY)
-
-
-@command("SETNAME", 1)
-def setname(hub: Hub, session: Session, message: Message) -> None:
-    """SETNAME :<real name>"""
-    if not 0 < len(message.params[0].encode()) <= REALNAME_BYTES:
-        raise Refused(FAIL_INVALID_REALNAME)
-    check_pace(session, message)
-    session.realname = message.params[0]
-    change = Message("SETNAME", (session.realname,), session.prefix, hub.stamps.next())
-    if "setname" in session.view.caps:
-        hub.tell_locked(session, change)
-    notify(hub, session, change, "setname")
-
-
-def check_pace(session: Session, message: Message) -> None:
-    """Raises Refused for too many changes that all are told, as NICK does."""
-    if not session.nick_changes.take(time.monotonic()):
-        raise Refused(RPL_TRYAGAIN, message.command)
-
-
-# Asking.
-
-Span = Tuple[int, int]  # the first and the last number that a reference means
-Page = Tuple[int, int, int, bool]  # low, high, limit, newest
-# What a subcommand of CHATHISTORY asks for, from its references and limit.
-PAGES: Dict[str, Callable[[List[Span], int], List[Page]]] = {
-    "LATEST": lambda spans, limit: [(spans[0][1], ALL, limit, True)],
-    "BEFORE": lambda spans, limit: [(0, spans[0][0], limit, True)],
-    "AFTER": lambda spans, limit: [(spans[0][1], ALL, limit, False)],
-    "AROUND": lambda spans, limit: [(0, spans[0][0], limit // 2, True), (spans[0][0] - 1, ALL, -(-limit // 2), False)],
-    "BETWEEN": lambda spans, limit: [
-        (spans[0][1], spans[1][0], limit, False) if spans[0] < spans[1] else (spans[1][1], spans[0][0], limit, True)
-    ],
-}
-
-
-@command("CHATHISTORY", 1)
-def chathistory(hub: Hub, session: Session, message: Message) -> None:
-    """CHATHISTORY LATEST <channel> <reference or *> <limit> | BEFORE, AFTER or AROUND <channel> <reference> <limit>
-    | BETWEEN <channel> <reference> <reference> <limit> | TARGETS <timestamp> <timestamp> <limit>"""
-    sub, words = message.params[0].upper(), message.params[1:]
-    if sub not in PAGES and sub != "TARGETS":
-        raise Refused(FAIL_UNKNOWN_COMMAND, sub)
-    references = words[0 if sub == "TARGETS" else 1 : -1]
-    try:
-        limit = min(int(words[-1]), PAGE_LINES)
-        spans = [(0, 0) if (word, sub) == ("*", "LATEST") else numbers(word) for word in references]
-    except (IndexError, ValueError):
-        raise Refused(FAIL_INVALID_PARAMS, sub) from None
-    if limit < 0 or len(spans) != (2 if sub in ("BETWEEN", "TARGETS") else 1):
-        raise Refused(FAIL_INVALID_PARAMS, sub)
-    if sub == "TARGETS":
-        names = {channel.folded: channel.name for channel in session.channels}
-        hub.ask_locked(session, functools.partial(targets, hub, session, names, sorted(spans), limit), len(names))
-        return
-    channel = hub.channels.get(fold(words[0]))
-    if channel is None or channel not in session.channels:
-        raise Refused(FAIL_INVALID_TARGET, sub, words[0])
-    until = hub.stamps.last + 1  # what comes later in the log is sent as such
-    pages = [(low, min(high, until), size, newest) for low, high, size, newest in PAGES[sub](spans, limit)]
-    hub.ask_locked(session, functools.partial(past, hub, session, channel.name, pages), limit)
-
-
-def past(hub: Hub, session: Session, name: str, pages: List[Page], history: History) -> List[Message]:
-    """What CHATHISTORY answers: pages of what was said in a channel."""
-    said = [recalled(message) for page in pages for message in history.page(fold(name), *page)]
-    return batch_of("chathistory", (name,), hub.name, said) if "batch" in session.view.caps else said
-
-
-def targets(
-    hub: Hub, session: Session, names: Dict[str, str], spans: List[Span], limit: int, history: History
-) -> List[Message]:
-    """What CHATHISTORY TARGETS answers: of a session's channels, those whose last message is in a span of time."""
-    last = {name: item for key, name in names.items() for item in history.page(key, 0, ALL, 1, True)}
-    found = sorted((number(item), name) for name, item in last.items() if spans[0][1] < number(item) < spans[1][0])
-    lines = [Message("CHATHISTORY", ("TARGETS", name, last[name].tags["time"]), hub.name) for _, name in found[:limit]]
-    return batch_of("draft/chathistory-targets", (), hub.name, lines) if "batch" in session.view.caps else lines
-
-
-@command("WHO")
-def who(hub: Hub, session: Session, message: Message) -> None:
-    """WHO <channel or name> [%<fields>[,<token>]]"""
-    mask = message.param(0)
-    channel = hub.channels.get(fold(mask))
-    other = hub.nicks.get(fold(mask))
-    members = channel.roster.present() if channel else [other] if other and other.registered else []
-    fields, _, token = message.param(1).partition("%")[2].partition(",")
-    for member in members:
-        values = who_fields(hub, member, channel, session.view.caps)
-        if fields:  # WHOX: only what was asked for, in the order of its specification
-            values["t"] = token[:3] or "0"
-            hub.reply_locked(session, RPL_WHOSPCRPL, *(values[key] for key in "tcuihsnfdlaor" if key in fields))
-        else:
-            text = f"0 {member.realname}"
-            hub.reply_locked(session, RPL_WHOREPLY, *(values[key] for key in "cuhsnf"), text=text)
-    hub.reply_locked(session, RPL_ENDOFWHO, word(mask))
-
-
-def who_fields(hub: Hub, member: Session, channel: Optional[Channel], caps: frozenset[str]) -> Dict[str, str]:
-    """What WHO tells of a member, under the letters of WHOX."""
-    rank = signs(member.channels[channel], caps) if channel else ""
-    return {
-        "c": channel.name if channel else "*",
-        "u": member.user,
-        "i": "255.255.255.255",  # WHOX: an address that is not told
-        "h": member.host,
-        "s": hub.name,
-        "n": member.nick,
-        "f": ("G" if member.away else "H") + rank,
-        "d": "0",
-        "l": str(int(time.time() - member.spoke)),
-        "a": "0",
-        "o": "n/a",
-        "r": member.realname,
-    }
-
-
-@command("WHOIS", 1)
-def whois(hub: Hub, session: Session, message: Message) -> None:
-    """WHOIS [<server>] <name>"""
-    try:
-        other = user_of(hub, message.params[-1])
-    except Refused as refused:
-        refuse(hub, session, refused, message)
-        hub.reply_locked(session, RPL_ENDOFWHOIS, word(message.params[-1]))
-        return
-    hub.reply_locked(session, RPL_WHOISUSER, other.nick, other.user, other.host, "*", text=other.realname)
-    titles = [signs(rank, session.view.caps) + channel.name for channel, rank in other.channels.items()]
-    for start in range(0, len(titles), 4):  # so many fit in a line, however long they are
-        hub.reply_locked(session, RPL_WHOISCHANNELS, other.nick, text=" ".join(titles[start : start + 4]))
-    hub.reply_locked(session, RPL_WHOISSERVER, other.nick, hub.name, text=VERSION)
-    if other.away:
-        hub.reply_locked(session, RPL_AWAY, other.nick, text=other.away)
-    idle, signon = str(int(time.time() - other.spoke)), str(int(other.signon))
-    hub.reply_locked(session, RPL_WHOISIDLE, other.nick, idle, signon)
-    hub.reply_locked(session, RPL_ENDOFWHOIS, other.nick)
-
-
-@command("WHOWAS", 1)
-def whowas(hub: Hub, session: Session, message: Message) -> None:
-    """WHOWAS <name>: those who left are not remembered"""
-    refuse(hub, session, Refused(ERR_WASNOSUCHNICK, message.params[0]), message)
-    hub.reply_locked(session, RPL_ENDOFWHOWAS, word(message.params[0]))
-
-
-@command("LUSERS")
-def lusers(hub: Hub, session: Session, message: Message) -> None:
-    """LUSERS"""
-    named, connected = len(hub.nicks), len(hub.sessions)
-    hub.reply_locked(session, RPL_LUSERCLIENT, text=f"There are {named} users on 1 server")
-    hub.reply_locked(session, RPL_LUSEROP, "0")
-    hub.reply_locked(session, RPL_LUSERUNKNOWN, str(connected - named))
-    hub.reply_locked(session, RPL_LUSERCHANNELS, str(len(hub.channels)))
-    hub.reply_locked(session, RPL_LUSERME, text=f"I have {connected} clients and 0 servers")
-
-
-def check_server(hub: Hub, message: Message) -> None:
-    """Raises Refused for a question to another server."""
-    if message.params and not matches(fold(message.params[0]), fold(hub.name)):
-        raise Refused(ERR_NOSUCHSERVER, message.params[0])
-
-
-@command("VERSION")
-def version(hub: Hub, session: Session, message: Message) -> None:
-    """VERSION [<server>]"""
-    check_server(hub, message)
-    hub.reply_locked(session, RPL_VERSION, VERSION, hub.name, text="a small chat that is one file")
-    for tokens in ISUPPORT:
-        hub.reply_locked(session, RPL_ISUPPORT, *tokens)
-
-
-@command("TIME")
-def time_(hub: Hub, session: Session, message: Message) -> None:
-    """TIME [<server>]"""
-    check_server(hub, message)
-    hub.reply_locked(session, RPL_TIME, hub.name, text=server_time(time.time()))
-
-
-@command("INFO")
-def info(hub: Hub, session: Session, message: Message) -> None:
-    """INFO [<server>]"""
-    check_server(hub, message)
-    for text in (f"{VERSION}, a small chat that is one file", f"Started {server_time(hub.started)}"):
-        hub.reply_locked(session, RPL_INFO, text=text)
-    hub.reply_locked(session, RPL_ENDOFINFO)
-
-
-@command("LINKS")
-def links(hub: Hub, session: Session, message: Message) -> None:
-    """LINKS: there is one server"""
-    hub.reply_locked(session, RPL_LINKS, hub.name, hub.name, text=f"0 {VERSION}")
-    hub.reply_locked(session, RPL_ENDOFLINKS, "*")
-
-
-@command("OPER")
-def oper(hub: Hub, session: Session, message: Message) -> None:
-    """OPER <name> <password>: nobody is operator of the server"""
-    raise Refused(ERR_NOOPERHOST)
-
-
-@command("KILL")
-@command("WALLOPS")
-def kill(hub: Hub, session: Session, message: Message) -> None:
-    """KILL <name> :<reason> | WALLOPS :<text>: for operators of the server"""
-    raise Refused(ERR_NOPRIVILEGES)
-
-
-@command("MOTD")
-def motd(hub: Hub, session: Session, message: Message) -> None:
-    """MOTD [<server>]"""
-    check_server(hub, message)
-    hub.reply_locked(session, RPL_MOTDSTART, text=f"- {hub.name} message of the day -")
-    hub.reply_locked(session, RPL_MOTD, text=f"- Everybody meets in {DEFAULT_CHANNEL}.")
-    hub.reply_locked(session, RPL_ENDOFMOTD)
-
-
-@command("ISON", 1)
-def ison(hub: Hub, session: Session, message: Message) -> None:
-    """ISON <name>{ <name>}"""
-    here = [other.nick for other in those_here(hub, " ".join(message.params).split())]
-    for piece in split_text(" ".join(here), NAMES_BYTES) or [""]:
-        hub.reply_locked(session, RPL_ISON, text=piece)
-
-
-def those_here(hub: Hub, names: Iterable[str]) -> List[Session]:
-    """Who of these is here."""
-    found = [hub.nicks.get(fold(name)) for name in names]
-    return [session for session in found if session and session.registered]
-
-
-@command("USERHOST", 1)
-def userhost(hub: Hub, session: Session, message: Message) -> None:
-    """USERHOST <name>{ <name>}"""
-    found = those_here(hub, message.params[:5])
-    items = [f"{other.nick}={'-' if other.away else '+'}{other.user}@{other.host}" for other in found]
-    for piece in split_text(" ".join(items), NAMES_BYTES) or [""]:
-        hub.reply_locked(session, RPL_USERHOST, text=piece)
-
-
-@command("HELP")
-def help_(hub: Hub, session: Session, message: Message) -> None:
-    """HELP"""
-    for line in help_lines():
-        hub.reply_locked(session, RPL_HELPTXT, "*", text=line)
-    hub.reply_locked(session, RPL_ENDOFHELP, "*")
+class Feed:
+    """The broadcasts of a batch that sessions get who are in the same of its channels."""
+
+    __slots__ = ("_lines", "broadcasts")
+
+    def __init__(self) -> None:
+        self.broadcasts: List[Broadcast] = []
+        self._lines: Dict[Dialect, List[bytes]] = {}
+
+    def lines(self, dialect: Dialect) -> List[bytes]:
+        """They so far, encoded."""
+        lines = self._lines.setdefault(dialect, [])
+        if len(lines) < len(self.broadcasts):
+            lines += [broadcast.encode(dialect) for broadcast in self.broadcasts[len(lines) :]]
+        return lines
+
+
+class Cursor:
+    """What a session gets that is told more or less than others: lines so far, then its feed from `start` on."""
+
+    __slots__ = ("feed", "lines", "start")
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed, self.start = feed, 0
+        self.lines: List[bytes] = []
+
+
+class FanOut:
+    """Applies the effects of a batch, and finds out which bytes go to whom.
+
+    Nearly everybody is in one of the batch's channels and gets what is said there: a feed, encoded once for each
+    dialect. Only a session that is in several of them, is sent something alone, is skipped, or joins, leaves or changes
+    its dialect meanwhile has a cursor. So a batch costs a few steps for each effect, and for each usual recipient only
+    the `send`.
+    """
+
+    def __init__(self, effects: List[Effect]) -> None:
+        broadcasts = [effect for effect in effects if type(effect) is Broadcast]
+        self._active = dict.fromkeys(channel for broadcast in broadcasts for channel in broadcast.channels)
+        self._feeds: Dict[FrozenSet[Channel], Feed] = {}  # by the active channels that a session is in
+        self._feeds_of: Dict[Channel, List[Feed]] = {
+            channel: [] for channel in self._active
+        }  # who is in no other: first
+        self._cursors: Dict[Session, Cursor] = {}
+        for channel in self._active:
+            self._feed((channel,))
+        if len(self._active) > 1:
+            self._find_overlap()
+        for effect in effects:
+            if isinstance(effect, Broadcast):
+                self._broadcast(effect)
+            elif isinstance(effect, Unicast):
+                cursor = self._cursor(effect.session)
+                output = effect.session.output
+                for item in effect.messages:
+                    cursor.lines.append(output.encode(item) if isinstance(item, Message) else output.encode_lines(item))
+            elif isinstance(effect, Update):
+                cursor = self._cursor(effect.session)
+                effect.apply()
+                cursor.feed = self._feed(effect.session.audiences)
+                cursor.start = len(cursor.feed.broadcasts)
+
+    def payloads(self) -> Iterator[Tuple[bytes, Collection[Session], int]]:
+        """The bytes, who gets them, and how many messages they are."""
+        odd = self._cursors
+        for channel in self._active:
+            feed = self._feeds_of[channel][0]
+            for dialect, group in channel.audience.items():
+                sessions = [session for session in group if session not in odd] if odd else group
+                if sessions:
+                    lines = feed.lines(dialect)
+                    yield b"".join(lines), sessions, len(lines)
+        for session, cursor in odd.items():
+            lines = cursor.feed.lines(session.output)[cursor.start :]
+            lines = cursor.lines + lines if cursor.lines else lines
+            yield b"".join(lines), (session,), len(lines)
+
+    def _feed(self, channels: Iterable[Channel]) -> Feed:
+        """The feed of who is in these channels."""
+        key = frozenset(filter(self._active.__contains__, channels))
+        feed = self._feeds.get(key)
+        if feed is None:
+            feed = self._feeds[key] = Feed()
+            for channel in key:
+                self._feeds_of[channel].append(feed)
+        return feed
+
+    def _find_overlap(self) -> None:
+        """Gives a cursor to everybody who is in several of the channels."""
+        seen: Set[Session] = set()
+        for channel in sorted(self._active, key=lambda channel: sum(map(len, channel.audience.values()))):
+            for group in channel.audience.values():
+                for session in seen.intersection(group):
+                    self._cursor(session)
+            for group in channel.audience.values():
+                seen.update(group)
+
+    def _cursor(self, session: Session) -> Cursor:
+        """A session's cursor, up to here."""
+        cursor = self._cursors.get(session)
+        if cursor is None:
+            cursor = self._cursors[session] = Cursor(self._feed(session.audiences))
+        position = len(cursor.feed.broadcasts)
+        if cursor.start < position:
+            cursor.lines += cursor.feed.lines(session.output)[cursor.start :]
+            cursor.start = position
+        return cursor
+
+    def _broadcast(self, broadcast: Broadcast) -> None:
+        skipped = self._cursor(broadcast.skip) if broadcast.skip else None
+        feeds = self._feeds_of[broadcast.channels[0]]
+        if len(broadcast.channels) > 1:
+            feeds = list(dict.fromkeys(feed for channel in broadcast.channels for feed in self._feeds_of[channel]))
+        for feed in feeds:
+            feed.broadcasts.append(broadcast)
+        if skipped:
+            skipped.start = len(skipped.feed.broadcasts)
 
 
 # -----------------------------------------------------------------------------
@@ -3184,7 +3285,7 @@ def help_(hub: Hub, session: Session, message: Message) -> None:
 # -----------------------------------------------------------------------------
 
 
-class Distrusted(OSError):
+class UntrustedPeer(OSError):
     """The other end is not who it should be."""
 
 
@@ -3249,7 +3350,7 @@ class Tls:
         self._object.do_handshake()
         found = fingerprint_of(self._object.getpeercert(True) or b"") if self._pin else ""
         if not hmac.compare_digest(found, self._pin):
-            raise Distrusted(f"its fingerprint is {found}, not {self._pin}: somebody else may be listening there")
+            raise UntrustedPeer(f"its fingerprint is {found}, not {self._pin}: somebody else may be listening there")
         self.ready = True
 
 
@@ -3294,60 +3395,65 @@ NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FULL = "This server is full; try again later"
 
 
+class State(enum.IntEnum):
+    """What we still do on a connection; it only moves on. Mailer._move_on is the one place where it changes."""
+
+    OPEN = 0  # send what there is
+    DRAINING = 1  # send what is queued, at most DRAIN_S after the last progress, then end our side
+    HALF_CLOSED = 2  # our side has ended: receive until the peer ends its own, at most CLOSE_GRACE_S
+    CLOSED = 3  # nothing; its reader returns, and then the socket is closed
+
+
 class Connection:
     """A session's socket. Its reader receives, the mailer alone sends, shuts down and closes."""
 
-    __slots__ = ("closing", "cut", "ended", "flooding", "outbox", "room", "session", "shut", "sock", "tls")
+    __slots__ = ("deadline", "flooding_since", "reader_done", "recv_size", "sendq", "session", "sock", "state", "tls")
 
     def __init__(self, sock: socket.socket, session: Session) -> None:
         self.sock = sock
         self.session = session
-        self.outbox = bytearray()  # what the socket did not take
-        self.closing = False  # nothing more will be sent after the outbox
-        self.shut = False  # no longer written to
-        self.cut = False  # nor read from: after a shutdown Linux goes on to receive what the peer goes on to send
-        self.ended = False  # its reader has returned
-        self.room = WAIT_BYTES  # of the next read; its reader's
-        self.flooding = 0.0  # since when too much is waiting to be read; its reader's
         self.tls: Optional[Tls] = None  # set by the reader, before anything that is secret
-
-    @property
-    def whole(self) -> bool:
-        """Whether its end was the end of what the peer had to say."""
-        return self.tls is None or self.tls.ended
+        # The mailer's:
+        self.sendq = bytearray()  # what the socket did not take
+        self.state = State.OPEN
+        self.deadline = math.inf  # monotonic: until when it may stay in this state
+        self.reader_done = False
+        # The reader's:
+        self.recv_size = IDLE_RECV_BYTES
+        self.flooding_since = 0.0  # monotonic: since when too much is unread
 
     def receive(self) -> bytes:
         """The next bytes as they came; b'' at the end; raises OSError. Reader only."""
         while not DONTWAIT and not select.select([self.sock], [], [], TICK_S)[0]:
-            if self.cut:
+            if self.state is State.CLOSED:
                 return b""
-        data = self.sock.recv(self.room)
-        self.room = RECV_BYTES if len(data) == self.room else WAIT_BYTES
+        data = self.sock.recv(self.recv_size)
+        self.recv_size = RECV_BYTES if len(data) == self.recv_size else IDLE_RECV_BYTES
         return data
 
-    def backlog(self) -> int:
-        """How many bytes wait to be received, as far as it matters. Reader only."""
+    def unread_bytes(self) -> int:
+        """How many bytes wait to be received, at most FLOOD_BYTES. Reader only."""
         try:
             return len(self.sock.recv(FLOOD_BYTES, socket.MSG_PEEK | DONTWAIT))
         except OSError:
             return 0
 
 
-class Sleep:
-    """How the mailer waits for work and for sockets to be writable. Any thread may call wake; the rest is its own."""
+class Poller:
+    """A selector for writable sockets that any thread can wake. Only `wake` is thread-safe."""
 
     def __init__(self) -> None:
-        self._alarm, self._bell = socket.socketpair()  # a byte rung in ends the sleep
-        self._alarm.setblocking(False)
-        self._bell.setblocking(False)
-        self._selector = selectors.DefaultSelector()  # the alarm, and sockets that are watched
-        self._selector.register(self._alarm, selectors.EVENT_READ)
+        self._wakeup, self._waker = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
 
     def __len__(self) -> int:
         return len(self._selector.get_map()) - 1
 
     def watch(self, connection: Connection) -> None:
-        """Lets `wait` tell when a connection can be written to."""
+        """Lets `wait` return a connection when it is writable."""
         self._selector.register(connection.sock, selectors.EVENT_WRITE, connection)
 
     def unwatch(self, connection: Connection) -> None:
@@ -3355,32 +3461,31 @@ class Sleep:
         self._selector.unregister(connection.sock)
 
     def wake(self) -> None:
-        """Ends the sleep, or the next one."""
+        """Ends the wait, or the next one."""
         with contextlib.suppress(OSError):  # full: it is awake; or closed
-            self._bell.send(b"!")
+            self._waker.send(b"!")
 
-    def wait(self, busy: bool, timed: bool) -> List[Connection]:
-        """Waits for `wake`, a writable socket or, when timed, TICK_S; not at all when busy. Who can be written to."""
-        if busy and not len(self):
+    def wait(self, timeout: float) -> List[Connection]:
+        """Waits for `wake` or a writable connection, at most `timeout` seconds; returns the writable ones."""
+        if not timeout and not len(self):
             return []
-        events = self._selector.select(0 if busy else TICK_S if timed else None)
+        events = self._selector.select(timeout)
         if any(key.data is None for key, _ in events):
-            self._alarm.recv(4096)
+            self._wakeup.recv(4096)
         return [key.data for key, _ in events if key.data]
 
     def close(self) -> None:
-        """Ends the use."""
+        """Closes the sockets."""
         self._selector.close()
-        self._alarm.close()
-        self._bell.close()
+        self._wakeup.close()
+        self._waker.close()
 
 
 class Mailer:
     """Writes everything that is sent, in a thread of its own.
 
-    Other threads may call add, push, end, wake and stop. The thread ends when it was stopped and all connections
-    are closed, or STOP_S later; and by a defect, which it tells by `failed` and `on_failure`, for nobody would
-    hear anything any more.
+    Other threads may call add, post and stop. The thread ends when it was stopped and all connections are closed, or
+    STOP_S later; and after a defect, which `failed` and `on_failure` tell, for nobody would receive anything any more.
     """
 
     def __init__(self, hub: Hub, on_failure: Callable[[], None]) -> None:
@@ -3388,13 +3493,12 @@ class Mailer:
         self._on_failure = on_failure
         self.failed = False
         self.delivered = 0  # messages, counted once for each who was to get them
-        self._sleep = Sleep()
-        hub.wake = self._sleep.wake
+        self._poller = Poller()
+        hub.wake = self._poller.wake
         self._connections: Dict[Session, Connection] = {}
-        self._ended: Deque[Connection] = collections.deque()
-        self._pushed: Deque[Connection] = collections.deque()
-        self._lingering: Dict[Connection, float] = {}  # closing ones -> when they are cut
-        self._cut_at = self._stop_at = 0.0
+        self._posted: Deque[Tuple[Callable[[Connection], None], Connection]] = collections.deque()
+        self._closing: Set[Connection] = set()  # with a deadline
+        self._check_at = self._prune_at = self._stop_at = 0.0  # monotonic
         self.thread = threading.Thread(target=self._run, name="mailer", daemon=True)
 
     def __len__(self) -> int:
@@ -3403,22 +3507,46 @@ class Mailer:
     def add(self, connection: Connection) -> None:
         """Takes charge of a connection; before its session is known to the hub."""
         self._connections[connection.session] = connection
-        connection.session.send = functools.partial(self._write, connection)
+        self._bind(connection)
 
-    def push(self, connection: Connection) -> None:
-        """TLS has something to send, of its own."""
-        self._pushed.append(connection)
-        self._sleep.wake()
+    def post(self, action: Callable[[Connection], None], connection: Connection) -> None:
+        """Has the mailer call one of its methods, after it has sent what the log holds now."""
+        self._posted.append((action, connection))
+        self._poller.wake()
 
-    def end(self, connection: Connection) -> None:
-        """A reader has returned; its session has left the hub."""
-        self._ended.append(connection)
-        self._sleep.wake()
+    def flush(self, connection: Connection) -> None:
+        """Sends what waits: in the send queue, or in TLS. To be posted."""
+        if connection.tls and not connection.sendq:
+            self._write(connection, b"")
+        if not connection.sendq:
+            return
+        try:
+            sent = connection.sock.send(connection.sendq, DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._move_on(connection, State.CLOSED)
+            return
+        del connection.sendq[:sent]
+        if connection.state is State.DRAINING:
+            connection.deadline = time.monotonic() + DRAIN_S
+        if not connection.sendq:
+            self._poller.unwatch(connection)
+            if connection.state is State.DRAINING:
+                self._move_on(connection, State.HALF_CLOSED)
+
+    def reader_done(self, connection: Connection) -> None:
+        """The reader has returned: the peer has ended its side, or the connection is lost. To be posted."""
+        connection.reader_done = True
+        if connection.state < State.HALF_CLOSED:
+            self._move_on(connection, State.DRAINING)
+        else:
+            self._close(connection)
 
     def stop(self) -> None:
         """Delivers what can be delivered within STOP_S, closes all connections and waits for that."""
         self._stop_at = time.monotonic() + STOP_S
-        self._sleep.wake()
+        self._poller.wake()
         self.thread.join(STOP_S + 1)
 
     def _run(self) -> None:
@@ -3428,36 +3556,45 @@ class Mailer:
             log.exception("the mailer failed")
             self.failed = True
             self._on_failure()
-        self._hub.take()  # lets go of readers that wait for room
+        self._hub.drain_log()  # lets go of readers that wait
         self._hub.history.close()
         for connection in list(self._connections.values()):
+            self._move_on(connection, State.CLOSED)
             self._close(connection)
-        self._sleep.close()
+        self._poller.close()
 
     def _work(self) -> None:
         while True:
-            ended = [self._ended.popleft() for _ in range(len(self._ended))]
-            for _ in range(len(self._pushed)):
-                self._write(self._pushed.popleft(), b"")
-            taken, closing = self._hub.take()
-            for data, sessions, count in fan_out(settle(self._hub, taken)):
-                self.delivered += count * len(sessions)
-                if data:
-                    self._spread(data, sessions)
-            for session in closing:
-                self._finish(self._connections.get(session))
-            for connection in ended:
-                connection.ended = True
-                self._finish(connection)
-            timed = bool(self._lingering or self._stop_at)
-            for connection in self._sleep.wait(bool(taken or closing or ended), timed):
-                self._flush(connection)
-            if self._lingering:
-                self._cut()
-            if self._stop_at and (not self._connections or time.monotonic() > self._stop_at):
+            posted = [self._posted.popleft() for _ in range(len(self._posted))]
+            batch = self._hub.drain_log()
+            if batch:
+                self._deliver(commit(self._hub, batch))
+            for action, connection in posted:
+                action(connection)
+            now = time.monotonic()
+            if now > self._prune_at:
+                self._prune_at = now + PRUNE_S
+                self._hub.history.prune()
+            if self._closing and now > self._check_at:
+                self._check_at = now + TICK_S / 5
+                for connection in [connection for connection in self._closing if connection.deadline < now]:
+                    self._move_on(connection, State.CLOSED)  # their peers do not close
+            if self._stop_at and (not self._connections or now > self._stop_at):
                 return
+            timeout = TICK_S / 5 if self._closing or self._stop_at else PRUNE_S
+            for connection in self._poller.wait(0 if batch or posted else timeout):
+                self.flush(connection)
 
-    def _spread(self, data: bytes, sessions: List[Session]) -> None:
+    def _deliver(self, effects: List[Effect]) -> None:
+        for data, sessions, count in FanOut(effects).payloads():
+            self.delivered += count * len(sessions)
+            if data:
+                self._send_all(data, sessions)
+        for effect in effects:
+            if type(effect) is Close and effect.session in self._connections:
+                self._move_on(self._connections[effect.session], State.DRAINING)
+
+    def _send_all(self, data: bytes, sessions: Collection[Session]) -> None:
         """Sends the same to many. Of a delivery's cost all but the system call is here, so this does little else."""
         size, flags = len(data), DONTWAIT
         for session in sessions:
@@ -3468,102 +3605,81 @@ class Mailer:
             if sent < size:
                 self._write(self._connections[session], data[sent:])
 
-    def _write(self, connection: Connection, data: bytes, flags: int = DONTWAIT) -> int:
-        """Sends what the socket takes; the rest waits. Returns the size of `data`, for all is taken care of.
+    def _bind(self, connection: Connection) -> None:
+        """Sets `session.send`: the socket's own, once it is certain that nothing is queued or encrypted."""
+        session = connection.session
+        if connection.state is not State.OPEN:
+            session.send = discard
+        elif connection.sendq or connection.tls or session.output is UNDECIDED:
+            session.send = functools.partial(self._write, connection)
+        else:
+            session.send = connection.sock.send
 
-        Once it is certain that nothing waits and nothing is to be encrypted, the session sends by itself.
-        """
-        size, session = len(data), connection.session
-        if connection.shut:
+    def _write(self, connection: Connection, data: bytes, flags: int = DONTWAIT) -> int:
+        """Sends what the socket takes, and queues the rest. Returns the size of `data`, for all is taken care of."""
+        size = len(data)
+        if connection.state is not State.OPEN:
             return size
         try:
             tls = connection.tls  # which its reader may take away, where there is only clear text
             if tls:
                 data = tls.send(data)
-            sent = connection.sock.send(data, flags) if data and not connection.outbox else 0
+            sent = connection.sock.send(data, flags) if data and not connection.sendq else 0
         except BlockingIOError:
             sent = 0
         except OSError:  # its reader finds out, too
-            self._shut(connection)
+            self._move_on(connection, State.CLOSED)
             return size
         if sent < len(data):
-            self._keep(connection, data[sent:])
-        elif session.registered and not tls and not connection.outbox:
-            session.send = connection.sock.send
+            self._enqueue(connection, data[sent:])
+        self._bind(connection)
         return size
 
-    def _keep(self, connection: Connection, data: bytes) -> None:
-        """Puts into the outbox what the socket did not take; drops who owes too much."""
-        if not connection.outbox and len(self._sleep) < MAX_WATCHED:
-            self._sleep.watch(connection)
-            connection.session.send = functools.partial(self._write, connection)
-        elif not connection.outbox or len(connection.outbox) + len(data) > self._hub.limits.outbox:
-            log.warning("%s reads too slowly and is dropped", connection.session.called())
-            self._hub.leave(connection.session, "Reads too slowly")  # before its reader can say otherwise
-            self._shut(connection)
+    def _enqueue(self, connection: Connection, data: bytes) -> None:
+        """Queues what the socket did not take. Drops the client if its send queue exceeds the limit."""
+        if not connection.sendq and len(self._poller) < MAX_WATCHED:
+            self._poller.watch(connection)
+        elif not connection.sendq or len(connection.sendq) + len(data) > self._hub.limits.outbox:
+            log.warning("%s reads too slowly and is dropped", connection.session.description())
+            self._hub.disconnect(connection.session, "Reads too slowly")  # before its reader can say otherwise
+            self._move_on(connection, State.CLOSED)
             return
-        connection.outbox += data
+        connection.sendq += data
 
-    def _cut(self) -> None:
-        """Ends the connections that have lingered for too long; looks at them every TICK_S."""
-        now = time.monotonic()
-        if now < self._cut_at:
+    def _move_on(self, connection: Connection, state: State) -> None:
+        """Moves a connection to a later state, and does what that means."""
+        if state <= connection.state:
             return
-        self._cut_at = now + TICK_S
-        for connection in [connection for connection, until in self._lingering.items() if until < now]:
-            self._shut(connection)
-            self._finish(connection)
-
-    def _flush(self, connection: Connection) -> None:
-        try:
-            sent = connection.sock.send(connection.outbox, DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._shut(connection)
-            return
-        del connection.outbox[:sent]
-        if connection in self._lingering:
-            self._lingering[connection] = time.monotonic() + LINGER_S
-        if not connection.outbox:
-            self._sleep.unwatch(connection)
-            if connection.closing:
-                self._finish(connection)
-
-    def _finish(self, connection: Optional[Connection]) -> None:
-        """Half-closes a connection once its outbox is empty; closes it once its reader has returned, too."""
-        if connection is None or connection.session not in self._connections:
-            return
-        tls = connection.tls
-        if tls and not connection.closing:
-            tls.close()
+        if state is State.DRAINING and connection.tls:
+            connection.tls.close()
             self._write(connection, b"")
-        connection.closing = True
-        self._lingering.setdefault(connection, time.monotonic() + LINGER_S)
-        if connection.outbox:
+            if connection.state is not State.OPEN:  # that has failed
+                return
+        connection.state = state
+        self._bind(connection)
+        self._closing.add(connection)
+        if state is State.DRAINING:
+            connection.deadline = time.monotonic() + DRAIN_S
+            if not connection.sendq:
+                self._move_on(connection, State.HALF_CLOSED)
             return
-        if connection.ended:
+        connection.deadline = time.monotonic() + CLOSE_GRACE_S
+        if state is State.CLOSED:
+            self._closing.discard(connection)
+            if connection.sendq:
+                connection.sendq.clear()
+                self._poller.unwatch(connection)
+        with contextlib.suppress(OSError):  # the peer was faster
+            connection.sock.shutdown(socket.SHUT_WR if state is State.HALF_CLOSED else socket.SHUT_RDWR)
+        if connection.reader_done:
             self._close(connection)
-        elif not connection.shut:
-            self._shut(connection, socket.SHUT_WR)
-
-    def _shut(self, connection: Connection, how: int = socket.SHUT_RDWR) -> None:
-        """Sends no more, and unless only writing ends, makes its reader return."""
-        connection.shut, connection.cut = True, connection.cut or how == socket.SHUT_RDWR
-        connection.session.send = discard
-        if connection.outbox:
-            connection.outbox.clear()
-            self._sleep.unwatch(connection)
-        with contextlib.suppress(OSError):  # the other side was faster
-            connection.sock.shutdown(how)
 
     def _close(self, connection: Connection) -> None:
-        self._shut(connection)
-        connection.sock.close()
-        self._lingering.pop(connection, None)
-        del self._connections[connection.session]
-        with self._hub:
-            self._hub.gate.leave(connection.session.origin)
+        if self._connections.pop(connection.session, None):
+            self._closing.discard(connection)
+            connection.sock.close()
+            with self._hub:
+                self._hub.access.release(connection.session.address)
 
 
 class Server:
@@ -3586,14 +3702,14 @@ class Server:
         self.hub = hub or Hub(SERVER_NAME)
         self.mailer = Mailer(self.hub, self.stop)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
-        self._alarm, self.bell = socket.socketpair()  # a byte rung in stops the server
-        self.bell.setblocking(False)
+        self._wakeup, self.waker = socket.socketpair()  # a byte stops the server
+        self.waker.setblocking(False)
         self._reserve = os.open(os.devnull, os.O_RDONLY)  # a descriptor to refuse a client with, when all are used
 
     def stop(self) -> None:
         """Makes `serve` return."""
         with contextlib.suppress(OSError):  # it has stopped
-            self.bell.send(b"!")
+            self.waker.send(b"!")
 
     def serve(self) -> bool:
         """Accepts until stopped, then tells everybody, and returns within 5 s; False after a defect."""
@@ -3604,9 +3720,9 @@ class Server:
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self.listener, selectors.EVENT_READ)
-                selector.register(self._alarm, selectors.EVENT_READ)
+                selector.register(self._wakeup, selectors.EVENT_READ)
                 ready: List[Any] = []
-                while self._alarm not in ready:
+                while self._wakeup not in ready:
                     sys.setswitchinterval(max(SWITCH_S, len(self.hub.sessions) * SWITCH_CLIENT_S))
                     ready = [key.fileobj for key, _ in selector.select(self.hub.tick())]
                     if self.listener in ready:
@@ -3614,12 +3730,12 @@ class Server:
         finally:
             threading.stack_size(stack)
             self.listener.close()
-            self.hub.stop("Server is shutting down")
+            self.hub.close("Server is shutting down")
             self.mailer.stop()
             if self._reserve >= 0:
                 os.close(self._reserve)
-            self._alarm.close()
-            self.bell.close()
+            self._wakeup.close()
+            self.waker.close()
         return not self.mailer.failed
 
     def _accept(self) -> None:
@@ -3629,92 +3745,93 @@ class Server:
             if error.errno in NO_DESCRIPTORS:
                 self._refuse_without_descriptor()
             return  # or it has gone already
-        origin, limits = origin_of(address[0]), self.hub.limits
+        key, limits = address_key(address[0]), self.hub.limits
         with self.hub:
-            why = FULL if len(self.mailer) >= limits.clients else self.hub.gate.enter(origin, limits.per_address)
+            why = FULL if len(self.mailer) >= limits.clients else self.hub.access.admit(key, limits.per_address)
         if why:
-            log.warning("refused %s: %s", origin, why)
-            turn_away(sock, why)
-            time.sleep(TURN_S)
+            log.warning("refused %s: %s", key, why)
+            reject(sock, why)
+            time.sleep(REJECT_PAUSE_S)
             return
         with contextlib.suppress(OSError):  # it has gone already, as its reader will find out
             prepare(sock, limits)
-        paced = limits.rate < math.inf and not self.hub.gate.exempts(origin)
-        pace = Allowance(limits.burst, 1 / limits.rate) if paced else None
-        session = Session(self._host(origin), time.monotonic(), origin, pace)
+        limited = limits.rate < math.inf and not self.hub.access.is_exempt(key)
+        flood_bucket = TokenBucket(limits.burst, 1 / limits.rate) if limited else None
+        session = Session(self._host(key), time.monotonic(), key, flood_bucket)
         connection = Connection(sock, session)
         if self._context and self._tls_only:  # from now on nothing is sent in clear text
             connection.tls = Tls(self._context, True)
         self.mailer.add(connection)
-        self.hub.enter(session)
+        self.hub.add(session)
         try:
             # Less than threading.Thread: 9,000 of those took 20 MB more, and 3 s more to join.
             _thread.start_new_thread(self._read, (connection,))
         except RuntimeError as error:  # can't start new thread
-            log.warning("refused %s: %s", origin, error)
-            self.hub.leave(session, "", FULL)
-            self.mailer.end(connection)
+            log.warning("refused %s: %s", key, error)
+            self.hub.disconnect(session, "", FULL)
+            self.mailer.post(self.mailer.reader_done, connection)
 
     def _refuse_without_descriptor(self) -> None:
         """Accepts one client with the descriptor kept in reserve, tells it and lets it go."""
         log.warning("refused a client: out of descriptors (ulimit -n)")
         with contextlib.suppress(OSError):
             os.close(self._reserve)
-            turn_away(self.listener.accept()[0], FULL)
+            reject(self.listener.accept()[0], FULL)
         self._reserve = -1
         with contextlib.suppress(OSError):
             self._reserve = os.open(os.devnull, os.O_RDONLY)
         if self._reserve < 0:
             time.sleep(0.05)  # none to be had even so: no use in asking again at once
 
-    def _host(self, origin: str) -> str:
-        if ipaddress.ip_address(origin.partition("/")[0]).is_loopback:
+    def _host(self, key: str) -> str:
+        if ipaddress.ip_address(key.partition("/")[0]).is_loopback:
             return "localhost"
-        return hmac.new(self._secret, origin.encode(), hashlib.sha256).hexdigest()[:10]
+        return hmac.new(self._secret, key.encode(), hashlib.sha256).hexdigest()[:10]
 
     def _read(self, connection: Connection) -> None:
         """A reader thread: ends when its connection does."""
         session, lines = connection.session, LineBuffer(CLIENT_INPUT_BYTES)
         reason = ""
         try:
-            data = self._first(connection)
-            while data and not connection.cut:
-                session.heard = time.monotonic()
-                if data[:1] != b"\xff":  # telnet programs introduce themselves, and say nothing by that
-                    session.silent = False
-                self._obey(connection, lines.feed(data), len(data))
-                data = self._next(connection)
+            data = self._detect_tls(connection)
+            while data and connection.state is not State.CLOSED:
+                session.last_received = time.monotonic()
+                if (
+                    session.stage is Stage.NEW and data[:1] != b"\xff"
+                ):  # telnet introduces itself, and says nothing by that
+                    self.hub.set_stage(session, Stage.REGISTERING, Stage.NEW)
+                self._handle_lines(connection, lines.feed(data), len(data))
+                data = self._receive(connection)
             rest = lines.end()
-            if rest and session.view.unended and connection.whole:
-                perform(self.hub, session, rest)
+            if rest and session.dialect.unended and (connection.tls is None or connection.tls.ended):
+                handle_line(self.hub, session, rest)
         except OSError as error:  # reset, timed out
             reason = "Connection lost"
-            log.debug("%s: %s", session.called(), error)
+            log.debug("%s: %s", session.description(), error)
         except Exception:  # a defect of ours must end one connection only
             log.exception("a reader failed")
             reason = "Internal error"
         finally:
-            self.hub.leave(session, reason)
-            self.mailer.end(connection)
+            self.hub.disconnect(session, reason)
+            self.mailer.post(self.mailer.reader_done, connection)
 
-    def _first(self, connection: Connection) -> bytes:
-        """What comes first, by which TLS is told from clear text."""
+    def _detect_tls(self, connection: Connection) -> bytes:
+        """The first bytes, which tell TLS from clear text."""
         data = connection.receive()
         if data[:1] != bytes([TLS_HANDSHAKE]):
-            if not (data and self._tls_only):
-                return data
-            connection.session.speak(dialect_of(data.partition(b"\n")[0]))
-            connection.tls = None
-            self.hub.leave(connection.session, "", TLS_ONLY)
+            if data and self._tls_only:
+                connection.tls = None
+                begin(self.hub, connection.session, data.partition(b"\n")[0])
+                self.hub.disconnect(connection.session, "", TLS_ONLY)
             return data
         if not self._context:
-            log.warning("refused %s: it speaks TLS, which is not set up here", connection.session.origin)
+            log.warning("refused %s: it speaks TLS, which is not set up here", connection.session.address)
             return b""
         connection.tls = connection.tls or Tls(self._context, True)
-        connection.session.handshaking = True
-        return self._next(connection, data)
+        self.hub.set_stage(connection.session, Stage.HANDSHAKING, Stage.NEW)
+        return self._receive(connection, data)
 
-    def _next(self, connection: Connection, data: bytes = b"") -> bytes:
+    def _receive(self, connection: Connection, data: bytes = b"") -> bytes:
         """What comes next, decrypted; of `data`, if that has been received."""
         while True:
             data = data or connection.receive()
@@ -3726,42 +3843,44 @@ class Server:
             except OSError as error:
                 raise ConnectionError(f"TLS failed: {error}") from None
             if tls.urgent:
-                self.mailer.push(connection)
-            connection.session.handshaking = not tls.ready
+                self.mailer.post(self.mailer.flush, connection)
+            if tls.ready and connection.session.stage is Stage.HANDSHAKING:
+                self.hub.set_stage(connection.session, Stage.NEW, Stage.HANDSHAKING)
             if text or tls.ended:
                 return text
             data = b""
-            if connection.session.pace:  # what is no text costs as much
-                self._hold_back(connection, connection.session.pace)
+            self._throttle(connection)  # what is no text costs as much
 
-    def _obey(self, connection: Connection, lines: List[Optional[bytes]], size: int) -> None:
-        """Runs commands as they came, in so many bytes: bytes that are no line count as some, for the pace."""
+    def _handle_lines(self, connection: Connection, lines: List[Optional[bytes]], size: int) -> None:
+        """Runs commands as they came, in so many bytes: bytes that are no line count as some, for the rate limit."""
         session = connection.session
         for _ in range(size // LINE_BYTES - len(lines)):
-            if session.pace:
-                self._hold_back(connection, session.pace)
+            self._throttle(connection)
         for line in lines:
-            if session.pace:
-                self._hold_back(connection, session.pace)
-            if session.gone:
+            self._throttle(connection)
+            if session.stage is Stage.GONE:
                 break
-            perform(self.hub, session, line)
-        if session.gone:
-            time.sleep(GONE_S)
+            handle_line(self.hub, session, line)
+        if session.stage is Stage.GONE:
+            time.sleep(DROPPED_PAUSE_S)
 
-    def _hold_back(self, connection: Connection, pace: Allowance) -> None:
-        """Waits until a session may go on; ends it if it goes on with much more than it may."""
-        now, session = time.monotonic(), connection.session
-        wait = pace.owe(now)
-        if not wait or connection.backlog() < FLOOD_BYTES:
-            connection.flooding = now
-        elif now > connection.flooding + FLOOD_S:
-            self.hub.leave(session, "Flooding", f"More than {self.hub.limits.rate:g} lines a second, without end")
+    def _throttle(self, connection: Connection) -> None:
+        """Rate limiting: waits until the next line is allowed; ends a session that goes on to send much more."""
+        session, bucket = connection.session, connection.session.flood_bucket
+        if not bucket:
             return
-        while wait > 0 and not session.gone:
+        now = time.monotonic()
+        wait = bucket.debit(now)
+        if not wait or connection.unread_bytes() < FLOOD_BYTES:
+            connection.flooding_since = now
+        elif now > connection.flooding_since + FLOOD_S:
+            why = f"More than {self.hub.limits.rate:g} lines a second, without end"
+            self.hub.disconnect(session, "Flooding", why)
+            return
+        while wait > 0 and session.stage is not Stage.GONE:
             time.sleep(min(wait, TICK_S))
             wait -= TICK_S
-            session.heard = time.monotonic()
+            session.last_received = time.monotonic()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -3804,7 +3923,7 @@ def prepare(sock: socket.socket, limits: Limits) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), int(value))
 
 
-def turn_away(sock: socket.socket, why: str) -> None:
+def reject(sock: socket.socket, why: str) -> None:
     """Tells a client that it cannot come in, and lets it go, without waiting for it."""
     with sock, contextlib.suppress(OSError):
         sock.setblocking(False)
@@ -3905,7 +4024,7 @@ class Editor:
         """(question that must be answered before typing goes on, or ''; text; cursor in characters)."""
         if self._asked:
             return f"send {len(self._asked)} pasted lines? y/n ", "", 0
-        return "" if self._query is None else f"search '{harmless(self._query)}': ", self.text, self.cursor
+        return "" if self._query is None else f"search '{escape_controls(self._query)}': ", self.text, self.cursor
 
     def press(self, key: str) -> Optional[Entered]:
         """Does what a key means; returns what it entered."""
@@ -4084,12 +4203,12 @@ def columns(char: str) -> int:
 
 
 def width(text: str) -> int:
-    """How many columns a harmless text takes."""
+    """How many columns an escaped text takes."""
     return sum(map(columns, text))
 
 
 def fit(text: str, room: int) -> str:
-    """The beginning of a harmless text that takes at most `room` columns; where it is cut, it ends in dots."""
+    """The beginning of an escaped text that takes at most `room` columns; where it is cut, it ends in dots."""
     if width(text) <= room:
         return text
     ends = list(itertools.accumulate(map(columns, text)))
@@ -4097,7 +4216,7 @@ def fit(text: str, room: int) -> str:
 
 
 def height(text: str, room: int) -> int:
-    """How many rows of so many columns a harmless text takes; a wide character is not broken."""
+    """How many rows of so many columns an escaped text takes; a wide character is not broken."""
     rows, column = 1, 0
     for size in map(columns, text):
         if column + size > room:
@@ -4113,7 +4232,7 @@ def input_row(prompts: List[str], text: str, cursor: int, room: int) -> Tuple[st
     """
     prompt = next((item for item in prompts if width(item) <= room * 2 // 3), fit(prompts[-1], max(room - 2, 0)))
     space = max(room - width(prompt), 2)
-    shown = [harmless(char) for char in text]
+    shown = [escape_controls(char) for char in text]
     starts = [0, *itertools.accumulate(map(width, shown))]
     first = 0
     if starts[cursor] > space:
@@ -4380,7 +4499,7 @@ class Link:
                 sock.sendall(tls.send(b""))
             return found
         except OSError as error:
-            distrust = str(error) if isinstance(error, Distrusted) else getattr(error, "verify_message", "")
+            distrust = str(error) if isinstance(error, UntrustedPeer) else getattr(error, "verify_message", "")
             reason = f"TLS failed: {getattr(error, 'strerror', None) or error}"
             self._events.put(("distrusted", distrust) if distrust else ("closed", (self, False, reason)))
         return None
@@ -4462,7 +4581,11 @@ class Outgoing:
     def settle(self, target: str, line_id: str = "", fold: Callable[[str], str] = fold) -> bool:
         """Something came of a line: of the one with this id; without, of the first to the target or to anybody."""
         for index, line in enumerate(self.waiting if line_id else self.waiting[: self.sent]):
-            if line.id == line_id if line_id else fold(target) in (fold(line.target), fold(word(line.target)), ""):
+            if (
+                line.id == line_id
+                if line_id
+                else fold(target) in (fold(line.target), fold(safe_param(line.target)), "")
+            ):
                 del self.waiting[index]
                 self.sent -= index < self.sent
                 self.moved = time.monotonic()
@@ -4496,13 +4619,13 @@ class Pace:
     def __init__(self, free: bool) -> None:
         self.free = free
         self.unread = 0  # lines since the last answered PING; at UNREAD_LINES the next one is due
-        self._allowance = Allowance(SPOKEN_LINES, SPOKEN_S)
+        self._bucket = TokenBucket(SPOKEN_LINES, SPOKEN_S)
 
     def take(self, now: float) -> bool:
         """Whether a line may go at the monotonic time `now`; if so, it is counted."""
         if self.free:
             return True
-        if self.unread == UNREAD_LINES or not self._allowance.take(now):
+        if self.unread == UNREAD_LINES or not self._bucket.allow(now):
             return False
         self.unread += 1
         return True
@@ -4529,7 +4652,7 @@ class Past:
             return False
         if msgid:
             self._seen[msgid] = None
-            if len(self._seen) > SEEN_IDS:
+            if len(self._seen) > DEDUP_IDS:
                 del self._seen[next(iter(self._seen))]
         return True
 
@@ -4794,8 +4917,8 @@ class Client:
         text = re.sub("[\0\r\n]", " ", text)
         try:
             here = self.going or self.channel
-            message = typed(text, here, True) if commands else Message("PRIVMSG", (here, text))
-        except Refused as refused:
+            message = parse_input(text, here, True) if commands else Message("PRIVMSG", (here, text))
+        except CommandError as refused:
             self.view.remark(f"Error: {refused.params[0]}")
             return
         ENTRIES.get(message.command, ENTRIES[""])(self, message)
@@ -5425,7 +5548,7 @@ class Pipe(View):
             print(shown, end="", flush=True)
 
     def remark(self, text: str) -> None:
-        print(f"*** {harmless(text)}", file=sys.stderr, flush=True)
+        print(f"*** {escape_controls(text)}", file=sys.stderr, flush=True)
 
     def update(self, client: Client) -> None:
         """Asks for the next line, or leaves after the last, as soon as enough is confirmed."""
@@ -5480,7 +5603,7 @@ class Person(View):
         system, paint = is_system(message), self._screen.paint
         private = not system and not is_channel(message.param(0))
         mentioned = not (system or mine) and mentions(message.text, self._nick)
-        text = text_form(message, functools.partial(self._name, mentioned) if not system else harmless)
+        text = text_form(message, functools.partial(self._name, mentioned) if not system else escape_controls)
         if not text:
             return
         if system:
@@ -5495,7 +5618,7 @@ class Person(View):
     def _name(self, mentioned: bool, nick: str) -> str:
         """A sender's name, in the colour that it always has."""
         colour = NAME_COLOURS[zlib.crc32(fold(nick).encode()) % len(NAME_COLOURS)]
-        return self._screen.paint(harmless(nick), *((BOLD, REVERSE) if mentioned else ()), colour)
+        return self._screen.paint(escape_controls(nick), *((BOLD, REVERSE) if mentioned else ()), colour)
 
     def _print(self, text: str, moment: time.struct_time, past: bool = False) -> None:
         if moment[:3] > self._day or past and moment[:3] != self._day:
@@ -5506,7 +5629,7 @@ class Person(View):
 
     def remark(self, text: str) -> None:
         look = RED if text.startswith("Error: ") else DIM
-        self._print(self._screen.paint(f"*** {harmless(text)}", look), time.localtime())
+        self._print(self._screen.paint(f"*** {escape_controls(text)}", look), time.localtime())
 
     def greet(self, client: Client) -> None:
         others = [nick for nick in client.people.values() if nick != client.nick]
@@ -5532,20 +5655,20 @@ class Person(View):
         self._drawn = now
         self._print("", time.localtime())
         if client.joined:
-            state = f"{harmless(client.channel)} {len(client.people)}"
+            state = f"{escape_controls(client.channel)} {len(client.people)}"
         else:
             state = "connecting" if client.link else f"offline, next try in {math.ceil(client.deadline - now)} s"
         lines = [Message("PRIVMSG", line[1:], client.nick) for line in client.outgoing.waiting[-WAITING_ROWS:]]
         waiting = [f"  ... {own_form(placed(client, line))}" for line in lines]
         question, text, cursor = self._editor.view()
-        prompts = [question] if question else [f"[{state}] {harmless(client.nick)}> ", f"[{state}] ", "> "]
+        prompts = [question] if question else [f"[{state}] {escape_controls(client.nick)}> ", f"[{state}] ", "> "]
         self._screen.draw(waiting, prompts, text, cursor)
 
 
 def own_form(message: Message) -> str:
     """How we read a message of our own, which may be private."""
     text = text_form(message)
-    return f"[private to {harmless(message.param(0))}]{text[9:]}" if text.startswith("[private] ") else text
+    return f"[private to {escape_controls(message.param(0))}]{text[9:]}" if text.startswith("[private] ") else text
 
 
 def mentions(text: str, nick: str) -> bool:
@@ -5566,7 +5689,7 @@ def completions(client: Client, head: str) -> Tuple[int, List[str]]:
     start = head.rfind(" ") + 1
     word = head[start:]
     if start == 0 and word.startswith("/"):
-        return 0, [f"/{name} " for name in SLASHES if name.startswith(word[1:].lower())]
+        return 0, [f"/{name} " for name in SLASH_COMMANDS if name.startswith(word[1:].lower())]
     names = [nick for key, nick in reversed(list(client.people.items())) if key.startswith(client.fold(word))]
     return start, [nick + (" " if start else ": ") for nick in names if nick != client.nick]
 
@@ -5631,8 +5754,9 @@ def list_people(server: Server, words: List[str]) -> Iterable[str]:
         lines = []
         for session in people:
             where = " ".join(channel.name for channel in session.channels) or "in no channel"
-            kind = "lost its connection" if session.absent else type(session.view).__name__
-            lines.append(f"{session.called()}, {kind}, silent for {length(now - session.spoke)}: {where}")
+            lost = session.stage is Stage.DISCONNECTED
+            kind = "lost its connection" if lost else type(session.dialect).__name__
+            lines.append(f"{session.description()}, {kind}, silent for {length(now - session.last_spoke)}: {where}")
     return lines or ["nobody is here"]
 
 
@@ -5643,38 +5767,40 @@ def kick_out(server: Server, words: List[str]) -> Iterable[str]:
         session = hub.nicks.get(fold(words[0]))
         if session is None:
             return [f"Error: nobody here is called {words[0]}"]
-        throw_out(hub, session, words[1] if len(words) > 1 else "by the operator")
+        kill_session(hub, session, words[1] if len(words) > 1 else "by the operator")
     return []
 
 
-def throw_out(hub: Hub, session: Session, why: str) -> None:
+def kill_session(hub: Hub, session: Session, why: str) -> None:
     """Ends a session, whose client is told not to come back at once. With the lock held."""
     reason = f"Thrown out: {cut(why, REASON_BYTES)}"
-    hub.tell_locked(session, Message("KILL", (session.nick, reason), hub.name))
-    hub.quit_locked(session, reason, reason)
+    call = Call(hub, session)
+    call.send_to(session, Message("KILL", (session.nick, reason), hub.name))
+    call.quit(session, reason, reason)
+    hub.append(call)
 
 
 @operation("ban", "[NAME or ADDRESS]", 0, "shuts an address out, or no more; alone: shows which")
 def ban(server: Server, words: List[str]) -> Iterable[str]:
     """/ban [NAME or ADDRESS]: everybody from there, or on loopback, where addresses tell nothing, that name"""
     with server.hub as hub:
-        banned = hub.gate.banned
+        banned = hub.access.banned
         if not words:
             return [f"banned: {', '.join(banned.values()) or 'nobody'}"]
         session = hub.nicks.get(fold(words[0]))
         try:
-            key = session.origin if session and not session.loopback else origin_of(words[0])
+            key = session.address if session and session.host != "localhost" else address_key(words[0])
         except ValueError:
             try:
                 key = fold(check_nick(words[0]))
-            except Refused:
+            except CommandError:
                 return [f"Error: {words[0]} is neither a name nor an address"]
         if banned.pop(key, None):
             return [f"{words[0]} may come back"]
-        label = f"{words[0]} ({key})" if session and key == session.origin else words[0]
+        label = f"{words[0]} ({key})" if session and key == session.address else words[0]
         banned[key] = label
-        for other in [other for other in hub.sessions if key in (other.origin, fold(other.nick))]:
-            throw_out(hub, other, "banned")
+        for other in [other for other in hub.sessions if key in (other.address, fold(other.nick))]:
+            kill_session(hub, other, "banned")
     return [f"{label} is banned, until the server ends; the same again lets them back"]
 
 
@@ -5682,10 +5808,13 @@ def ban(server: Server, words: List[str]) -> Iterable[str]:
 def tell_all(server: Server, words: List[str]) -> Iterable[str]:
     """/say TEXT"""
     with server.hub as hub:
-        everybody = Roster([session for session in hub.sessions if session.registered])
-        for piece in split_text(harmless(" ".join(words)), TOPIC_BYTES):
-            hub.send_locked(Message("NOTICE", ("*", f"From the operator: {piece}"), hub.name), everybody)
-    return [f"told {len(everybody.members)} people"]
+        people = [session for session in hub.sessions if session.registered]
+        pieces = split_text(escape_controls(" ".join(words)), TOPIC_BYTES)
+        for session in people:
+            call = Call(hub, session)
+            call.replies += [Message("NOTICE", ("*", f"From the operator: {piece}"), hub.name) for piece in pieces]
+            hub.append(call)
+    return [f"told {len(people)} people"]
 
 
 @operation("stats", "", 0, "shows what the server has done")
@@ -5695,7 +5824,7 @@ def statistics(server: Server, words: List[str]) -> Iterable[str]:
         people = sum(session.registered for session in hub.sessions)
         return [
             f"{people} people in {len(hub.channels)} channels, {len(server.mailer)} connections",
-            f"{hub.said} messages, {server.mailer.delivered} deliveries",
+            f"{hub.messages} messages, {server.mailer.delivered} deliveries",
             f"{memory()}, up for {length(time.time() - hub.started)}",
         ]
 
@@ -5731,7 +5860,7 @@ class Console:
     """
 
     def __init__(self, server: Server) -> None:
-        self.events: Events[Tuple[str, str]] = queue.Queue(LOG_RECORDS)
+        self.events: Events[Tuple[str, str]] = queue.Queue(LOG_QUEUE)
         self.stopping = False  # as soon as possible; the terminal is the shell's meanwhile
         self._server = server
         self._keys = Keys()
@@ -5765,9 +5894,9 @@ class Console:
             if key == "\x03":  # where the terminal does not make a signal of it
                 self._server.stop()
             for line in (self._editor.press(key) or Entered([])).lines:
-                screen.print(screen.paint(f"server> {harmless(line)}", DIM))
+                screen.print(screen.paint(f"server> {escape_controls(line)}", DIM))
                 for answer in operate(self._server, line):
-                    screen.print(harmless(answer))
+                    screen.print(escape_controls(answer))
 
     def _complete(self, head: str) -> Tuple[int, List[str]]:
         start = head.rfind(" ") + 1
@@ -5790,14 +5919,15 @@ def run_server(args: argparse.Namespace) -> int:
     raise_descriptor_limit()
     if hasattr(gc, "set_threshold"):  # not PyPy; with the default, a third of the time in which 9,000 join
         gc.set_threshold(50_000, 20, 20)
-    history = Archive(args.history, args.fsync, args.keep) if args.history else History()
+    history = SqliteHistory(args.history, args.fsync, args.keep) if args.history else MemoryHistory()
     hub = Hub(args.server_name, history, args.replay, chosen_limits(args))
     password = read_password(args.password_file)
     try:
-        hub.gate = Gate(args.exempt, password)
+        hub.access = AccessControl(args.exempt, password)
     except ValueError as error:
         raise Failed(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
     certificate, context = encryption(args)
+    log_file = logging.FileHandler(args.log, encoding="utf-8") if args.log else None  # before others can connect
     try:
         server = Server(args.host, args.port, hub, context, args.tls_only)
     except (OSError, UnicodeError) as error:
@@ -5805,19 +5935,19 @@ def run_server(args: argparse.Namespace) -> int:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise Failed(f"cannot listen on {args.host}:{args.port}: {reason}") from None
-    return attend(server, invitation(*server.address, certificate, args.tls_only), args)
+    return attend(server, invitation(*server.address, certificate, args.tls_only), args.verbose, log_file)
 
 
-def attend(server: Server, greeting: str, args: argparse.Namespace) -> int:
+def attend(server: Server, greeting: str, verbose: bool, log_file: Optional[logging.Handler]) -> int:
     """Lets a server serve, with its log and its terminal; returns the exit code."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), lambda *_: server.stop())
     console = Console(server) if at_terminal() else None
-    end_log = begin_log(args, console)
+    end_log = begin_log(verbose, log_file, console)
     host, port = server.address
     print(f"listening on {host}:{port}\n{greeting}", flush=True)
-    if not (server.hub.gate.locked or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
+    if not (server.hub.access.password_required or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
         log.warning("there is no password: whoever reaches %s can join (--password-file sets one)", host)
     if console:
         if hasattr(signal, "SIGTSTP"):
@@ -5903,24 +6033,22 @@ def chosen_limits(args: argparse.Namespace) -> Limits:
     return limits._replace(**chosen)
 
 
-def begin_log(args: argparse.Namespace, console: Optional[Console] = None) -> Callable[[], bool]:
+def begin_log(verbose: bool, log_file: Optional[logging.Handler], console: Optional[Console]) -> Callable[[], bool]:
     """Has the log written by a thread, because a terminal or a pipe may take nothing for as long as it likes.
 
     Returns what ends that; it tells whether all is written.
     """
-    handler: logging.Handler = logging.StreamHandler()
-    if args.log:
-        handler = logging.FileHandler(args.log, encoding="utf-8")
-    elif console and sys.stderr.isatty():
+    handler = log_file or logging.StreamHandler()
+    if console and not log_file and sys.stderr.isatty():
         handler = ToConsole()
         handler.console = console
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    records: queue.Queue[Any] = queue.Queue(LOG_RECORDS)
+    records: queue.Queue[Any] = queue.Queue(LOG_QUEUE)
     source = LogQueue(records)
     source.addFilter(Calm())
     log.addHandler(source)
     logging.raiseExceptions = False  # a log that cannot be written is no reason to write that down each time
-    log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
 
     def write() -> None:
         for record in iter(records.get, None):
@@ -5960,11 +6088,11 @@ class Calm(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kinds: Dict[str, Tuple[Allowance, List[int]]] = {}  # text before values are put in -> [left out]
+        self._kinds: Dict[str, Tuple[TokenBucket, List[int]]] = {}  # text before values are put in -> [left out]
 
     def filter(self, record: logging.LogRecord) -> bool:
-        allowance, left_out = self._kinds.setdefault(record.msg, (Allowance(LOG_BURST, LOG_INTERVAL_S), [0]))
-        if not allowance.take(time.monotonic()):
+        bucket, left_out = self._kinds.setdefault(record.msg, (TokenBucket(LOG_BURST, LOG_INTERVAL_S), [0]))
+        if not bucket.allow(time.monotonic()):
             left_out[0] += 1
             return False
         if left_out[0]:
@@ -6043,7 +6171,7 @@ def chosen_names(args: argparse.Namespace) -> Tuple[str, str, str]:
             channel = channel[0] + check_channel(f"#{channel[1:]}")[1:]
         else:
             check_channel(channel)
-    except Refused as refused:
+    except CommandError as refused:
         raise Failed(refused.numeric.text.format().replace("; send another", "")) from None
     key = key.strip()
     if key and not is_word(key, LINE_BYTES // 2):
@@ -6108,26 +6236,26 @@ def run_history(args: argparse.Namespace) -> int:
     """chat.py history"""
     if not os.path.exists(args.file):
         raise Failed(f"there is no {args.file}")
-    history = Archive(args.file, readable=True)
+    history = SqliteHistory(args.file, readonly=True)
     channels = [fold(args.channel)] if args.channel else history.channels()
-    lines = heapq.merge(*(spoken(history, name, int(args.since * 1e6) - 1) for name in channels), key=number)
+    lines = heapq.merge(*(spoken(history, name, int(args.since * 1e6) - 1) for name in channels), key=sequence)
     for message in lines:
         if args.json:
             print(JSON.encode(message).decode(), end="")
         else:
             when = time.strftime("%Y-%m-%d %H:%M:%S", local_time(message.tags["time"]))
-            print(f"{when} {harmless(message.param(0))} {text_form(message)}")
+            print(f"{when} {escape_controls(message.param(0))} {text_form(message)}")
     return 0
 
 
-def spoken(history: History, channel: str, low: int) -> Iterator[Message]:
+def spoken(history: MemoryHistory, channel: str, low: int) -> Iterator[Message]:
     """All that was said in a channel after the number `low`, in order."""
     while True:
-        page = history.page(channel, low, ALL, PAGE_LINES, False)
-        yield from map(recalled, page)
+        page = history.fetch(channel, low, MAX_SEQUENCE, PAGE_LINES, False)
+        yield from map(strip_private_tags, page)
         if not page:
             return
-        low = number(page[-1])
+        low = sequence(page[-1])
 
 
 def moment(text: str) -> float:
@@ -6139,7 +6267,7 @@ def login_name() -> str:
     """The login name as far as it can be a nick."""
     try:
         return check_nick(re.sub(r"[^\w-]", "", getpass.getuser()).lstrip("-0123456789")[:NICK_CHARS])
-    except (OSError, KeyError, ImportError, Refused):
+    except (OSError, KeyError, ImportError, CommandError):
         return "guest"
 
 
@@ -6275,8 +6403,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 1
     except (KeyboardInterrupt, EOFError):  # while a password was asked for
         return 130
-    except (Failed, Unkept, OSError, UnicodeError) as failed:
-        print(f"chat.py: {harmless(str(failed))}", file=sys.stderr)
+    except (Failed, StorageError, OSError, UnicodeError) as failed:
+        print(f"chat.py: {escape_controls(str(failed))}", file=sys.stderr)
         return 1
 
 
