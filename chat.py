@@ -154,6 +154,10 @@ NICK_CHANGES, NICK_CHANGE_S = 5, 10.0  # at once, then one each so many seconds:
 # 0.15 s with 200, and 1.0 s with 500, because more of them wait in socket buffers; with 60 fewer get through.
 LOG_HIGH_WATER = 200
 LOG_ENTRIES = 20_000  # the same with answers to one session: NAMES alone may be hundreds
+QUERY_ENTRIES = 500  # in the log, over which queries wait: a few ms of the mailer's time
+PAUSE_S = 0.001  # between two parts of a long answer
+QUERY_ROWS = 250  # of one answer under the lock at once
+QUERY_BURST, QUERY_RATE = 10_000, 1000.0  # rows of answers for one address: at once, then a second
 STACK_BYTES = 256 << 10  # of a reader thread; the default of 8 MiB would forbid thousands of them
 
 # History.
@@ -643,13 +647,17 @@ def cut(text: str, size: int) -> str:
 
 def split_text(text: str, size: int) -> list[str]:
     """`text` in pieces of at most `size` bytes, between words where that is possible."""
-    pieces = []
-    while len(text.encode()) > size:
-        piece = cut(text, size) or text[0]
-        space = piece.rfind(" ") if not text[len(piece) :].startswith(" ") else len(piece)
-        pieces.append(piece[:space] if space > 0 else piece)
-        text = text[len(pieces[-1]) :].lstrip(" ")
-    return [piece for piece in (*pieces, text) if piece]
+    pieces, start = [], 0
+    while start < len(text):
+        piece = cut(text[start : start + size], size) or text[start]
+        end = start + len(piece)
+        if text[end : end + 1] not in ("", " ") and " " in piece[1:]:
+            end = start + piece.rindex(" ")
+        pieces.append(text[start:end])
+        start = end
+        while text[start : start + 1] == " ":
+            start += 1
+    return pieces
 
 
 class LineBuffer:
@@ -1394,9 +1402,9 @@ class TokenBucket:
         self.debit(now)
         return True
 
-    def debit(self, now: float) -> float:
-        """Takes a token even if there is none; returns the seconds until it would have been available."""
-        self._full_at = max(self._full_at, now) + self._interval
+    def debit(self, now: float, tokens: float = 1) -> float:
+        """Takes tokens even if there are none; returns the seconds until they would have been available."""
+        self._full_at = max(self._full_at, now) + self._interval * tokens
         return max(self._full_at - now - self._span, 0.0)
 
     def is_empty(self, now: float) -> bool:
@@ -1426,14 +1434,15 @@ def digest(secret: str) -> bytes:
 
 
 class AddressRecord:
-    """What is known of one address: its connections, and how many more it may make, or wrong passwords give."""
+    """What is known of one address: its connections, and how much it may still ask of us."""
 
-    __slots__ = ("arrivals", "connections", "passwords")
+    __slots__ = ("arrivals", "connections", "passwords", "rows")
 
     def __init__(self, per_address: float) -> None:
         self.connections = 0
         self.arrivals = TokenBucket(2 * per_address, CONNECT_INTERVAL_S)
-        self.passwords = TokenBucket(WRONG_PASSWORDS, WRONG_S / WRONG_PASSWORDS)
+        self.passwords = TokenBucket(WRONG_PASSWORDS, WRONG_S / WRONG_PASSWORDS)  # wrong ones
+        self.rows = TokenBucket(QUERY_BURST, 1 / QUERY_RATE)  # of answers
 
 
 class AccessControl:
@@ -1490,13 +1499,24 @@ class AccessControl:
         record = self._records.get(key)
         return record is not None and record.passwords.is_empty(time.monotonic())
 
+    def may_ask(self, key: str) -> bool:
+        """Whether an address has not had too many rows of answers lately."""
+        record = self._records.get(key)
+        return record is None or not record.rows.is_empty(time.monotonic()) or self.is_exempt(key)
+
+    def charge(self, key: str, rows: int) -> None:
+        """Counts rows of answers to an address."""
+        now = time.monotonic()
+        self._record(key, math.inf, now).rows.debit(now, rows)
+
     def _record(self, key: str, per_address: float, now: float) -> AddressRecord:
         if now > self._swept + SWEEP_S:
             self._swept = now
             self._records = {
                 known: record
                 for known, record in self._records.items()
-                if record.connections or record.arrivals.in_debt(now) or record.passwords.in_debt(now)
+                if record.connections
+                or any(item.in_debt(now) for item in (record.arrivals, record.passwords, record.rows))
             }
         return self._records.setdefault(key, AddressRecord(per_address))
 
@@ -1594,8 +1614,8 @@ class Channel:
         """Adds a member; the first one becomes operator."""
         self.members[session] = rank if self.members else rank or "o"
         session.channels[self] = None
-        for caps in self._names:
-            self._add_name(session, caps)
+        for caps, texts in self._names.items():
+            texts[-1:] = split_text(" ".join([*texts[-1:], self._name(session, caps)]), NAMES_BYTES)
 
     def remove(self, session: Session) -> None:
         """Removes a member."""
@@ -1610,18 +1630,12 @@ class Channel:
         """All names with their signs, in texts that fit in a 353 line. Kept up to date as members join."""
         caps = NAMES_CAPS & caps
         if caps not in self._names:
-            self._names[caps] = []
-            for member in self.members:
-                self._add_name(member, caps)
+            names = [self._name(member, caps) if rank or caps else member.nick for member, rank in self.members.items()]
+            self._names[caps] = split_text(" ".join(names), NAMES_BYTES)
         return self._names[caps]
 
-    def _add_name(self, member: Session, caps: frozenset[str]) -> None:
-        shown = member.prefix if "userhost-in-names" in caps else member.nick
-        name, texts = signs(self.members[member], caps) + shown, self._names[caps]
-        if texts and len(f"{texts[-1]} {name}".encode()) <= NAMES_BYTES:
-            texts[-1] += f" {name}"
-        else:
-            texts.append(name)
+    def _name(self, member: Session, caps: frozenset[str]) -> str:
+        return signs(self.members[member], caps) + (member.prefix if "userhost-in-names" in caps else member.nick)
 
     def is_banned(self, session: Session) -> bool:
         """Whether a ban matches a session. Asked for every message, so the answer is kept."""
@@ -1739,6 +1753,7 @@ class Call:
         message = Message(numeric.code, (self.session.nick, *params), self.hub.name)
         self.replies.append(Lines(message, tuple(texts)))
         self.hub.log_length += len(texts)
+        self.hub.access.charge(self.session.address, len(texts))
 
     def reply_error(self, error: CommandError) -> None:
         """Replies with an error."""
@@ -1755,6 +1770,7 @@ class Call:
         """Replies with what the history answers, about `weight` messages."""
         self.replies.append(query)
         self.hub.log_length += weight
+        self.hub.access.charge(self.session.address, weight)
 
     def acknowledge(self, relayed: Message) -> None:
         """Tells a sender that its message was accepted, by its echo or an ACK. With a label, no echo makes an ACK."""
@@ -1871,6 +1887,34 @@ class DeadlineQueue:
         return min(max(self._heap[0][0] - now, 0.01), TICK_S) if self._heap else TICK_S
 
 
+class Turnstile:
+    """Lets threads wait until something holds, and then through one after another, lest a thousand wake at once.
+
+    To be used with the lock held, which is released while a thread waits.
+    """
+
+    def __init__(self, lock: threading.Lock, is_open: Callable[[], bool]) -> None:
+        self._condition = threading.Condition(lock)
+        self._is_open = is_open
+        self._waiting = 0
+
+    def wait(self) -> None:
+        """Waits until it is open, and wakes the next one."""
+        waited = False
+        while not self._is_open():
+            waited = True
+            self._waiting += 1
+            self._condition.wait()
+            self._waiting -= 1
+        if waited:
+            self.wake()
+
+    def wake(self) -> None:
+        """Wakes one that waits: it may be open."""
+        if self._waiting:
+            self._condition.notify()
+
+
 class Hub:
     """Who is here, who is where, and the log of what is to be delivered.
 
@@ -1907,8 +1951,8 @@ class Hub:
         self.log_length = 0  # effects and replies in the log
         self.wake: Callable[[], None] = lambda: None  # wakes the mailer
         self._lock = threading.Lock()
-        self._not_full = threading.Condition(self._lock)
-        self._waiting = 0  # readers that wait until the log is not full
+        self.not_full = Turnstile(self._lock, self._is_not_full)  # for commands, where the log is
+        self.idle = Turnstile(self._lock, lambda: self.log_length < QUERY_ENTRIES)  # for queries, where it is
         self._mailer_waits = False
         self._log: List[Call] = []
         self._log_records: List[Tuple[int, str, Tuple[object, ...]]] = []  # for the program's log
@@ -1924,6 +1968,9 @@ class Hub:
         self._lock.release()
         if wake:
             self.wake()
+
+    def _is_not_full(self) -> bool:
+        return self.log_broadcasts < LOG_HIGH_WATER and self.log_length < LOG_ENTRIES
 
     # For the server's threads, without the lock.
 
@@ -1978,8 +2025,8 @@ class Hub:
             calls, self._log = self._log, []
             records, self._log_records = self._log_records, []
             self.log_broadcasts = self.log_length = 0
-            if self._waiting:
-                self._not_full.notify()
+            self.not_full.wake()
+            self.idle.wake()
             self._mailer_waits = not (calls or records)
         for level, text, values in records:
             log.log(level, text, *values)
@@ -1993,16 +2040,12 @@ class Hub:
             self._log.append(call)
             self.log_length += len(call.effects) + len(call.replies)
 
-    def wait_until_not_full(self) -> None:
-        """Backpressure: waits, with the lock released, while the log is full. Waiters wake one after another."""
-        waited = False
-        while self.log_broadcasts >= LOG_HIGH_WATER or self.log_length >= LOG_ENTRIES:
-            self._waiting += 1
-            self._not_full.wait()
-            self._waiting -= 1
-            waited = True
-        if waited and self._waiting:
-            self._not_full.notify()
+    def pause(self) -> None:
+        """Lets others have the lock, and waits until there is time for queries."""
+        self.__exit__()
+        time.sleep(PAUSE_S)  # without that, this thread would be the next one to have it, too
+        self.__enter__()
+        self.idle.wait()
 
     def log_later(self, level: int, text: str, *values: object) -> None:
         """Has the mailer write to the program's log: a reader's stack would grow by what that takes."""
@@ -2087,13 +2130,35 @@ def query(grammar: str, min_params: int = 0, names_server: bool = False) -> Call
         def run(call: Call) -> None:
             if names_server and call.params and not matches(fold(call.params[-1]), fold(call.hub.name)):
                 raise CommandError(ERR_NOSUCHSERVER, call.params[-1])
+            check_query_rate(call)
             for row in rows(call):
                 call.reply(*row)
+                if len(call.replies) % QUERY_ROWS == 0 and not pause_query(call):
+                    return
+            call.hub.access.charge(call.session.address, len(call.replies))
 
         command(grammar, min_params)(run)
         return rows
 
     return enter
+
+
+def check_query_rate(call: Call) -> None:
+    """Waits until there is time for a query; raises CommandError where its address has had too many rows of answers."""
+    call.hub.idle.wait()
+    if not call.hub.access.may_ask(call.session.address):
+        raise CommandError(RPL_TRYAGAIN, call.message.command)
+
+
+def pause_query(call: Call) -> bool:
+    """Lets others have the lock between two parts of a long answer; False if the caller has left meanwhile."""
+    if not call.label:  # otherwise they go out as one
+        part = Call(call.hub, call.session)
+        part.replies, call.replies = call.replies, []
+        call.hub.access.charge(call.session.address, len(part.replies))
+        call.hub.append(part)
+    call.hub.pause()
+    return call.session.stage is not Stage.GONE
 
 
 def handle_line(hub: Hub, session: Session, line: Optional[bytes]) -> None:
@@ -2110,7 +2175,7 @@ def handle_line(hub: Hub, session: Session, line: Optional[bytes]) -> None:
         error = caught
         time.sleep(ERROR_PAUSE_S)
     with hub:
-        hub.wait_until_not_full()
+        hub.not_full.wait()
         if error and session.stage is not Stage.GONE:
             call = Call(hub, session, error.message or NO_MESSAGE)
             call.reply_error(error)
@@ -2583,6 +2648,7 @@ def send_topic(call: Call, channel: Channel) -> None:
 
 @command("NAMES <channel>{,<channel>}")
 def names(call: Call) -> None:
+    check_query_rate(call)
 
     def names_of_one(name: str) -> None:
         try:
@@ -2900,6 +2966,7 @@ PAGES: Dict[str, Callable[[List[Span], int], List[Page]]] = {
 )
 def chathistory(call: Call) -> None:
     hub, sub, words = call.hub, call.params[0].upper(), call.params[1:]
+    check_query_rate(call)
     if sub not in PAGES and sub != "TARGETS":
         raise CommandError(FAIL_UNKNOWN_COMMAND, sub)
     references = words[0 if sub == "TARGETS" else 1 : -1]
@@ -2944,9 +3011,11 @@ def target_messages(
 def who(call: Call) -> Rows:
     mask = call.message.param(0)
     channel = call.hub.channels.get(fold(mask))
-    members: Iterable[Session] = channel.members if channel else find_registered(call, [mask])
+    members = list(channel.members) if channel else find_registered(call, [mask])
     fields, _, token = call.message.param(1).partition("%")[2].partition(",")
     for member in members:
+        if channel and member not in channel.members:  # has left meanwhile
+            continue
         values = who_fields(call, member, channel)
         if fields:  # WHOX: only what was asked for, in the order of its specification
             values["t"] = token[:3] or "0"

@@ -871,7 +871,7 @@ class State(unittest.TestCase):
 
     def test_errors_wait_until_the_log_is_not_full_like_everything_else(self) -> None:
         hub, session = chat.Hub("s"), chat.Session("h", 0.0)
-        with mock.patch.object(hub, "wait_until_not_full") as wait:
+        with mock.patch.object(hub.not_full, "wait") as wait:
             for line in (None, b"\xff", b"bob"):
                 chat.handle_line(hub, session, line)
         self.assertEqual(wait.call_count, 3)
@@ -896,6 +896,32 @@ class State(unittest.TestCase):
         hub.append(call)
         chat.FanOut(chat.commit(hub, hub.drain_log()))
         self.assertEqual((channel.members, channel.audience, call.session.audiences, hub.channels), ({}, {}, (), {}))
+
+    def test_a_turnstile_lets_through_one_after_another(self) -> None:
+        lock, is_open = threading.Lock(), False
+        through: List[int] = []
+        turnstile = chat.Turnstile(lock, lambda: is_open)
+
+        def wait(number: int) -> None:
+            with lock:
+                started.release()
+                turnstile.wait()
+                through.append(number)
+
+        started = threading.Semaphore(0)
+        threads = [threading.Thread(target=wait, args=(number,)) for number in range(5)]
+        for thread in threads:
+            thread.start()
+            started.acquire()
+        with lock:
+            turnstile.wake()  # too early: who is woken waits on
+        with lock:
+            self.assertEqual(through, [])
+            is_open = True
+            turnstile.wake()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual(sorted(through), list(range(5)))
 
     def test_token_bucket(self) -> None:
         bucket = chat.TokenBucket(3, 10.0)
@@ -1529,6 +1555,52 @@ class Answers(ServerCase):
             ann.send("LIST\r\n")
             codes = [chat.parse(line).command for line in ann.sync()]
         self.assertEqual(codes, ["321", "322", "322", "416", "323"])
+
+    def test_a_long_answer_lets_others_in_between(self) -> None:
+        hub, ann = self.server.hub, self.irc("ann", "batch", "labeled-response")
+        people = [self.irc(f"u{number}") for number in range(5)]
+        people[0].sync()
+        ann.sync()
+        pause, count = hub.pause, 0
+
+        def others_speak() -> None:
+            nonlocal count
+            count += 1
+            people[0].send(f"PRIVMSG #chat :in between {count}\r\n")
+            while hub.messages < count:
+                pause()
+
+        with mock.patch.object(chat, "QUERY_ROWS", 2), mock.patch.object(hub, "pause", others_speak):
+            ann.send("WHO #chat\r\n")
+            lines = ann.sync()
+            kinds = ["352" if " 352 " in line else line.split(":")[-1] for line in lines]
+            between = [f"in between {number}" for number in (1, 2, 3)]
+            self.assertEqual([kind for kind in kinds if kind != "352"], [*between, "End of WHO list"])
+            self.assertEqual(kinds[:2], ["352", "352"])
+            self.assertEqual(kinds.count("352"), 6)
+            ann.send("@label=L WHO #chat\r\n")
+            lines = [line for line in ann.sync() if "PRIVMSG" not in line]
+            self.assertTrue(lines[0].startswith("@label=L :chat.local BATCH +"))
+            self.assertEqual((len(lines), count), (9, 6))
+
+    def test_answers_are_weighed_by_their_rows(self) -> None:
+        self.exempt("")
+        with mock.patch.multiple(chat, QUERY_BURST=10, QUERY_RATE=0.001):
+            ann, bob = self.irc("ann"), self.irc("bob")
+            for _ in range(10):
+                bob.send("WHO #chat\r\n")
+            answers = bob.sync()
+            self.assertIn(":chat.local 263 bob WHO :WHO is too much now; wait a little", answers)
+            self.assertLess(len([line for line in answers if " 352 " in line]), 20)
+            for question in (
+                "NAMES #chat",
+                "LIST",
+                "CHATHISTORY LATEST #chat * 1",
+            ):  # one account for all of an address
+                ann.send(f"{question}\r\n")
+                self.assertIn(f" 263 ann {question.split()[0]} :", ann.until(" 263 "))
+            ann.send("PRIVMSG #chat :talking is free\r\n")
+            bob.until("talking is free")
 
 
 class Stage(ServerCase):
