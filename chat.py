@@ -6,35 +6,37 @@
 
 Sections, from pure to effectful; each uses only those above it:
 
-    limits and numerics    every bound with its reason; IRC numerics with their texts
+    limits and numerics    every bound with its unit and reason; IRC's numeric replies with their texts
     names                  what a nick or a channel may be called, and when two names are one
-    wire format            Message, parse and encode, LineBuffer, what must fit in a line
-    text form              a message as people read it; slash commands as people type them
-    dialects               plain, JSON lines, IRC and HTTP: bytes of a line <-> Message
+    wire format            Message; parse and format a line; LineBuffer: bytes into lines; split_text: a long text into lines
+    text form              the sentence that a person reads ("*** bob joined"); slash commands, parsed
+    dialects               plain lines, JSON lines, IRC, HTTP: bytes of a line <-> Message
     history                what was said in channels: in memory, or in an SQLite file
-    chat state             Session, Channel, Hub: who is here, who is where; Call and the log; limits, access; one lock
-    commands               dispatch; one function per command, in a table; each gets one Call
-    delivery               the log applied in order: what is stored, and which bytes go to whom
-    encryption             TLS as bytes in, bytes out; who is at the other end
-    server                 connections and their readers, the mailer, the listener
+    chat state             who is here, who is where: Session, Channel, Hub with its log; Call, a command while it runs;
+                           who may connect, and how fast: AccessControl, TokenBucket
+    commands               dispatch; a function for each command (JOIN, KICK, ...), in a table
+    delivery               what becomes of the log: what is stored, and which bytes go to whom
+    encryption             TLS as bytes in, bytes out; fingerprints
+    server                 Server accepts, and its reader threads hold back who sends too fast; Mailer sends
     terminal               line editor and screen, for people
     client                 connection to a server, and what is known of the chat there
     arrivals and entries   what a message, or a typed line, means to the client: a function each, in two tables
     views                  what a person at a terminal sees and types, or what goes through a pipe
-    operator               what whoever runs a server can do, and the terminal to do it at
+    operator               commands of whoever runs the server, typed at its own terminal
     command line           argparse, main
 
-Threads of the server. A reader per connection receives, splits into lines and runs commands. Each command is a
-Call, which changes the state under the hub's lock and is then appended to the log. The mailer alone writes to
-sockets: it takes the whole log, stores what is to be stored, encodes each message once per dialect, and makes one
-send per recipient. The thread that serves accepts, and lets Hub.tick do what is due: the main thread, unless that
-has a terminal to look after. Another one writes the program's own log.
+Threads of the server. A reader per connection receives, splits into lines and runs commands. Each run of a command is
+a Call, which changes the state and is appended to the hub's log, both under the hub's lock. The mailer alone writes to
+sockets: it takes the whole log, stores what is to be stored, encodes each message once per dialect, and makes one send
+per recipient. The thread that serves accepts, and lets Hub.tick prompt, ping and time out: the main thread, unless that
+has the operator's terminal to look after. One more thread writes the diagnostics (module logging).
 
-The order of the log is the order in which everybody sees everything. Joins and leaves are in it, too: a channel's
-`members` are those at its write end, under the lock, its `audience` those at its read end, which is the mailer's.
+The order of the log is the order in which everybody sees everything. It is a queue: readers append at one end, the
+mailer takes from the other. Joins and leaves are in it, too: `Channel.members` are those at the readers' end, under the
+lock, `Channel.audience` those at the mailer's end, which only the mailer uses.
 
-The rule of the lock. `with hub:` holds it. Every command and all methods of Call run with it held, and of Hub's
-those that it lists so. No I/O happens under it, and no other lock is taken under it.
+The rule of the lock. `with hub:` holds it. Every command and every method of Call runs with it held; Hub says which of
+its own do. No I/O happens under it, and no other lock is taken under it.
 """
 
 from __future__ import annotations
@@ -3270,9 +3272,8 @@ class FanOut:
         broadcasts = [effect for effect in effects if type(effect) is Broadcast]
         self._active = dict.fromkeys(channel for broadcast in broadcasts for channel in broadcast.channels)
         self._feeds: Dict[FrozenSet[Channel], Feed] = {}  # by the active channels that a session is in
-        self._feeds_of: Dict[Channel, List[Feed]] = {
-            channel: [] for channel in self._active
-        }  # who is in no other: first
+        # By channel, the feed of those first who are in no other.
+        self._feeds_of: Dict[Channel, List[Feed]] = {channel: [] for channel in self._active}
         self._cursors: Dict[Session, Cursor] = {}
         for channel in self._active:
             self._feed((channel,))
