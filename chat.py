@@ -8,7 +8,7 @@ Sections, from pure to effectful; each uses only those above it:
 
     limits and numerics    every bound with its unit and reason; IRC's numeric replies with their texts
     names                  what a nick or a channel may be called, and when two names are one
-    wire format            Message; parse and format a line; LineBuffer: bytes into lines; split_text: a long text into lines
+    wire format            Message; parse and format a line; LineBuffer: bytes into lines; split_text: a text into lines
     text form              the sentence that a person reads ("*** bob joined"); slash commands, parsed
     dialects               plain lines, JSON lines, IRC, HTTP: bytes of a line <-> Message
     history                what was said in channels: in memory, or in an SQLite file
@@ -194,7 +194,7 @@ RESUME_GRACE_S = 30.0  # for a client to come back before the others are told th
 GHOST_PING_S = 10.0  # for the holder of a name that somebody else asks for: a ghost does not answer
 TICK_S = 0.5  # longest sleep of the timers
 DRAIN_S = 3.0  # without progress, for the send queue of a connection that is closed
-CLOSE_GRACE_S = 0.5  # for the peer to close, too, once the socket has taken the last line
+CLOSE_GRACE_S = 0.5  # for the peer to close, too, once it has got the last line
 STOP_S = 3.0  # for the last lines to be delivered when the server stops; it is gone within 5
 # Thread switch interval. Each of N threads that want to run wakes once in it, for nothing, so it grows with N: when
 # 9,000 clients spoke at once, they had joined after 19 s with 1 ms, after 10 s with 50 ms.
@@ -1688,14 +1688,17 @@ class Update(NamedTuple):
     def apply(self) -> None:
         """Moves the session from its old audiences to its new ones."""
         session = self.session
+        kept = set(session.audiences).intersection(self.channels) if self.dialect is session.output else set()
         for channel in session.audiences:
-            group = channel.audience[session.output]
-            del group[session]
-            if not group:
-                del channel.audience[session.output]
+            if channel not in kept:
+                group = channel.audience[session.output]
+                del group[session]
+                if not group:
+                    del channel.audience[session.output]
         session.output, session.audiences = self.dialect, self.channels
         for channel in session.audiences:
-            channel.audience.setdefault(session.output, {})[session] = None
+            if channel not in kept:
+                channel.audience.setdefault(session.output, {})[session] = None
 
 
 class Close(NamedTuple):
@@ -1776,7 +1779,8 @@ class Call:
 
     def acknowledge(self, relayed: Message) -> None:
         """Tells a sender that its message was accepted, by its echo or an ACK. With a label, no echo makes an ACK."""
-        if "echo-message" in self.session.dialect.caps:
+        caps = self.session.dialect.caps
+        if "echo-message" in caps and CAPS_NEEDED.get(relayed.command, "echo-message") in caps:
             self.replies.append(relayed._replace(tags={**relayed.tags, "label": self.ref}) if self.ref else relayed)
         elif self.ref:
             self.replies.append(Message("ACK", (), self.hub.name, {**id_tags(relayed), "label": self.ref}))
@@ -1950,11 +1954,12 @@ class Hub:
         self.guests = itertools.count(1)  # numbers for those who bring no name
         self.deadlines = DeadlineQueue()
         self.log_broadcasts = 0  # in the log
-        self.log_length = 0  # effects and replies in the log
+        self.log_length = 0  # calls, effects and replies in the log
         self.wake: Callable[[], None] = lambda: None  # wakes the mailer
         self._lock = threading.Lock()
         self.not_full = Turnstile(self._lock, self._is_not_full)  # for commands, where the log is
-        self.idle = Turnstile(self._lock, lambda: self.log_length < QUERY_ENTRIES)  # for queries, where it is
+        self.idle = Turnstile(self._lock, lambda: self.log_length < QUERY_ENTRIES or self.closed)  # for queries
+        self.closed = False  # nobody takes the log any more
         self._mailer_waits = False
         self._log: List[Call] = []
         self._log_records: List[Tuple[int, str, Tuple[object, ...]]] = []  # for the program's log
@@ -1972,7 +1977,7 @@ class Hub:
             self.wake()
 
     def _is_not_full(self) -> bool:
-        return self.log_broadcasts < LOG_HIGH_WATER and self.log_length < LOG_ENTRIES
+        return self.log_broadcasts < LOG_HIGH_WATER and self.log_length < LOG_ENTRIES or self.closed
 
     # For the server's threads, without the lock.
 
@@ -2040,7 +2045,7 @@ class Hub:
         """Appends a call to the log, if it does anything."""
         if call.effects or call.replies or call.label or call.stored:
             self._log.append(call)
-            self.log_length += len(call.effects) + len(call.replies)
+            self.log_length += 1 + len(call.effects) + len(call.replies)
 
     def pause(self) -> None:
         """Lets others have the lock, and waits until there is time for queries."""
@@ -3211,8 +3216,8 @@ def answers(call: Call) -> Sequence[Union[Message, Lines]]:
 
 
 def run_query(call: Call, query: HistoryQuery) -> List[Message]:
-    """What the history answers, or that it cannot; nothing for a session that has left."""
-    if call.session.stage > Stage.REGISTERED:
+    """What the history answers, or that it cannot; nothing for a session without a connection."""
+    if call.session.send is discard:
         return []
     try:
         return query(call.hub.history)
@@ -3470,14 +3475,17 @@ class State(enum.IntEnum):
 
     OPEN = 0  # send what there is
     DRAINING = 1  # send what is queued, at most DRAIN_S after the last progress, then end our side
-    HALF_CLOSED = 2  # our side has ended: receive until the peer ends its own, at most CLOSE_GRACE_S
+    HALF_CLOSED = 2  # our side has ended: receive until the peer ends its own, at most CLOSE_GRACE_S after it has all
     CLOSED = 3  # nothing; its reader returns, and then the socket is closed
 
 
 class Connection:
     """A session's socket. Its reader receives, the mailer alone sends, shuts down and closes."""
 
-    __slots__ = ("deadline", "flooding_since", "reader_done", "recv_size", "sendq", "session", "sock", "state", "tls")
+    __slots__ = (
+        "deadline", "flooding_since", "in_flight", "reader_done", "recv_size", "sendq", "session", "sock", "state",
+        "tls",
+    )  # fmt: skip
 
     def __init__(self, sock: socket.socket, session: Session) -> None:
         self.sock = sock
@@ -3487,6 +3495,7 @@ class Connection:
         self.sendq = bytearray()  # what the socket did not take
         self.state = State.OPEN
         self.deadline = math.inf  # monotonic: until when it may stay in this state
+        self.in_flight: float = math.inf  # bytes that the peer had not acknowledged when that was last asked
         self.reader_done = False
         # The reader's:
         self.recv_size = IDLE_RECV_BYTES
@@ -3501,6 +3510,11 @@ class Connection:
         self.recv_size = RECV_BYTES if len(data) == self.recv_size else IDLE_RECV_BYTES
         return data
 
+    def is_progressing(self) -> bool:
+        """Whether the peer has taken some of what is in flight since this was last asked, and not all."""
+        before, self.in_flight = self.in_flight, unacknowledged(self.sock)
+        return 0 < self.in_flight < before
+
     def unread_bytes(self) -> int:
         """How many bytes wait to be received, at most FLOOD_BYTES. Reader only."""
         try:
@@ -3509,15 +3523,39 @@ class Connection:
             return 0
 
 
-class Poller:
-    """A selector for writable sockets that any thread can wake. Only `wake` is thread-safe."""
+class Wakeup:
+    """Lets any thread end another one's select, in which this is registered for reading."""
 
     def __init__(self) -> None:
-        self._wakeup, self._waker = socket.socketpair()
-        self._wakeup.setblocking(False)
-        self._waker.setblocking(False)
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self.fileno = self._reader.fileno
+
+    def wake(self) -> None:
+        """Makes this readable. Any thread, and signal handlers; also after `close`."""
+        with contextlib.suppress(OSError):  # full: it is readable
+            self._writer.send(b"!")
+
+    def clear(self) -> None:
+        """Makes this unreadable again."""
+        self._reader.recv(4096)
+
+    def close(self) -> None:
+        """Closes the sockets."""
+        self._reader.close()
+        self._writer.close()
+
+
+class Poller:
+    """A selector for writable sockets that any thread can wake. Only `wake` and `post` are thread-safe."""
+
+    def __init__(self) -> None:
+        self._wakeup = Wakeup()
+        self.wake = self._wakeup.wake
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wakeup, selectors.EVENT_READ)
+        self._posted: Deque[Tuple[Callable[[Connection], None], Connection]] = collections.deque()
 
     def __len__(self) -> int:
         return len(self._selector.get_map()) - 1
@@ -3530,10 +3568,14 @@ class Poller:
         """Ends that."""
         self._selector.unregister(connection.sock)
 
-    def wake(self) -> None:
-        """Ends the wait, or the next one."""
-        with contextlib.suppress(OSError):  # full: it is awake; or closed
-            self._waker.send(b"!")
+    def post(self, action: Callable[[Connection], None], connection: Connection) -> None:
+        """Asks the polling thread to do something, and wakes it."""
+        self._posted.append((action, connection))
+        self.wake()
+
+    def posted(self) -> List[Tuple[Callable[[Connection], None], Connection]]:
+        """What was asked for."""
+        return [self._posted.popleft() for _ in range(len(self._posted))]
 
     def wait(self, timeout: float) -> List[Connection]:
         """Waits for `wake` or a writable connection, at most `timeout` seconds; returns the writable ones."""
@@ -3541,14 +3583,13 @@ class Poller:
             return []
         events = self._selector.select(timeout)
         if any(key.data is None for key, _ in events):
-            self._wakeup.recv(4096)
+            self._wakeup.clear()
         return [key.data for key, _ in events if key.data]
 
     def close(self) -> None:
         """Closes the sockets."""
         self._selector.close()
         self._wakeup.close()
-        self._waker.close()
 
 
 class Mailer:
@@ -3564,9 +3605,9 @@ class Mailer:
         self.failed = False
         self.delivered = 0  # messages, counted once for each who was to get them
         self._poller = Poller()
+        self.post = self._poller.post  # of one of the mailer's methods: after it has sent what the log holds now
         hub.wake = self._poller.wake
         self._connections: Dict[Session, Connection] = {}
-        self._posted: Deque[Tuple[Callable[[Connection], None], Connection]] = collections.deque()
         self._closing: Set[Connection] = set()  # with a deadline
         self._check_at = self._prune_at = self._stop_at = 0.0  # monotonic
         self.thread = threading.Thread(target=self._run, name="mailer", daemon=True)
@@ -3579,14 +3620,9 @@ class Mailer:
         self._connections[connection.session] = connection
         self._bind(connection)
 
-    def post(self, action: Callable[[Connection], None], connection: Connection) -> None:
-        """Has the mailer call one of its methods, after it has sent what the log holds now."""
-        self._posted.append((action, connection))
-        self._poller.wake()
-
     def flush(self, connection: Connection) -> None:
         """Sends what waits: in the send queue, or in TLS. To be posted."""
-        if connection.tls and not connection.sendq:
+        if not connection.sendq:
             self._write(connection, b"")
         if not connection.sendq:
             return
@@ -3626,6 +3662,7 @@ class Mailer:
             log.exception("the mailer failed")
             self.failed = True
             self._on_failure()
+        self._hub.closed = True
         self._hub.drain_log()  # lets go of readers that wait
         self._hub.history.close()
         for connection in list(self._connections.values()):
@@ -3635,7 +3672,7 @@ class Mailer:
 
     def _work(self) -> None:
         while True:
-            posted = [self._posted.popleft() for _ in range(len(self._posted))]
+            posted = self._poller.posted()
             batch = self._hub.drain_log()
             if batch:
                 self._deliver(commit(self._hub, batch))
@@ -3648,7 +3685,10 @@ class Mailer:
             if self._closing and now > self._check_at:
                 self._check_at = now + TICK_S / 5
                 for connection in [connection for connection in self._closing if connection.deadline < now]:
-                    self._move_on(connection, State.CLOSED)  # their peers do not close
+                    if connection.state is State.HALF_CLOSED and connection.is_progressing():
+                        connection.deadline = now + DRAIN_S
+                    else:
+                        self._move_on(connection, State.CLOSED)  # the peer does not close
             if self._stop_at and (not self._connections or now > self._stop_at):
                 return
             timeout = TICK_S / 5 if self._closing or self._stop_at else PRUNE_S
@@ -3720,8 +3760,9 @@ class Mailer:
         """Moves a connection to a later state, and does what that means."""
         if state <= connection.state:
             return
-        if state is State.DRAINING and connection.tls:
-            connection.tls.close()
+        tls = connection.tls  # which its reader may take away
+        if state is State.DRAINING and tls:
+            tls.close()
             self._write(connection, b"")
             if connection.state is not State.OPEN:  # that has failed
                 return
@@ -3770,16 +3811,11 @@ class Server:
         self.address: Tuple[str, int] = self.listener.getsockname()[:2]
         self._context, self._tls_only = context, tls_only
         self.hub = hub or Hub(SERVER_NAME)
-        self.mailer = Mailer(self.hub, self.stop)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
-        self._wakeup, self.waker = socket.socketpair()  # a byte stops the server
-        self.waker.setblocking(False)
+        self._wakeup = Wakeup()
+        self.stop = self._wakeup.wake  # makes `serve` return
+        self.mailer = Mailer(self.hub, self.stop)
         self._reserve = os.open(os.devnull, os.O_RDONLY)  # a descriptor to refuse a client with, when all are used
-
-    def stop(self) -> None:
-        """Makes `serve` return."""
-        with contextlib.suppress(OSError):  # it has stopped
-            self.waker.send(b"!")
 
     def serve(self) -> bool:
         """Accepts until stopped, then tells everybody, and returns within 5 s; False after a defect."""
@@ -3805,7 +3841,6 @@ class Server:
             if self._reserve >= 0:
                 os.close(self._reserve)
             self._wakeup.close()
-            self.waker.close()
         return not self.mailer.failed
 
     def _accept(self) -> None:
@@ -3991,6 +4026,17 @@ def prepare(sock: socket.socket, limits: Limits) -> None:
     ):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), int(value))
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """How many bytes the peer's system has not acknowledged; 1 where that cannot be known (Windows)."""
+    try:
+        import fcntl
+        import termios
+
+        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except (ImportError, OSError):
+        return 1
 
 
 def reject(sock: socket.socket, why: str) -> None:

@@ -876,6 +876,27 @@ class State(unittest.TestCase):
                 chat.handle_line(hub, session, line)
         self.assertEqual(wait.call_count, 3)
 
+    def test_calls_count_in_the_log_whatever_they_do(self) -> None:
+        hub, session = chat.Hub("s"), self.session("bob", chat.irc(frozenset({"batch", "labeled-response"})))
+        for number in range(100):
+            chat.handle_line(hub, session, b"@label=x PONG y")
+            self.assertEqual(hub.log_length, number + 1)
+        hub.drain_log()
+        self.assertEqual(hub.log_length, 0)
+
+    def test_nobody_waits_for_a_mailer_that_is_no_more(self) -> None:
+        hub, session = chat.Hub("s"), self.session("bob", chat.irc())
+        line = (hub, session, b"PING x")
+        readers = [threading.Thread(target=chat.handle_line, args=line, daemon=True) for _ in range(5)]
+        with mock.patch.object(chat, "LOG_ENTRIES", 1):
+            for reader in readers:
+                reader.start()
+            hub.closed = True
+            hub.drain_log()
+            for reader in readers:
+                reader.join(PATIENCE)
+        self.assertFalse(any(reader.is_alive() for reader in readers))
+
     def test_names_are_kept_in_step(self) -> None:
         channel, rng = chat.Channel("#a"), random.Random(2)
         for number in range(200):
@@ -2315,6 +2336,24 @@ class Pressure(ServerCase):
         self.eventually(lambda: threading.active_count() <= before, "threads were left")
         self.assertEqual(self.counts(), (0, 0, 0))
 
+    @unittest.skipIf(sys.platform == "win32", "nobody tells there what the peer has acknowledged")
+    def test_a_slow_peer_that_speaks_after_its_end_gets_the_last_line(self) -> None:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        sock.connect(("127.0.0.1", self.port))
+        bob = Peer(self.port, "NICK bob\r\nUSER b 0 * :b\r\n", sock)
+        self.addCleanup(bob.close)
+        bob.until(" 376 ")
+        with mock.patch.object(chat, "CLOSE_GRACE_S", 0.05):
+            bob.send("".join(f"PING {number}{'x' * 400}\r\n" for number in range(300)) + "QUIT\r\n")
+            self.eventually(lambda: self.counts()[0] == 0, "the QUIT was not read")
+            for number in range(300):
+                bob.until(f" PONG chat.local :{number}x")
+                if number % 50 == 0:
+                    time.sleep(0.1)  # longer than the grace, less than what is allowed without progress
+                    bob.send("PONG x\r\n")
+            self.assertEqual(bob.rest(), ["ERROR :Goodbye"])
+
     def test_shutdown_tells_everybody(self) -> None:
         ann, bot, eve = self.plain("ann"), self.peer('{"type":"join","user":"bot"}\n'), self.irc("eve")
         bot.until('"join"')
@@ -2781,6 +2820,11 @@ class Past(ServerCase):
                 lines = ann.sync()
                 self.assertEqual(len(lines), 1)
                 self.assertIn(f":chat.local {error}", lines[0])
+
+    def test_what_was_asked_before_leaving_is_answered(self) -> None:
+        ann, _ = self.talk(1)
+        ann.send("CHATHISTORY LATEST #chat * 1\r\nQUIT\r\n")
+        self.assertEqual([chat.parse(line).command for line in ann.rest()], ["BATCH", "PRIVMSG", "BATCH", "ERROR"])
 
     def test_targets(self) -> None:
         ann, said = self.talk(1)
