@@ -732,7 +732,8 @@ EVENT_FORMS = {
     "WARN": ("warn", "Warning: {text}"),
     "NOTE": ("note", "{text}"),
 }
-OWN_REASON = "Quit: "  # before a reason that a user gave, lest it pass for one of the server's; people need not see it
+OWN_REASON = "Quit:"  # before what a leaver says, on IRC; what the server says of a leave never begins so
+CONNECTION_CLOSED = "Connection closed"  # what it says of one without a word; people need not see it
 UNSAFE_CATEGORIES = (
     "Cc",
     "Cf",
@@ -777,9 +778,6 @@ def event_of(message: Message) -> Tuple[str, str]:
     if re.fullmatch("[45][0-9][0-9]", message.command):
         return numeric.name if numeric else "error", "Error: " + escape_controls(message.text)
     name, form = (numeric.name, numeric.form) if numeric else EVENT_FORMS.get(message.command, ("", ""))
-    reason = message.param({"QUIT": 0, "KICK": 2}.get(message.command, 1))
-    if message.command == "QUIT" and reason.startswith(OWN_REASON):
-        reason = reason[len(OWN_REASON) :]
     values = [escape_controls(param) for param in message.params] + [""] * MAX_PARAMS
     return name, form.format(
         *values,
@@ -787,8 +785,21 @@ def event_of(message: Message) -> Tuple[str, str]:
         text=escape_controls(message.text),
         rest=escape_controls(" ".join(message.params[2 if numeric else 1 :])),
         here=f" ({escape_controls(message.tags[COUNT_TAG])} here)" if COUNT_TAG in message.tags else "",
-        reason=f": {escape_controls(reason)}" if reason else "",
+        reason=escape_controls(reason_form(message)),
     )
+
+
+def reason_form(message: Message) -> str:
+    """How the reason of a PART, KICK or QUIT reads, '' for none: after a colon in a user's words, in brackets in the
+    server's, so that neither can pass for the other."""
+    reason = message.param({"QUIT": 0, "KICK": 2}.get(message.command, 1))
+    if message.command == "QUIT":
+        if not reason.startswith(OWN_REASON):
+            return f" ({reason})" if reason not in ("", CONNECTION_CLOSED) else ""
+        reason = reason[len(OWN_REASON) :].strip()
+    elif message.command == "KICK" and reason == message.nick:  # RFC 2812, section 3.2.8: there was none
+        return ""
+    return f": {reason}" if reason else ""
 
 
 def text_form(message: Message, name: Callable[[str], str] = escape_controls) -> str:
@@ -1031,7 +1042,7 @@ class Json(Dialect):
             return [Message("PRIVMSG", (CURRENT_CHANNEL, self._field(item, "text")))]
         if kind == "private":
             to = self._field(item, "to")
-            if to == CURRENT_CHANNEL or is_channel(to):
+            if to == CURRENT_CHANNEL or is_channel(to) or set(to) & set(", "):  # one recipient, which is a name
                 raise CommandError(ERR_NOSUCHNICK, to)
             return [Message("PRIVMSG", (to, self._field(item, "text")))]
         if kind == "command":
@@ -1813,17 +1824,20 @@ class Call:
         self.leave(session, channel)
 
     def quit(self, session: Session, reason: str, farewell: str) -> None:
-        """Ends a session: the others see `reason`, itself gets `farewell`, if any, as its last line."""
+        """Ends a session: the others see `reason`, itself gets `farewell`, if any, as its last line.
+
+        There always is a reason, as RFC 1459, section 4.1.6, demands.
+        """
         if session.stage is Stage.GONE:
             return
+        reason = reason or farewell or CONNECTION_CLOSED
         level = logging.INFO if session.registered else logging.DEBUG
-        why = escape_controls(reason or farewell) or "went away"
-        self.hub.log_later(level, "%s left: %s", session.description(), why)
+        self.hub.log_later(level, "%s left: %s", session.description(), escape_controls(reason).rstrip(": "))
         channels = tuple(session.channels)
         if channels:
             self.leave(session, *channels)
-            words = (cut(reason, REASON_BYTES),) if reason else ()
-            self.broadcast(Message("QUIT", words, session.prefix, self.hub.ids.next()), *channels)
+            message = Message("QUIT", (cut(reason, REASON_BYTES),), session.prefix, self.hub.ids.next())
+            self.broadcast(message, *channels)
         if farewell:
             self.send_to(session, Message("ERROR", (farewell,)))
         self.forget(session)
@@ -2432,8 +2446,7 @@ def pong(call: Call) -> None:
 
 @command("QUIT [:<reason>]", early=True)
 def quit_(call: Call) -> None:
-    reason = call.message.param(0)
-    call.quit(call.session, f"{OWN_REASON}{reason}" if reason else "", "Goodbye")
+    call.quit(call.session, f"{OWN_REASON} {call.message.param(0)}", "Goodbye")
 
 
 # Channels.
@@ -2533,10 +2546,11 @@ def part(call: Call) -> None:
 @command("KICK <channel> <name>{,<name>} [:<reason>]", 2)
 def kick(call: Call) -> None:
     channel = find_channel(call, call.params[0])
+    reason = cut(call.message.param(2), REASON_BYTES) or call.session.nick
 
     def kick_one(nick: str) -> None:
         check_member(call, channel, "o")  # each time: an operator may kick itself, too
-        call.part(find_member(call, channel, nick), channel, cut(call.message.param(2), REASON_BYTES))
+        call.part(find_member(call, channel, nick), channel, reason)
 
     for_each_target(call, kick_one, index=1)
 

@@ -337,12 +337,18 @@ class TextForm(unittest.TestCase):
         (Message("PRIVMSG", ("#chat", "\x01ACTION waves\x01"), BOB), "* bob waves"),
         (Message("JOIN", ("#chat",), BOB, {chat.COUNT_TAG: "3"}), "*** bob joined (3 here)"),
         (Message("JOIN", ("#chat",), BOB), "*** bob joined"),
-        (Message("QUIT", ("gone home",), BOB), "*** bob left: gone home"),
+        (Message("QUIT", ("Ping timeout",), BOB), "*** bob left (Ping timeout)"),
+        (Message("QUIT", ("Connection closed",), BOB), "*** bob left"),
         (Message("QUIT", ("Quit: gone home",), BOB), "*** bob left: gone home"),
+        (Message("QUIT", ("Quit: (Ping timeout)",), BOB), "*** bob left: (Ping timeout)"),
+        (Message("QUIT", ("Quit: Connection closed",), BOB), "*** bob left: Connection closed"),
+        (Message("QUIT", ("Quit: ",), BOB), "*** bob left"),
+        (Message("QUIT", ("Quit:",), BOB), "*** bob left"),
         (Message("QUIT", (), BOB), "*** bob left"),
         (Message("PART", ("#chat",), BOB), "*** bob left"),
         (Message("PART", ("#chat", "bye"), BOB), "*** bob left: bye"),
         (Message("KICK", ("#chat", "ann"), BOB), "*** ann was kicked out by bob"),
+        (Message("KICK", ("#chat", "ann", "bob"), BOB), "*** ann was kicked out by bob"),
         (Message("KICK", ("#chat", "ann", "too loud"), BOB), "*** ann was kicked out by bob: too loud"),
         (Message("MODE", ("#chat", "+m"), BOB), "*** bob set +m"),
         (Message("MODE", ("#chat", "+o-v", "ann", "eve"), BOB), "*** bob set +o-v ann eve"),
@@ -369,7 +375,7 @@ class TextForm(unittest.TestCase):
             "bob: 你好\u3000世界\xa0\U0001fae8 a<U+200D>b",
         ),
         (Message("JOIN", ("#chat",), BOB, {chat.COUNT_TAG: "\x1b[2J"}), "*** bob joined (\\x1b[2J here)"),
-        (Message("QUIT", ("\x07\x7f",), BOB), "*** bob left: \\x07\\x7f"),
+        (Message("QUIT", ("\x07\x7f",), BOB), "*** bob left (\\x07\\x7f)"),
         (Message("PRIVMSG", ("#chat", "*** ann left {0}"), BOB), "bob: *** ann left {0}"),
     ]
 
@@ -1237,11 +1243,12 @@ class JsonScripts(ServerCase):
     def test_what_is_private_is_never_said_in_public(self) -> None:
         ann, bot = self.plain("ann"), self.peer('{"type":"join","user":"bot"}\n')
         ann.until("bot joined")
-        for to in ("*", "#chat"):
+        for to in ("*", "#chat", "ann,#chat", "#chat,ann", "ann,ann", "ann #chat"):
             bot.send(json.dumps({"type": "private", "to": to, "text": "psst"}) + "\n")
             self.assertEqual(json.loads(bot.until("error"))["code"], "no-such-user")
         bot.send('{"type":"leave"}\n')
         self.assertEqual(ann.line(), "*** bot left")
+        self.assertNotIn("psst", "".join(ann.seen))
 
     def test_errors_carry_the_ref(self) -> None:
         bot = self.script(
@@ -1444,6 +1451,67 @@ class IrcClients(ServerCase):
         bob.close()
         self.assertIn(" QUIT ", ann.until("bob"))
         self.assertEqual(ann.sync(), [])
+
+
+class Leaving(ServerCase):
+    """What is said of those who leave, and what they say."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.ann, self.eye = self.plain("ann"), self.irc("eye")
+        self.bot = self.peer('{"type":"join","user":"bot"}\n')
+        self.bot.until("bot joined")
+
+    def leave(self, name: str) -> Tuple[str, str, str]:
+        """How people, scripts and IRC clients are told that somebody has left."""
+        told = json.loads(self.bot.until(f"*** {name} left"))
+        return self.ann.until(f"*** {name} left"), told["text"], self.eye.until(f":{name}!{name}@localhost QUIT")
+
+    def test_what_the_server_says_of_a_leave_and_what_the_leaver_says_differ_in_every_dialect(self) -> None:
+        self.irc("eve")
+        chat.operate(self.server, "/kick eve")
+        real = self.leave("eve")
+        text = "*** eve left (Thrown out: by the operator)"
+        self.assertEqual(real, (text, text, ":eve!eve@localhost QUIT :Thrown out: by the operator"))
+        for words in ("Thrown out: by the operator", "(Thrown out: by the operator)", " (Thrown out: by the operator)"):
+            with self.subTest(words):
+                self.irc("eve").send(f"QUIT :{words}\r\n")
+                forged = self.leave("eve")
+                text = f"*** eve left: {words.strip()}"
+                self.assertEqual(forged, (text, text, f":eve!eve@localhost QUIT :Quit: {words}"))
+
+    def test_a_quit_always_carries_a_reason_on_irc_and_is_short_for_people(self) -> None:
+        for begin, end, reason in (
+            ("NICK eve\r\nUSER eve 0 * :e\r\nJOIN #chat\r\n", "QUIT\r\n", "Quit: "),
+            ("NICK eve\r\nUSER eve 0 * :e\r\nJOIN #chat\r\n", "QUIT :\r\n", "Quit: "),
+            ("NICK eve\r\nUSER eve 0 * :e\r\nJOIN #chat\r\n", "", "Connection closed"),
+            ("eve\n", "/quit\n", "Quit: "),
+            ("eve\n", "exit\n", "Quit: "),
+            ("eve\n", "", "Connection closed"),
+            ('{"type":"join","user":"eve"}\n', '{"type":"leave"}\n', "Quit: "),
+            ('{"type":"join","user":"eve"}\n', '{"type":"leave","text":" "}\n', "Quit:  "),
+            ('{"type":"join","user":"eve"}\n', "", "Connection closed"),
+        ):
+            with self.subTest(begin=begin, end=end):
+                peer = self.peer(begin + end)
+                peer.sock.shutdown(socket.SHUT_WR)
+                self.assertRegex(self.eye.until(" QUIT"), f"^:eve![a-z]+@localhost QUIT :{reason}$")
+                self.assertEqual(self.ann.until("eve left"), "*** eve left")
+                self.assertEqual(json.loads(self.bot.until("eve left"))["text"], "*** eve left")
+
+    def test_a_kick_always_carries_a_comment_on_irc_and_is_short_for_people(self) -> None:
+        self.ann.send("/mode +o eye\n")
+        self.eye.until(" MODE ")
+        for name, comment in (("dan", ""), ("eve", " :"), ("fay", " :eye")):
+            with self.subTest(comment):
+                self.irc(name)
+                self.eye.send(f"KICK #chat {name}{comment}\r\n")
+                self.assertEqual(self.eye.until(" KICK "), f":eye!eye@localhost KICK #chat {name} :eye")
+                self.assertEqual(self.ann.until("kicked"), f"*** {name} was kicked out by eye")
+        self.irc("gil")
+        self.ann.send("/kick gil\n")
+        self.assertEqual(self.eye.until(" KICK "), ":ann!plain@localhost KICK #chat gil :ann")
+        self.assertEqual(self.ann.until("kicked"), "*** gil was kicked out by ann")
 
 
 class IrcAnswers(ServerCase):
@@ -1990,7 +2058,7 @@ class Capabilities(ServerCase):
         for command, seen in (
             ("TOPIC #chat tea", "TOPIC #chat :tea"),
             ("MODE #chat +m", "MODE #chat :+m"),
-            ("KICK #chat bob", "KICK #chat :bob"),
+            ("KICK #chat bob", "KICK #chat bob :ann"),
             ("PART #chat", "PART #chat"),
             ("NICK anna", "NICK :anna"),
         ):
@@ -1998,7 +2066,7 @@ class Capabilities(ServerCase):
                 ann.send(f"@label=L {command}\r\n")
                 (line,) = ann.sync()
                 self.assertRegex(line, f"^@time=[^;]*;msgid=[^;]*;label=L :ann!ann@localhost {re.escape(seen)}$")
-        self.assertIn(":ann!ann@localhost KICK #chat :bob", bob.sync())
+        self.assertIn(":ann!ann@localhost KICK #chat bob :ann", bob.sync())
         ann.send("@label=L JOIN #tea\r\n")
         first, *inside, last = [chat.parse(line) for line in ann.sync()]
         self.assertEqual((first.command, first.tags["label"], last.command), ("BATCH", "L", "BATCH"))
@@ -2007,7 +2075,7 @@ class Capabilities(ServerCase):
         self.assertEqual(bob.sync(), [":anna!ann@localhost JOIN #tea"])
         ann.send("@label=L QUIT\r\n")
         self.assertEqual(ann.rest(), ["ERROR :Goodbye"])
-        self.assertEqual(bob.sync(), [":anna!ann@localhost QUIT"])
+        self.assertEqual(bob.sync(), [":anna!ann@localhost QUIT :Quit: "])
 
 
 class Identity(ServerCase):
@@ -2257,7 +2325,7 @@ class Pressure(ServerCase):
         with mock.patch.dict(chat.COMMANDS, NAMES=broken), self.assertLogs("chat", "ERROR"):
             bob.send("/who\n")
             self.assertEqual(bob.rest(), [])
-        ann.until("*** bob left: Internal error")
+        ann.until("*** bob left (Internal error)")
 
 
 class Throttled(ServerCase):
@@ -2355,7 +2423,7 @@ class Throttled(ServerCase):
         drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: accept 0 bytes of a packet
         bob.sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", 1, ctypes.addressof(drop_all)))  # SO_ATTACH_FILTER
         ann.send("hello?\n")
-        ann.until("*** bob left: Connection lost")
+        ann.until("*** bob left (Connection lost)")
         self.eventually(lambda: self.counts()[0] == 1, "bob's name was not freed")
 
 
@@ -2589,7 +2657,7 @@ class Encrypted(ServerCase):
             below.sendall(b"in clear text now" * 10)
         for peer in raw:
             peer.rest()
-        bob.until("*** eve left: Connection lost")
+        bob.until("*** eve left (Connection lost)")
 
     def test_a_slow_reader_gets_everything_in_order(self) -> None:
         ann = self.plain("ann")
@@ -4011,7 +4079,7 @@ class WhichChannelIsOurs(PersonCase):
             (":s NOTICE #lobby :be nice", "*** [#lobby] be nice\n"),
             (":dan!d@h KICK #lobby eve :shoo", "*** [#lobby] eve was kicked out by dan: shoo\n"),
             (":dan!d@h PART #lobby", "*** [#lobby] dan left\n"),
-            (":eve!e@h QUIT :#lobby", "*** eve left: #lobby\n"),
+            (":eve!e@h QUIT :#lobby", "*** eve left (#lobby)\n"),
             (":ann!a@h PRIVMSG @#CHAT :for operators", "[@#CHAT] ann: for operators\n"),
             (":ann!a@h PRIVMSG #CHAT :ours", "ann: ours\n"),
             (":ann!a@h PRIVMSG bob :alone", "[private] ann: alone\n"),
@@ -5709,7 +5777,7 @@ class Operator(SeatCase):
         seat.until(lambda: re.search(r"INFO carl from 127\.0\.0\.1 joined\nserver> half a line$", seat.glass.text()))
         seat.type("\x15/ki\tro\t too loud\r")
         thrown = "Thrown out: too loud"
-        self.assertEqual(ann.until("rob left"), f"*** rob left: {thrown}")
+        self.assertEqual(ann.until("rob left"), f"*** rob left ({thrown})")
         self.assertEqual(bob.rest()[-2:], [f":chat.local KILL rob :{thrown}", f"{ERROR}{thrown}"])
         self.enter(seat, "/kick nobody", "Error: nobody here is called nobody\n")
         self.enter(seat, "/kick", r"Error: it is /kick NAME \[REASON\]\n")
