@@ -1420,14 +1420,17 @@ class TokenBucket:
 
 
 @functools.lru_cache(maxsize=1000)
+def plain_address(address: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address]:
+    """An address without a zone, and an IPv4 address also where it is written as an IPv6 one; raises ValueError."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    return getattr(found, "ipv4_mapped", None) or found
+
+
 def address_key(address: str) -> str:
     """The key for per-address limits: an IPv4 address, or the /64 network of an IPv6 address; raises ValueError."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        if found.ipv4_mapped:
-            return str(found.ipv4_mapped)
-        if not found.is_loopback:
-            return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
+    found = plain_address(address)
+    if found.version == 6 and not found.is_loopback:
+        return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
     return str(found)
 
 
@@ -1458,10 +1461,16 @@ class AccessControl:
         self._records: Dict[str, AddressRecord] = {}  # by address key
         self._swept = 0.0  # monotonic: when records that say nothing were last dropped
 
+    def key(self, address: str) -> str:
+        """The key for an address's limits: itself where it is exempt, otherwise its address_key; raises ValueError."""
+        return str(plain_address(address)) if self.is_exempt(address) else address_key(address)
+
     def is_exempt(self, key: str) -> bool:
-        """Whether an address is exempt from the limits per address and from the rate limit. Any thread."""
-        address = ipaddress.ip_address(key.partition("/")[0])
-        return any(address in network for network in self._exempt)
+        """Whether an address is exempt from the limits per address and from the rate limit. Any thread.
+
+        A network of many is not, for then their keys would be themselves.
+        """
+        return "/" not in key and any(plain_address(key) in network for network in self._exempt)
 
     def admit(self, key: str, per_address: float) -> str:
         """Counts one more connection from an address; or returns why it is refused."""
@@ -2490,7 +2499,8 @@ def join_channel(call: Call, name: str, key: str) -> None:
         call.broadcast(Message("AWAY", (session.away,), session.prefix, tags), channel, echo=False)
     send_channel_info(call, channel)
     if hub.replay and channel.folded in hub.history and "draft/chathistory" not in session.dialect.caps:
-        call.query(functools.partial(replay, hub, channel.name, hub.ids.last), hub.replay)
+        batched = "batch" in session.dialect.caps
+        call.query(functools.partial(replay, hub, channel.name, hub.ids.last, batched), hub.replay)
 
 
 def check_can_join(session: Session, channel: Channel, key: str) -> None:
@@ -2519,17 +2529,19 @@ def send_channel_info(call: Call, channel: Channel) -> None:
         send_names(call, channel)
 
 
-def replay(hub: Hub, name: str, until: int, history: MemoryHistory) -> List[Message]:
-    """What was said last in a channel, for those who cannot ask, between lines that tell when."""
+def replay(hub: Hub, name: str, until: int, batched: bool, history: MemoryHistory) -> List[Message]:
+    """What was said last in a channel, for those who cannot ask, between lines that tell when; all in one batch, by
+    which a client tells it from news."""
     said = history.fetch(fold(name), 0, until, hub.replay, True)
     if not said:
         return []
     first, last = (item.tags["time"].replace("T", " ")[:16] for item in (said[0], said[-1]))
-    return [
+    lines = [
         Message("NOTICE", (name, f"Said here before, since {first} UTC:"), hub.name),
         *(strip_private_tags(item, **{REPLAYED_TAG: ""}) for item in said),
         Message("NOTICE", (name, f"End of what was said before; the last was at {last} UTC"), hub.name),
     ]
+    return batch_of("chathistory", (name,), hub.name, lines) if batched else lines
 
 
 @command("PART <channel>{,<channel>} [:<reason>]", 1)
@@ -3759,7 +3771,7 @@ class Server:
             if error.errno in NO_DESCRIPTORS:
                 self._refuse_without_descriptor()
             return  # or it has gone already
-        key, limits = address_key(address[0]), self.hub.limits
+        key, limits = self.hub.access.key(address[0]), self.hub.limits
         with self.hub:
             why = FULL if len(self.mailer) >= limits.clients else self.hub.access.admit(key, limits.per_address)
         if why:
@@ -5803,7 +5815,7 @@ def ban(server: Server, words: List[str]) -> Iterable[str]:
             return [f"banned: {', '.join(banned.values()) or 'nobody'}"]
         session = hub.nicks.get(fold(words[0]))
         try:
-            key = session.address if session and session.host != "localhost" else address_key(words[0])
+            key = session.address if session and session.host != "localhost" else hub.access.key(words[0])
         except ValueError:
             try:
                 key = fold(check_nick(words[0]))

@@ -1871,8 +1871,8 @@ class Operators(Stage):
                 "bob",
                 "KICK #tea bob,ann",
                 {
-                    "ann": [":bob!bob@localhost KICK #tea :bob"],
-                    "bob": [":bob!bob@localhost KICK #tea :bob", "442 bob #tea :you are not in #tea"],
+                    "ann": [":bob!bob@localhost KICK #tea bob :bob"],
+                    "bob": [":bob!bob@localhost KICK #tea bob :bob", "442 bob #tea :you are not in #tea"],
                 },
             ),
             ("ann", "PART #tea", {"ann": [":ann!ann@localhost PART #tea"]}),
@@ -2372,8 +2372,25 @@ class Throttled(ServerCase):
             with self.subTest(address):
                 self.assertEqual(chat.address_key(address), origin)
                 self.assertEqual(chat.AccessControl().is_exempt(origin), exempt)
-        self.assertTrue(chat.AccessControl("fe80::/10, 192.0.2.0/24").is_exempt("fe80::/64"))
         self.assertRaises(ValueError, chat.AccessControl, "here")
+
+    def test_an_exempt_address_is_one_address_or_a_network(self) -> None:
+        access = chat.AccessControl("fe80::/10, 192.0.2.0/24, 2001:db8::5")
+        for address, key, exempt in (
+            ("2001:db8::5", "2001:db8::5", True),
+            ("2001:db8:0:0::0005%eth0", "2001:db8::5", True),
+            ("2001:db8::6", "2001:db8::/64", False),
+            ("fe80::1", "fe80::1", True),
+            ("::ffff:192.0.2.9", "192.0.2.9", True),
+            ("::1", "::1", False),
+        ):
+            with self.subTest(address):
+                self.assertEqual((access.key(address), access.is_exempt(access.key(address))), (key, exempt))
+        for _ in range(100):  # neither refused, nor at the expense of its neighbours
+            self.assertEqual(access.admit(access.key("2001:db8::5"), 2), "")
+        admitted = [access.admit(access.key("2001:db8::6"), 2) for _ in range(3)]
+        self.assertEqual(admitted, ["", "", "Too many connections from your address"])
+        self.assertFalse(chat.AccessControl("2001:db8::").is_exempt("2001:db8::/64"))
 
     def test_a_flood_is_slowed_and_nobody_else_notices(self) -> None:
         self.limit(burst=10, rate=50)
@@ -2819,6 +2836,27 @@ class Past(ServerCase):
         script.until("Said here before")
         item = json.loads(script.line() or "")
         self.assertEqual((item["text"], item["id"], item["replayed"]), ("line 5", said[5].tags["msgid"], True))
+
+    def test_what_is_relayed_because_of_a_join_stands_in_one_batch(self) -> None:
+        _, said = self.talk(2)
+        for caps in (("batch",), ("batch", "server-time", "message-tags"), ("batch", "labeled-response")):
+            with self.subTest(caps):
+                bob = self.irc("bob", *caps)
+                first, *inside, last = map(chat.parse, bob.sync())
+                batch = first.param(0)[1:]
+                self.assertEqual((first.command, first.params[1:]), ("BATCH", ("chathistory", "#chat")))
+                self.assertEqual((last.command, last.params), ("BATCH", (f"-{batch}",)))
+                self.assertEqual([line.text for line in inside[1:-1]], [item.text for item in said])
+                self.assertEqual([line.tags["batch"] for line in inside], [batch] * 4)
+                bob.send("QUIT\r\n")
+                bob.rest()
+        bob = self.peer(
+            "CAP REQ :batch labeled-response\r\nNICK bob\r\nUSER b 0 * :b\r\nCAP END\r\n@label=L JOIN #chat\r\n"
+        )
+        whole = chat.parse(bob.until("BATCH +"))
+        inner = chat.parse(bob.until(" chathistory "))
+        self.assertEqual((whole.tags["label"], inner.tags["batch"]), ("L", whole.param(0)[1:]))
+        self.assertEqual(chat.parse(bob.until(" PRIVMSG ")).tags["batch"], inner.param(0)[1:])
 
     def test_labels(self) -> None:
         ann, _ = self.talk(2)
