@@ -137,6 +137,7 @@ USER_CHARS = 10
 CHANNEL_CHARS, CHANNEL_BYTES = 50, 64
 # With any prefix, a line and its numeric stay within 512; NAMES_BYTES are of names in one 353 line.
 TOPIC_BYTES, NAMES_BYTES, AWAY_BYTES, REASON_BYTES, REALNAME_BYTES = 300, 300, 200, 200, 100
+PASSWORD_BYTES = LINE_BYTES - len("PASS :\r\n")
 MASK_BYTES, KEY_BYTES = 80, 32  # of a ban, so that MAX_MODES of them fit in a MODE line; of a channel's key
 
 # How many, per server or per session.
@@ -460,6 +461,11 @@ def check_channel(name: str) -> str:
     ):
         raise CommandError(ERR_BADCHANMASK, name)
     return name
+
+
+def normalize_password(password: str) -> str:
+    """A password as it is compared: its NFC form (RFC 8265, section 4.2.2), without the byte-order mark of a file."""
+    return unicodedata.normalize("NFC", password.lstrip("\ufeff"))
 
 
 def next_nick(nick: str, size: int = NICK_CHARS) -> str:
@@ -1456,7 +1462,7 @@ class AccessControl:
     def __init__(self, exempt: str = LOOPBACK, password: str = "") -> None:
         self.banned: Dict[str, str] = {}  # address key or folded nick -> as the operator wrote it
         self.password_required = bool(password)
-        self._digest = digest(password)
+        self._digest = digest(normalize_password(password))
         self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
         self._records: Dict[str, AddressRecord] = {}  # by address key
         self._swept = 0.0  # monotonic: when records that say nothing were last dropped
@@ -1494,9 +1500,10 @@ class AccessControl:
 
     def check_password(self, key: str, password: str) -> bool:
         """Whether the password is right. After too many wrong ones from this address, False whatever it is."""
-        right = hmac.compare_digest(digest(password), self._digest)
         if self.locked_out(key):
             return False
+        fits = len(password) <= PASSWORD_BYTES
+        right = fits and hmac.compare_digest(digest(normalize_password(password)), self._digest)
         now = time.monotonic()
         record = self._record(key, math.inf, now)
         if right:
@@ -5948,6 +5955,7 @@ def run_server(args: argparse.Namespace) -> int:
     history = SqliteHistory(args.history, args.fsync, args.keep) if args.history else MemoryHistory()
     hub = Hub(args.server_name, history, args.replay, chosen_limits(args))
     password = read_password(args.password_file)
+    check_password(password)
     try:
         hub.access = AccessControl(args.exempt, password)
     except ValueError as error:
@@ -6174,7 +6182,7 @@ def run_client(args: argparse.Namespace) -> int:
                 stack.close()
                 if not sys.stdin.isatty():
                     raise
-                password = getpass.getpass(f"password for {client.where}: ")
+                password = normalize_password(getpass.getpass(f"password for {client.where}: "))
 
 
 def ends_of_tls(args: argparse.Namespace) -> Callable[[], Optional[Tls]]:
@@ -6222,15 +6230,29 @@ def view_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> View:
 def read_password(path: Optional[str]) -> str:
     """The first line of a file, what is typed for -, CHAT_PASSWORD, or ''. Never an argument: those can be listed."""
     if path is None:
-        return os.environ.get("CHAT_PASSWORD", "")
+        return normalize_password(os.environ.get("CHAT_PASSWORD", ""))
     if path == "-":
         password = getpass.getpass("password: ")
     else:
         with open(path, encoding="utf-8") as file:
             password = file.readline().rstrip("\r\n")
+    password = normalize_password(password)
     if not password:
         raise Failed(f"there is no password in {path}")
     return password
+
+
+def check_password(password: str) -> None:
+    """Raises Failed for a password that clients of some dialect could not give."""
+    categories = set(map(unicodedata.category, password))
+    if "Cs" in categories:  # bytes of the environment that could not be decoded
+        raise Failed("the password cannot be used: it is not UTF-8 text")
+    if "Cc" in categories:
+        raise Failed("the password cannot be used: there is a control character in it, which cannot be typed")
+    if len(password.encode()) > PASSWORD_BYTES:
+        raise Failed(f"the password cannot be used: an IRC line has room for {PASSWORD_BYTES} bytes of it")
+    if password.strip() == "exit":
+        raise Failed("the password cannot be used: whoever types exit leaves")
 
 
 def irc_url(text: str) -> Dict[str, Any]:

@@ -2487,6 +2487,19 @@ class Passwords(ServerCase):
             bot.send(json.dumps({**join, "password": password}) + "\n")
         self.assertEqual(json.loads(bot.line() or "")["event"], "join")
 
+    def test_one_rule_for_all_dialects(self) -> None:
+        self.server.hub.access = chat.AccessControl(password="\ufeffo\u0308pen sesame")
+        for number, secret in enumerate(("öpen sesame", "o\u0308pen sesame", "\ufefföpen sesame")):
+            with self.subTest(secret.encode()):
+                irc = self.peer(f"PASS :{secret}\r\nNICK irc{number}\r\nUSER a 0 * :a\r\n")
+                irc.until(" 001 ")
+                person = self.peer(f"person{number}\n{secret}\n")
+                person.until("joined")
+                script = self.peer(json.dumps({"type": "join", "user": f"script{number}", "password": secret}) + "\n")
+                self.assertEqual(json.loads(script.line() or "")["event"], "join")
+        with mock.patch.object(unicodedata, "normalize", self.fail):  # which takes long, under the lock
+            self.assertFalse(self.server.hub.access.check_password("192.0.2.1", "\u0301" * 1000))
+
     def test_names_cannot_be_had_or_asked_for_without_it(self) -> None:
         ann = self.peer("PASS :öpen sesame\r\nNICK ann\r\nUSER a 0 * :a\r\n")
         ann.until(" 376 ")
@@ -4644,6 +4657,38 @@ class ServerProgram(ProgramCase):
             _, err = program.communicate(timeout=PATIENCE)
             self.assertEqual(err.count("there is no password: whoever reaches 0.0.0.0 can join"), warnings)
             self.assertNotIn("sesame", err)
+
+    def test_a_password_that_cannot_be_given_is_refused_at_the_start(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "password")
+            for data, why in (
+                (b"\xef\xbb\xbf\n", f"there is no password in {path}"),
+                (b"exit\n", "the password cannot be used: whoever types exit leaves"),
+                (b" exit\n", "the password cannot be used: whoever types exit leaves"),
+                (b"a\0b\n", "the password cannot be used: there is a control character in it, which cannot be typed"),
+                (b"a\tb\n", "the password cannot be used: there is a control character in it, which cannot be typed"),
+                (b"x" * 505, "the password cannot be used: an IRC line has room for 504 bytes of it"),
+                ("é".encode() * 253, "the password cannot be used: an IRC line has room for 504 bytes of it"),
+            ):
+                with self.subTest(data):
+                    path.write_bytes(data)
+                    program = self.start("server", "--port", "0", "--password-file", str(path))
+                    out, err = program.communicate(timeout=PATIENCE)
+                    self.assertEqual((program.returncode, out, err), (1, "", f"chat.py: {why}\n"))
+            if os.name == "posix":
+                environment = {**os.environb, b"CHAT_PASSWORD": b"\xf6pen", b"PYTHONUTF8": b"1"}
+                program = self.start("server", "--port", "0", env=environment)
+                _, err = program.communicate(timeout=PATIENCE)
+                self.assertEqual(err, "chat.py: the password cannot be used: it is not UTF-8 text\n")
+            longest = "é" * 252
+            path.write_bytes(b"\xef\xbb\xbf" + longest.encode() + b"\r\n")
+            _, port = self.server("--password-file", str(path))
+            ann = Peer(port, f"PASS :{longest}\r\nNICK ann\r\nUSER a 0 * :a\r\n")
+            self.addCleanup(ann.close)
+            ann.until(" 001 ")
+            path.write_bytes(("e\u0301" * 252).encode())  # too long for the line, but for normalising it
+            status, _, err = self.run_client(port, "hi\n", "--password-file", str(path))
+            self.assertEqual((status, err), (0, ""))
 
     def test_wrong_usage(self) -> None:
         for args in (
