@@ -139,6 +139,7 @@ USER_CHARS = 10
 CHANNEL_CHARS, CHANNEL_BYTES = 50, 64
 # With any prefix, a line and its numeric stay within 512; NAMES_BYTES are of names in one 353 line.
 TOPIC_BYTES, NAMES_BYTES, AWAY_BYTES, REASON_BYTES, REALNAME_BYTES = 300, 300, 200, 200, 100
+PASSWORD_BYTES = LINE_BYTES - len("PASS :\r\n")
 MASK_BYTES, KEY_BYTES = 80, 32  # of a ban, so that MAX_MODES of them fit in a MODE line; of a channel's key
 
 # How many, per server or per session.
@@ -468,6 +469,11 @@ def check_channel(name: str) -> str:
     return name
 
 
+def normalize_password(password: str) -> str:
+    """A password as it is compared: its NFC form (RFC 8265, section 4.2.2), without the byte-order mark of a file."""
+    return unicodedata.normalize("NFC", password.lstrip("\ufeff"))
+
+
 def next_nick(nick: str, size: int = NICK_CHARS) -> str:
     """The name of at most `size` characters to try when `nick` is taken: bob, bob2, bob3 ..."""
     stem = re.sub("[0-9]{1,9}$", "", nick)  # a server may have given us digits without end
@@ -742,7 +748,8 @@ EVENT_FORMS = {
     "WARN": ("warn", "Warning: {text}"),
     "NOTE": ("note", "{text}"),
 }
-OWN_REASON = "Quit: "  # before a reason that a user gave, lest it pass for one of the server's; people need not see it
+OWN_REASON = "Quit:"  # before what a leaver says, on IRC; what the server says of a leave never begins so
+CONNECTION_CLOSED = "Connection closed"  # what it says of one without a word; people need not see it
 UNSAFE_CATEGORIES = (
     "Cc",
     "Cf",
@@ -787,9 +794,6 @@ def event_of(message: Message) -> Tuple[str, str]:
     if re.fullmatch("[45][0-9][0-9]", message.command):
         return numeric.name if numeric else "error", "Error: " + escape_controls(message.text)
     name, form = (numeric.name, numeric.form) if numeric else EVENT_FORMS.get(message.command, ("", ""))
-    reason = message.param({"QUIT": 0, "KICK": 2}.get(message.command, 1))
-    if message.command == "QUIT" and reason.startswith(OWN_REASON):
-        reason = reason[len(OWN_REASON) :]
     values = [escape_controls(param) for param in message.params] + [""] * MAX_PARAMS
     return name, form.format(
         *values,
@@ -797,8 +801,21 @@ def event_of(message: Message) -> Tuple[str, str]:
         text=escape_controls(message.text),
         rest=escape_controls(" ".join(message.params[2 if numeric else 1 :])),
         here=f" ({escape_controls(message.tags[COUNT_TAG])} here)" if COUNT_TAG in message.tags else "",
-        reason=f": {escape_controls(reason)}" if reason else "",
+        reason=escape_controls(reason_form(message)),
     )
+
+
+def reason_form(message: Message) -> str:
+    """How the reason of a PART, KICK or QUIT reads, '' for none: after a colon in a user's words, in brackets in the
+    server's, so that neither can pass for the other."""
+    reason = message.param({"QUIT": 0, "KICK": 2}.get(message.command, 1))
+    if message.command == "QUIT":
+        if not reason.startswith(OWN_REASON):
+            return f" ({reason})" if reason not in ("", CONNECTION_CLOSED) else ""
+        reason = reason[len(OWN_REASON) :].strip()
+    elif message.command == "KICK" and reason == message.nick:  # RFC 2812, section 3.2.8: there was none
+        return ""
+    return f": {reason}" if reason else ""
 
 
 def text_form(message: Message, name: Callable[[str], str] = escape_controls) -> str:
@@ -1041,7 +1058,7 @@ class Json(Dialect):
             return [Message("PRIVMSG", (CURRENT_CHANNEL, self._field(item, "text")))]
         if kind == "private":
             to = self._field(item, "to")
-            if to == CURRENT_CHANNEL or is_channel(to):
+            if to == CURRENT_CHANNEL or is_channel(to) or set(to) & set(", "):  # one recipient, which is a name
                 raise CommandError(ERR_NOSUCHNICK, to)
             return [Message("PRIVMSG", (to, self._field(item, "text")))]
         if kind == "command":
@@ -1419,14 +1436,17 @@ class TokenBucket:
 
 
 @functools.lru_cache(maxsize=1000)
+def plain_address(address: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address]:
+    """An address without a zone, and an IPv4 address also where it is written as an IPv6 one; raises ValueError."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    return getattr(found, "ipv4_mapped", None) or found
+
+
 def address_key(address: str) -> str:
     """The key for per-address limits: an IPv4 address, or the /64 network of an IPv6 address; raises ValueError."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        if found.ipv4_mapped:
-            return str(found.ipv4_mapped)
-        if not found.is_loopback:
-            return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
+    found = plain_address(address)
+    if found.version == 6 and not found.is_loopback:
+        return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
     return str(found)
 
 
@@ -1453,15 +1473,21 @@ class AccessControl:
     def __init__(self, exempt: str = LOOPBACK, password: str = "") -> None:
         self.banned: Dict[str, str] = {}  # address key or folded nick -> as the operator wrote it
         self.password_required = bool(password)
-        self._digest = digest(password)
+        self._digest = digest(normalize_password(password))
         self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
         self._records: Dict[str, AddressRecord] = {}  # by address key
         self._swept = 0.0  # monotonic: when records that say nothing were last dropped
 
+    def key(self, address: str) -> str:
+        """The key for an address's limits: itself where it is exempt, otherwise its address_key; raises ValueError."""
+        return str(plain_address(address)) if self.is_exempt(address) else address_key(address)
+
     def is_exempt(self, key: str) -> bool:
-        """Whether an address is exempt from the limits per address and from the rate limit. Any thread."""
-        address = ipaddress.ip_address(key.partition("/")[0])
-        return any(address in network for network in self._exempt)
+        """Whether an address is exempt from the limits per address and from the rate limit. Any thread.
+
+        A network of many is not, for then their keys would be themselves.
+        """
+        return "/" not in key and any(plain_address(key) in network for network in self._exempt)
 
     def admit(self, key: str, per_address: float) -> str:
         """Counts one more connection from an address; or returns why it is refused."""
@@ -1485,9 +1511,10 @@ class AccessControl:
 
     def check_password(self, key: str, password: str) -> bool:
         """Whether the password is right. After too many wrong ones from this address, False whatever it is."""
-        right = hmac.compare_digest(digest(password), self._digest)
         if self.locked_out(key):
             return False
+        fits = len(password) <= PASSWORD_BYTES
+        right = fits and hmac.compare_digest(digest(normalize_password(password)), self._digest)
         now = time.monotonic()
         record = self._record(key, math.inf, now)
         if right:
@@ -1835,17 +1862,20 @@ class Call:
         self.leave(session, channel)
 
     def quit(self, session: Session, reason: str, farewell: str) -> None:
-        """Ends a session: the others see `reason`, itself gets `farewell`, if any, as its last line."""
+        """Ends a session: the others see `reason`, itself gets `farewell`, if any, as its last line.
+
+        There always is a reason, as RFC 1459, section 4.1.6, demands.
+        """
         if session.stage is Stage.GONE:
             return
+        reason = reason or farewell or CONNECTION_CLOSED
         level = logging.INFO if session.registered else logging.DEBUG
-        why = escape_controls(reason or farewell) or "went away"
-        self.hub.log_later(level, "%s left: %s", session.description(), why)
+        self.hub.log_later(level, "%s left: %s", session.description(), escape_controls(reason).rstrip(": "))
         channels = tuple(session.channels)
         if channels:
             self.leave(session, *channels)
-            words = (cut(reason, REASON_BYTES),) if reason else ()
-            self.broadcast(Message("QUIT", words, session.prefix, self.hub.ids.next()), *channels)
+            message = Message("QUIT", (cut(reason, REASON_BYTES),), session.prefix, self.hub.ids.next())
+            self.broadcast(message, *channels)
         if farewell:
             self.send_to(session, Message("ERROR", (farewell,)))
         self.forget(session)
@@ -2504,8 +2534,7 @@ def pong(call: Call) -> None:
 
 @command("QUIT [:<reason>]", early=True)
 def quit_(call: Call) -> None:
-    reason = call.message.param(0)
-    call.quit(call.session, f"{OWN_REASON}{reason}" if reason else "", "Goodbye")
+    call.quit(call.session, f"{OWN_REASON} {call.message.param(0)}", "Goodbye")
 
 
 # Channels.
@@ -2549,7 +2578,8 @@ def join_channel(call: Call, name: str, key: str) -> None:
         call.broadcast(Message("AWAY", (session.away,), session.prefix, tags), channel, echo=False)
     send_channel_info(call, channel)
     if hub.replay and channel.folded in hub.history and "draft/chathistory" not in session.dialect.caps:
-        call.query(functools.partial(replay, hub, channel.name, hub.ids.last), hub.replay)
+        batched = "batch" in session.dialect.caps
+        call.query(functools.partial(replay, hub, channel.name, hub.ids.last, batched), hub.replay)
 
 
 def check_can_join(session: Session, channel: Channel, key: str) -> None:
@@ -2578,17 +2608,19 @@ def send_channel_info(call: Call, channel: Channel) -> None:
         send_names(call, channel)
 
 
-def replay(hub: Hub, name: str, until: int, history: MemoryHistory) -> List[Message]:
-    """What was said last in a channel, for those who cannot ask, between lines that tell when."""
+def replay(hub: Hub, name: str, until: int, batched: bool, history: MemoryHistory) -> List[Message]:
+    """What was said last in a channel, for those who cannot ask, between lines that tell when; all in one batch, by
+    which a client tells it from news."""
     said = history.fetch(fold(name), 0, until, hub.replay, True)
     if not said:
         return []
     first, last = (item.tags["time"].replace("T", " ")[:16] for item in (said[0], said[-1]))
-    return [
+    lines = [
         Message("NOTICE", (name, f"Said here before, since {first} UTC:"), hub.name),
         *(strip_private_tags(item, **{REPLAYED_TAG: ""}) for item in said),
         Message("NOTICE", (name, f"End of what was said before; the last was at {last} UTC"), hub.name),
     ]
+    return batch_of("chathistory", (name,), hub.name, lines) if batched else lines
 
 
 @command("PART <channel>{,<channel>} [:<reason>]", 1)
@@ -2605,10 +2637,11 @@ def part(call: Call) -> None:
 @command("KICK <channel> <name>{,<name>} [:<reason>]", 2)
 def kick(call: Call) -> None:
     channel = find_channel(call, call.params[0])
+    reason = cut(call.message.param(2), REASON_BYTES) or call.session.nick
 
     def kick_one(nick: str) -> None:
         check_member(call, channel, "o")  # each time: an operator may kick itself, too
-        call.part(find_member(call, channel, nick), channel, cut(call.message.param(2), REASON_BYTES))
+        call.part(find_member(call, channel, nick), channel, reason)
 
     for_each_target(call, kick_one, index=1)
 
@@ -3850,7 +3883,7 @@ class Server:
             if error.errno in NO_DESCRIPTORS:
                 self._refuse_without_descriptor()
             return  # or it has gone already
-        key, limits = address_key(address[0]), self.hub.limits
+        key, limits = self.hub.access.key(address[0]), self.hub.limits
         with self.hub:
             why = FULL if len(self.mailer) >= limits.clients else self.hub.access.admit(key, limits.per_address)
         if why:
@@ -5905,7 +5938,7 @@ def ban(server: Server, words: List[str]) -> Iterable[str]:
             return [f"banned: {', '.join(banned.values()) or 'nobody'}"]
         session = hub.nicks.get(fold(words[0]))
         try:
-            key = session.address if session and session.host != "localhost" else address_key(words[0])
+            key = session.address if session and session.host != "localhost" else hub.access.key(words[0])
         except ValueError:
             try:
                 key = fold(check_nick(words[0]))
@@ -6038,6 +6071,7 @@ def run_server(args: argparse.Namespace) -> int:
     history = SqliteHistory(args.history, args.fsync, args.keep) if args.history else MemoryHistory()
     hub = Hub(args.server_name, history, args.replay, chosen_limits(args))
     password = read_password(args.password_file)
+    check_password(password)
     try:
         hub.access = AccessControl(args.exempt, password)
     except ValueError as error:
@@ -6264,7 +6298,7 @@ def run_client(args: argparse.Namespace) -> int:
                 stack.close()
                 if not sys.stdin.isatty():
                     raise
-                password = getpass.getpass(f"password for {client.where}: ")
+                password = normalize_password(getpass.getpass(f"password for {client.where}: "))
 
 
 def ends_of_tls(args: argparse.Namespace) -> Callable[[], Optional[Tls]]:
@@ -6312,15 +6346,29 @@ def view_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> View:
 def read_password(path: Optional[str]) -> str:
     """The first line of a file, what is typed for -, CHAT_PASSWORD, or ''. Never an argument: those can be listed."""
     if path is None:
-        return os.environ.get("CHAT_PASSWORD", "")
+        return normalize_password(os.environ.get("CHAT_PASSWORD", ""))
     if path == "-":
         password = getpass.getpass("password: ")
     else:
         with open(path, encoding="utf-8") as file:
             password = file.readline().rstrip("\r\n")
+    password = normalize_password(password)
     if not password:
         raise Failed(f"there is no password in {path}")
     return password
+
+
+def check_password(password: str) -> None:
+    """Raises Failed for a password that clients of some dialect could not give."""
+    categories = set(map(unicodedata.category, password))
+    if "Cs" in categories:  # bytes of the environment that could not be decoded
+        raise Failed("the password cannot be used: it is not UTF-8 text")
+    if "Cc" in categories:
+        raise Failed("the password cannot be used: there is a control character in it, which cannot be typed")
+    if len(password.encode()) > PASSWORD_BYTES:
+        raise Failed(f"the password cannot be used: an IRC line has room for {PASSWORD_BYTES} bytes of it")
+    if password.strip() == "exit":
+        raise Failed("the password cannot be used: whoever types exit leaves")
 
 
 def irc_url(text: str) -> Dict[str, Any]:
