@@ -135,6 +135,8 @@ IDLE_RECV_BYTES = (
 NICK_CHARS, NICK_BYTES = 24, 64
 USER_CHARS = 10
 CHANNEL_CHARS, CHANNEL_BYTES = 50, 64
+DECOMPOSED = 4  # characters of one that is normalised, at most; longer names are refused unseen, for NFC is quadratic
+FOLDED_CHARS = DECOMPOSED * CHANNEL_CHARS  # longer text is no name, so that nothing is folded that is not ASCII
 # With any prefix, a line and its numeric stay within 512; NAMES_BYTES are of names in one 353 line.
 TOPIC_BYTES, NAMES_BYTES, AWAY_BYTES, REASON_BYTES, REALNAME_BYTES = 300, 300, 200, 200, 100
 MASK_BYTES, KEY_BYTES = 80, 32  # of a ban, so that MAX_MODES of them fit in a MODE line; of a channel's key
@@ -144,6 +146,8 @@ MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
 MAX_JOINS = 50  # channels in one JOIN or PART, and invitations that are remembered
 MAX_MODES = 4  # with a parameter, in one MODE
 MAX_BANS = 100  # of a channel
+MASK_STARS = 10  # in a mask: each makes its pattern longer, which takes 0.06 ms to compile
+BAN_CHECKS = 500  # masks that one JOIN may have looked at: up to 8 us each
 BANS_CACHED = 10_000  # of whom a channel remembers whether they are banned
 MAX_LISTED = 1000  # channels in one LIST
 IRC_DIALECTS = 1000  # sets of capabilities that are remembered; there are few, unless somebody tries them all
@@ -404,6 +408,8 @@ def fold(name: str) -> str:
     """The form in which names are compared: two that fold alike are the same name to everybody."""
     if name.isascii():
         return name.lower()
+    if len(name) > FOLDED_CHARS:
+        return name
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
@@ -429,37 +435,45 @@ def script(char: str) -> str:
     return {"COMBINING": "", "IDEOGRAPHIC": "CJK"}.get(word, word)
 
 
-def check_nick(nick: str) -> str:
-    """The NFC form of `nick`; raises CommandError where it is none (DESIGN: one script, 24 characters, 64 bytes)."""
-    nick = unicodedata.normalize("NFC", nick)
+def is_nick(nick: str) -> bool:
+    """Whether a nick has the characters it may have, all of one script, and at most NICK_BYTES of them."""
     scripts = {script(char) for char in nick} - {""}
-    if not (
-        0 < len(nick) <= NICK_CHARS
-        and (nick[0].isalpha() or nick[0] in NICK_SYMBOLS)
+    return (
+        (nick[:1].isalpha() or nick[:1] in tuple(NICK_SYMBOLS))
         and all(
             c.isalpha() or c.isdecimal() or c in NICK_SYMBOLS + "-" or unicodedata.category(c)[0] == "M" for c in nick
         )
         and len(nick.encode()) <= NICK_BYTES
         and not INVISIBLE.search(nick)
         and (len(scripts) <= 1 or any(scripts <= mixed for mixed in MIXED_SCRIPTS))
-    ):
-        raise CommandError(ERR_ERRONEUSNICKNAME, nick)
-    return nick
+    )
+
+
+def check_nick(nick: str) -> str:
+    """The NFC form of `nick`; raises CommandError where it is none (DESIGN: one script, 24 characters, 64 bytes).
+
+    What it is compared by must be a nick, too: U+FDFA folds to 18 characters with spaces.
+    """
+    if len(nick) <= DECOMPOSED * NICK_CHARS:
+        normal = unicodedata.normalize("NFC", nick)
+        if len(normal) <= NICK_CHARS and is_nick(normal) and is_nick(fold(normal)):
+            return normal
+    raise CommandError(ERR_ERRONEUSNICKNAME, nick)
 
 
 def check_channel(name: str) -> str:
     """The NFC form of a channel's name; raises CommandError where it is none."""
-    name = unicodedata.normalize("NFC", name)
+    normal = unicodedata.normalize("NFC", name) if len(name) <= DECOMPOSED * CHANNEL_CHARS else ""
     if not (
-        name.startswith("#")
-        and name.isprintable()
-        and len(name) <= CHANNEL_CHARS
-        and len(name.encode()) <= CHANNEL_BYTES
-        and not INVISIBLE.search(name)
-        and not set(name) & set(" ,")
+        normal.startswith("#")
+        and normal.isprintable()
+        and len(normal) <= CHANNEL_CHARS
+        and len(normal.encode()) <= CHANNEL_BYTES
+        and not INVISIBLE.search(normal)
+        and not set(normal) & set(" ,")
     ):
         raise CommandError(ERR_BADCHANMASK, name)
-    return name
+    return normal
 
 
 def next_nick(nick: str, size: int = NICK_CHARS) -> str:
@@ -473,7 +487,7 @@ def next_nick(nick: str, size: int = NICK_CHARS) -> str:
 def simpler_nick(nick: str) -> str:
     """The name to try when `nick` is refused: José, Jose; or a shorter one. '' where that would be no name."""
     if not nick.isascii():
-        return unicodedata.normalize("NFKD", nick).encode("ascii", "ignore").decode().lstrip("0123456789-")
+        return unicodedata.normalize("NFKD", nick[:NAME_CHARS]).encode("ascii", "ignore").decode().lstrip("0123456789-")
     stem = nick.rstrip("0123456789")
     return stem[: max(OLD_NICK_CHARS - len(nick) + len(stem), 0)] + nick[len(stem) :]
 
@@ -491,21 +505,19 @@ def full_mask(mask: str) -> str:
     return mask if "@" in mask else f"{mask}@*"
 
 
-def matches(mask: str, text: str) -> bool:
-    """Whether a mask is about `text`: * stands for any characters, ? for one. A mask of many * takes no longer."""
-    at = place = 0
-    star, resume = -1, 0  # the last * so far, and where the text after what it stands for begins
-    while at < len(text):
-        if mask[place : place + 1] == "*":
-            star, resume, place = place, at, place + 1
-        elif mask[place : place + 1] in ("?", text[at]):
-            at, place = at + 1, place + 1
-        elif star < 0:
-            return False
-        else:
-            resume += 1
-            at, place = resume, star + 1
-    return not mask[place:].strip("*")
+def mask_pattern(mask: str) -> re.Pattern[str]:
+    """A mask as a pattern for `fullmatch`: * stands for any characters, ? for one; raises ValueError where it is too
+    long or has too many *.
+
+    What stands between two * is matched where it is first found, and nowhere else: a group in a lookahead is not tried
+    again (Python has no atomic groups before 3.11). So time grows with the text, not with a power of it.
+    """
+    mask = re.sub(r"[*?]*\*[*?]*", lambda run: "?" * run[0].count("?") + "*", mask)
+    head, *rest = ("".join("." if char == "?" else re.escape(char) for char in piece) for piece in mask.split("*"))
+    if len(mask) > MASK_BYTES or len(rest) > MASK_STARS:
+        raise ValueError("a mask of too many parts")
+    middle = "".join(rf"(?=(.*?{piece}))\{number}" for number, piece in enumerate(rest[:-1], 1))
+    return re.compile(f"{head}{middle}.*{rest[-1]}" if rest else head, re.DOTALL)
 
 
 # -----------------------------------------------------------------------------
@@ -1394,9 +1406,9 @@ class TokenBucket:
         self.debit(now)
         return True
 
-    def debit(self, now: float) -> float:
-        """Takes a token even if there is none; returns the seconds until it would have been available."""
-        self._full_at = max(self._full_at, now) + self._interval
+    def debit(self, now: float, tokens: int = 1) -> float:
+        """Takes tokens even if there are none; returns the seconds until they would have been available."""
+        self._full_at = max(self._full_at, now) + tokens * self._interval
         return max(self._full_at - now - self._span, 0.0)
 
     def is_empty(self, now: float) -> bool:
@@ -1575,6 +1587,15 @@ class Session:
         return f"{self.nick or 'someone without a name'} from {self.address or self.host}"
 
 
+class Ban(NamedTuple):
+    """A ban of a channel."""
+
+    mask: str
+    by: str
+    time: str  # Unix time
+    pattern: re.Pattern[str]  # of the folded mask
+
+
 class Channel:
     """A channel with members. Guarded by the hub's lock, but for `audience`, which only the mailer uses."""
 
@@ -1584,7 +1605,7 @@ class Channel:
         self.topic = self.topic_by = ""
         self.topic_time = 0
         self.modes = {"n": ""}  # letter -> parameter, or ''
-        self.bans: Dict[str, Tuple[str, str, str]] = {}  # folded mask -> mask, by whom, Unix time
+        self.bans: Dict[str, Ban] = {}  # by folded mask
         self.members: Dict[Session, str] = {}  # -> rank: '', 'o', 'v' or 'ov'; at the log's write end
         self.audience: Dict[Dialect, Dict[Session, None]] = {}  # the same by dialect, at the log's read end
         self._banned: Dict[str, bool] = {}  # prefix -> whether a mask matches, as far as that was asked
@@ -1603,8 +1624,18 @@ class Channel:
         self._names = {}
 
     def changed(self) -> None:
-        """A nick, a rank or a ban has changed, on which what is cached here depends."""
-        self._names, self._banned = {}, {}
+        """A nick or a rank has changed, on which what is cached here depends."""
+        self._names = {}
+
+    def set_ban(self, mask: str, by: str, when: str) -> None:
+        """Adds a ban; raises ValueError."""
+        self.bans[fold(mask)] = Ban(mask, by, when, mask_pattern(fold(mask)))
+        self._banned = {}
+
+    def unban(self, mask: str) -> str:
+        """Removes a ban; returns its mask as it was set."""
+        self._banned = {}
+        return self.bans.pop(fold(mask)).mask
 
     def names(self, caps: frozenset[str] = frozenset()) -> list[str]:
         """All names with their signs, in texts that fit in a 353 line. Kept up to date as members join."""
@@ -1630,8 +1661,13 @@ class Channel:
         if session.prefix not in self._banned:
             if len(self._banned) >= BANS_CACHED:
                 self._banned = {}
-            self._banned[session.prefix] = any(matches(mask, fold(session.prefix)) for mask in self.bans)
+            folded = fold(session.prefix)
+            self._banned[session.prefix] = any(ban.pattern.fullmatch(folded) for ban in self.bans.values())
         return self._banned[session.prefix]
+
+    def ban_checks(self, session: Session) -> int:
+        """How many masks `is_banned` has to look at."""
+        return 0 if session.prefix in self._banned else len(self.bans)
 
 
 # What a log entry does, in order: messages that others get, and what changes who will get the next ones. The mailer
@@ -2085,8 +2121,8 @@ def query(grammar: str, min_params: int = 0, names_server: bool = False) -> Call
 
     def enter(rows: Query) -> Query:
         def run(call: Call) -> None:
-            if names_server and call.params and not matches(fold(call.params[-1]), fold(call.hub.name)):
-                raise CommandError(ERR_NOSUCHSERVER, call.params[-1])
+            if names_server and call.params:
+                check_server(call, call.params[-1])
             for row in rows(call):
                 call.reply(*row)
 
@@ -2165,14 +2201,39 @@ def dispatch(hub: Hub, session: Session, message: Message) -> bool:
         done = True
     except CommandError as error:
         call.reply_error(error)
+    charge(call)
     hub.append(call)
     return done
+
+
+def charge(call: Call) -> None:
+    """Takes a token of the caller's rate limit for each message that others receive by one line, beyond the first."""
+    session, bucket = call.session, call.session.flood_bucket
+    if not bucket or len(call.effects) < 2:
+        return
+    heard = sum(
+        isinstance(effect, Unicast)
+        or isinstance(effect, Broadcast)
+        and any(len(channel.members) > (session in channel.members) for channel in effect.channels)
+        for effect in call.effects
+    )
+    if heard > 1:
+        bucket.debit(time.monotonic(), heard - 1)
+
+
+def targets(call: Call, text: str) -> List[str]:
+    """The items of a comma-separated parameter, each once, however it is spelt."""
+    found: Dict[str, str] = {}
+    for item in text.split(","):
+        here = item == CURRENT_CHANNEL and call.session.dialect.single and next(iter(call.session.channels), None)
+        found.setdefault(here.folded if here else fold(item), item)
+    return list(found.values())
 
 
 def for_each_target(call: Call, act: Callable[[str], None], index: int = 0, most: int = MAX_TARGETS) -> None:
     """Calls `act` for every item of a comma-separated parameter, at most `most`. An error in one does not stop the
     others."""
-    items = dict.fromkeys(call.message.param(index).split(","))
+    items = targets(call, call.message.param(index))
     if len(items) > most:
         raise CommandError(ERR_TOOMANYTARGETS)
     for item in items:
@@ -2216,6 +2277,14 @@ def check_member(call: Call, channel: Channel, rank: str = "") -> None:
         raise CommandError(ERR_NOTONCHANNEL, channel.name)
     if rank not in channel.members[call.session]:
         raise CommandError(ERR_CHANOPRIVSNEEDED, channel.name)
+
+
+def check_server(call: Call, mask: str) -> None:
+    """Raises CommandError if a mask does not match this server's name."""
+    with contextlib.suppress(ValueError):
+        if mask_pattern(fold(mask)).fullmatch(fold(call.hub.name)):
+            return
+    raise CommandError(ERR_NOSUCHSERVER, mask)
 
 
 def check_change_rate(call: Call) -> None:
@@ -2447,11 +2516,17 @@ def join(call: Call) -> None:
             call.part(session, channel, "")
         return
     keys = dict(zip(call.params[0].split(","), call.message.param(1).split(",")))
+    checks = 0
 
     def join_one(name: str) -> None:
+        nonlocal checks
+        known = call.hub.channels.get(fold(check_channel(name)))
+        checks += known.ban_checks(session) if known else 0
+        if checks > BAN_CHECKS:
+            raise CommandError(RPL_TRYAGAIN, "JOIN")
         join_channel(call, check_channel(name), keys.get(name, ""))
 
-    for_each_target(call, join_one, most=MAX_JOINS)
+    for_each_target(call, join_one, most=1 if session.dialect.single else MAX_JOINS)
 
 
 def join_channel(call: Call, name: str, key: str) -> None:
@@ -2716,12 +2791,13 @@ def set_ban(call: Call, channel: Channel, change: ModeChange) -> Optional[str]:
     if change.on == (fold(mask) in channel.bans):
         return None
     if not change.on:
-        mask = channel.bans.pop(fold(mask))[0]
-    elif len(channel.bans) >= MAX_BANS:
+        return channel.unban(mask)
+    if len(channel.bans) >= MAX_BANS:
         raise CommandError(ERR_BANLISTFULL, channel.name, "b")
-    else:
-        channel.bans[fold(mask)] = (mask, call.session.prefix, str(int(time.time())))
-    channel.changed()
+    try:
+        channel.set_ban(mask, call.session.prefix, str(int(time.time())))
+    except ValueError:
+        raise CommandError(ERR_INVALIDMODEPARAM, channel.name, "b", change.param) from None
     return mask
 
 
@@ -2753,7 +2829,7 @@ def send_modes(call: Call, channel: Channel) -> None:
 def send_bans(call: Call, channel: Channel) -> None:
     """367 for each ban, then 368"""
     for ban in channel.bans.values():
-        call.reply(RPL_BANLIST, channel.name, *ban)
+        call.reply(RPL_BANLIST, channel.name, ban.mask, ban.by, ban.time)
     call.reply(RPL_ENDOFBANLIST, channel.name)
 
 
@@ -2772,15 +2848,14 @@ def privmsg(call: Call) -> None:
 @command("NOTICE <target>{,<target>} :<text>", 2)
 def notice(call: Call) -> None:
     """Never answered, not even with an error: RFC 2812, section 3.3.2."""
-    for target in call.params[0].split(",")[:MAX_TARGETS] if call.params[1] else ():
+    for target in targets(call, call.params[0])[:MAX_TARGETS] if call.params[1] else ():
         with contextlib.suppress(CommandError):
             relay(call, target)
 
 
 @command("TAGMSG <target>{,<target>}", 1)
 def tagmsg(call: Call) -> None:
-    for target in call.params[0].split(",")[:MAX_TARGETS]:
-        relay(call, target)
+    for_each_target(call, functools.partial(relay, call))
 
 
 def relay(call: Call, target: str) -> None:
@@ -5673,7 +5748,8 @@ def own_form(message: Message) -> str:
 
 def mentions(text: str, nick: str) -> bool:
     """Whether a text contains a name as a word."""
-    return bool(re.search(rf"(?<!\w){re.escape(fold(nick))}(?!\w)", fold(text)))
+    words = " ".join(map(fold, text.split()))  # not as one: a long text is not folded
+    return bool(re.search(rf"(?<!\w){re.escape(fold(nick))}(?!\w)", words))
 
 
 def local_time(stamp: str) -> time.struct_time:
