@@ -182,12 +182,13 @@ WRONG_PASSWORDS, WRONG_S = 5, 60.0  # at once from one address, and how long unt
 WRONG_PAUSE_S = 1.0  # until the next line of somebody who was wrong is read
 SWEEP_S = 10.0  # between two looks for addresses of which nothing need be remembered
 CONNECT_INTERVAL_S = 0.5  # between connections from one address, after twice as many at once as it may have
-REJECT_PAUSE_S = (
-    0.0005  # after each that is turned away: who turns away at full speed lets nobody else have the interpreter
-)
+# After so many that are accepted at once, if some of them are refused: who refuses at full speed lets nobody else have
+# the interpreter. With a pause after each, those who came behind 4,000 waited for 3 s.
+REJECT_PAUSE_S, MAX_ACCEPTED = 0.0005, 250
+REASONS, REASON_S = 100, 0.01  # are told why at once, and then one each; the others are closed, which costs a quarter
 DROPPED_PAUSE_S = 0.05  # between two looks at what somebody goes on to send who has been dropped
 ERROR_PAUSE_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
-MAX_RESUMABLE = 1000  # sessions whose connection is lost
+MAX_RESUMABLE = 1000  # sessions whose connection is lost; then the address that has most loses its oldest
 RESUME_GRACE_S = 30.0  # for a client to come back before the others are told that it left
 GHOST_PING_S = 10.0  # for the holder of a name that somebody else asks for: a ghost does not answer
 TICK_S = 0.5  # longest sleep of the timers
@@ -1420,6 +1421,9 @@ class TokenBucket:
         return self._full_at > now
 
 
+Buckets = Tuple[TokenBucket, TokenBucket]  # of a client: for lines, and for changes of its nick
+
+
 @functools.lru_cache(maxsize=1000)
 def address_key(address: str) -> str:
     """The key for per-address limits: an IPv4 address, or the /64 network of an IPv6 address; raises ValueError."""
@@ -1438,14 +1442,22 @@ def digest(secret: str) -> bytes:
 
 
 class AddressRecord:
-    """What is known of one address: its connections, and how many more it may make, or wrong passwords give."""
+    """What is known of one address: its clients, and how many more it may have, or wrong passwords give."""
 
-    __slots__ = ("arrivals", "connections", "passwords")
+    __slots__ = ("arrivals", "connections", "disconnected", "passwords", "spent")
 
     def __init__(self, per_address: float) -> None:
         self.connections = 0
+        self.disconnected: Dict[Session, None] = {}  # whose connection is closed, the first one first
+        self.spent: List[Buckets] = []  # of connections that have ended: the next ones go on with them
         self.arrivals = TokenBucket(2 * per_address, CONNECT_INTERVAL_S)
         self.passwords = TokenBucket(WRONG_PASSWORDS, WRONG_S / WRONG_PASSWORDS)
+
+    def in_use(self, now: float) -> bool:
+        """Whether it says anything."""
+        self.spent = [buckets for buckets in self.spent if any(bucket.in_debt(now) for bucket in buckets)]
+        in_debt = self.arrivals.in_debt(now) or self.passwords.in_debt(now)
+        return bool(self.connections or self.disconnected or self.spent or in_debt)
 
 
 class AccessControl:
@@ -1480,9 +1492,39 @@ class AccessControl:
         record.connections += 1
         return ""
 
-    def release(self, key: str) -> None:
-        """A connection that was admitted has ended."""
-        self._records[key].connections -= 1
+    def buckets(self, key: str, limits: Limits) -> Optional[Buckets]:
+        """The rate limits of a connection that was admitted: as a former one from this address has left them."""
+        if limits.rate == math.inf or self.is_exempt(key):
+            return None
+        spent = self._records[key].spent
+        new = TokenBucket(limits.burst, 1 / limits.rate), TokenBucket(NICK_CHANGES, NICK_CHANGE_S)
+        return spent.pop() if spent else new
+
+    def release(self, session: Session) -> None:
+        """The connection of a session has ended."""
+        record = self._records[session.address]
+        record.connections -= 1
+        if session.flood_bucket:
+            record.spent.append((session.flood_bucket, session.nick_bucket))
+        if session.stage is Stage.DISCONNECTED:
+            record.disconnected[session] = None
+
+    def forget(self, session: Session) -> None:
+        """A session has ended."""
+        if session.address in self._records:
+            self._records[session.address].disconnected.pop(session, None)
+
+    def surplus(self, key: str, per_address: float) -> Optional[Session]:
+        """The oldest disconnected session of an address that has too many with its connections."""
+        record = self._records.get(key)
+        if not record or record.connections + len(record.disconnected) <= per_address or self.is_exempt(key):
+            return None
+        return next(iter(record.disconnected), None)
+
+    def oldest_disconnected(self) -> Optional[Session]:
+        """The oldest disconnected session of the address that has most of them."""
+        most: Collection[Session] = max((record.disconnected for record in self._records.values()), key=len, default=())
+        return next(iter(most), None)
 
     def check_password(self, key: str, password: str) -> bool:
         """Whether the password is right. After too many wrong ones from this address, False whatever it is."""
@@ -1505,11 +1547,7 @@ class AccessControl:
     def _record(self, key: str, per_address: float, now: float) -> AddressRecord:
         if now > self._swept + SWEEP_S:
             self._swept = now
-            self._records = {
-                known: record
-                for known, record in self._records.items()
-                if record.connections or record.arrivals.in_debt(now) or record.passwords.in_debt(now)
-            }
+            self._records = {known: record for known, record in self._records.items() if record.in_use(now)}
         return self._records.setdefault(key, AddressRecord(per_address))
 
 
@@ -1549,7 +1587,7 @@ class Session:
         "stage", "token", "user", "wrong_password",
     )  # fmt: skip
 
-    def __init__(self, host: str, now: float, address: str = "", flood_bucket: Optional[TokenBucket] = None) -> None:
+    def __init__(self, host: str, now: float, address: str = "", buckets: Optional[Buckets] = None) -> None:
         self.host = host  # shown to others, so not the address
         self.address = address  # its address key
         self.stage = Stage.NEW
@@ -1564,13 +1602,14 @@ class Session:
         self.resume_queue: List[Message] = []  # private messages to a disconnected session
         self.channels: Dict[Channel, None] = {}
         self.invites: Dict[Channel, None] = {}  # channels that an operator invited it to; the last few
-        self.nick_bucket = TokenBucket(NICK_CHANGES, NICK_CHANGE_S)
-        self.connected_at = self.last_received = now  # monotonic seconds; the latter is the reader's
+        self.nick_bucket = buckets[1] if buckets else TokenBucket(NICK_CHANGES, NICK_CHANGE_S)
+        self.connected_at = now + (buckets[0].debit(now, 0) if buckets else 0.0)  # monotonic: when a line of it is read
+        self.last_received = now  # monotonic; the reader's
         self.last_spoke = self.signon = time.time()  # Unix seconds
         self.deadline = 0.0  # monotonic: when Hub.tick looks at it next
         self.ping_sent = self.pong_deadline = 0.0  # monotonic
         # The reader's:
-        self.flood_bucket = flood_bucket
+        self.flood_bucket = buckets[0] if buckets else None
         self.wrong_password = False  # its last line was one
         # The mailer's, at the log's read end:
         self.output: Dialect = UNDECIDED
@@ -1867,6 +1906,7 @@ class Call:
     def forget(self, session: Session) -> None:
         """Removes a session from the hub; its connection is closed once the log is sent."""
         self.hub.disconnected -= session.stage is Stage.DISCONNECTED
+        self.hub.access.forget(session)
         session.stage = Stage.GONE
         del self.hub.sessions[session]
         if self.hub.nicks.get(fold(session.nick)) is session:
@@ -1980,7 +2020,10 @@ class Hub:
         with self:
             if session.stage is Stage.DISCONNECTED:
                 return
-            if session.token and session.registered and not farewell and self.disconnected < MAX_RESUMABLE:
+            may_resume = session.token and session.registered and not farewell
+            if may_resume and self.disconnected >= MAX_RESUMABLE:
+                end_disconnected(self, self.access.oldest_disconnected())
+            if may_resume and self.disconnected < MAX_RESUMABLE:
                 self.disconnected += 1
                 session.stage, session.quit_reason = Stage.DISCONNECTED, reason or "Connection lost"
                 self.deadlines.set(session, time.monotonic() + RESUME_GRACE_S)
@@ -2071,6 +2114,23 @@ def check_timeouts(call: Call, now: float) -> float:
         call.ping(session, now, limits.pong_s)
         return session.pong_deadline
     return session.last_received + limits.ping_s
+
+
+def end_disconnected(hub: Hub, session: Optional[Session]) -> None:
+    """Ends a session whose client has not come back, if there is one."""
+    if session:
+        call = Call(hub, session)
+        call.quit(session, session.quit_reason, "")
+        hub.append(call)
+
+
+def make_room(hub: Hub, address: str) -> None:
+    """Ends a disconnected session where somebody has come who does not resume it: both count, for an address and in
+    all."""
+    surplus = hub.access.surplus(address, hub.limits.per_address)
+    if not surplus and len(hub.sessions) > hub.limits.clients:
+        surplus = hub.access.oldest_disconnected()
+    end_disconnected(hub, surplus)
 
 
 def ping_ghost(call: Call, session: Session) -> None:
@@ -2422,6 +2482,9 @@ def resume_session(call: Call, old: Session) -> None:
         call.join(channel, rank)
         call.leave(old, channel)
     session.resume_queue, session.away, session.invites = old.resume_queue, old.away, old.invites
+    session.nick_bucket, old.nick_bucket = old.nick_bucket, session.nick_bucket
+    if session.flood_bucket and old.flood_bucket:
+        session.flood_bucket, old.flood_bucket = old.flood_bucket, session.flood_bucket
     call.send_to(old, Message("ERROR", ("You have come back on another connection",)))
     call.forget(old)
 
@@ -2448,6 +2511,8 @@ def register(call: Call) -> None:
         raise CommandError(ERR_NICKNAMEINUSE, name)
     if holder is not session:
         resume_session(call, holder)
+    else:
+        make_room(hub, session.address)
     hub.nicks[fold(session.nick)] = session
     session.stage = Stage.REGISTERED
     session.signon = session.last_spoke = time.time()
@@ -3754,7 +3819,7 @@ class Mailer:
             self._closing.discard(connection)
             connection.sock.close()
             with self._hub:
-                self._hub.access.release(connection.session.address)
+                self._hub.access.release(connection.session)
 
 
 class Server:
@@ -3776,6 +3841,7 @@ class Server:
         self._context, self._tls_only = context, tls_only
         self.hub = hub or Hub(SERVER_NAME)
         self.mailer = Mailer(self.hub, self.stop)
+        self._reasons = TokenBucket(REASONS, REASON_S)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
         self._wakeup, self.waker = socket.socketpair()  # a byte stops the server
         self.waker.setblocking(False)
@@ -3814,25 +3880,36 @@ class Server:
         return not self.mailer.failed
 
     def _accept(self) -> None:
-        try:
-            sock, address = self.listener.accept()
-        except OSError as error:
-            if error.errno in NO_DESCRIPTORS:
-                self._refuse_without_descriptor()
-            return  # or it has gone already
-        key, limits = address_key(address[0]), self.hub.limits
+        """Accepts those who wait, so that one address's storm of connections keeps nobody else waiting."""
+        refused: Set[str] = set()  # address keys
+        for _ in range(MAX_ACCEPTED):
+            try:
+                sock, address = self.listener.accept()
+            except OSError as error:
+                if error.errno in NO_DESCRIPTORS:
+                    self._refuse_without_descriptor()
+                break  # nobody waits, or it has gone already
+            key = address_key(address[0])
+            if key in refused and not self._reasons.allow(time.monotonic()):
+                sock.close()
+            elif not self._admit(sock, key):
+                refused.add(key)
+        if refused:
+            time.sleep(REJECT_PAUSE_S)
+
+    def _admit(self, sock: socket.socket, key: str) -> bool:
+        """Lets a client in, or tells it why not."""
+        limits = self.hub.limits
         with self.hub:
             why = FULL if len(self.mailer) >= limits.clients else self.hub.access.admit(key, limits.per_address)
+            buckets = None if why else self.hub.access.buckets(key, limits)
         if why:
             log.warning("refused %s: %s", key, why)
             reject(sock, why)
-            time.sleep(REJECT_PAUSE_S)
-            return
+            return False
         with contextlib.suppress(OSError):  # it has gone already, as its reader will find out
             prepare(sock, limits)
-        limited = limits.rate < math.inf and not self.hub.access.is_exempt(key)
-        flood_bucket = TokenBucket(limits.burst, 1 / limits.rate) if limited else None
-        session = Session(self._host(key), time.monotonic(), key, flood_bucket)
+        session = Session(self._host(key), time.monotonic(), key, buckets)
         connection = Connection(sock, session)
         if self._context and self._tls_only:  # from now on nothing is sent in clear text
             connection.tls = Tls(self._context, True)
@@ -3845,6 +3922,7 @@ class Server:
             log.warning("refused %s: %s", key, error)
             self.hub.disconnect(session, "", FULL)
             self.mailer.post(self.mailer.reader_done, connection)
+        return True
 
     def _refuse_without_descriptor(self) -> None:
         """Accepts one client with the descriptor kept in reserve, tells it and lets it go."""
@@ -3924,38 +4002,38 @@ class Server:
             if text or tls.ended:
                 return text
             data = b""
-            self._throttle(connection)  # what is no text costs as much
+            throttle(self.hub, connection)  # what is no text costs as much
 
     def _handle_lines(self, connection: Connection, lines: List[Optional[bytes]], size: int) -> None:
         """Runs commands as they came, in so many bytes: bytes that are no line count as some, for the rate limit."""
         session = connection.session
         for _ in range(size // LINE_BYTES - len(lines)):
-            self._throttle(connection)
+            throttle(self.hub, connection)
         for line in lines:
-            self._throttle(connection)
+            throttle(self.hub, connection)
             if session.stage is Stage.GONE:
                 break
             handle_line(self.hub, session, line)
         if session.stage is Stage.GONE:
             time.sleep(DROPPED_PAUSE_S)
 
-    def _throttle(self, connection: Connection) -> None:
-        """Rate limiting: waits until the next line is allowed; ends a session that goes on to send much more."""
-        session, bucket = connection.session, connection.session.flood_bucket
-        if not bucket:
-            return
-        now = time.monotonic()
-        wait = bucket.debit(now)
-        if not wait or connection.unread_bytes() < FLOOD_BYTES:
-            connection.flooding_since = now
-        elif now > connection.flooding_since + FLOOD_S:
-            why = f"More than {self.hub.limits.rate:g} lines a second, without end"
-            self.hub.disconnect(session, "Flooding", why)
-            return
-        while wait > 0 and session.stage is not Stage.GONE:
-            time.sleep(min(wait, TICK_S))
-            wait -= TICK_S
-            session.last_received = time.monotonic()
+
+def throttle(hub: Hub, connection: Connection) -> None:
+    """Rate limiting: waits until the next line is allowed; ends a session that goes on to send much more."""
+    session, bucket = connection.session, connection.session.flood_bucket
+    if not bucket:
+        return
+    now = time.monotonic()
+    wait = bucket.debit(now)
+    if not wait or connection.unread_bytes() < FLOOD_BYTES:
+        connection.flooding_since = now
+    elif now > connection.flooding_since + FLOOD_S:
+        hub.disconnect(session, "Flooding", f"More than {hub.limits.rate:g} lines a second, without end")
+        return
+    while wait > 0 and session.stage is not Stage.GONE:
+        time.sleep(min(wait, TICK_S))
+        wait -= TICK_S
+        session.last_received = time.monotonic()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1073,6 +1073,12 @@ class ServerCase(unittest.TestCase):
         self.addCleanup(peer.close)
         return peer
 
+    def peer_from(self, address: str, port: int, data: str = "") -> Peer:
+        """One that connects from an address of its own."""
+        peer = Peer(port, data, socket.create_connection(("127.0.0.1", port), PATIENCE, (address, 0)))
+        self.addCleanup(peer.close)
+        return peer
+
     def plain(self, name: str) -> Peer:
         peer = self.peer(f"{name}\n")
         peer.until(f"*** {name} joined")
@@ -2368,6 +2374,37 @@ class Throttled(ServerCase):
         with mock.patch.object(time, "monotonic", lambda: later):
             self.plain("ann")
 
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux: 127.0.0.2 is another address")
+    def test_who_connects_during_a_storm_does_not_wait_for_it(self) -> None:
+        server = chat.Server("127.0.0.1", 0)
+        server.hub.access = chat.AccessControl("127.0.0.2/32")
+        storm = [socket.create_connection(server.address, PATIENCE) for _ in range(400)]
+        for sock in storm:
+            self.addCleanup(sock.close)
+        ann = self.peer_from("127.0.0.2", server.address[1], "ann\n")
+        with mock.patch.object(chat, "REJECT_PAUSE_S", 0.1), self.assertLogs("chat", "WARNING"):
+            began = time.monotonic()
+            self.serve(server)
+            ann.until("*** ann joined")
+            self.assertLess(time.monotonic() - began, 10.0)  # after each of them it would be half a minute
+        self.assertEqual(Peer(0, sock=storm[50]).rest(), ["ERROR :Too many connections from your address"])
+        self.assertEqual(Peer(0, sock=storm[399]).rest(), [])
+
+    def test_what_a_client_has_used_up_stays_so_on_the_next_connection(self) -> None:
+        self.limit(burst=40, rate=10)
+        self.exempt("")
+        began = time.monotonic()
+        bob = self.irc("bob")
+        bob.send("PING x\r\n" * 35 + "QUIT\r\n")
+        bob.rest()
+        bob.close()
+        self.eventually(lambda: not self.connections(), "bob is still connected")
+        self.irc("eve")
+        self.assertGreater(time.monotonic() - began, (4 + 36 + 4 - 40) / 10)
+        indebted = chat.TokenBucket(10, 0.5)
+        indebted.debit(100.0, 60)
+        self.assertEqual(chat.Session("host", 100.0, "", (indebted, indebted)).connected_at, 125.0)  # can register yet
+
     def test_origins(self) -> None:
         for address, origin, exempt in (
             ("127.0.0.1", "127.0.0.1", True),
@@ -2401,15 +2438,16 @@ class Throttled(ServerCase):
     def test_what_others_receive_counts_as_lines(self) -> None:
         self.limit(burst=20, rate=100)
         self.exempt("")
-        ann, bob = self.irc("ann"), self.irc("bob")
+        ann = self.irc("ann")
         names = ",".join(f"#{number}" for number in range(40))
         ann.send(f"JOIN {names}\r\n")
         ann.sync()
         began = time.monotonic()
+        bob = self.irc("bob")
         bob.send(f"JOIN {names}\r\n")
         bob.sync()
         self.assertGreater(time.monotonic() - began, (39 + 5 - 20) / 100)
-        self.assertEqual(sum(" JOIN " in line for line in ann.sync()), 40)
+        self.assertEqual(sum(" JOIN " in line for line in ann.sync()), 41)
 
     def test_bytes_that_are_no_lines_are_slowed_as_well(self) -> None:
         self.limit(burst=10, rate=50)
@@ -2983,9 +3021,10 @@ class Resume(ServerCase):
 
     TOKEN = "0123456789abcdef"
 
-    def bob(self, token: str = TOKEN, name: str = "bob") -> Peer:
+    def bob(self, token: str = TOKEN, name: str = "bob", address: str = "127.0.0.1") -> Peer:
         caps = f"echo-message message-tags batch draft/chathistory {chat.RESUME_CAP}"
-        return self.peer(f"CAP REQ :{caps}\r\nRESUME {token}\r\nNICK {name}\r\nUSER {name} 0 * :x\r\nCAP END\r\n")
+        start = f"CAP REQ :{caps}\r\nRESUME {token}\r\nNICK {name}\r\nUSER {name} 0 * :x\r\nCAP END\r\n"
+        return self.peer_from(address, self.port, start)
 
     def both(self) -> Tuple[Peer, Peer]:
         """ann, and bob who can come back, in one channel."""
@@ -3050,6 +3089,57 @@ class Resume(ServerCase):
         self.lose(bob)
         self.eventually(lambda: not self.connections(), "the connection is not closed")
         self.bob().until(" 376 ")
+
+    def away(self, name: str, address: str = "127.0.0.1") -> None:
+        """Somebody comes, and loses the connection."""
+        peer = self.bob(name * 6, name, address)
+        peer.until(" 376 ")
+        self.lose(peer)
+
+    def here(self, asker: Peer, names: str) -> str:
+        asker.send(f"ISON {names}\r\n")
+        return asker.until(" 303 ").rpartition(":")[2]
+
+    def test_the_absent_count_with_their_address_and_in_all(self) -> None:
+        self.limit(per_address=3, burst=1000)
+        with mock.patch.object(chat, "CONNECT_INTERVAL_S", 0.001):
+            self.exempt("")
+            for name in ("lost1", "lost2", "lost3"):
+                self.away(name)
+            self.bob("lost2" * 6, "lost2").until(" 376 ")  # one of them is back: nobody has to go
+            ann = self.irc("ann")
+            self.assertEqual(self.here(ann, "lost1 lost2 lost3"), "lost2 lost3")
+            self.limit(per_address=100, clients=4)
+            self.assertEqual(self.here(self.irc("eve"), "lost1 lost2 lost3"), "lost2 lost3")
+            self.assertEqual(self.here(self.irc("joe"), "lost1 lost2 lost3"), "lost2")
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux: 127.0.0.2 is another address")
+    def test_nobody_takes_the_places_of_the_absent_from_others(self) -> None:
+        with mock.patch.object(chat, "MAX_RESUMABLE", 3):
+            for number in range(5):
+                self.away(f"lost{number}", "127.0.0.3")
+            self.away("eve", "127.0.0.2")
+            ann = self.irc("ann")
+            self.assertEqual(self.here(ann, "lost0 lost1 lost2 lost3 lost4 eve"), "lost3 lost4 eve")
+
+    def test_coming_back_brings_no_fresh_allowance(self) -> None:
+        with mock.patch.object(chat, "NICK_CHANGE_S", 1000.0):
+            bob = self.bob()
+            bob.until(" 376 ")
+            bob.send("".join(f"NICK bob{number}\r\n" for number in range(4)))
+            bob.until("NICK :bob3")
+            again = self.bob(name="bob3")  # while the old connection looks alive
+            again.until(" 376 ")
+            again.send("NICK bob4\r\nNICK bob5\r\n")
+            self.assertIn(" 438 bob4 bob5 ", again.until(" 438 "))
+            bob.rest()
+            bob.close()
+            self.eventually(lambda: self.connections() == 1, "the old connection is left")
+            self.lose(again)
+            bob = self.bob(name="bob4")
+            bob.until(" 376 ")
+            bob.send("NICK bob5\r\n")
+            self.assertIn(" 438 bob4 bob5 ", bob.until(" 438 "))
 
     def test_an_id_counts_for_each_target(self) -> None:
         bob = self.bob()
