@@ -137,6 +137,8 @@ IDLE_RECV_BYTES = (
 NICK_CHARS, NICK_BYTES = 24, 64
 USER_CHARS = 10
 CHANNEL_CHARS, CHANNEL_BYTES = 50, 64
+DECOMPOSED = 4  # characters of one that is normalised, at most; longer names are refused unseen, for NFC is quadratic
+FOLDED_CHARS = DECOMPOSED * CHANNEL_CHARS  # longer text is no name, so that nothing is folded that is not ASCII
 # With any prefix, a line and its numeric stay within 512; NAMES_BYTES are of names in one 353 line.
 TOPIC_BYTES, NAMES_BYTES, AWAY_BYTES, REASON_BYTES, REALNAME_BYTES = 300, 300, 200, 200, 100
 PASSWORD_BYTES = LINE_BYTES - len("PASS :\r\n")
@@ -147,6 +149,8 @@ MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
 MAX_JOINS = 50  # channels in one JOIN or PART, and invitations that are remembered
 MAX_MODES = 4  # with a parameter, in one MODE
 MAX_BANS = 100  # of a channel
+MASK_STARS = 10  # in a mask: each makes its pattern longer, which takes 0.06 ms to compile
+BAN_CHECKS = 500  # masks that one JOIN may have looked at: up to 8 us each
 BANS_CACHED = 10_000  # of whom a channel remembers whether they are banned
 MAX_LISTED = 1000  # channels in one LIST
 IRC_DIALECTS = 1000  # sets of capabilities that are remembered; there are few, unless somebody tries them all
@@ -185,12 +189,13 @@ WRONG_PASSWORDS, WRONG_S = 5, 60.0  # at once from one address, and how long unt
 WRONG_PAUSE_S = 1.0  # until the next line of somebody who was wrong is read
 SWEEP_S = 10.0  # between two looks for addresses of which nothing need be remembered
 CONNECT_INTERVAL_S = 0.5  # between connections from one address, after twice as many at once as it may have
-REJECT_PAUSE_S = (
-    0.0005  # after each that is turned away: who turns away at full speed lets nobody else have the interpreter
-)
+# After so many that are accepted at once, if some of them are refused: who refuses at full speed lets nobody else have
+# the interpreter. With a pause after each, those who came behind 4,000 waited for 3 s.
+REJECT_PAUSE_S, MAX_ACCEPTED = 0.0005, 250
+REASONS, REASON_S = 100, 0.01  # are told why at once, and then one each; the others are closed, which costs a quarter
 DROPPED_PAUSE_S = 0.05  # between two looks at what somebody goes on to send who has been dropped
 ERROR_PAUSE_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
-MAX_RESUMABLE = 1000  # sessions whose connection is lost
+MAX_RESUMABLE = 1000  # sessions whose connection is lost; then the address that has most loses its oldest
 RESUME_GRACE_S = 30.0  # for a client to come back before the others are told that it left
 GHOST_PING_S = 10.0  # for the holder of a name that somebody else asks for: a ghost does not answer
 TICK_S = 0.5  # longest sleep of the timers
@@ -411,6 +416,8 @@ def fold(name: str) -> str:
     """The form in which names are compared: two that fold alike are the same name to everybody."""
     if name.isascii():
         return name.lower()
+    if len(name) > FOLDED_CHARS:
+        return name
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
@@ -436,37 +443,45 @@ def script(char: str) -> str:
     return {"COMBINING": "", "IDEOGRAPHIC": "CJK"}.get(word, word)
 
 
-def check_nick(nick: str) -> str:
-    """The NFC form of `nick`; raises CommandError where it is none (DESIGN: one script, 24 characters, 64 bytes)."""
-    nick = unicodedata.normalize("NFC", nick)
+def is_nick(nick: str) -> bool:
+    """Whether a nick has the characters it may have, all of one script, and at most NICK_BYTES of them."""
     scripts = {script(char) for char in nick} - {""}
-    if not (
-        0 < len(nick) <= NICK_CHARS
-        and (nick[0].isalpha() or nick[0] in NICK_SYMBOLS)
+    return (
+        (nick[:1].isalpha() or nick[:1] in tuple(NICK_SYMBOLS))
         and all(
             c.isalpha() or c.isdecimal() or c in NICK_SYMBOLS + "-" or unicodedata.category(c)[0] == "M" for c in nick
         )
         and len(nick.encode()) <= NICK_BYTES
         and not INVISIBLE.search(nick)
         and (len(scripts) <= 1 or any(scripts <= mixed for mixed in MIXED_SCRIPTS))
-    ):
-        raise CommandError(ERR_ERRONEUSNICKNAME, nick)
-    return nick
+    )
+
+
+def check_nick(nick: str) -> str:
+    """The NFC form of `nick`; raises CommandError where it is none (DESIGN: one script, 24 characters, 64 bytes).
+
+    What it is compared by must be a nick, too: U+FDFA folds to 18 characters with spaces.
+    """
+    if len(nick) <= DECOMPOSED * NICK_CHARS:
+        normal = unicodedata.normalize("NFC", nick)
+        if len(normal) <= NICK_CHARS and is_nick(normal) and is_nick(fold(normal)):
+            return normal
+    raise CommandError(ERR_ERRONEUSNICKNAME, nick)
 
 
 def check_channel(name: str) -> str:
     """The NFC form of a channel's name; raises CommandError where it is none."""
-    name = unicodedata.normalize("NFC", name)
+    normal = unicodedata.normalize("NFC", name) if len(name) <= DECOMPOSED * CHANNEL_CHARS else ""
     if not (
-        name.startswith("#")
-        and name.isprintable()
-        and len(name) <= CHANNEL_CHARS
-        and len(name.encode()) <= CHANNEL_BYTES
-        and not INVISIBLE.search(name)
-        and not set(name) & set(" ,")
+        normal.startswith("#")
+        and normal.isprintable()
+        and len(normal) <= CHANNEL_CHARS
+        and len(normal.encode()) <= CHANNEL_BYTES
+        and not INVISIBLE.search(normal)
+        and not set(normal) & set(" ,")
     ):
         raise CommandError(ERR_BADCHANMASK, name)
-    return name
+    return normal
 
 
 def normalize_password(password: str) -> str:
@@ -485,7 +500,7 @@ def next_nick(nick: str, size: int = NICK_CHARS) -> str:
 def simpler_nick(nick: str) -> str:
     """The name to try when `nick` is refused: José, Jose; or a shorter one. '' where that would be no name."""
     if not nick.isascii():
-        return unicodedata.normalize("NFKD", nick).encode("ascii", "ignore").decode().lstrip("0123456789-")
+        return unicodedata.normalize("NFKD", nick[:NAME_CHARS]).encode("ascii", "ignore").decode().lstrip("0123456789-")
     stem = nick.rstrip("0123456789")
     return stem[: max(OLD_NICK_CHARS - len(nick) + len(stem), 0)] + nick[len(stem) :]
 
@@ -503,21 +518,19 @@ def full_mask(mask: str) -> str:
     return mask if "@" in mask else f"{mask}@*"
 
 
-def matches(mask: str, text: str) -> bool:
-    """Whether a mask is about `text`: * stands for any characters, ? for one. A mask of many * takes no longer."""
-    at = place = 0
-    star, resume = -1, 0  # the last * so far, and where the text after what it stands for begins
-    while at < len(text):
-        if mask[place : place + 1] == "*":
-            star, resume, place = place, at, place + 1
-        elif mask[place : place + 1] in ("?", text[at]):
-            at, place = at + 1, place + 1
-        elif star < 0:
-            return False
-        else:
-            resume += 1
-            at, place = resume, star + 1
-    return not mask[place:].strip("*")
+def mask_pattern(mask: str) -> re.Pattern[str]:
+    """A mask as a pattern for `fullmatch`: * stands for any characters, ? for one; raises ValueError where it is too
+    long or has too many *.
+
+    What stands between two * is matched where it is first found, and nowhere else: a group in a lookahead is not tried
+    again (Python has no atomic groups before 3.11). So time grows with the text, not with a power of it.
+    """
+    mask = re.sub(r"[*?]*\*[*?]*", lambda run: "?" * run[0].count("?") + "*", mask)
+    head, *rest = ("".join("." if char == "?" else re.escape(char) for char in piece) for piece in mask.split("*"))
+    if len(mask) > MASK_BYTES or len(rest) > MASK_STARS:
+        raise ValueError("a mask of too many parts")
+    middle = "".join(rf"(?=(.*?{piece}))\{number}" for number, piece in enumerate(rest[:-1], 1))
+    return re.compile(f"{head}{middle}.*{rest[-1]}" if rest else head, re.DOTALL)
 
 
 # -----------------------------------------------------------------------------
@@ -1435,6 +1448,9 @@ class TokenBucket:
         return self._full_at > now
 
 
+Buckets = Tuple[TokenBucket, TokenBucket]  # of a client: for lines, and for changes of its nick
+
+
 @functools.lru_cache(maxsize=1000)
 def plain_address(address: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address]:
     """An address without a zone, and an IPv4 address also where it is written as an IPv6 one; raises ValueError."""
@@ -1456,15 +1472,23 @@ def digest(secret: str) -> bytes:
 
 
 class AddressRecord:
-    """What is known of one address: its connections, and how much it may still ask of us."""
+    """What is known of one address: its clients, and how much it may still ask of us."""
 
-    __slots__ = ("arrivals", "connections", "passwords", "rows")
+    __slots__ = ("arrivals", "connections", "disconnected", "passwords", "rows", "spent")
 
     def __init__(self, per_address: float) -> None:
         self.connections = 0
+        self.disconnected: Dict[Session, None] = {}  # whose connection is closed, the first one first
+        self.spent: List[Buckets] = []  # of connections that have ended: the next ones go on with them
         self.arrivals = TokenBucket(2 * per_address, CONNECT_INTERVAL_S)
         self.passwords = TokenBucket(WRONG_PASSWORDS, WRONG_S / WRONG_PASSWORDS)  # wrong ones
         self.rows = TokenBucket(QUERY_BURST, 1 / QUERY_RATE)  # of answers
+
+    def in_use(self, now: float) -> bool:
+        """Whether it says anything."""
+        self.spent = [buckets for buckets in self.spent if any(bucket.in_debt(now) for bucket in buckets)]
+        in_debt = any(bucket.in_debt(now) for bucket in (self.arrivals, self.passwords, self.rows))
+        return bool(self.connections or self.disconnected or self.spent or in_debt)
 
 
 class AccessControl:
@@ -1505,9 +1529,39 @@ class AccessControl:
         record.connections += 1
         return ""
 
-    def release(self, key: str) -> None:
-        """A connection that was admitted has ended."""
-        self._records[key].connections -= 1
+    def buckets(self, key: str, limits: Limits) -> Optional[Buckets]:
+        """The rate limits of a connection that was admitted: as a former one from this address has left them."""
+        if limits.rate == math.inf or self.is_exempt(key):
+            return None
+        spent = self._records[key].spent
+        new = TokenBucket(limits.burst, 1 / limits.rate), TokenBucket(NICK_CHANGES, NICK_CHANGE_S)
+        return spent.pop() if spent else new
+
+    def release(self, session: Session) -> None:
+        """The connection of a session has ended."""
+        record = self._records[session.address]
+        record.connections -= 1
+        if session.flood_bucket:
+            record.spent.append((session.flood_bucket, session.nick_bucket))
+        if session.stage is Stage.DISCONNECTED:
+            record.disconnected[session] = None
+
+    def forget(self, session: Session) -> None:
+        """A session has ended."""
+        if session.address in self._records:
+            self._records[session.address].disconnected.pop(session, None)
+
+    def surplus(self, key: str, per_address: float) -> Optional[Session]:
+        """The oldest disconnected session of an address that has too many with its connections."""
+        record = self._records.get(key)
+        if not record or record.connections + len(record.disconnected) <= per_address or self.is_exempt(key):
+            return None
+        return next(iter(record.disconnected), None)
+
+    def oldest_disconnected(self) -> Optional[Session]:
+        """The oldest disconnected session of the address that has most of them."""
+        most: Collection[Session] = max((record.disconnected for record in self._records.values()), key=len, default=())
+        return next(iter(most), None)
 
     def check_password(self, key: str, password: str) -> bool:
         """Whether the password is right. After too many wrong ones from this address, False whatever it is."""
@@ -1541,12 +1595,7 @@ class AccessControl:
     def _record(self, key: str, per_address: float, now: float) -> AddressRecord:
         if now > self._swept + SWEEP_S:
             self._swept = now
-            self._records = {
-                known: record
-                for known, record in self._records.items()
-                if record.connections
-                or any(item.in_debt(now) for item in (record.arrivals, record.passwords, record.rows))
-            }
+            self._records = {known: record for known, record in self._records.items() if record.in_use(now)}
         return self._records.setdefault(key, AddressRecord(per_address))
 
 
@@ -1586,7 +1635,7 @@ class Session:
         "stage", "token", "user", "wrong_password",
     )  # fmt: skip
 
-    def __init__(self, host: str, now: float, address: str = "", flood_bucket: Optional[TokenBucket] = None) -> None:
+    def __init__(self, host: str, now: float, address: str = "", buckets: Optional[Buckets] = None) -> None:
         self.host = host  # shown to others, so not the address
         self.address = address  # its address key
         self.stage = Stage.NEW
@@ -1601,13 +1650,14 @@ class Session:
         self.resume_queue: List[Message] = []  # private messages to a disconnected session
         self.channels: Dict[Channel, None] = {}
         self.invites: Dict[Channel, None] = {}  # channels that an operator invited it to; the last few
-        self.nick_bucket = TokenBucket(NICK_CHANGES, NICK_CHANGE_S)
-        self.connected_at = self.last_received = now  # monotonic seconds; the latter is the reader's
+        self.nick_bucket = buckets[1] if buckets else TokenBucket(NICK_CHANGES, NICK_CHANGE_S)
+        self.connected_at = now + (buckets[0].debit(now, 0) if buckets else 0.0)  # monotonic: when a line of it is read
+        self.last_received = now  # monotonic; the reader's
         self.last_spoke = self.signon = time.time()  # Unix seconds
         self.deadline = 0.0  # monotonic: when Hub.tick looks at it next
         self.ping_sent = self.pong_deadline = 0.0  # monotonic
         # The reader's:
-        self.flood_bucket = flood_bucket
+        self.flood_bucket = buckets[0] if buckets else None
         self.wrong_password = False  # its last line was one
         # The mailer's, at the log's read end:
         self.output: Dialect = UNDECIDED
@@ -1624,6 +1674,15 @@ class Session:
         return f"{self.nick or 'someone without a name'} from {self.address or self.host}"
 
 
+class Ban(NamedTuple):
+    """A ban of a channel."""
+
+    mask: str
+    by: str
+    time: str  # Unix time
+    pattern: re.Pattern[str]  # of the folded mask
+
+
 class Channel:
     """A channel with members. Guarded by the hub's lock, but for `audience`, which only the mailer uses."""
 
@@ -1633,7 +1692,7 @@ class Channel:
         self.topic = self.topic_by = ""
         self.topic_time = 0
         self.modes = {"n": ""}  # letter -> parameter, or ''
-        self.bans: Dict[str, Tuple[str, str, str]] = {}  # folded mask -> mask, by whom, Unix time
+        self.bans: Dict[str, Ban] = {}  # by folded mask
         self.members: Dict[Session, str] = {}  # -> rank: '', 'o', 'v' or 'ov'; at the log's write end
         self.audience: Dict[Dialect, Dict[Session, None]] = {}  # the same by dialect, at the log's read end
         self._banned: Dict[str, bool] = {}  # prefix -> whether a mask matches, as far as that was asked
@@ -1652,8 +1711,18 @@ class Channel:
         self._names = {}
 
     def changed(self) -> None:
-        """A nick, a rank or a ban has changed, on which what is cached here depends."""
-        self._names, self._banned = {}, {}
+        """A nick or a rank has changed, on which what is cached here depends."""
+        self._names = {}
+
+    def set_ban(self, mask: str, by: str, when: str) -> None:
+        """Adds a ban; raises ValueError."""
+        self.bans[fold(mask)] = Ban(mask, by, when, mask_pattern(fold(mask)))
+        self._banned = {}
+
+    def unban(self, mask: str) -> str:
+        """Removes a ban; returns its mask as it was set."""
+        self._banned = {}
+        return self.bans.pop(fold(mask)).mask
 
     def names(self, caps: frozenset[str] = frozenset()) -> list[str]:
         """All names with their signs, in texts that fit in a 353 line. Kept up to date as members join."""
@@ -1673,8 +1742,13 @@ class Channel:
         if session.prefix not in self._banned:
             if len(self._banned) >= BANS_CACHED:
                 self._banned = {}
-            self._banned[session.prefix] = any(matches(mask, fold(session.prefix)) for mask in self.bans)
+            folded = fold(session.prefix)
+            self._banned[session.prefix] = any(ban.pattern.fullmatch(folded) for ban in self.bans.values())
         return self._banned[session.prefix]
+
+    def ban_checks(self, session: Session) -> int:
+        """How many masks `is_banned` has to look at."""
+        return 0 if session.prefix in self._banned else len(self.bans)
 
 
 # What a log entry does, in order: messages that others get, and what changes who will get the next ones. The mailer
@@ -1883,6 +1957,7 @@ class Call:
     def forget(self, session: Session) -> None:
         """Removes a session from the hub; its connection is closed once the log is sent."""
         self.hub.disconnected -= session.stage is Stage.DISCONNECTED
+        self.hub.access.forget(session)
         session.stage = Stage.GONE
         del self.hub.sessions[session]
         if self.hub.nicks.get(fold(session.nick)) is session:
@@ -2028,7 +2103,10 @@ class Hub:
         with self:
             if session.stage is Stage.DISCONNECTED:
                 return
-            if session.token and session.registered and not farewell and self.disconnected < MAX_RESUMABLE:
+            may_resume = session.token and session.registered and not farewell
+            if may_resume and self.disconnected >= MAX_RESUMABLE:
+                end_disconnected(self, self.access.oldest_disconnected())
+            if may_resume and self.disconnected < MAX_RESUMABLE:
                 self.disconnected += 1
                 session.stage, session.quit_reason = Stage.DISCONNECTED, reason or "Connection lost"
                 self.deadlines.set(session, time.monotonic() + RESUME_GRACE_S)
@@ -2117,6 +2195,23 @@ def check_timeouts(call: Call, now: float) -> float:
     return session.last_received + limits.ping_s
 
 
+def end_disconnected(hub: Hub, session: Optional[Session]) -> None:
+    """Ends a session whose client has not come back, if there is one."""
+    if session:
+        call = Call(hub, session)
+        call.quit(session, session.quit_reason, "")
+        hub.append(call)
+
+
+def make_room(hub: Hub, address: str) -> None:
+    """Ends a disconnected session where somebody has come who does not resume it: both count, for an address and in
+    all."""
+    surplus = hub.access.surplus(address, hub.limits.per_address)
+    if not surplus and len(hub.sessions) > hub.limits.clients:
+        surplus = hub.access.oldest_disconnected()
+    end_disconnected(hub, surplus)
+
+
 def ping_ghost(call: Call, session: Session) -> None:
     """Finds out whether the holder of a name, which the caller asks for, is still there."""
     now = time.monotonic()
@@ -2165,8 +2260,8 @@ def query(grammar: str, min_params: int = 0, names_server: bool = False) -> Call
 
     def enter(rows: Query) -> Query:
         def run(call: Call) -> None:
-            if names_server and call.params and not matches(fold(call.params[-1]), fold(call.hub.name)):
-                raise CommandError(ERR_NOSUCHSERVER, call.params[-1])
+            if names_server and call.params:
+                check_server(call, call.params[-1])
             check_query_rate(call)
             for row in rows(call):
                 call.reply(*row)
@@ -2267,14 +2362,39 @@ def dispatch(hub: Hub, session: Session, message: Message) -> bool:
         done = True
     except CommandError as error:
         call.reply_error(error)
+    charge(call)
     hub.append(call)
     return done
+
+
+def charge(call: Call) -> None:
+    """Takes a token of the caller's rate limit for each message that others receive by one line, beyond the first."""
+    session, bucket = call.session, call.session.flood_bucket
+    if not bucket or len(call.effects) < 2:
+        return
+    heard = sum(
+        isinstance(effect, Unicast)
+        or isinstance(effect, Broadcast)
+        and any(len(channel.members) > (session in channel.members) for channel in effect.channels)
+        for effect in call.effects
+    )
+    if heard > 1:
+        bucket.debit(time.monotonic(), heard - 1)
+
+
+def targets(call: Call, text: str) -> List[str]:
+    """The items of a comma-separated parameter, each once, however it is spelt."""
+    found: Dict[str, str] = {}
+    for item in text.split(","):
+        here = item == CURRENT_CHANNEL and call.session.dialect.single and next(iter(call.session.channels), None)
+        found.setdefault(here.folded if here else fold(item), item)
+    return list(found.values())
 
 
 def for_each_target(call: Call, act: Callable[[str], None], index: int = 0, most: int = MAX_TARGETS) -> None:
     """Calls `act` for every item of a comma-separated parameter, at most `most`. An error in one does not stop the
     others."""
-    items = dict.fromkeys(call.message.param(index).split(","))
+    items = targets(call, call.message.param(index))
     if len(items) > most:
         raise CommandError(ERR_TOOMANYTARGETS)
     for item in items:
@@ -2318,6 +2438,14 @@ def check_member(call: Call, channel: Channel, rank: str = "") -> None:
         raise CommandError(ERR_NOTONCHANNEL, channel.name)
     if rank not in channel.members[call.session]:
         raise CommandError(ERR_CHANOPRIVSNEEDED, channel.name)
+
+
+def check_server(call: Call, mask: str) -> None:
+    """Raises CommandError if a mask does not match this server's name."""
+    with contextlib.suppress(ValueError):
+        if mask_pattern(fold(mask)).fullmatch(fold(call.hub.name)):
+            return
+    raise CommandError(ERR_NOSUCHSERVER, mask)
 
 
 def check_change_rate(call: Call) -> None:
@@ -2455,6 +2583,9 @@ def resume_session(call: Call, old: Session) -> None:
         call.join(channel, rank)
         call.leave(old, channel)
     session.resume_queue, session.away, session.invites = old.resume_queue, old.away, old.invites
+    session.nick_bucket, old.nick_bucket = old.nick_bucket, session.nick_bucket
+    if session.flood_bucket and old.flood_bucket:
+        session.flood_bucket, old.flood_bucket = old.flood_bucket, session.flood_bucket
     call.send_to(old, Message("ERROR", ("You have come back on another connection",)))
     call.forget(old)
 
@@ -2481,6 +2612,8 @@ def register(call: Call) -> None:
         raise CommandError(ERR_NICKNAMEINUSE, name)
     if holder is not session:
         resume_session(call, holder)
+    else:
+        make_room(hub, session.address)
     hub.nicks[fold(session.nick)] = session
     session.stage = Stage.REGISTERED
     session.signon = session.last_spoke = time.time()
@@ -2548,11 +2681,17 @@ def join(call: Call) -> None:
             call.part(session, channel, "")
         return
     keys = dict(zip(call.params[0].split(","), call.message.param(1).split(",")))
+    checks = 0
 
     def join_one(name: str) -> None:
+        nonlocal checks
+        known = call.hub.channels.get(fold(check_channel(name)))
+        checks += known.ban_checks(session) if known else 0
+        if checks > BAN_CHECKS:
+            raise CommandError(RPL_TRYAGAIN, "JOIN")
         join_channel(call, check_channel(name), keys.get(name, ""))
 
-    for_each_target(call, join_one, most=MAX_JOINS)
+    for_each_target(call, join_one, most=1 if session.dialect.single else MAX_JOINS)
 
 
 def join_channel(call: Call, name: str, key: str) -> None:
@@ -2822,12 +2961,13 @@ def set_ban(call: Call, channel: Channel, change: ModeChange) -> Optional[str]:
     if change.on == (fold(mask) in channel.bans):
         return None
     if not change.on:
-        mask = channel.bans.pop(fold(mask))[0]
-    elif len(channel.bans) >= MAX_BANS:
+        return channel.unban(mask)
+    if len(channel.bans) >= MAX_BANS:
         raise CommandError(ERR_BANLISTFULL, channel.name, "b")
-    else:
-        channel.bans[fold(mask)] = (mask, call.session.prefix, str(int(time.time())))
-    channel.changed()
+    try:
+        channel.set_ban(mask, call.session.prefix, str(int(time.time())))
+    except ValueError:
+        raise CommandError(ERR_INVALIDMODEPARAM, channel.name, "b", change.param) from None
     return mask
 
 
@@ -2859,7 +2999,7 @@ def send_modes(call: Call, channel: Channel) -> None:
 def send_bans(call: Call, channel: Channel) -> None:
     """367 for each ban, then 368"""
     for ban in channel.bans.values():
-        call.reply(RPL_BANLIST, channel.name, *ban)
+        call.reply(RPL_BANLIST, channel.name, ban.mask, ban.by, ban.time)
     call.reply(RPL_ENDOFBANLIST, channel.name)
 
 
@@ -2878,15 +3018,14 @@ def privmsg(call: Call) -> None:
 @command("NOTICE <target>{,<target>} :<text>", 2)
 def notice(call: Call) -> None:
     """Never answered, not even with an error: RFC 2812, section 3.3.2."""
-    for target in call.params[0].split(",")[:MAX_TARGETS] if call.params[1] else ():
+    for target in targets(call, call.params[0])[:MAX_TARGETS] if call.params[1] else ():
         with contextlib.suppress(CommandError):
             relay(call, target)
 
 
 @command("TAGMSG <target>{,<target>}", 1)
 def tagmsg(call: Call) -> None:
-    for target in call.params[0].split(",")[:MAX_TARGETS]:
-        relay(call, target)
+    for_each_target(call, functools.partial(relay, call))
 
 
 def relay(call: Call, target: str) -> None:
@@ -3823,7 +3962,7 @@ class Mailer:
             self._closing.discard(connection)
             connection.sock.close()
             with self._hub:
-                self._hub.access.release(connection.session.address)
+                self._hub.access.release(connection.session)
 
 
 class Server:
@@ -3844,6 +3983,7 @@ class Server:
         self.address: Tuple[str, int] = self.listener.getsockname()[:2]
         self._context, self._tls_only = context, tls_only
         self.hub = hub or Hub(SERVER_NAME)
+        self._reasons = TokenBucket(REASONS, REASON_S)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
         self._wakeup = Wakeup()
         self.stop = self._wakeup.wake  # makes `serve` return
@@ -3877,25 +4017,36 @@ class Server:
         return not self.mailer.failed
 
     def _accept(self) -> None:
-        try:
-            sock, address = self.listener.accept()
-        except OSError as error:
-            if error.errno in NO_DESCRIPTORS:
-                self._refuse_without_descriptor()
-            return  # or it has gone already
-        key, limits = self.hub.access.key(address[0]), self.hub.limits
+        """Accepts those who wait, so that one address's storm of connections keeps nobody else waiting."""
+        refused: Set[str] = set()  # address keys
+        for _ in range(MAX_ACCEPTED):
+            try:
+                sock, address = self.listener.accept()
+            except OSError as error:
+                if error.errno in NO_DESCRIPTORS:
+                    self._refuse_without_descriptor()
+                break  # nobody waits, or it has gone already
+            key = self.hub.access.key(address[0])
+            if key in refused and not self._reasons.allow(time.monotonic()):
+                sock.close()
+            elif not self._admit(sock, key):
+                refused.add(key)
+        if refused:
+            time.sleep(REJECT_PAUSE_S)
+
+    def _admit(self, sock: socket.socket, key: str) -> bool:
+        """Lets a client in, or tells it why not."""
+        limits = self.hub.limits
         with self.hub:
             why = FULL if len(self.mailer) >= limits.clients else self.hub.access.admit(key, limits.per_address)
+            buckets = None if why else self.hub.access.buckets(key, limits)
         if why:
             log.warning("refused %s: %s", key, why)
             reject(sock, why)
-            time.sleep(REJECT_PAUSE_S)
-            return
+            return False
         with contextlib.suppress(OSError):  # it has gone already, as its reader will find out
             prepare(sock, limits)
-        limited = limits.rate < math.inf and not self.hub.access.is_exempt(key)
-        flood_bucket = TokenBucket(limits.burst, 1 / limits.rate) if limited else None
-        session = Session(self._host(key), time.monotonic(), key, flood_bucket)
+        session = Session(self._host(key), time.monotonic(), key, buckets)
         connection = Connection(sock, session)
         if self._context and self._tls_only:  # from now on nothing is sent in clear text
             connection.tls = Tls(self._context, True)
@@ -3908,6 +4059,7 @@ class Server:
             log.warning("refused %s: %s", key, error)
             self.hub.disconnect(session, "", FULL)
             self.mailer.post(self.mailer.reader_done, connection)
+        return True
 
     def _refuse_without_descriptor(self) -> None:
         """Accepts one client with the descriptor kept in reserve, tells it and lets it go."""
@@ -3987,38 +4139,38 @@ class Server:
             if text or tls.ended:
                 return text
             data = b""
-            self._throttle(connection)  # what is no text costs as much
+            throttle(self.hub, connection)  # what is no text costs as much
 
     def _handle_lines(self, connection: Connection, lines: List[Optional[bytes]], size: int) -> None:
         """Runs commands as they came, in so many bytes: bytes that are no line count as some, for the rate limit."""
         session = connection.session
         for _ in range(size // LINE_BYTES - len(lines)):
-            self._throttle(connection)
+            throttle(self.hub, connection)
         for line in lines:
-            self._throttle(connection)
+            throttle(self.hub, connection)
             if session.stage is Stage.GONE:
                 break
             handle_line(self.hub, session, line)
         if session.stage is Stage.GONE:
             time.sleep(DROPPED_PAUSE_S)
 
-    def _throttle(self, connection: Connection) -> None:
-        """Rate limiting: waits until the next line is allowed; ends a session that goes on to send much more."""
-        session, bucket = connection.session, connection.session.flood_bucket
-        if not bucket:
-            return
-        now = time.monotonic()
-        wait = bucket.debit(now)
-        if not wait or connection.unread_bytes() < FLOOD_BYTES:
-            connection.flooding_since = now
-        elif now > connection.flooding_since + FLOOD_S:
-            why = f"More than {self.hub.limits.rate:g} lines a second, without end"
-            self.hub.disconnect(session, "Flooding", why)
-            return
-        while wait > 0 and session.stage is not Stage.GONE:
-            time.sleep(min(wait, TICK_S))
-            wait -= TICK_S
-            session.last_received = time.monotonic()
+
+def throttle(hub: Hub, connection: Connection) -> None:
+    """Rate limiting: waits until the next line is allowed; ends a session that goes on to send much more."""
+    session, bucket = connection.session, connection.session.flood_bucket
+    if not bucket:
+        return
+    now = time.monotonic()
+    wait = bucket.debit(now)
+    if not wait or connection.unread_bytes() < FLOOD_BYTES:
+        connection.flooding_since = now
+    elif now > connection.flooding_since + FLOOD_S:
+        hub.disconnect(session, "Flooding", f"More than {hub.limits.rate:g} lines a second, without end")
+        return
+    while wait > 0 and session.stage is not Stage.GONE:
+        time.sleep(min(wait, TICK_S))
+        wait -= TICK_S
+        session.last_received = time.monotonic()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -5822,7 +5974,8 @@ def own_form(message: Message) -> str:
 
 def mentions(text: str, nick: str) -> bool:
     """Whether a text contains a name as a word."""
-    return bool(re.search(rf"(?<!\w){re.escape(fold(nick))}(?!\w)", fold(text)))
+    words = " ".join(map(fold, text.split()))  # not as one: a long text is not folded
+    return bool(re.search(rf"(?<!\w){re.escape(fold(nick))}(?!\w)", words))
 
 
 def local_time(stamp: str) -> time.struct_time:

@@ -137,7 +137,8 @@ class Shape(unittest.TestCase):
 class Names(unittest.TestCase):
     GOOD = ["bob", "Борис", "美咲", "José", "山田たろう", "홍길동", "_x", "`a", "[x]", "a-b", "x1", "दिल्ली", "ñ" * 24]
     BAD = ["", "1bob", "-x", "a b", "a\x1b[31m", "bоb", "a\u202eb", "a\u200db", "bob\u034f", "\u3164", "a,b",
-           "b\udcff", "x" * 25, "美" * 22, "a!b", "a@b", "*", "bob\ufe0f", "a\x00"]  # fmt: skip
+           "b\udcff", "x" * 25, "美" * 22, "a!b", "a@b", "*", "bob\ufe0f", "a\x00",
+           "\ufdfa", "\ufdfb", "ŉa", "İ" * 24]  # fmt: skip
 
     def test_good(self) -> None:
         for name in self.GOOD:
@@ -191,11 +192,41 @@ class Names(unittest.TestCase):
             ("*ab*abc", "abaab", False),
             ("a**b", "ab", True),
             ("a?*", "a", False),
+            ("a*?", "a", False),
+            ("a*?*?c", "abbc", True),
+            ("a.c", "abc", False),
+            ("a*b*bc", "abxbc", True),
+            ("a*?b*c", "ab\nbc", True),
             ("*" * 40 + "x", "y" * 80, False),
-            ("*y" * 40 + "x", "y" * 80, False),  # takes ages where every * is tried anew
         ):
             with self.subTest(mask=mask, text=text):
-                self.assertEqual(chat.matches(mask, text), fits)
+                self.assertEqual(bool(chat.mask_pattern(mask).fullmatch(text)), fits)
+
+    def test_a_mask_costs_little_whatever_is_in_it(self) -> None:
+        names = ["y" * 4000, "ya" * 2000, "x" * 4000]
+        masks = ["*" + "?" * 60 + "07!*@*", "*y" * 10 + "x", "*y?" * 9 + "x", "*" + "y?" * 30 + "x", "*?" * 39 + "x"]
+        patterns = [chat.mask_pattern(mask) for mask in masks]
+        began = time.process_time()
+        found = [pattern.fullmatch(name) for _ in range(20) for pattern in patterns for name in names]
+        self.assertLess(
+            time.process_time() - began, 3.0
+        )  # 300 of them: 0.1 s, and one minute where each * is tried anew
+        self.assertEqual(set(map(bool, found)), {False, True})
+        for mask in ("*a" * 11, "x" * 81):
+            self.assertRaises(ValueError, chat.mask_pattern, mask)
+
+    def test_what_is_too_long_for_a_name_is_not_normalised(self) -> None:
+        marks = "a" + "\u0345\u0301\u0327" * 30_000  # sorting them is quadratic: seconds
+        began = time.process_time()
+        self.assertEqual(chat.fold(marks), marks)
+        for check in (chat.check_nick, chat.check_channel):
+            self.assertRaises(chat.CommandError, check, f"#{marks}")
+            self.assertRaises(chat.CommandError, check, marks)
+        self.assertFalse(chat.mentions(marks, "bob"))
+        chat.simpler_nick(marks)
+        self.assertLess(time.process_time() - began, 1.0)
+        self.assertTrue(chat.mentions("é " * 200 + "BOB: hello", "bob"))
+        self.assertEqual(chat.check_nick("e\u0302\u0301" * 21), "ế" * 21)  # decomposed, a name is longer than it is
 
     def test_next_nick(self) -> None:
         self.assertEqual(chat.next_nick("bob"), "bob2")
@@ -924,6 +955,10 @@ class State(unittest.TestCase):
         chat.FanOut(chat.commit(hub, hub.drain_log()))
         self.assertEqual((channel.members, channel.audience, call.session.audiences, hub.channels), ({}, {}, (), {}))
 
+
+class StateParts(unittest.TestCase):
+    """Turnstiles, token buckets, message ids: what the hub is made of."""
+
     def test_a_turnstile_lets_through_one_after_another(self) -> None:
         lock, is_open = threading.Lock(), False
         through: List[int] = []
@@ -1095,6 +1130,12 @@ class ServerCase(unittest.TestCase):
         self.addCleanup(peer.close)
         return peer
 
+    def peer_from(self, address: str, port: int, data: str = "") -> Peer:
+        """One that connects from an address of its own."""
+        peer = Peer(port, data, socket.create_connection(("127.0.0.1", port), PATIENCE, (address, 0)))
+        self.addCleanup(peer.close)
+        return peer
+
     def plain(self, name: str) -> Peer:
         peer = self.peer(f"{name}\n")
         peer.until(f"*** {name} joined")
@@ -1140,6 +1181,20 @@ class PlainPeople(ServerCase):
             ],
         )
         self.assertEqual(bob.rest(), ["*** bob is now rob", "*** rob set the topic: tea", "*** Goodbye"])
+
+    def test_one_line_joins_one_channel(self) -> None:
+        ann, bob = self.plain("ann"), self.plain("bob")
+        script = self.peer('{"type":"join","user":"joe"}\n')
+        script.until('"joe"')
+        bob.send("/join #a,#chat,#b\n/msg *,#chat,#Chat,ANN,ann hello\n")
+        self.assertEqual(bob.until("Error"), "*** Error: that is too many names in one command")
+        script.send('{"type":"join","channel":"#a,#chat,#b"}\n{"type":"chat","text":"here"}\n')
+        self.assertIn("too-many-targets", script.until('"error"'))
+        ann.until("joe joined")
+        self.assertEqual([ann.line() for _ in range(3)], ["bob: hello", "[private] bob: hello", "joe: here"])
+        bob.send("/join #A,#a\n")  # one, spelt twice
+        bob.until("*** bob joined")
+        self.assertEqual(ann.until("bob left"), "*** bob left: went to #A")
 
     def test_exit_is_a_word_of_its_own(self) -> None:
         bob = self.plain("bob")
@@ -1419,6 +1474,20 @@ class IrcClients(ServerCase):
         self.assertEqual(ann.sync(), [])
         self.assertEqual(bob.rest()[-1], "ERROR :Goodbye")
         self.assertIn(":chat.local 332 rob #chat :tea", bob.seen)
+
+    def test_a_target_counts_once_however_often_it_is_named(self) -> None:
+        ann, bob = self.irc("ann", "message-tags"), self.irc("bob", "message-tags")
+        ann.sync()
+        bob.send("PRIVMSG #chat,#CHAT,ANN,#Chat,ann :hi\r\nNOTICE #chat,#CHAT,Ann,ann,#Chat :hi\r\n")
+        bob.send("@+x=1 TAGMSG #chat,#CHAT,#Chat,#cHat,#chAt,#chaT\r\nNAMES #chat,#CHAT\r\nLIST #chat,#CHAT\r\n")
+        codes = [chat.parse(line).command for line in bob.sync()]
+        self.assertEqual(codes, ["353", "366", "321", "322", "323"])
+        heard = [(message.command, message.params[0]) for message in map(chat.parse, ann.sync())]
+        wanted = [(command, target) for command in ("PRIVMSG", "NOTICE") for target in ("#chat", "ann")]
+        self.assertEqual(heard, [*wanted, ("TAGMSG", "#chat")])
+        bob.send("JOIN #tea,#Tea key\r\nPART #tea,#TEA\r\nKICK #chat bob,BOB\r\n")
+        codes = [chat.parse(line).command for line in bob.sync()]
+        self.assertEqual(codes, ["JOIN", "353", "366", "PART", "482"])
 
     def test_who_shares_two_channels_sees_a_quit_once(self) -> None:
         ann, bob = self.irc("ann"), self.irc("bob")
@@ -1865,6 +1934,11 @@ class ChannelModes(Stage):
         joined = [line for line in eve.sync() if " JOIN " in line]
         self.assertEqual(joined, [f":eve!eve@localhost JOIN {name}" for name in ("#b", "#a", "#c")])
 
+    def test_more_modes_than_fit_are_not_set(self) -> None:
+        self.play(("ann", "MODE #chat +bbbbbm a b c d e", self.both("MODE #chat +bbbbm a!*@* b!*@* c!*@* :d!*@*")))
+
+
+class ChannelBans(Stage):
     def test_bans_are_listed_and_bounded(self) -> None:
         ann, eve = self.people["ann"], self.people["eve"]
         for start in range(0, chat.MAX_BANS, 4):
@@ -1908,8 +1982,21 @@ class ChannelModes(Stage):
             before = speak(range(100))
             self.assertLess(speak(range(100, 1100)) - before, 50_000)  # 1,000 names are more
 
-    def test_more_modes_than_fit_are_not_set(self) -> None:
-        self.play(("ann", "MODE #chat +bbbbbm a b c d e", self.both("MODE #chat +bbbbm a!*@* b!*@* c!*@* :d!*@*")))
+    def test_a_mask_of_too_many_parts_is_refused(self) -> None:
+        mask = "*a" * 11 + "!*@*"
+        self.play(("ann", f"MODE #chat +b {mask}", {"ann": [f"696 ann #chat b {mask} :mode b cannot be set to that"]}))
+
+    def test_one_join_has_a_bounded_number_of_bans_looked_at(self) -> None:
+        self.people["ann"].send("JOIN #a,#b\r\nMODE #a +bbb 1 2 3\r\nMODE #b +bbb 1 2 3\r\n")
+        eve = self.people["eve"]
+        self.people["ann"].sync()
+        with mock.patch.object(chat, "BAN_CHECKS", 5):
+            eve.send("JOIN #a,#b,#c\r\n")
+            heard = [re.sub("^:[^ ]+ ", "", line) for line in eve.sync() if re.search("JOIN| 263 ", line)]
+            self.assertEqual(heard, ["JOIN #a", "263 eve JOIN :JOIN is too much now; wait a little"] + heard[2:])
+            eve.send("JOIN #a,#b,#c\r\n")
+            self.assertIn(":eve!eve@localhost JOIN #b", eve.sync())
+        self.assertEqual(self.counts()[2], 4)
 
 
 class Operators(Stage):
@@ -2470,6 +2557,37 @@ class Throttled(ServerCase):
         with mock.patch.object(time, "monotonic", lambda: later):
             self.plain("ann")
 
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux: 127.0.0.2 is another address")
+    def test_who_connects_during_a_storm_does_not_wait_for_it(self) -> None:
+        server = chat.Server("127.0.0.1", 0)
+        server.hub.access = chat.AccessControl("127.0.0.2/32")
+        storm = [socket.create_connection(server.address, PATIENCE) for _ in range(400)]
+        for sock in storm:
+            self.addCleanup(sock.close)
+        ann = self.peer_from("127.0.0.2", server.address[1], "ann\n")
+        with mock.patch.object(chat, "REJECT_PAUSE_S", 0.1), self.assertLogs("chat", "WARNING"):
+            began = time.monotonic()
+            self.serve(server)
+            ann.until("*** ann joined")
+            self.assertLess(time.monotonic() - began, 10.0)  # after each of them it would be half a minute
+        self.assertEqual(Peer(0, sock=storm[50]).rest(), ["ERROR :Too many connections from your address"])
+        self.assertEqual(Peer(0, sock=storm[399]).rest(), [])
+
+    def test_what_a_client_has_used_up_stays_so_on_the_next_connection(self) -> None:
+        self.limit(burst=40, rate=10)
+        self.exempt("")
+        began = time.monotonic()
+        bob = self.irc("bob")
+        bob.send("PING x\r\n" * 35 + "QUIT\r\n")
+        bob.rest()
+        bob.close()
+        self.eventually(lambda: not self.connections(), "bob is still connected")
+        self.irc("eve")
+        self.assertGreater(time.monotonic() - began, (4 + 36 + 4 - 40) / 10)
+        indebted = chat.TokenBucket(10, 0.5)
+        indebted.debit(100.0, 60)
+        self.assertEqual(chat.Session("host", 100.0, "", (indebted, indebted)).connected_at, 125.0)  # can register yet
+
     def test_origins(self) -> None:
         for address, origin, exempt in (
             ("127.0.0.1", "127.0.0.1", True),
@@ -2516,6 +2634,20 @@ class Throttled(ServerCase):
         for number in range(60):
             self.assertIn(f"PRIVMSG #chat :{number}", ann.until("PRIVMSG #chat"))
         self.assertGreater(time.monotonic() - began, 45 / 50)  # no line may come before its time
+
+    def test_what_others_receive_counts_as_lines(self) -> None:
+        self.limit(burst=20, rate=100)
+        self.exempt("")
+        ann = self.irc("ann")
+        names = ",".join(f"#{number}" for number in range(40))
+        ann.send(f"JOIN {names}\r\n")
+        ann.sync()
+        began = time.monotonic()
+        bob = self.irc("bob")
+        bob.send(f"JOIN {names}\r\n")
+        bob.sync()
+        self.assertGreater(time.monotonic() - began, (39 + 5 - 20) / 100)
+        self.assertEqual(sum(" JOIN " in line for line in ann.sync()), 41)
 
     def test_bytes_that_are_no_lines_are_slowed_as_well(self) -> None:
         self.limit(burst=10, rate=50)
@@ -3128,9 +3260,10 @@ class Resume(ServerCase):
 
     TOKEN = "0123456789abcdef"
 
-    def bob(self, token: str = TOKEN, name: str = "bob") -> Peer:
+    def bob(self, token: str = TOKEN, name: str = "bob", address: str = "127.0.0.1") -> Peer:
         caps = f"echo-message message-tags batch draft/chathistory {chat.RESUME_CAP}"
-        return self.peer(f"CAP REQ :{caps}\r\nRESUME {token}\r\nNICK {name}\r\nUSER {name} 0 * :x\r\nCAP END\r\n")
+        start = f"CAP REQ :{caps}\r\nRESUME {token}\r\nNICK {name}\r\nUSER {name} 0 * :x\r\nCAP END\r\n"
+        return self.peer_from(address, self.port, start)
 
     def both(self) -> Tuple[Peer, Peer]:
         """ann, and bob who can come back, in one channel."""
@@ -3195,6 +3328,57 @@ class Resume(ServerCase):
         self.lose(bob)
         self.eventually(lambda: not self.connections(), "the connection is not closed")
         self.bob().until(" 376 ")
+
+    def away(self, name: str, address: str = "127.0.0.1") -> None:
+        """Somebody comes, and loses the connection."""
+        peer = self.bob(name * 6, name, address)
+        peer.until(" 376 ")
+        self.lose(peer)
+
+    def here(self, asker: Peer, names: str) -> str:
+        asker.send(f"ISON {names}\r\n")
+        return asker.until(" 303 ").rpartition(":")[2]
+
+    def test_the_absent_count_with_their_address_and_in_all(self) -> None:
+        self.limit(per_address=3, burst=1000)
+        with mock.patch.object(chat, "CONNECT_INTERVAL_S", 0.001):
+            self.exempt("")
+            for name in ("lost1", "lost2", "lost3"):
+                self.away(name)
+            self.bob("lost2" * 6, "lost2").until(" 376 ")  # one of them is back: nobody has to go
+            ann = self.irc("ann")
+            self.assertEqual(self.here(ann, "lost1 lost2 lost3"), "lost2 lost3")
+            self.limit(per_address=100, clients=4)
+            self.assertEqual(self.here(self.irc("eve"), "lost1 lost2 lost3"), "lost2 lost3")
+            self.assertEqual(self.here(self.irc("joe"), "lost1 lost2 lost3"), "lost2")
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux: 127.0.0.2 is another address")
+    def test_nobody_takes_the_places_of_the_absent_from_others(self) -> None:
+        with mock.patch.object(chat, "MAX_RESUMABLE", 3):
+            for number in range(5):
+                self.away(f"lost{number}", "127.0.0.3")
+            self.away("eve", "127.0.0.2")
+            ann = self.irc("ann")
+            self.assertEqual(self.here(ann, "lost0 lost1 lost2 lost3 lost4 eve"), "lost3 lost4 eve")
+
+    def test_coming_back_brings_no_fresh_allowance(self) -> None:
+        with mock.patch.object(chat, "NICK_CHANGE_S", 1000.0):
+            bob = self.bob()
+            bob.until(" 376 ")
+            bob.send("".join(f"NICK bob{number}\r\n" for number in range(4)))
+            bob.until("NICK :bob3")
+            again = self.bob(name="bob3")  # while the old connection looks alive
+            again.until(" 376 ")
+            again.send("NICK bob4\r\nNICK bob5\r\n")
+            self.assertIn(" 438 bob4 bob5 ", again.until(" 438 "))
+            bob.rest()
+            bob.close()
+            self.eventually(lambda: self.connections() == 1, "the old connection is left")
+            self.lose(again)
+            bob = self.bob(name="bob4")
+            bob.until(" 376 ")
+            bob.send("NICK bob5\r\n")
+            self.assertIn(" 438 bob4 bob5 ", bob.until(" 438 "))
 
     def test_an_id_counts_for_each_target(self) -> None:
         bob = self.bob()
