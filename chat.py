@@ -998,11 +998,16 @@ class Plain(Dialect):
 
 
 class PlainPassword(Plain):
-    """The same, while the next line is the password."""
+    """The same, while the next line is the password of somebody who has given a name."""
+
+    def __init__(self, nick: str) -> None:
+        self.nick = nick
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
         text = decode_text(TELNET.sub(b"", line))
-        return [Message("QUIT") if text.strip() == "exit" else Message("PASS", (text,))]
+        if text.strip() == "exit":
+            return [Message("QUIT")]
+        return [Message("PASS", (text,)), *registration_commands(self.nick, "plain")]
 
 
 class Json(Dialect):
@@ -1183,7 +1188,7 @@ class Http(Dialect):
         return self.ANSWER.encode() if message.command == "ERROR" else b""
 
 
-PLAIN, PLAIN_PASSWORD, JSON, HTTP = Plain(), PlainPassword(), Json(), Http()
+PLAIN, JSON, HTTP = Plain(), Json(), Http()
 UNDECIDED = Plain()  # before the first line
 
 
@@ -1458,145 +1463,109 @@ def plain_address(address: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Ad
     return getattr(found, "ipv4_mapped", None) or found
 
 
-def address_key(address: str) -> str:
-    """The key for per-address limits: an IPv4 address, or the /64 network of an IPv6 address; raises ValueError."""
-    found = plain_address(address)
-    if found.version == 6 and not found.is_loopback:
-        return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
-    return str(found)
-
-
 def digest(secret: str) -> bytes:
-    """The SHA-256 of a secret, which stands for it where it is kept or compared."""
-    return hashlib.sha256(secret.encode(errors="surrogateescape")).digest()
+    """The SHA-256 of a password, which stands for it where it is kept or compared."""
+    return hashlib.sha256(normalize_password(secret).encode(errors="surrogateescape")).digest()
 
 
-class AddressRecord:
-    """What is known of one address: its clients, and how much it may still ask of us."""
+class Address:
+    """One address as limits count it: its clients, and what they may still do. Guarded by the hub's lock."""
 
-    __slots__ = ("arrivals", "connections", "disconnected", "passwords", "rows", "spent")
+    __slots__ = ("arrivals", "connections", "disconnected", "exempt", "key", "rows", "spent", "wrong_passwords")
 
-    def __init__(self, per_address: float) -> None:
+    def __init__(self, key: str = "", exempt: bool = True, per_address: float = math.inf) -> None:
+        self.key = key  # an IPv4 address, the /64 network of an IPv6 address, or itself where it is exempt
+        self.exempt = exempt  # from the limits per address and from the rate limit
         self.connections = 0
-        self.disconnected: Dict[Session, None] = {}  # whose connection is closed, the first one first
+        self.disconnected: Dict[Session, None] = {}  # sessions whose connection is closed, the oldest first
         self.spent: List[Buckets] = []  # of connections that have ended: the next ones go on with them
         self.arrivals = TokenBucket(2 * per_address, CONNECT_INTERVAL_S)
-        self.passwords = TokenBucket(WRONG_PASSWORDS, WRONG_S / WRONG_PASSWORDS)  # wrong ones
+        self.wrong_passwords = TokenBucket(WRONG_PASSWORDS, WRONG_S / WRONG_PASSWORDS)
         self.rows = TokenBucket(QUERY_BURST, 1 / QUERY_RATE)  # of answers
 
     def in_use(self, now: float) -> bool:
-        """Whether it says anything."""
+        """Whether anything of it has to be remembered."""
         self.spent = [buckets for buckets in self.spent if any(bucket.in_debt(now) for bucket in buckets)]
-        in_debt = any(bucket.in_debt(now) for bucket in (self.arrivals, self.passwords, self.rows))
+        in_debt = any(bucket.in_debt(now) for bucket in (self.arrivals, self.wrong_passwords, self.rows))
         return bool(self.connections or self.disconnected or self.spent or in_debt)
 
+    def locked_out(self) -> bool:
+        """Whether there were too many wrong passwords from it lately."""
+        return self.wrong_passwords.is_empty(time.monotonic())
 
-class AccessControl:
-    """Who may connect: bans, limits per address, the password. Guarded by the hub's lock."""
-
-    def __init__(self, exempt: str = LOOPBACK, password: str = "") -> None:
-        self.banned: Dict[str, str] = {}  # address key or folded nick -> as the operator wrote it
-        self.password_required = bool(password)
-        self._digest = digest(normalize_password(password))
-        self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
-        self._records: Dict[str, AddressRecord] = {}  # by address key
-        self._swept = 0.0  # monotonic: when records that say nothing were last dropped
-
-    def key(self, address: str) -> str:
-        """The key for an address's limits: itself where it is exempt, otherwise its address_key; raises ValueError."""
-        return str(plain_address(address)) if self.is_exempt(address) else address_key(address)
-
-    def is_exempt(self, key: str) -> bool:
-        """Whether an address is exempt from the limits per address and from the rate limit. Any thread.
-
-        A network of many is not, for then their keys would be themselves.
-        """
-        return "/" not in key and any(plain_address(key) in network for network in self._exempt)
-
-    def admit(self, key: str, per_address: float) -> str:
-        """Counts one more connection from an address; or returns why it is refused."""
-        now = time.monotonic()
-        if key in self.banned:
-            return "You are banned from this server"
-        if self.locked_out(key):
+    def admit(self, per_address: float) -> str:
+        """Counts one more connection; or returns why it is refused."""
+        if self.locked_out():
             return "Too many wrong passwords; try again later"
-        record = self._record(key, per_address, now)
-        if not self.is_exempt(key):
-            if record.connections >= per_address:
-                return "Too many connections from your address"
-            if not record.arrivals.allow(now):
-                return "Too many new connections from your address; wait a little"
-        record.connections += 1
+        if not self.exempt and self.connections >= per_address:
+            return "Too many connections from your address"
+        if not self.exempt and not self.arrivals.allow(time.monotonic()):
+            return "Too many new connections from your address; wait a little"
+        self.connections += 1
         return ""
 
-    def buckets(self, key: str, limits: Limits) -> Optional[Buckets]:
-        """The rate limits of a connection that was admitted: as a former one from this address has left them."""
-        if limits.rate == math.inf or self.is_exempt(key):
+    def buckets(self, limits: Limits) -> Optional[Buckets]:
+        """The rate limits of a new connection: as a former one has left them."""
+        if limits.rate == math.inf or self.exempt:
             return None
-        spent = self._records[key].spent
         new = TokenBucket(limits.burst, 1 / limits.rate), TokenBucket(NICK_CHANGES, NICK_CHANGE_S)
-        return spent.pop() if spent else new
+        return self.spent.pop() if self.spent else new
 
     def release(self, session: Session) -> None:
         """The connection of a session has ended."""
-        record = self._records[session.address]
-        record.connections -= 1
+        self.connections -= 1
         if session.flood_bucket:
-            record.spent.append((session.flood_bucket, session.nick_bucket))
+            self.spent.append((session.flood_bucket, session.nick_bucket))
         if session.stage is Stage.DISCONNECTED:
-            record.disconnected[session] = None
+            self.disconnected[session] = None
 
-    def forget(self, session: Session) -> None:
-        """A session has ended."""
-        if session.address in self._records:
-            self._records[session.address].disconnected.pop(session, None)
-
-    def surplus(self, key: str, per_address: float) -> Optional[Session]:
-        """The oldest disconnected session of an address that has too many with its connections."""
-        record = self._records.get(key)
-        if not record or record.connections + len(record.disconnected) <= per_address or self.is_exempt(key):
+    def surplus(self, per_address: float) -> Optional[Session]:
+        """The oldest disconnected session, if there are too many with the connections."""
+        if self.exempt or self.connections + len(self.disconnected) <= per_address:
             return None
-        return next(iter(record.disconnected), None)
+        return next(iter(self.disconnected), None)
+
+
+class AccessControl:
+    """Who may connect: bans, the password, addresses. Guarded by the hub's lock."""
+
+    def __init__(self, exempt: str = LOOPBACK, password: str = "") -> None:
+        self.banned: Dict[str, str] = {}  # key of an address or folded nick -> as the operator wrote it
+        self.password_required = bool(password)
+        self._digest = digest(password)
+        self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
+        self._addresses: Dict[str, Address] = {}  # by key
+        self._swept = 0.0  # monotonic: when those were last dropped of which nothing has to be remembered
+
+    def address(self, text: str, per_address: float = math.inf) -> Address:
+        """What is known of an address; raises ValueError."""
+        found = plain_address(text)
+        exempt = any(found in network for network in self._exempt)
+        key = str(found)
+        if found.version == 6 and not found.is_loopback and not exempt:
+            key = str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
+        now = time.monotonic()
+        if now > self._swept + SWEEP_S:
+            self._swept = now
+            self._addresses = {known: item for known, item in self._addresses.items() if item.in_use(now)}
+        if key not in self._addresses:
+            self._addresses[key] = Address(key, exempt, per_address)
+        return self._addresses[key]
 
     def oldest_disconnected(self) -> Optional[Session]:
         """The oldest disconnected session of the address that has most of them."""
-        most: Collection[Session] = max((record.disconnected for record in self._records.values()), key=len, default=())
+        most: Collection[Session] = max((item.disconnected for item in self._addresses.values()), key=len, default=())
         return next(iter(most), None)
 
-    def check_password(self, key: str, password: str) -> bool:
-        """Whether the password is right. After too many wrong ones from this address, False whatever it is."""
-        if self.locked_out(key):
+    def check_password(self, address: Address, password: str) -> bool:
+        """Whether the password is right. After too many wrong ones from the address, False whatever it is."""
+        if address.locked_out():
             return False
-        fits = len(password) <= PASSWORD_BYTES
-        right = fits and hmac.compare_digest(digest(normalize_password(password)), self._digest)
-        now = time.monotonic()
-        record = self._record(key, math.inf, now)
-        if right:
-            record.passwords = TokenBucket(WRONG_PASSWORDS, WRONG_S / WRONG_PASSWORDS)
-        else:
-            record.passwords.debit(now)
-        return right
-
-    def locked_out(self, key: str) -> bool:
-        """Whether an address has given too many wrong passwords lately; exempt ones, too."""
-        record = self._records.get(key)
-        return record is not None and record.passwords.is_empty(time.monotonic())
-
-    def may_ask(self, key: str) -> bool:
-        """Whether an address has not had too many rows of answers lately."""
-        record = self._records.get(key)
-        return record is None or not record.rows.is_empty(time.monotonic()) or self.is_exempt(key)
-
-    def charge(self, key: str, rows: int) -> None:
-        """Counts rows of answers to an address."""
-        now = time.monotonic()
-        self._record(key, math.inf, now).rows.debit(now, rows)
-
-    def _record(self, key: str, per_address: float, now: float) -> AddressRecord:
-        if now > self._swept + SWEEP_S:
-            self._swept = now
-            self._records = {known: record for known, record in self._records.items() if record.in_use(now)}
-        return self._records.setdefault(key, AddressRecord(per_address))
+        if len(password) > PASSWORD_BYTES or not hmac.compare_digest(digest(password), self._digest):
+            address.wrong_passwords.debit(time.monotonic())
+            return False
+        address.wrong_passwords = TokenBucket(WRONG_PASSWORDS, WRONG_S / WRONG_PASSWORDS)
+        return True
 
 
 SIGNS = {"": "", "o": "@", "v": "+", "ov": "@+"}  # rank -> prefixes in NAMES and WHO
@@ -1629,21 +1598,22 @@ class Session:
     """A client, registered or not. Guarded by the hub's lock, but for what one thread alone uses."""
 
     __slots__ = (
-        "address", "audiences", "authenticated", "away", "channels", "connected_at", "deadline", "deferred", "dialect",
+        "address", "audiences", "authenticated", "away", "channels", "connected_at", "deadline", "dialect",
         "flood_bucket", "host", "invites", "last_received", "last_spoke", "negotiating", "nick", "nick_bucket",
         "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname", "resume_queue", "send", "signon",
         "stage", "token", "user", "wrong_password",
     )  # fmt: skip
 
-    def __init__(self, host: str, now: float, address: str = "", buckets: Optional[Buckets] = None) -> None:
+    def __init__(
+        self, host: str, now: float, address: Optional[Address] = None, buckets: Optional[Buckets] = None
+    ) -> None:
         self.host = host  # shown to others, so not the address
-        self.address = address  # its address key
+        self.address = address or Address()
         self.stage = Stage.NEW
         self.dialect: Dialect = UNDECIDED  # what it speaks, at the log's write end
         self.nick = self.user = self.realname = self.away = ""
         self.prefix = ""  # nick!user@host, once registered
         self.authenticated = False  # has given the password, where one is required
-        self.deferred: List[Message] = []  # commands of a plain user that wait for the password
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
         self.token = ""  # a hash of the secret by which this client may resume
         self.quit_reason = ""  # of a disconnected session
@@ -1671,7 +1641,7 @@ class Session:
 
     def description(self) -> str:
         """The session in the program's log."""
-        return f"{self.nick or 'someone without a name'} from {self.address or self.host}"
+        return f"{self.nick or 'someone without a name'} from {self.address.key or self.host}"
 
 
 class Ban(NamedTuple):
@@ -1859,7 +1829,7 @@ class Call:
         message = Message(numeric.code, (self.session.nick, *params), self.hub.name)
         self.replies.append(Lines(message, tuple(texts)))
         self.hub.log_length += len(texts)
-        self.hub.access.charge(self.session.address, len(texts))
+        self.session.address.rows.debit(time.monotonic(), len(texts))
 
     def reply_error(self, error: CommandError) -> None:
         """Replies with an error."""
@@ -1876,7 +1846,7 @@ class Call:
         """Replies with what the history answers, about `weight` messages."""
         self.replies.append(query)
         self.hub.log_length += weight
-        self.hub.access.charge(self.session.address, weight)
+        self.session.address.rows.debit(time.monotonic(), weight)
 
     def acknowledge(self, relayed: Message) -> None:
         """Tells a sender that its message was accepted, by its echo or an ACK. With a label, no echo makes an ACK."""
@@ -1957,7 +1927,7 @@ class Call:
     def forget(self, session: Session) -> None:
         """Removes a session from the hub; its connection is closed once the log is sent."""
         self.hub.disconnected -= session.stage is Stage.DISCONNECTED
-        self.hub.access.forget(session)
+        session.address.disconnected.pop(session, None)
         session.stage = Stage.GONE
         del self.hub.sessions[session]
         if self.hub.nicks.get(fold(session.nick)) is session:
@@ -2175,7 +2145,7 @@ def check_timeouts(call: Call, now: float) -> float:
         return now
     if not session.registered:
         if now >= session.connected_at + limits.register_s:
-            lacking = "password" if session.deferred else "name"
+            lacking = "password" if isinstance(session.dialect, PlainPassword) else "name"
             call.quit(session, "", f"No {lacking} within {limits.register_s:.0f} seconds")
         elif session.stage is Stage.HANDSHAKING:  # a prompt would come before the answer to what follows it at once
             return now + PROMPT_S
@@ -2203,10 +2173,10 @@ def end_disconnected(hub: Hub, session: Optional[Session]) -> None:
         hub.append(call)
 
 
-def make_room(hub: Hub, address: str) -> None:
+def make_room(hub: Hub, address: Address) -> None:
     """Ends a disconnected session where somebody has come who does not resume it: both count, for an address and in
     all."""
-    surplus = hub.access.surplus(address, hub.limits.per_address)
+    surplus = address.surplus(hub.limits.per_address)
     if not surplus and len(hub.sessions) > hub.limits.clients:
         surplus = hub.access.oldest_disconnected()
     end_disconnected(hub, surplus)
@@ -2267,7 +2237,7 @@ def query(grammar: str, min_params: int = 0, names_server: bool = False) -> Call
                 call.reply(*row)
                 if len(call.replies) % QUERY_ROWS == 0 and not pause_query(call):
                     return
-            call.hub.access.charge(call.session.address, len(call.replies))
+            call.session.address.rows.debit(time.monotonic(), len(call.replies))
 
         command(grammar, min_params)(run)
         return rows
@@ -2278,7 +2248,8 @@ def query(grammar: str, min_params: int = 0, names_server: bool = False) -> Call
 def check_query_rate(call: Call) -> None:
     """Waits until there is time for a query; raises CommandError where its address has had too many rows of answers."""
     call.hub.idle.wait()
-    if not call.hub.access.may_ask(call.session.address):
+    address = call.session.address
+    if not address.exempt and address.rows.is_empty(time.monotonic()):
         raise CommandError(RPL_TRYAGAIN, call.message.command)
 
 
@@ -2287,7 +2258,7 @@ def pause_query(call: Call) -> bool:
     if not call.label:  # otherwise they go out as one
         part = Call(call.hub, call.session)
         part.replies, call.replies = call.replies, []
-        call.hub.access.charge(call.session.address, len(part.replies))
+        call.session.address.rows.debit(time.monotonic(), len(part.replies))
         call.hub.append(part)
     call.hub.pause()
     return call.session.stage is not Stage.GONE
@@ -2331,20 +2302,16 @@ def begin(hub: Hub, session: Session, line: bytes) -> None:
 
 
 def dispatch_all(hub: Hub, session: Session, messages: List[Message]) -> None:
-    """Runs commands up to the first error. Those by which a plain user registers wait for the password."""
+    """Runs commands up to the first error. A plain user who gives a name is asked for the password, if there is one."""
     if hub.access.password_required and not session.authenticated and session.dialect is PLAIN and len(messages) > 1:
-        session.deferred = messages
         call = Call(hub, session)
-        call.set_dialect(PLAIN_PASSWORD)
+        call.set_dialect(PlainPassword(messages[0].param(0)))
         call.send_to(session, PASSWORD_PROMPT)
         hub.append(call)
         return
     for message in messages:
         if session.stage is Stage.GONE or not dispatch(hub, session, message):
             return
-    if session.deferred and session.authenticated:
-        messages, session.deferred = session.deferred, []
-        dispatch_all(hub, session, messages)
 
 
 def dispatch(hub: Hub, session: Session, message: Message) -> bool:
@@ -2502,15 +2469,15 @@ def pass_(call: Call) -> None:
     session.authenticated = hub.access.check_password(session.address, call.params[0])
     if not session.authenticated:
         session.wrong_password = True
-        hub.log_later(logging.WARNING, "wrong password from %s", session.address)
+        hub.log_later(logging.WARNING, "wrong password from %s", session.address.key)
         reject_password(call)
-    elif session.deferred:
+    elif isinstance(session.dialect, PlainPassword):
         call.set_dialect(PLAIN)
 
 
 def reject_password(call: Call) -> None:
     """Rejects a wrong or missing password. Plain and JSON clients may try again; IRC clients are disconnected."""
-    locked_out = call.hub.access.locked_out(call.session.address)
+    locked_out = call.session.address.locked_out()
     if call.session.dialect.single and not locked_out:
         raise CommandError(ERR_PASSWDMISMATCH)
     call.reply_error(CommandError(ERR_PASSWDMISMATCH))
@@ -3962,7 +3929,7 @@ class Mailer:
             self._closing.discard(connection)
             connection.sock.close()
             with self._hub:
-                self._hub.access.release(connection.session)
+                connection.session.address.release(connection.session)
 
 
 class Server:
@@ -4026,27 +3993,29 @@ class Server:
                 if error.errno in NO_DESCRIPTORS:
                     self._refuse_without_descriptor()
                 break  # nobody waits, or it has gone already
-            key = self.hub.access.key(address[0])
-            if key in refused and not self._reasons.allow(time.monotonic()):
+            with self.hub:
+                found = self.hub.access.address(address[0], self.hub.limits.per_address)
+            if found.key in refused and not self._reasons.allow(time.monotonic()):
                 sock.close()
-            elif not self._admit(sock, key):
-                refused.add(key)
+            elif not self._admit(sock, found):
+                refused.add(found.key)
         if refused:
             time.sleep(REJECT_PAUSE_S)
 
-    def _admit(self, sock: socket.socket, key: str) -> bool:
+    def _admit(self, sock: socket.socket, address: Address) -> bool:
         """Lets a client in, or tells it why not."""
         limits = self.hub.limits
         with self.hub:
-            why = FULL if len(self.mailer) >= limits.clients else self.hub.access.admit(key, limits.per_address)
-            buckets = None if why else self.hub.access.buckets(key, limits)
+            why = "You are banned from this server" if address.key in self.hub.access.banned else ""
+            why = why or (FULL if len(self.mailer) >= limits.clients else address.admit(limits.per_address))
+            buckets = None if why else address.buckets(limits)
         if why:
-            log.warning("refused %s: %s", key, why)
+            log.warning("refused %s: %s", address.key, why)
             reject(sock, why)
             return False
         with contextlib.suppress(OSError):  # it has gone already, as its reader will find out
             prepare(sock, limits)
-        session = Session(self._host(key), time.monotonic(), key, buckets)
+        session = Session(self._host(address.key), time.monotonic(), address, buckets)
         connection = Connection(sock, session)
         if self._context and self._tls_only:  # from now on nothing is sent in clear text
             connection.tls = Tls(self._context, True)
@@ -4056,7 +4025,7 @@ class Server:
             # Less than threading.Thread: 9,000 of those took 20 MB more, and 3 s more to join.
             _thread.start_new_thread(self._read, (connection,))
         except RuntimeError as error:  # can't start new thread
-            log.warning("refused %s: %s", key, error)
+            log.warning("refused %s: %s", address.key, error)
             self.hub.disconnect(session, "", FULL)
             self.mailer.post(self.mailer.reader_done, connection)
         return True
@@ -4115,7 +4084,7 @@ class Server:
                 self.hub.disconnect(connection.session, "", TLS_ONLY)
             return data
         if not self._context:
-            log.warning("refused %s: it speaks TLS, which is not set up here", connection.session.address)
+            log.warning("refused %s: it speaks TLS, which is not set up here", connection.session.address.key)
             return b""
         connection.tls = connection.tls or Tls(self._context, True)
         self.hub.set_stage(connection.session, Stage.HANDSHAKING, Stage.NEW)
@@ -6091,7 +6060,8 @@ def ban(server: Server, words: List[str]) -> Iterable[str]:
             return [f"banned: {', '.join(banned.values()) or 'nobody'}"]
         session = hub.nicks.get(fold(words[0]))
         try:
-            key = session.address if session and session.host != "localhost" else hub.access.key(words[0])
+            address = session.address if session and session.host != "localhost" else hub.access.address(words[0])
+            key = address.key
         except ValueError:
             try:
                 key = fold(check_nick(words[0]))
@@ -6099,9 +6069,9 @@ def ban(server: Server, words: List[str]) -> Iterable[str]:
                 return [f"Error: {words[0]} is neither a name nor an address"]
         if banned.pop(key, None):
             return [f"{words[0]} may come back"]
-        label = f"{words[0]} ({key})" if session and key == session.address else words[0]
+        label = f"{words[0]} ({key})" if session and key == session.address.key else words[0]
         banned[key] = label
-        for other in [other for other in hub.sessions if key in (other.address, fold(other.nick))]:
+        for other in [other for other in hub.sessions if key in (other.address.key, fold(other.nick))]:
             kill_session(hub, other, "banned")
     return [f"{label} is banned, until the server ends; the same again lets them back"]
 

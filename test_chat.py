@@ -2586,7 +2586,9 @@ class Throttled(ServerCase):
         self.assertGreater(time.monotonic() - began, (4 + 36 + 4 - 40) / 10)
         indebted = chat.TokenBucket(10, 0.5)
         indebted.debit(100.0, 60)
-        self.assertEqual(chat.Session("host", 100.0, "", (indebted, indebted)).connected_at, 125.0)  # can register yet
+        self.assertEqual(
+            chat.Session("host", 100.0, None, (indebted, indebted)).connected_at, 125.0
+        )  # can register yet
 
     def test_origins(self) -> None:
         for address, origin, exempt in (
@@ -2599,9 +2601,10 @@ class Throttled(ServerCase):
             ("fe80::1%eth0", "fe80::/64", False),
         ):
             with self.subTest(address):
-                self.assertEqual(chat.address_key(address), origin)
-                self.assertEqual(chat.AccessControl().is_exempt(origin), exempt)
+                found = chat.AccessControl("" if origin[0] in "2f" else chat.LOOPBACK).address(address)
+                self.assertEqual((found.key, found.exempt), (origin, exempt))
         self.assertRaises(ValueError, chat.AccessControl, "here")
+        self.assertRaises(ValueError, chat.AccessControl().address, "here")
 
     def test_an_exempt_address_is_one_address_or_a_network(self) -> None:
         access = chat.AccessControl("fe80::/10, 192.0.2.0/24, 2001:db8::5")
@@ -2614,12 +2617,12 @@ class Throttled(ServerCase):
             ("::1", "::1", False),
         ):
             with self.subTest(address):
-                self.assertEqual((access.key(address), access.is_exempt(access.key(address))), (key, exempt))
+                self.assertEqual((access.address(address).key, access.address(address).exempt), (key, exempt))
         for _ in range(100):  # neither refused, nor at the expense of its neighbours
-            self.assertEqual(access.admit(access.key("2001:db8::5"), 2), "")
-        admitted = [access.admit(access.key("2001:db8::6"), 2) for _ in range(3)]
+            self.assertEqual(access.address("2001:db8::5", 2).admit(2), "")
+        admitted = [access.address("2001:db8::6", 2).admit(2) for _ in range(3)]
         self.assertEqual(admitted, ["", "", "Too many connections from your address"])
-        self.assertFalse(chat.AccessControl("2001:db8::").is_exempt("2001:db8::/64"))
+        self.assertFalse(chat.AccessControl("2001:db8::").address("2001:db8::1").exempt)
 
     def test_a_flood_is_slowed_and_nobody_else_notices(self) -> None:
         self.limit(burst=10, rate=50)
@@ -2741,7 +2744,7 @@ class Passwords(ServerCase):
                 script = self.peer(json.dumps({"type": "join", "user": f"script{number}", "password": secret}) + "\n")
                 self.assertEqual(json.loads(script.line() or "")["event"], "join")
         with mock.patch.object(unicodedata, "normalize", self.fail):  # which takes long, under the lock
-            self.assertFalse(self.server.hub.access.check_password("192.0.2.1", "\u0301" * 1000))
+            self.assertFalse(self.server.hub.access.check_password(chat.Address("192.0.2.1"), "\u0301" * 1000))
 
     def test_names_cannot_be_had_or_asked_for_without_it(self) -> None:
         ann = self.peer("PASS :öpen sesame\r\nNICK ann\r\nUSER a 0 * :a\r\n")
@@ -2756,10 +2759,10 @@ class Passwords(ServerCase):
         tried, right = 0, "PASS :öpen sesame\r\nNICK eve\r\nUSER e 0 * :e\r\n"
         opens = chat.AccessControl.check_password
 
-        def counted(gate: chat.AccessControl, origin: str, password: str) -> bool:
+        def counted(access: chat.AccessControl, address: chat.Address, password: str) -> bool:
             nonlocal tried
             tried += 1
-            return opens(gate, origin, password)
+            return opens(access, address, password)
 
         with mock.patch.object(chat.AccessControl, "check_password", counted):
             inside = self.peer("CAP LS\r\n")
