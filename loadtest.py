@@ -111,11 +111,13 @@ BEHIND = (
 FLOOD_RATE = 30_000  # messages/s to reckon with, when sending as fast as the server accepts
 SLACK_NS = 100_000  # sleeping ends late by about so much; the rest is waited for awake
 LATE_MS = 1.0  # a load tester whose sends are later than this, and a third of the p99, is marked as the limit
+COME_S = 0.1  # between two visits of the witness who connects anew
 LIFE_S = 1.0  # of a disturber that comes and goes
 RETURN_S = 0.1  # a disturber that was closed is back
 LAST_WORDS_S = 0.5  # at the end a disturber that did not read looks for so long whether it was dropped
 SEND_BYTES = 1 << 16  # that a disturber's socket keeps: what it got rid of is what the server took, nearly
 HEARD_BYTES = 1000  # of what a disturber heard, to find out why it was closed
+MODES = 4  # bans in one line
 TURNS = 20  # of what a disturber says again and again, in one send
 PER_ADDRESS = 16  # disturbers at most from one source address: so many does chat.py let in
 FAULT_LOAD = {"rate": 500.0, "rounds": 1}  # defaults with --faults: all of it within five minutes
@@ -774,7 +776,7 @@ def text_report(result: Result) -> str:
 
 def _latency_text(result: Result) -> List[str]:
     rows = [["latency", *PERMILLE, "samples"]]
-    for name in ("corrected", "uncorrected", "complete", "undisturbed", "disturbed"):
+    for name in ("corrected", "uncorrected", "complete", "undisturbed", "disturbed", "newcomers"):
         summary = _at(result, "latency", name)
         if summary:
             times = [_known(duration, summary.get(percentile)).rjust(7) for percentile in PERMILLE]
@@ -859,11 +861,11 @@ def versus_text(document: Result) -> str:
 
 def faults_text(rows: Sequence[Result]) -> str:
     """What each fault did to the others, and what became of those who did it, as a table."""
-    lines = [["fault", "peers", "lost", "wrong", "p99 undisturbed", "disturbed", "ratio"]]
+    lines = [["fault", "peers", "lost", "wrong", "p99 undisturbed", "disturbed", "ratio", "newcomers"]]
     for row in rows:
-        times = [_known(duration, row[key]) for key in ("undisturbed", "disturbed")]
+        before, since, anew = (_known(duration, row[key]) for key in ("undisturbed", "disturbed", "newcomers"))
         counts = [count(row[key]) for key in ("peers", "lost", "wrong")]
-        lines.append([row["name"], *counts, *times, _known("{:.2f}".format, row["ratio"])])
+        lines.append([row["name"], *counts, before, since, _known("{:.2f}".format, row["ratio"]), anew])
     head, *table = _table(*lines)
     said = [head]
     for line, row in zip(table, rows):
@@ -1199,6 +1201,13 @@ class Client:
         with self.lock:
             self.sock.sendall(data)
 
+    def visit(self) -> float:
+        """Joins and leaves; returns the seconds until it had joined, or JOIN_S where it could not."""
+        with self.sock, contextlib.suppress(OSError):
+            self._connect()
+            self.send(f"PART {self.run.channel}\r\nQUIT\r\n".encode())
+        return self.joined_s or JOIN_S
+
     def stop(self) -> None:
         """Makes the thread end."""
         with contextlib.suppress(OSError):
@@ -1458,7 +1467,8 @@ class Run:
         self.stopping = False
         self.behind = self.held = False  # senders without a schedule wait for our receivers now; had to at all
         self.interrupted = False
-        self.clients = [(TlsClient if load.tls else Client)(self, number) for number in range(load.clients)]
+        self.visits: Dict[int, float] = {}  # when a newcomer came (ns) -> seconds until it had joined; 0: not yet
+        self.clients = [self.client(number) for number in range(load.clients)]
         self.senders = [Sender(self, client) for client in self.clients[: load.senders]]
         self.joined = threading.Semaphore(0)
         self.threads: List[threading.Thread] = []
@@ -1466,6 +1476,10 @@ class Run:
         self.before: Optional[Dict[str, float]] = None  # of the server: Target.usage
         self.afterwards: Optional[Dict[str, float]] = None
         self.cpu_s = self.elapsed_s = self.joining_s = 0.0
+
+    def client(self, number: int) -> Client:
+        """One that has not connected yet."""
+        return (TlsClient if self.load.tls else Client)(self, number)
 
     def turn(self, moment: int) -> int:
         """Which group of clients watches what is due at `moment` (ns)."""
@@ -1833,7 +1847,33 @@ def guess(peer: Peer) -> None:
     raise OSError("let in without the password")
 
 
+def ban(peer: Peer) -> None:
+    """Half of them keep channels with many bans, into which the others go with names that fold to long ones."""
+    peer.enter()
+    here = "#d0,#d1,#d2,#d3"
+    for turn in itertools.count(0, MODES):
+        if peer.number < 4:
+            masks = " ".join(f"*{'?' * 60}{number:02}!*@*" for number in range(turn % 100, turn % 100 + MODES))
+            peer.say(f"JOIN #d{peer.number}", f"MODE #d{peer.number} +{'b' * MODES} {masks}")
+        else:
+            peer.say(f"NICK {chr(0xFDFA) * 20}{turn % 1000}", f"JOIN {here}", f"PART {here}")
+        peer.hear()
+
+
+def move(peer: Peer) -> None:
+    """In the dialect of JSON, with many channels a line, some of them in two spellings."""
+    here = peer.load.channel
+    names = ",".join(f"{here},#z{number},{here.upper()}" for number in range(8))
+    first = {"type": "join", "user": f"d{peer.number}x{peer.lives}", "channel": here, "password": peer.load.password}
+    line = json.dumps({"type": "join", "channel": names})
+    peer.say(json.dumps(first))
+    while True:
+        peer.say(*[line] * TURNS)
+        peer.hear()
+
+
 TALK = "x" * 64
+FORMERLY = "timestamp=2020-01-01T00:00:00.000Z timestamp=2100-01-01T00:00:00.000Z"
 QUESTIONS = ("CHATHISTORY LATEST {channel} * 100", "WHO {channel}", "LIST", "NAMES {channel}", "WHOIS c0", "LUSERS")
 
 
@@ -1865,6 +1905,14 @@ FAULTS = {
     "questions": Fault("ask for history and lists", 8, pouring(*QUESTIONS, member=True)),
     "unread": Fault("ask the same and do not read", 8, pouring(*QUESTIONS, member=True, reads=False)),
     "guesses": Fault("guess the password", 50, guess),
+    "masks": Fault("set long bans, and join there with long names", 8, ban),
+    "targets": Fault(
+        "ask in which of many channels something was said",
+        16,
+        pouring("JOIN #d{number}-{turn}", "PRIVMSG #d{number}-{turn} :x", f"CHATHISTORY TARGETS {FORMERLY} 100"),
+    ),
+    "who": Fault("ask who is in the channel", 16, pouring("WHO {channel}", member=True)),
+    "moves": Fault("move to and fro between channels, many a line", 8, move),
 }
 
 
@@ -1911,8 +1959,20 @@ def fates(peers: Sequence[Peer]) -> Dict[str, Any]:
     }
 
 
+def come_and_go(run: Run) -> None:
+    """The thread of a witness who connects anew, joins and leaves all the time: what newcomers wait."""
+    for number in itertools.count():
+        client, began = run.client(number), time.time_ns()
+        client.name = f"n{number}"
+        if run.stopping or began > run.end:
+            return
+        run.visits[began] = 0.0
+        run.visits[began] = client.visit()
+        time.sleep(COME_S)
+
+
 class Disturbance:
-    """That process, which does its worst in the second half of what is measured."""
+    """That process, which does its worst in the second half of what is measured, and a witness who comes anew."""
 
     def __init__(self, name: str, load: Load, target: Target, args: argparse.Namespace) -> None:
         command = [sys.executable, os.path.abspath(__file__), "--disturb", name, "--host", target.host]
@@ -1920,10 +1980,14 @@ class Disturbance:
         command += ["--password-file", args.password_file] if args.password_file else []
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        self._witness: Optional[threading.Thread] = None
         cast(Any, self._process.stdout).readline()  # it is ready: starting must not disturb yet
 
     def watch(self, run: Run) -> None:
         """Lets them begin when it is time."""
+        if not self._witness:
+            self._witness = threading.Thread(target=come_and_go, args=(run,), daemon=True)
+            self._witness.start()
         if not run.disturbed_at and time.time_ns() > (run.begin + run.end + int(run.load.warmup_s * 1e9)) // 2:
             run.disturbed_at = time.time_ns()
             with contextlib.suppress(OSError):
@@ -1964,6 +2028,8 @@ class Latencies:
     def __init__(self, run: Run, sent: Sent, times: array[int]) -> None:
         self.corrected, self.uncorrected = array("d"), array("d")
         self.halves = array("d"), array("d")  # before and since disturbers began
+        visits = [(came, 1e3 * took or (time.time_ns() - came) / 1e6) for came, took in list(run.visits.items())]
+        self.newcomers = array("d", (took for came, took in visits if came + took * 1e6 >= run.disturbed_at > 0))
         self.seconds: Dict[int, array[float]] = collections.defaultdict(lambda: array("d"))
         self.last: Dict[int, float] = {}  # message -> until its last watching receiver had it
         self.medians: List[Tuple[float, str]] = []
@@ -1997,6 +2063,7 @@ class Latencies:
                 "uncorrected": summarize(self.uncorrected),
                 "complete": summarize(complete),
                 **(dict(halves) if self.halves[0] else {}),
+                **({"newcomers": summarize(self.newcomers)} if self.newcomers else {}),
             },
             "histogram": histogram(ordered),
             "curve": curve(ordered),
@@ -2297,7 +2364,7 @@ def felt(results: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
         rounds = [result for result in results if result["fault"]["name"] == name]
         counts = [(item["check"], item["count"]) for result in rounds for item in result["checks"]]
         p99: List[Optional[float]] = []
-        for half in ("undisturbed", "disturbed"):
+        for half in ("undisturbed", "disturbed", "newcomers"):
             known = list(filter(None, (_at(result, "latency", half, "p99") for result in rounds)))
             p99.append(statistics.median(known) if known else None)
         row = {
@@ -2307,6 +2374,7 @@ def felt(results: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
             "wrong": sum(number for check, number in counts if check != "loss"),
             "undisturbed": p99[0],
             "disturbed": p99[1],
+            "newcomers": p99[2],
             "ratio": p99[1] / p99[0] if p99[0] and p99[1] else None,
             "limited": any(result["generator"]["limited"] for result in rounds),
         }

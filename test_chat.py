@@ -8041,21 +8041,21 @@ class FaultsText(unittest.TestCase):
         closed = [["No name within 20 seconds", 484, 20.0], ["Reads too slowly \x1b[2J", 2, None]]
         fate = {"connections": 500, "stayed": 14, "written": 0, "answers": 1200, "closed": closed, "cpu_share": 0.034}
         row = {"name": "silent", "what": "connect and say nothing", "peers": 500, "lost": 0, "wrong": 0, "fate": fate}
-        known = {"undisturbed": 2.0, "disturbed": 2.5, "ratio": 1.25, "limited": False}
-        unknown = {"undisturbed": None, "disturbed": None, "ratio": None, "limited": True}
+        known = {"undisturbed": 2.0, "disturbed": 2.5, "newcomers": 12.5, "ratio": 1.25, "limited": False}
+        unknown = {"undisturbed": None, "disturbed": None, "newcomers": None, "ratio": None, "limited": True}
         other = {"name": "flood", "what": "talk without end", "peers": 1, "lost": 1234, "wrong": 2, "fate": None}
         text = loadtest.faults_text([{**row, **known}, {**other, **unknown}])
         self.assertEqual(
             text,
             """\
-fault   peers   lost  wrong  p99 undisturbed  disturbed  ratio
+fault   peers   lost  wrong  p99 undisturbed  disturbed  ratio  newcomers
 
-silent    500      0      0          2.00 ms    2.50 ms   1.25
+silent    500      0      0          2.00 ms    2.50 ms   1.25    12.5 ms
 connect and say nothing: connections 500, stayed 14, answers 1,200, closed 484
 after 20.0 s (No name within 20 seconds), closed 2 (Reads too slowly \\x1b[2J),
 they took 3% of a core
 
-flood       1  1,234      2                -          -      -
+flood       1  1,234      2                -          -      -          -
 talk without end: not known; LIMITED by the load tester itself""",
         )
 
@@ -8064,12 +8064,13 @@ talk without end: not known; LIMITED by the load tester itself""",
         results = []
         for before, since, lost in ((1.0, 3.0, 0), (5.0, 4.0, 2), (2.0, 9.0, 0)):
             halves = {"undisturbed": {"samples": 9, "p99": before}, "disturbed": {"samples": 9, "p99": since}}
+            halves["newcomers"] = {"samples": 9, "p99": 10 * since}
             found = verdicts(loss=("FAIL", lost, "x"), fifo=("FAIL", 1, "x"), order=("FAIL", 1, "x"))
             results.append(changed(fault=fault, latency=halves, checks=found))
             results.append(changed(fault={**fault, "name": "storm"}, latency={"undisturbed": {"samples": 0}}))
         flood, storm = loadtest.felt(results)
         common = {**fault, "rounds": 3, "limited": False}
-        times = {"undisturbed": 2.0, "disturbed": 4.0, "ratio": 2.0}
+        times = {"undisturbed": 2.0, "disturbed": 4.0, "newcomers": 40.0, "ratio": 2.0}
         self.assertEqual(flood, {**common, "lost": 2, "wrong": 6, **times})
         self.assertEqual(storm, {**common, "name": "storm", "lost": 0, "wrong": 0, **dict.fromkeys(times)})
 
@@ -8504,6 +8505,10 @@ class Disturbers(LoadTestCase):
             "questions": joined + rb"CHATHISTORY LATEST #load \* 100\r\nWHO #load\r\nLIST\r\nNAMES #load\r\n",
             "unread": joined + rb"CHATHISTORY LATEST #load \* 100\r\nWHO #load\r\nLIST\r\nNAMES #load\r\n",
             "guesses": rb"PASS guess1\r\nNICK d0x1\r\n",
+            "masks": registered + rb"JOIN #d0\r\nMODE #d0 \+bbbb (\*\?{60}0[0-3]!\*@\*[ \r]){4}\nJOIN",
+            "targets": registered + rb"JOIN #d0-0\r\nPRIVMSG #d0-0 :x\r\nCHATHISTORY TARGETS time(.+) time(.+) 100\r\n",
+            "who": joined + rb"(WHO #load\r\n){40}",
+            "moves": rb'"user": "d0x1", "channel": "#load", "password": "secret"}\r\n(.*"#load,#z0,#LOAD,.*\r\n){40}',
         }
         self.assertEqual(list(wanted), list(loadtest.FAULTS))
         for name, sight in wanted.items():
@@ -8563,6 +8568,19 @@ class Disturbers(LoadTestCase):
         thread.join(PATIENCE)
         self.assertEqual(loadtest.fates([peer])["closed"], [["Reads too slowly", 1, None]])
 
+    def test_a_newcomer_who_is_turned_away_counts_as_waiting(self) -> None:
+        server, port = self.server()
+        self.addCleanup(server.terminate)
+        load = self.load()._replace(password="")
+        for peer_port, wanted in ((port, False), (self.port, True)):
+            target: Any = types.SimpleNamespace(servers=lambda port=peer_port: [("127.0.0.1", port)])
+            with mock.patch.object(loadtest, "JOIN_S", 3.0):
+                run = loadtest.Run(load, target, lambda run: None)
+                self.witness.listener.close()  # refuses
+                self.assertEqual(run.client(0).visit() == 3.0, wanted)
+                for client in run.clients:
+                    client.sock.close()
+
     def test_they_begin_when_told_and_end_with_who_told_them(self) -> None:
         where = ("--host", "127.0.0.1", "--port", str(self.port))
         never_told = self.start("--disturb", "silent", *where, file="loadtest.py")
@@ -8592,11 +8610,14 @@ class Disturbers(LoadTestCase):
             self.assertIn("<h2>Faults</h2>", pathlib.Path(folder, "html").read_text(encoding="utf-8"))
         self.assertRegex(out, r"^fault .*\n\nstalled +5 +0 +0 .*\n.*stayed 5(?s:.*)\nresets +8 +0 +0 ")
         self.assertEqual([row["name"] for row in found["faults"]], ["stalled", "resets"])
+        for row in found["faults"]:
+            self.assertLess(row["newcomers"], 1000 * loadtest.JOIN_S)  # it was let in each time
         for result in found["results"]:
             latency = result["latency"]
             halves = [latency[half]["samples"] for half in ("undisturbed", "disturbed")]
             self.assertGreater(min(halves), 0)
             self.assertEqual(sum(halves), latency["corrected"]["samples"])
+            self.assertGreater(latency["newcomers"]["samples"], 0)
         status, out, _ = self.done(spoilt)
         self.assertEqual(status, 1, out)
         self.assertRegex(out, r"fault +rooms, join new channels, peers 4\n(?s:.*)c5 never got(?s:.*)\nrooms +4 +1 +0 ")
