@@ -1796,7 +1796,8 @@ class StoredMessage:
 
 
 class Call:
-    """A command while it runs, and then its entry in the log. All methods are to be called with the hub's lock held.
+    """A command while it runs, and then its entry in the log. Its methods run with the hub's lock held, but for
+    reply_error, which the mailer calls, too, and which touches nothing else.
 
     `effects` is what others get and what changes for the mailer. `replies` is what the caller gets after that: messages
     or queries, which the mailer runs on the history as it is then. Where something in `stored` cannot be stored,
@@ -3609,7 +3610,7 @@ NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FULL = "This server is full; try again later"
 
 
-class State(enum.IntEnum):
+class ConnectionState(enum.IntEnum):
     """What we still do on a connection; it only moves on. Mailer._move_on is the one place where it changes."""
 
     OPEN = 0  # send what there is
@@ -3632,7 +3633,7 @@ class Connection:
         self.tls: Optional[Tls] = None  # set by the reader, before anything that is secret
         # The mailer's:
         self.sendq = bytearray()  # what the socket did not take
-        self.state = State.OPEN
+        self.state = ConnectionState.OPEN
         self.deadline = math.inf  # monotonic: until when it may stay in this state
         self.in_flight: float = math.inf  # bytes that the peer had not acknowledged when that was last asked
         self.reader_done = False
@@ -3643,7 +3644,7 @@ class Connection:
     def receive(self) -> bytes:
         """The next bytes as they came; b'' at the end; raises OSError. Reader only."""
         while not DONTWAIT and not select.select([self.sock], [], [], TICK_S)[0]:
-            if self.state is State.CLOSED:
+            if self.state is ConnectionState.CLOSED:
                 return b""
         data = self.sock.recv(self.recv_size)
         self.recv_size = RECV_BYTES if len(data) == self.recv_size else IDLE_RECV_BYTES
@@ -3770,21 +3771,21 @@ class Mailer:
         except BlockingIOError:
             return
         except OSError:
-            self._move_on(connection, State.CLOSED)
+            self._move_on(connection, ConnectionState.CLOSED)
             return
         del connection.sendq[:sent]
-        if connection.state is State.DRAINING:
+        if connection.state is ConnectionState.DRAINING:
             connection.deadline = time.monotonic() + DRAIN_S
         if not connection.sendq:
             self._poller.unwatch(connection)
-            if connection.state is State.DRAINING:
-                self._move_on(connection, State.HALF_CLOSED)
+            if connection.state is ConnectionState.DRAINING:
+                self._move_on(connection, ConnectionState.HALF_CLOSED)
 
     def reader_done(self, connection: Connection) -> None:
         """The reader has returned: the peer has ended its side, or the connection is lost. To be posted."""
         connection.reader_done = True
-        if connection.state < State.HALF_CLOSED:
-            self._move_on(connection, State.DRAINING)
+        if connection.state < ConnectionState.HALF_CLOSED:
+            self._move_on(connection, ConnectionState.DRAINING)
         else:
             self._close(connection)
 
@@ -3805,7 +3806,7 @@ class Mailer:
         self._hub.drain_log()  # lets go of readers that wait
         self._hub.history.close()
         for connection in list(self._connections.values()):
-            self._move_on(connection, State.CLOSED)
+            self._move_on(connection, ConnectionState.CLOSED)
             self._close(connection)
         self._poller.close()
 
@@ -3824,10 +3825,10 @@ class Mailer:
             if self._closing and now > self._check_at:
                 self._check_at = now + TICK_S / 5
                 for connection in [connection for connection in self._closing if connection.deadline < now]:
-                    if connection.state is State.HALF_CLOSED and connection.is_progressing():
+                    if connection.state is ConnectionState.HALF_CLOSED and connection.is_progressing():
                         connection.deadline = now + DRAIN_S
                     else:
-                        self._move_on(connection, State.CLOSED)  # the peer does not close
+                        self._move_on(connection, ConnectionState.CLOSED)  # the peer does not close
             if self._stop_at and (not self._connections or now > self._stop_at):
                 return
             timeout = TICK_S / 5 if self._closing or self._stop_at else PRUNE_S
@@ -3841,7 +3842,7 @@ class Mailer:
                 self._send_all(data, sessions)
         for effect in effects:
             if type(effect) is Close and effect.session in self._connections:
-                self._move_on(self._connections[effect.session], State.DRAINING)
+                self._move_on(self._connections[effect.session], ConnectionState.DRAINING)
 
     def _send_all(self, data: bytes, sessions: Collection[Session]) -> None:
         """Sends the same to many. Of a delivery's cost all but the system call is here, so this does little else."""
@@ -3857,7 +3858,7 @@ class Mailer:
     def _bind(self, connection: Connection) -> None:
         """Sets `session.send`: the socket's own, once it is certain that nothing is queued or encrypted."""
         session = connection.session
-        if connection.state is not State.OPEN:
+        if connection.state is not ConnectionState.OPEN:
             session.send = discard
         elif connection.sendq or connection.tls or session.output is UNDECIDED:
             session.send = functools.partial(self._write, connection)
@@ -3867,7 +3868,7 @@ class Mailer:
     def _write(self, connection: Connection, data: bytes, flags: int = DONTWAIT) -> int:
         """Sends what the socket takes, and queues the rest. Returns the size of `data`, for all is taken care of."""
         size = len(data)
-        if connection.state is not State.OPEN:
+        if connection.state is not ConnectionState.OPEN:
             return size
         try:
             tls = connection.tls  # which its reader may take away, where there is only clear text
@@ -3877,7 +3878,7 @@ class Mailer:
         except BlockingIOError:
             sent = 0
         except OSError:  # its reader finds out, too
-            self._move_on(connection, State.CLOSED)
+            self._move_on(connection, ConnectionState.CLOSED)
             return size
         if sent < len(data):
             self._enqueue(connection, data[sent:])
@@ -3891,36 +3892,36 @@ class Mailer:
         elif not connection.sendq or len(connection.sendq) + len(data) > self._hub.limits.outbox:
             log.warning("%s reads too slowly and is dropped", connection.session.description())
             self._hub.disconnect(connection.session, "Reads too slowly")  # before its reader can say otherwise
-            self._move_on(connection, State.CLOSED)
+            self._move_on(connection, ConnectionState.CLOSED)
             return
         connection.sendq += data
 
-    def _move_on(self, connection: Connection, state: State) -> None:
+    def _move_on(self, connection: Connection, state: ConnectionState) -> None:
         """Moves a connection to a later state, and does what that means."""
         if state <= connection.state:
             return
         tls = connection.tls  # which its reader may take away
-        if state is State.DRAINING and tls:
+        if state is ConnectionState.DRAINING and tls:
             tls.close()
             self._write(connection, b"")
-            if connection.state is not State.OPEN:  # that has failed
+            if connection.state is not ConnectionState.OPEN:  # that has failed
                 return
         connection.state = state
         self._bind(connection)
         self._closing.add(connection)
-        if state is State.DRAINING:
+        if state is ConnectionState.DRAINING:
             connection.deadline = time.monotonic() + DRAIN_S
             if not connection.sendq:
-                self._move_on(connection, State.HALF_CLOSED)
+                self._move_on(connection, ConnectionState.HALF_CLOSED)
             return
         connection.deadline = time.monotonic() + CLOSE_GRACE_S
-        if state is State.CLOSED:
+        if state is ConnectionState.CLOSED:
             self._closing.discard(connection)
             if connection.sendq:
                 connection.sendq.clear()
                 self._poller.unwatch(connection)
         with contextlib.suppress(OSError):  # the peer was faster
-            connection.sock.shutdown(socket.SHUT_WR if state is State.HALF_CLOSED else socket.SHUT_RDWR)
+            connection.sock.shutdown(socket.SHUT_WR if state is ConnectionState.HALF_CLOSED else socket.SHUT_RDWR)
         if connection.reader_done:
             self._close(connection)
 
@@ -4053,7 +4054,7 @@ class Server:
         reason = ""
         try:
             data = self._detect_tls(connection)
-            while data and connection.state is not State.CLOSED:
+            while data and connection.state is not ConnectionState.CLOSED:
                 session.last_received = time.monotonic()
                 if (
                     session.stage is Stage.NEW and data[:1] != b"\xff"
