@@ -5057,6 +5057,10 @@ class ServerProgram(ProgramCase):
         )
         ann.until("bob: hello")
 
+
+class ServerLog(ProgramCase):
+    """What a server writes down, and what that may not do to it."""
+
     def test_log_file(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder, "log")
