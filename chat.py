@@ -171,6 +171,7 @@ PRUNE_LINES, PRUNE_S = 200, 1.0  # removed at a time, when they are too old; and
 MIGRATED_LINES = 10_000  # the last ones of an older file, of which one that is sent again is recognised, too
 CHECKED_BYTES = 64 << 20  # a file up to this is read through at the start: 0.2 s
 SCANNED_LINES = 10_000  # at most, to find those of a page after the clock was set back: 10 ms
+SAVED_CHANNELS = 10_000  # whose modes are restored at the start
 SQLITE_ID = 0x63686174  # in the header of our SQLite files: "chat"
 MAX_SEQUENCE = 1 << 62  # above every message's number
 
@@ -1218,6 +1219,14 @@ def dedup_key(message: Message) -> Optional[DedupKey]:
     return (tags[BY_TAG], tags[ID_TAG], fold(message.param(0))) if BY_TAG in tags and ID_TAG in tags else None
 
 
+class ChannelState(NamedTuple):
+    """What has to be kept of a channel from now on."""
+
+    channel: str  # folded
+    state: str  # see Channel.state; '' where there is nothing to restore
+    hidden: Tuple[Tuple[int, int], ...] = ()  # messages above a number, up to another one, are shown no more
+
+
 class StorageError(Exception):
     """Messages cannot be stored or read; the text says why."""
 
@@ -1233,8 +1242,8 @@ class MemoryHistory:
         self._lines = 0  # in all
         self._keys: Dict[DedupKey, Message] = {}
 
-    def append(self, messages: List[Tuple[str, Message]]) -> None:
-        """Stores messages, each with its channel: all of them, or none and raises StorageError."""
+    def append(self, messages: List[Tuple[str, Message]], states: Sequence[ChannelState] = ()) -> None:
+        """Stores messages, each with its channel, and states: all of them, or none and raises StorageError."""
         for channel, message in messages:
             kept = self._channels.pop(channel, None) or (collections.deque(), collections.deque())
             self._channels[channel] = kept
@@ -1245,6 +1254,11 @@ class MemoryHistory:
             if key:
                 self._keys[key] = message
             self._trim(channel, MEMORY_LINES)
+        for state in states:
+            for first, last in state.hidden:
+                numbers = self._channels.get(state.channel, ((), ()))[0]
+                start = bisect.bisect_right(numbers, first)
+                self._drop(state.channel, start, bisect.bisect_right(numbers, last) - start)
         if self._lines > MEMORY_TOTAL:
             self._make_room(MEMORY_TOTAL * 99 // 100)
 
@@ -1294,6 +1308,10 @@ class MemoryHistory:
         """The highest sequence number that is stored, or 0."""
         return max((numbers[-1] for numbers, _ in self._channels.values()), default=0)
 
+    def states(self) -> Dict[str, str]:
+        """The states of channels that are to be restored, by folded name; of too many, those saved last."""
+        return {}
+
     def prune(self) -> None:
         """Deletes some of what is too old; to be called every PRUNE_S."""
 
@@ -1306,6 +1324,8 @@ HISTORY_TABLES = (
     " PRIMARY KEY (channel, number)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS said_number ON said (number)",
     "CREATE INDEX IF NOT EXISTS said_key ON said (key) WHERE key IS NOT NULL",
+    "CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY, channel TEXT UNIQUE, state TEXT)",
+    "CREATE TABLE IF NOT EXISTS hidden (channel TEXT, first INTEGER, last INTEGER, PRIMARY KEY (channel, last))",
 )
 
 
@@ -1442,23 +1462,50 @@ class SqliteHistory(MemoryHistory):
         except self._errors:
             return True
 
-    def append(self, messages: List[Tuple[str, Message]]) -> None:
+    def append(self, messages: List[Tuple[str, Message]], states: Sequence[ChannelState] = ()) -> None:
         rows = [
             (channel, sequence(item), format_tagged(item), index_key(dedup_key(item))) for channel, item in messages
         ]
         self._check_files()
         with self._transaction():
             self._db.executemany("INSERT INTO said (channel, number, line, key) VALUES (?, ?, ?, ?)", rows)
+            for channel, state, hidden in states:
+                self._rows("DELETE FROM state WHERE channel = ?", channel)
+                if state:
+                    self._rows("INSERT INTO state (channel, state) VALUES (?, ?)", channel, state)
+                for first, last in hidden:
+                    self._hide(channel, first, last)
         self._check_files()
+
+    def _hide(self, channel: str, first: int, last: int) -> None:
+        """Hides a range, in one with the last if nothing is shown between them: so what is shown separates all two."""
+        query = "SELECT 1 FROM said WHERE channel = ? AND number > ? AND number <= ? LIMIT 1"
+        if self._rows(query, channel, first, last):
+            before = self._rows("SELECT first, last FROM hidden WHERE channel = ? ORDER BY last DESC LIMIT 1", channel)
+            if before and not self._rows(query, channel, before[0][1], first):
+                first = before[0][0]
+                self._rows("DELETE FROM hidden WHERE channel = ? AND last = ?", channel, before[0][1])
+            self._rows("INSERT OR REPLACE INTO hidden VALUES (?, ?, ?)", channel, first, last)
 
     def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool, since: str = "") -> List[Message]:
         order = "DESC" if newest else "ASC"
+        query = f"channel = ? AND last > ? AND first < ? ORDER BY last {order} LIMIT ?"
+        hidden = self._asked(f"SELECT first, last FROM hidden WHERE {query}", channel, low, high, limit + 1)
+        found: List[Message] = []
+        for first, last in hidden:  # what is shown before it, in this order
+            start, end = (last, high) if newest else (low, first + 1)
+            found += self._fetch(channel, start, end, limit - len(found), order, since)
+            low, high = (low, first + 1) if newest else (last, high)
+        if len(hidden) <= limit:  # otherwise more is hidden, and enough was found
+            found += self._fetch(channel, low, high, limit - len(found), order, since)
+        return found[::-1] if newest else found
+
+    def _fetch(self, channel: str, low: int, high: int, limit: int, order: str, since: str) -> List[Message]:
         query = f"SELECT line, number FROM said WHERE channel = ? AND number > ? AND number < ? ORDER BY number {order}"
         if since:  # the time is each line's first tag
             query = f"SELECT line, number FROM ({query} LIMIT {SCANNED_LINES}) WHERE substr(line, 7, 24) >= '{since}'"
             query += f" ORDER BY number {order}"
-        found = parse_rows(self._asked(f"{query} LIMIT ?", channel, low, high, limit))
-        return found[::-1] if newest else found
+        return parse_rows(self._asked(f"{query} LIMIT ?", channel, low, high, limit))
 
     def find(self, keys: Sequence[DedupKey]) -> Dict[DedupKey, Message]:
         found: List[Message] = []
@@ -1482,6 +1529,17 @@ class SqliteHistory(MemoryHistory):
     def last_sequence(self) -> int:
         return int(self._asked("SELECT ifnull(max(number), 0) FROM said")[0][0])
 
+    def states(self) -> Dict[str, str]:
+        rows = self._asked("SELECT channel, state, id FROM state ORDER BY id DESC LIMIT ?", SAVED_CHANNELS)
+        if len(rows) == SAVED_CHANNELS:  # whose modes are lost must not be read by everybody
+            last, oldest = self.last_sequence(), rows[-1][2]
+            with self._transaction():
+                for (channel,) in self._rows("SELECT channel FROM state WHERE id < ?", oldest):
+                    self._rows("DELETE FROM hidden WHERE channel = ?", channel)
+                    self._hide(channel, 0, last)
+                self._rows("DELETE FROM state WHERE id < ?", oldest)
+        return {channel: state for channel, state, _ in rows}
+
     def prune(self) -> None:
         if self._days == math.inf:
             return
@@ -1493,6 +1551,10 @@ class SqliteHistory(MemoryHistory):
                 return
             with self._transaction():
                 self._db.executemany("DELETE FROM said WHERE channel = ? AND number = ?", rows)
+                left = "SELECT ifnull(min(number), ?) FROM said WHERE channel = ?"
+                for channel in {channel for channel, _ in rows}:
+                    query = f"DELETE FROM hidden WHERE channel = ? AND last < ({left})"
+                    self._rows(query, channel, MAX_SEQUENCE, channel)
 
     def close(self) -> None:
         with contextlib.suppress(self._errors):
@@ -1703,6 +1765,10 @@ class Session:
         return f"{self.nick or 'someone without a name'} from {self.address or self.host}"
 
 
+NEW_MODES = {"n": ""}
+CHANNEL_STATE = ("name", "created", "topic", "topic_by", "topic_time", "modes", "bans", "closed_after")
+
+
 class Channel:
     """A channel with members. Guarded by the hub's lock, but for `audience`, which only the mailer uses."""
 
@@ -1711,7 +1777,8 @@ class Channel:
         self.created = int(time.time())
         self.topic = self.topic_by = ""
         self.topic_time = 0
-        self.modes = {"n": ""}  # letter -> parameter, or ''
+        self.modes = dict(NEW_MODES)  # letter -> parameter, or ''
+        self.closed_after = 0  # the last message before it got a key or was for the invited; 0 where it is not
         self.bans: Dict[str, Tuple[str, str, str]] = {}  # folded mask -> mask, by whom, Unix time
         self.members: Dict[Session, str] = {}  # -> rank: '', 'o', 'v' or 'ov'; at the log's write end
         self.audience: Dict[Dialect, Dict[Session, None]] = {}  # the same by dialect, at the log's read end
@@ -1750,6 +1817,24 @@ class Channel:
             texts[-1] += f" {name}"
         else:
             texts.append(name)
+
+    def state(self) -> str:
+        """What is restored after a restart: topic, modes and bans; '' where that is what a new channel has."""
+        if not (self.topic or self.bans or self.modes != NEW_MODES):
+            return ""
+        return json.dumps({key: getattr(self, key) for key in CHANNEL_STATE})
+
+    @staticmethod
+    def restored(state: str) -> Channel:
+        """A channel without members, as `state` tells; raises StorageError."""
+        try:
+            values = json.loads(state)
+            channel = Channel(values["name"])
+            for key in CHANNEL_STATE:
+                setattr(channel, key, values[key])
+        except (ValueError, LookupError, TypeError):
+            raise StorageError(f"the history tells nonsense of a channel: {cut(state, TOPIC_BYTES)}") from None
+        return channel
 
     def is_banned(self, session: Session) -> bool:
         """Whether a ban matches a session. Asked for every message, so the answer is kept."""
@@ -1816,7 +1901,7 @@ class Close(NamedTuple):
     session: Session
 
 
-Effect = Union[Broadcast, Unicast, Update, Close]
+Effect = Union[Broadcast, Unicast, Update, Close, ChannelState]
 HistoryQuery = Callable[[MemoryHistory], List[Message]]
 Reply = Union[Message, Lines, HistoryQuery]
 
@@ -1928,7 +2013,22 @@ class Call:
             channel.remove(session)
             if not channel.members:
                 del self.hub.channels[channel.folded]
+                if channel.state():
+                    self.save(channel, reopened=True)
         self._update(session)
+
+    def save(self, channel: Channel, reopened: bool = False) -> None:
+        """Has what a restart keeps of a channel stored: nothing once it has no members.
+
+        With `reopened`, others may come in than those for whom it was closed: what was said since is shown no more.
+        """
+        hidden: Tuple[Tuple[int, int], ...] = ()
+        if channel.closed_after and reopened:
+            hidden = ((channel.closed_after, self.hub.ids.last),)
+            channel.closed_after = 0
+        if channel.members and not channel.closed_after and ("k" in channel.modes or "i" in channel.modes):
+            channel.closed_after = self.hub.ids.last
+        self.effects.append(ChannelState(channel.folded, channel.state() if channel.members else "", hidden))
 
     def _update(self, session: Session) -> None:
         self.effects.append(Update(session, session.dialect, tuple(session.channels)))
@@ -2022,6 +2122,7 @@ class Hub:
         self.name = name
         self.history = history or MemoryHistory()  # the mailer's
         self.storage_error = ""  # why the last message could not be stored; the mailer's
+        self.unsaved: Dict[str, ChannelState] = {}  # folded name -> what could not be stored; the mailer's
         self.replay = replay  # lines that newcomers get
         self.limits = limits or Limits()
         self.access = AccessControl()
@@ -2034,6 +2135,8 @@ class Hub:
         self.nicks: Dict[str, Session] = {}  # folded nick -> who holds it
         self.channels: Dict[str, Channel] = {}  # folded name -> a channel that has members
         self.history.in_use = self.channels.__contains__
+        # folded name -> one from before the restart, into which nobody has come back
+        self.restored = {name: Channel.restored(state) for name, state in self.history.states().items()}
         self.guests = itertools.count(1)  # numbers for those who bring no name
         self.deadlines = DeadlineQueue()
         self.log_broadcasts = 0  # in the log
@@ -2593,7 +2696,7 @@ def join_channel(call: Call, name: str, key: str) -> None:
     """Takes the caller into a channel, which begins to exist with its first member."""
     hub, session = call.hub, call.session
     known = hub.channels.get(fold(name))
-    channel = known or Channel(name)
+    channel = known or hub.restored.get(fold(name)) or Channel(name)
     if session in channel.members:
         return
     check_can_join(session, channel, key)
@@ -2605,6 +2708,9 @@ def join_channel(call: Call, name: str, key: str) -> None:
             call.part(session, old, f"went to {name}")
     session.invites.pop(channel, None)
     call.join(channel)
+    if hub.restored.pop(channel.folded, None) and "i" in channel.modes:  # nobody was there to invite
+        channel.topic = ""
+        call.save(channel, reopened=True)
     tags = {**hub.ids.next(), COUNT_TAG: str(len(channel.members))}
     call.broadcast(join_message(session, channel, tags), channel)
     if session.away:
@@ -2616,11 +2722,12 @@ def join_channel(call: Call, name: str, key: str) -> None:
 
 
 def check_can_join(session: Session, channel: Channel, key: str) -> None:
-    """Raises CommandError where the modes of a channel do not let a session in."""
+    """Raises CommandError where the modes of a channel do not let a session in. The first one after a restart needs no
+    invitation, for nobody could give it."""
     modes = channel.modes
     if channel.is_banned(session):
         raise CommandError(ERR_BANNEDFROMCHAN, channel.name)
-    if "i" in modes and channel not in session.invites:
+    if "i" in modes and channel.members and channel not in session.invites:
         raise CommandError(ERR_INVITEONLYCHAN, channel.name)
     if "k" in modes and not hmac.compare_digest(key.encode(), modes["k"].encode()):
         raise CommandError(ERR_BADCHANNELKEY, channel.name)
@@ -2704,6 +2811,7 @@ def topic(call: Call) -> None:
     if len(call.params[1].encode()) > TOPIC_BYTES:
         raise CommandError(ERR_INPUTTOOLONG)
     channel.topic, channel.topic_by, channel.topic_time = call.params[1], call.session.prefix, int(time.time())
+    call.save(channel)
     call.broadcast(Message("TOPIC", (channel.name, channel.topic), channel.topic_by, call.hub.ids.next()), channel)
 
 
@@ -2819,6 +2927,8 @@ def change_modes(call: Call, channel: Channel, changes: List[ModeChange]) -> Non
     flags = ""
     for on, same in itertools.groupby(done, key=lambda change: change.on):
         flags += ("+" if on else "-") + "".join(change.letter for change in same)
+    if any(change.letter not in "ov" for change in done):
+        call.save(channel, reopened=any(change.letter in "ik" and not change.on for change in done))
     words = (channel.name, flags, *(change.param for change in done if change.param))
     call.broadcast(Message("MODE", words, call.session.prefix, call.hub.ids.next()), channel)
 
@@ -3223,8 +3333,9 @@ def commit(hub: Hub, batch: List[Call]) -> List[Effect]:
     """Stores the batch in one transaction and runs its history queries. If storing fails, nothing of it is delivered
     and the senders get an error."""
     pending = [item for call in batch for item in call.stored if item.stored is None]
-    if pending:
-        store_batch(hub, list(dict.fromkeys(pending)))  # a resend may be in the same batch
+    states = [effect for call in batch for effect in call.effects if type(effect) is ChannelState]
+    if pending or states:
+        store_batch(hub, list(dict.fromkeys(pending)), states)  # a resend may be in the same batch
     effects: List[Effect] = []
     for call in batch:
         if call.stored and not all(item.stored for item in call.stored):
@@ -3248,9 +3359,12 @@ def repeat(call: Call, message: Message, original: Message) -> None:
     call.acknowledge(original)
 
 
-def store_batch(hub: Hub, items: List[StoredMessage]) -> None:
-    """Stores messages, each with the token of a sender who may resend it, but for those that are
+def store_batch(hub: Hub, items: List[StoredMessage], states: List[ChannelState]) -> None:
+    """Stores states of channels and messages, each with the token of a sender who may resend it, but for those that are
     stored already; or sets hub.storage_error."""
+    for state in states:
+        earlier = hub.unsaved[state.channel].hidden if state.channel in hub.unsaved else ()
+        hub.unsaved[state.channel] = state._replace(hidden=earlier + state.hidden)
     messages = []
     try:
         known = hub.history.find([item.key for item in items if item.key])
@@ -3260,10 +3374,11 @@ def store_batch(hub: Hub, items: List[StoredMessage]) -> None:
                 item.original = strip_private_tags(known[item.key])
             else:
                 messages.append((item.channel, message))
-        hub.history.append(messages)
+        hub.history.append(messages, list(hub.unsaved.values()))
         if hub.storage_error:
             log.warning("what is said can be stored again")
         hub.storage_error = ""
+        hub.unsaved.clear()
     except StorageError as error:
         if not hub.storage_error:
             log.error("cannot store what is said: %s", error)
@@ -3281,6 +3396,13 @@ def stored_form(item: StoredMessage) -> Message:
     if item.key:
         tags = {**tags, BY_TAG: item.key[0]}
     return message if tags is message.tags else message._replace(tags=tags)
+
+
+def prune(hub: Hub) -> None:
+    """Removes some of what is too old from the history, and stores what could not be stored of channels."""
+    if hub.unsaved:
+        store_batch(hub, [], [])
+    hub.history.prune()
 
 
 def answers(call: Call) -> Sequence[Union[Message, Lines]]:
@@ -3305,6 +3427,8 @@ def run_query(call: Call, query: HistoryQuery) -> List[Message]:
     if call.session.stage > Stage.REGISTERED:
         return []
     try:
+        if call.hub.unsaved:  # it may tell what must be shown no more
+            raise StorageError(call.hub.storage_error)
         return query(call.hub.history)
     except StorageError:
         return [Message("FAIL", ("CHATHISTORY", "MESSAGE_ERROR", FAIL_MESSAGE_ERROR.text), call.hub.name)]
@@ -3735,7 +3859,7 @@ class Mailer:
             now = time.monotonic()
             if now > self._prune_at:
                 self._prune_at = now + PRUNE_S
-                self._hub.history.prune()
+                prune(self._hub)
             if self._closing and now > self._check_at:
                 self._check_at = now + TICK_S / 5
                 for connection in [connection for connection in self._closing if connection.deadline < now]:

@@ -678,9 +678,37 @@ class Kept(HistoryCase):
         history, size = self.sqlite(days=1), chat.PRUNE_LINES + 5
         old = [(f"#{number}", self.said(now - 90_000 * 1_000_000 + number)) for number in range(size)]
         history.append([*old, ("#5", self.said(now))])
+        history.append([], [chat.ChannelState(name, "", ((0, now),)) for name in ("#5", "#6")])
         for left in (6, 1, 1):
             history.prune()
             self.assertEqual(len(list(history.transcript(0))), left)
+        self.assertEqual(history._rows("SELECT channel FROM hidden"), [("#5",)])  # others are forgotten altogether
+
+    def test_what_is_hidden_is_in_no_page(self) -> None:
+        """Nor does it take more looks into the file than there are lines to show."""
+        rng = random.Random(3)
+        for history in (chat.MemoryHistory(), self.sqlite()):
+            shown: List[int] = []
+            number = 0
+            for _ in range(60):
+                first, closed = number, rng.random() < 0.5
+                numbers = range(number + 1, number + rng.randrange(1, 4))
+                history.append([("#chat", self.said(number)) for number in numbers])
+                number += len(numbers)
+                if closed:
+                    history.append([], [chat.ChannelState("#chat", "", ((first, number),))])
+                else:
+                    shown += numbers
+            for _ in range(200):
+                low, high, limit = rng.randrange(number), rng.randrange(number + 2), rng.randrange(8)
+                within, newest = [item for item in shown if low < item < high], rng.random() < 0.5
+                expected = within[max(len(within) - limit, 0) :] if newest else within[:limit]
+                found = [chat.sequence(item) for item in history.fetch("#chat", low, high, limit, newest)]
+                self.assertEqual(found, expected)
+            if isinstance(history, chat.SqliteHistory):
+                ranges = history._rows("SELECT first, last FROM hidden ORDER BY last")
+                for (_, last), (first, _) in zip(ranges, ranges[1:]):
+                    self.assertTrue(any(last < item <= first for item in shown))
 
     def test_lines_by_their_own_time(self) -> None:
         """The clock was set back by an hour after two lines: the others have higher numbers all the same."""
@@ -868,6 +896,7 @@ class HistoryFiles(HistoryCase):
         for count in (10, 1000):
             history = self.sqlite()
             history.append([(f"#{number}", self.said(count * 1000 + number)) for number in range(count)])
+            history.append([], [chat.ChannelState(f"#{number}", "", ((0, 1),)) for number in range(count)])
             history.close()
             with mock.patch.object(chat.SqliteHistory, "_connect", counted), mock.patch.object(
                 chat, "CHECKED_BYTES", 0
@@ -878,6 +907,17 @@ class HistoryFiles(HistoryCase):
                 taken.append(len(steps))
                 again.close()
         self.assertLessEqual(taken[1], taken[0] + 10)
+
+    def test_too_many_saved_channels(self) -> None:
+        """Those saved last are restored; what was said in the others is not for everybody who comes."""
+        history = self.sqlite()
+        names = [f"#{number}" for number in range(5)]
+        history.append([(name, self.said(number)) for number, name in enumerate(names, 1)])
+        history.append([], [chat.ChannelState(name, f"state of {name}") for name in names])
+        with mock.patch.object(chat, "SAVED_CHANNELS", 3):
+            self.assertEqual(history.states(), {name: f"state of {name}" for name in names[2:]})
+        self.assertEqual([self.lines(history, name) for name in names], [[], [], [3], [4], [5]])
+        self.assertEqual(len(list(history.transcript(0))), 5)
 
     def test_reading_changes_nothing(self) -> None:
         path = pathlib.Path(self.path)
@@ -2958,12 +2998,12 @@ class Unreliable(chat.MemoryHistory):
         self.may_go = threading.Event()
         self.may_go.set()
 
-    def append(self, messages: List[Tuple[str, Message]]) -> None:
+    def append(self, messages: List[Tuple[str, Message]], states: Sequence[chat.ChannelState] = ()) -> None:
         self.waits = not self.may_go.is_set()
         self.may_go.wait(PATIENCE)
         if self.why:
             raise chat.StorageError(self.why)
-        super().append(messages)
+        super().append(messages, states)
 
     def fetch(self, *args: Any) -> List[Message]:
         if self.why:
@@ -3284,6 +3324,133 @@ class Resume(ServerCase):
         self.assertEqual(len(receipts), 1)
         self.assertEqual(len([text for text in ann.sync() if "hello" in text]), 1)
         self.assertEqual(hub.history.last_sequence(), int(receipts.pop(), 16))
+
+
+class Restarted(ServerCase):
+    """What a channel keeps while nobody is in it, or the server is started again."""
+
+    CAPS = ("batch", "draft/chathistory")
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, "history")
+        self.begin()
+
+    def begin(self) -> None:
+        self.serve(chat.Server("127.0.0.1", 0, chat.Hub(chat.SERVER_NAME, chat.SqliteHistory(self.path))))
+
+    def restart(self) -> None:
+        self.stop(self.server, self.thread)
+        self.begin()
+
+    def someone(self, name: str, *caps: str) -> Peer:
+        peer = self.irc(name, *caps)
+        peer.send("PART #chat\r\n")
+        peer.sync()
+        return peer
+
+    def tried(self, peer: Peer, channel: str) -> List[str]:
+        """What somebody gets who joins, from a file and from memory."""
+        peer.send(f"JOIN {channel}\r\n")
+        return [line.partition(" ")[2] if line.startswith(":chat") else line for line in peer.sync()]
+
+    def test_key_bans_and_topic_are_there_again(self) -> None:
+        ann = self.someone("ann")
+        ann.send("JOIN #Tea\r\nMODE #tea +klbm cup 5 eve!*@*\r\nTOPIC #tea :hot\r\nPRIVMSG #tea :psst\r\n")
+        ann.send("MODE #tea\r\nMODE #tea b\r\n")
+        modes = [line for line in ann.sync() if re.search(" (324|329|367) ", line)]
+        for _ in range(2):  # also if nobody has been there meanwhile
+            self.restart()
+        eve, cat, ann = self.someone("eve"), self.someone("cat"), self.someone("ann")
+        self.assertIn("474 eve #Tea", self.tried(eve, "#tea cup")[0])
+        self.assertIn("475 cat #Tea", self.tried(cat, "#tea")[0])
+        told = "\n".join(self.tried(ann, "#tea cup"))
+        for wanted in ("332 ann #Tea :hot", "333 ann #Tea ann!ann@localhost", ":@ann", "PRIVMSG #Tea :psst"):
+            self.assertIn(wanted, told)
+        ann.send("MODE #tea\r\nMODE #tea b\r\n")
+        self.assertEqual([line for line in ann.sync() if re.search(" (324|329|367) ", line)], modes)
+        ann.send("PART #tea\r\n")
+        ann.sync()
+        self.restart()
+        told = "\n".join(self.tried(self.someone("eve"), "#tea"))
+        self.assertIn(":@eve", told)  # it had ended before
+        self.assertNotIn("psst", told)
+
+    def test_nobody_reads_what_was_said_under_a_key_that_is_lost(self) -> None:
+        for kept in (True, False):
+            for modes, end in (
+                ("+k cup", "PART #tea"),
+                ("+i", "QUIT"),
+                ("+k cup", "MODE #tea -k"),
+                ("+i", "MODE #tea -i"),
+            ):
+                with self.subTest(modes=modes, end=end, kept=kept):
+                    ann = self.someone("ann", *self.CAPS)
+                    ann.send(f"JOIN #tea\r\nMODE #tea {modes}\r\nPRIVMSG #tea :psst\r\n{end}\r\n")
+                    ann.sync() if end != "QUIT" else ann.rest()
+                    eve, cat = self.someone("eve"), self.someone("cat", *self.CAPS)
+                    told = self.tried(eve, "#tea") + self.tried(cat, "#tea")
+                    cat.send("CHATHISTORY LATEST #tea * 10\r\n")
+                    told += cat.sync()
+                    self.assertNotIn("psst", "\n".join(told))
+                    eve.send("PRIVMSG #tea :hello\r\n")
+                    eve.sync()
+                    self.assertIn("hello", "\n".join(self.tried(self.someone("dan"), "#tea")))
+                self.stop(self.server, self.thread)
+                if kept:
+                    self.begin()
+                else:
+                    self.serve(chat.Server("127.0.0.1", 0))
+            self.stop(self.server, self.thread)
+            self.serve(chat.Server("127.0.0.1", 0))
+        history = chat.SqliteHistory(self.path, readonly=True)
+        self.addCleanup(history.close)
+        self.assertEqual([item.text for item in history.transcript(0)], ["psst", "hello"] * 4)  # the owner reads all
+
+    def test_what_everybody_could_read_stays_when_a_channel_was_closed_for_a_while(self) -> None:
+        for modes in ("+k cup", "+i"):
+            ann = self.someone("ann", *self.CAPS)
+            ann.send(f"JOIN #tea\r\nPRIVMSG #tea :open\r\nMODE #tea {modes}\r\nPRIVMSG #tea :psst\r\n")
+            ann.send("MODE #tea -ki\r\nPRIVMSG #tea :again\r\nCHATHISTORY LATEST #tea * 10\r\n")
+            told = [line.rpartition(":")[2] for line in ann.sync() if "PRIVMSG" in line]
+            self.assertEqual(told, ["open", "again"])
+            ann.send("PART #tea\r\n")
+            ann.sync()
+            told = [line.rpartition(":")[2] for line in self.tried(self.someone("eve"), "#tea") if "PRIVMSG" in line]
+            self.assertEqual(told, ["open", "again"])
+            self.stop(self.server, self.thread)
+            self.serve(chat.Server("127.0.0.1", 0))  # in memory
+
+    def test_nobody_reads_what_was_said_by_the_invited(self) -> None:
+        ann = self.someone("ann")
+        ann.send("JOIN #tea\r\nMODE #tea +i\r\nTOPIC #tea :secret\r\nPRIVMSG #tea :secret\r\n")
+        ann.sync()
+        self.restart()
+        eve, ann = self.someone("eve"), self.someone("ann")
+        told = "\n".join(self.tried(eve, "#tea"))  # nobody is there who could invite
+        self.assertIn(":@eve", told)
+        self.assertNotIn("secret", told)
+        self.assertIn("473 ann #tea", self.tried(ann, "#tea")[0])
+
+    def test_nothing_is_shown_while_it_cannot_be_stored_that_it_must_not_be(self) -> None:
+        ann = self.someone("ann")
+        ann.send("JOIN #tea\r\nMODE #tea +k cup\r\nPRIVMSG #tea :psst\r\n")
+        ann.sync()
+        other = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        self.addCleanup(other.close)
+        with mock.patch.object(chat, "STORE_S", 0.01), self.assertLogs("chat") as caught:
+            self.server.hub.history._rows("PRAGMA busy_timeout = 10")  # type: ignore[attr-defined]
+            other.execute("BEGIN IMMEDIATE")
+            ann.send("PART #tea\r\n")
+            ann.sync()
+            told = self.tried(self.someone("eve"), "#tea")
+            self.assertIn("what was said cannot be read now", "\n".join(told))
+            self.assertNotIn("psst", "\n".join(told))
+            other.execute("ROLLBACK")
+            self.eventually(lambda: not self.server.hub.unsaved, "it was not tried again")
+        self.assertEqual([item.levelname for item in caught.records if item.levelname != "INFO"], ["ERROR", "WARNING"])
+        self.assertNotIn("psst", "\n".join(self.tried(self.someone("cat"), "#tea")))
 
 
 LONG = bool(os.environ.get("CHAT_TEST_LONG"))
@@ -6745,7 +6912,7 @@ class Durable(ProgramCase):
             "LATER.extend(messages)\n        if len(LATER) > 500:\n            hub.history.append(LATER)\n"
             "            LATER.clear()\n"
         )
-        mutant = source.replace("hub.history.append(messages)\n", wrong).replace(
+        mutant = source.replace("hub.history.append(messages, list(hub.unsaved.values()))\n", wrong).replace(
             "VERSION =", "LATER: list = []\nVERSION =", 1
         )
         self.assertEqual(mutant.count("LATER"), 5)
