@@ -169,16 +169,20 @@ STACK_BYTES = 256 << 10  # of a reader thread; the default of 8 MiB would forbid
 
 # History.
 REPLAY_LINES = 20  # shown to newcomers
-MEMORY_LINES, MEMORY_CHANNELS = 1000, 50  # kept in memory of a channel, and of how many of them: 4 kB each at worst
+MEMORY_LINES, MEMORY_TOTAL = 1000, 50_000  # kept in memory of a channel, and in all: 4 kB each at worst
 STORED_TAGS, STORED_TAG_CHARS = (
     8,
     512,
 )  # of a message in the history, which otherwise keeps only those that matter to us
 PAGE_LINES = 100  # at most, of one answer to CHATHISTORY
-DEDUP_IDS = 10_000  # of messages, by which one that is sent again is recognised
+DEDUP_IDS = 100  # of one client's messages, by which one that is sent again is recognised without the history
 RESUME_QUEUE = 100  # private messages to one of them
 STORE_S = 1.0  # that another program may keep the file to itself, while everybody waits
-PRUNE_LINES, PRUNE_S = 1000, 1.0  # removed of one channel at a time, when they are too old; and how often
+PRUNE_LINES, PRUNE_S = 200, 1.0  # removed at a time, when they are too old; and how often
+MIGRATED_LINES = 10_000  # the last ones of an older file, of which one that is sent again is recognised, too
+CHECKED_BYTES = 64 << 20  # a file up to this is read through at the start: 0.2 s
+SCANNED_LINES = 10_000  # at most, to find those of a page after the clock was set back: 10 ms
+SAVED_CHANNELS = 10_000  # whose modes are restored at the start
 SQLITE_ID = 0x63686174  # in the header of our SQLite files: "chat"
 MAX_SEQUENCE = 1 << 62  # above every message's number
 
@@ -1254,6 +1258,20 @@ def strip_private_tags(message: Message, **more: str) -> Message:
 DedupKey = Tuple[str, str, str]  # a sender's token, the id that it gave to a message, the folded target
 
 
+def dedup_key(message: Message) -> Optional[DedupKey]:
+    """By which a resend of a message in the history is recognised, if its sender may resend it."""
+    tags = message.tags
+    return (tags[BY_TAG], tags[ID_TAG], fold(message.param(0))) if BY_TAG in tags and ID_TAG in tags else None
+
+
+class ChannelState(NamedTuple):
+    """What has to be kept of a channel from now on."""
+
+    channel: str  # folded
+    state: str  # see Channel.state; '' where there is nothing to restore
+    hidden: Tuple[Tuple[int, int], ...] = ()  # messages above a number, up to another one, are shown no more
+
+
 class StorageError(Exception):
     """Messages cannot be stored or read; the text says why."""
 
@@ -1261,50 +1279,83 @@ class StorageError(Exception):
 class MemoryHistory:
     """The last MEMORY_LINES messages of each channel, by folded name, in memory. Only the mailer uses it."""
 
+    in_use: Callable[[str], bool] = staticmethod(lambda channel: False)  # whether a channel has members
+
     def __init__(self) -> None:
         # Sequence numbers beside their messages; the channel used last is last.
         self._channels: Dict[str, Tuple[Deque[int], Deque[Message]]] = {}
+        self._lines = 0  # in all
+        self._keys: Dict[DedupKey, Message] = {}
 
-    def append(self, messages: List[Tuple[str, Message]]) -> None:
-        """Stores messages, each with its channel: all of them, or none and raises StorageError."""
+    def append(self, messages: List[Tuple[str, Message]], states: Sequence[ChannelState] = ()) -> None:
+        """Stores messages, each with its channel, and states: all of them, or none and raises StorageError."""
         for channel, message in messages:
-            kept = self._channels.pop(channel, None)
-            if kept is None:
-                kept = collections.deque([], MEMORY_LINES), collections.deque([], MEMORY_LINES)
+            kept = self._channels.pop(channel, None) or (collections.deque(), collections.deque())
             self._channels[channel] = kept
             kept[0].append(sequence(message))
             kept[1].append(message)
-        while len(self._channels) > MEMORY_CHANNELS:
-            del self._channels[next(iter(self._channels))]
+            self._lines += 1
+            key = dedup_key(message)
+            if key:
+                self._keys[key] = message
+            self._trim(channel, MEMORY_LINES)
+        for state in states:
+            for first, last in state.hidden:
+                numbers = self._channels.get(state.channel, ((), ()))[0]
+                start = bisect.bisect_right(numbers, first)
+                self._drop(state.channel, start, bisect.bisect_right(numbers, last) - start)
+        if self._lines > MEMORY_TOTAL:
+            self._make_room(MEMORY_TOTAL * 99 // 100)
 
-    def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool) -> List[Message]:
-        """At most `limit` messages numbered above `low` and below `high`, in order: the newest, or the oldest."""
+    def _trim(self, channel: str, size: int) -> None:
+        """Forgets the oldest messages of a channel."""
+        self._drop(channel, 0, len(self._channels[channel][0]) - size)
+
+    def _drop(self, channel: str, start: int, count: int) -> None:
+        for _ in range(count):
+            numbers, messages = self._channels[channel]
+            key = dedup_key(messages[start])
+            if key:
+                self._keys.pop(key, None)
+            del numbers[start], messages[start]
+            self._lines -= 1
+            if not numbers:
+                del self._channels[channel]
+
+    def _make_room(self, total: int) -> None:
+        """Forgets channels without members, the least recently used first, and then the oldest of the longest."""
+        for channel in [channel for channel in self._channels if not self.in_use(channel)]:
+            if self._lines <= total:
+                return
+            self._trim(channel, 0)
+        while self._lines > total:
+            size = max(len(numbers) for numbers, _ in self._channels.values()) * 9 // 10
+            for channel in list(self._channels):
+                self._trim(channel, size)
+
+    def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool, since: str = "") -> List[Message]:
+        """At most `limit` messages numbered above `low` and below `high`, in order: the newest, or the oldest.
+
+        Of those said after the clock was set back, whose numbers are ahead of it, only those not before `since`.
+        """
         numbers, messages = self._channels.get(channel, ((), ()))
         first, end = bisect.bisect_right(numbers, low), bisect.bisect_left(numbers, high)
-        if newest:
-            first = max(first, end - limit)
-        return list(itertools.islice(messages, first, max(min(end, first + limit), first)))
+        if not since:
+            first, end = (max(first, end - limit), end) if newest else (first, min(end, first + limit))
+        found = [item for item in itertools.islice(messages, first, max(end, first)) if item.tags["time"] >= since]
+        return found[max(len(found) - limit, 0) :] if newest else found[:limit]
 
-    def channels(self) -> List[str]:
-        """The channels of which messages are stored."""
-        return list(self._channels)
-
-    def __contains__(self, channel: str) -> bool:
-        """Whether messages of a channel are stored. Any thread."""
-        return channel in self._channels
+    def find(self, keys: Sequence[DedupKey]) -> Dict[DedupKey, Message]:
+        """The messages that were stored with some keys."""
+        return {key: self._keys[key] for key in keys if key in self._keys}
 
     def last_sequence(self) -> int:
         """The highest sequence number that is stored, or 0."""
-        newest = (self.fetch(name, 0, MAX_SEQUENCE, 1, True) for name in self.channels())
-        return max((sequence(message) for page in newest for message in page), default=0)
+        return max((numbers[-1] for numbers, _ in self._channels.values()), default=0)
 
-    def dedup_index(self) -> Dict[DedupKey, Message]:
-        """The last messages whose senders may resend them."""
-        names = self.channels()
-        share = max(DEDUP_IDS // max(len(names), 1), 10)
-        last = [message for name in names for message in self.fetch(name, 0, MAX_SEQUENCE, share, True)]
-        found = sorted((m for m in last if {BY_TAG, ID_TAG} <= m.tags.keys()), key=sequence)
-        return {(m.tags[BY_TAG], m.tags[ID_TAG], fold(m.param(0))): strip_private_tags(m) for m in found[-DEDUP_IDS:]}
+    def states(self) -> Dict[str, str]:
+        """The states of channels that are to be restored, by folded name; of too many, those saved last."""
+        return {}
 
     def prune(self) -> None:
         """Deletes some of what is too old; to be called every PRUNE_S."""
@@ -1313,108 +1364,246 @@ class MemoryHistory:
         """Closes the file."""
 
 
+HISTORY_TABLES = (
+    "CREATE TABLE IF NOT EXISTS said (channel TEXT, number INTEGER, line TEXT, key BLOB,"
+    " PRIMARY KEY (channel, number)) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS said_number ON said (number)",
+    "CREATE INDEX IF NOT EXISTS said_key ON said (key) WHERE key IS NOT NULL",
+    "CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY, channel TEXT UNIQUE, state TEXT)",
+    "CREATE TABLE IF NOT EXISTS hidden (channel TEXT, first INTEGER, last INTEGER, PRIMARY KEY (channel, last))",
+)
+
+
+def index_key(key: Optional[DedupKey]) -> Optional[bytes]:
+    """What stands for a key in the file: those of one sender together, so that a batch changes few pages."""
+    if not key:
+        return None
+    return hashlib.sha256(key[0].encode()).digest()[:8] + hashlib.sha256("\n".join(key[1:]).encode()).digest()[:8]
+
+
+def parse_rows(rows: List[Any]) -> List[Message]:
+    """The messages of rows of a line and a number, without those that are damaged."""
+    lines = [(parse(str(line)), f"{number:x}") for line, number in rows]
+    return [item for item, number in lines if item.tags.get("msgid") == number and "time" in item.tags]
+
+
+class OpenedFiles:
+    """A file and its write-ahead log: whether they are still those that were opened, and have only grown."""
+
+    def __init__(self, file: pathlib.Path, wal: pathlib.Path, has_lost_pages: Callable[[], bool]) -> None:
+        self._files, self._has_lost_pages = (file, wal), has_lost_pages
+        self._before = [file.stat() for file in self._files]
+
+    def check(self) -> None:
+        """Raises StorageError if they are not."""
+        name = self._files[0]
+        try:
+            now = [file.stat() for file in self._files]
+        except OSError:
+            raise StorageError(f"{name} is gone; start the server again") from None
+        if [(item.st_dev, item.st_ino) for item in now] != [(item.st_dev, item.st_ino) for item in self._before]:
+            raise StorageError(f"{name} is another file now; start the server again")
+        shrunk = [item.st_size < before.st_size for item, before in zip(now, self._before)]
+        if shrunk[0] or (shrunk[1] and self._has_lost_pages()):
+            raise StorageError(f"{name} was truncated; start the server again")
+        self._before = now
+
+
 class SqliteHistory(MemoryHistory):
     """The same in an SQLite file, without bound or for so many days. A message is stored as its IRC line with tags.
 
-    When `append` returns, the messages survive the death of the process, and with `fsync` that of the machine.
+    When `append` returns, the messages survive the death of the process, and with `fsync` that of the machine. The file
+    is locked by a lock on another one beside it, so that others may read it meanwhile.
     """
 
     def __init__(self, path: str, fsync: bool = False, days: float = math.inf, readonly: bool = False) -> None:
-        self._path, self._days = path, days
-        self._prune_next = 0  # index of the channel that is pruned next
-        self._removed = False  # somebody has deleted the file
+        self._days, self._file = days, pathlib.Path(path)
         try:
             import sqlite3
         except ImportError as error:  # Python can be built without it
             raise StorageError(f"cannot keep a history: {error}") from None
         self._errors = sqlite3.Error
+        self._opened = contextlib.ExitStack()
         try:
-            if not readonly:
-                pathlib.Path(path).touch(0o600)  # SQLite would let others read it
-            uri = f"{pathlib.Path(path).resolve().as_uri()}?mode={'ro' if readonly else 'rw'}"
-            self._db = sqlite3.connect(uri, timeout=STORE_S, isolation_level=None, check_same_thread=False, uri=True)
+            self._file = self._file.resolve()
+            self._wal, lock = (self._file.with_name(f"{self._file.name}-{end}") for end in ("wal", "lock"))
+            if readonly:
+                # Where nobody writes, that needs no file beside it, which perhaps could not be created.
+                mode = "ro" if self._wal.exists() else "ro&immutable=1"
+            else:
+                mode = "rw"
+                for file in (lock, self._file):
+                    file.touch(0o600)  # SQLite would let others read it
+                self._lock(sqlite3, lock)
+            self._db = self._connect(sqlite3, self._file, mode)
             self._check()
             if not readonly:
                 self._prepare("FULL" if fsync else "NORMAL")
-        except (OSError, ValueError, sqlite3.Error) as error:
+        except (OSError, ValueError, StorageError, sqlite3.Error) as error:
+            self.close()
             raise StorageError(f"cannot use {path} as a history: {error}") from None
-        self._names = dict.fromkeys(self.channels())
+
+    def _connect(self, sqlite3: Any, path: pathlib.Path, mode: str, patience: float = STORE_S) -> Any:
+        uri = f"{path.as_uri()}?mode={mode}"
+        db = sqlite3.connect(uri, timeout=patience, isolation_level=None, check_same_thread=False, uri=True)
+        return self._opened.enter_context(contextlib.closing(db))
+
+    def _lock(self, sqlite3: Any, path: pathlib.Path) -> None:
+        try:
+            self._connect(sqlite3, path, "rw", 0).execute("BEGIN EXCLUSIVE")
+        except self._errors as error:
+            raise ValueError("another server uses it" if "locked" in str(error) else str(error)) from None
 
     def _check(self) -> None:
         application = self._rows("PRAGMA application_id")[0][0]
         if application != SQLITE_ID and (application or self._rows("SELECT 1 FROM sqlite_master")):
             raise ValueError("it belongs to another program")
-        if self._rows("PRAGMA quick_check(1)") != [("ok",)]:
+        if self._file.stat().st_size <= CHECKED_BYTES and self._rows("PRAGMA quick_check(1)") != [("ok",)]:
             raise ValueError("it is damaged; move it away, or rescue what is left with: sqlite3 FILE .recover")
 
     def _prepare(self, synchronous: str) -> None:
         self._rows(f"PRAGMA application_id = {SQLITE_ID}")
         self._rows("PRAGMA journal_mode = WAL")
         self._rows(f"PRAGMA synchronous = {synchronous}")
-        self._rows(
-            "CREATE TABLE IF NOT EXISTS said (channel TEXT, number INTEGER, line TEXT,"
-            " PRIMARY KEY (channel, number)) WITHOUT ROWID"
-        )
+        with self._transaction():
+            columns = [row[1] for row in self._rows("PRAGMA table_info(said)")]
+            is_old = columns and "key" not in columns
+            if is_old:
+                self._rows("ALTER TABLE said ADD COLUMN key BLOB")
+            for table in HISTORY_TABLES:
+                self._rows(table)
+            if is_old:
+                rows = self._rows("SELECT channel, number, line FROM said ORDER BY number DESC LIMIT ?", MIGRATED_LINES)
+                keyed = [(index_key(dedup_key(parse(row[2]))), *row[:2]) for row in rows]
+                self._db.executemany("UPDATE said SET key = ? WHERE channel = ? AND number = ?", keyed)
+        self._check_files = OpenedFiles(self._file, self._wal, self._has_lost_pages).check
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._rows("BEGIN IMMEDIATE")
+            yield
+            self._rows("COMMIT")
+        except self._errors as error:
+            raise StorageError(str(error)) from None
+        finally:
+            if self._db.in_transaction:
+                self._rows("ROLLBACK")
 
     def _rows(self, query: str, *values: object) -> List[Any]:
-        return self._db.execute(query, values).fetchall()
+        rows: List[Any] = self._db.execute(query, values).fetchall()
+        return rows
 
-    def append(self, messages: List[Tuple[str, Message]]) -> None:
-        rows = [(channel, sequence(message), format_tagged(message)) for channel, message in messages]
+    def _asked(self, query: str, *values: object) -> List[Any]:
         try:
-            if self._removed:
-                raise StorageError(f"{self._path} is gone")
-            self._rows("BEGIN IMMEDIATE")
-            try:
-                self._db.executemany("INSERT INTO said VALUES (?, ?, ?)", rows)
-                self._rows("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._rows("ROLLBACK")
-                raise
+            return self._rows(query, *values)
         except self._errors as error:
             raise StorageError(str(error)) from None
-        self._names.update(dict.fromkeys(channel for channel, _ in messages))
 
-    def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool) -> List[Message]:
+    def _has_lost_pages(self) -> bool:
+        """Whether the write-ahead log was cut off, and not emptied into the file by another program, as it may be."""
+        try:
+            return bool(self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0])
+        except self._errors:
+            return True
+
+    def append(self, messages: List[Tuple[str, Message]], states: Sequence[ChannelState] = ()) -> None:
+        rows = [
+            (channel, sequence(item), format_tagged(item), index_key(dedup_key(item))) for channel, item in messages
+        ]
+        self._check_files()
+        with self._transaction():
+            self._db.executemany("INSERT INTO said (channel, number, line, key) VALUES (?, ?, ?, ?)", rows)
+            for channel, state, hidden in states:
+                self._rows("DELETE FROM state WHERE channel = ?", channel)
+                if state:
+                    self._rows("INSERT INTO state (channel, state) VALUES (?, ?)", channel, state)
+                for first, last in hidden:
+                    self._hide(channel, first, last)
+        self._check_files()
+
+    def _hide(self, channel: str, first: int, last: int) -> None:
+        """Hides a range, in one with the last if nothing is shown between them: so what is shown separates all two."""
+        query = "SELECT 1 FROM said WHERE channel = ? AND number > ? AND number <= ? LIMIT 1"
+        if self._rows(query, channel, first, last):
+            before = self._rows("SELECT first, last FROM hidden WHERE channel = ? ORDER BY last DESC LIMIT 1", channel)
+            if before and not self._rows(query, channel, before[0][1], first):
+                first = before[0][0]
+                self._rows("DELETE FROM hidden WHERE channel = ? AND last = ?", channel, before[0][1])
+            self._rows("INSERT OR REPLACE INTO hidden VALUES (?, ?, ?)", channel, first, last)
+
+    def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool, since: str = "") -> List[Message]:
         order = "DESC" if newest else "ASC"
-        query = "SELECT number, line FROM said WHERE channel = ? AND number > ? AND number < ?"
-        try:
-            rows = self._rows(f"{query} ORDER BY number {order} LIMIT ?", channel, low, high, limit)
-        except self._errors as error:
-            raise StorageError(str(error)) from None
-        lines = [(f"{key:x}", parse(str(line))) for key, line in rows]
-        found = [item for key, item in lines if item.tags.get("msgid") == key and "time" in item.tags]  # undamaged
+        query = f"channel = ? AND last > ? AND first < ? ORDER BY last {order} LIMIT ?"
+        hidden = self._asked(f"SELECT first, last FROM hidden WHERE {query}", channel, low, high, limit + 1)
+        found: List[Message] = []
+        for first, last in hidden:  # what is shown before it, in this order
+            start, end = (last, high) if newest else (low, first + 1)
+            found += self._fetch(channel, start, end, limit - len(found), order, since)
+            low, high = (low, first + 1) if newest else (last, high)
+        if len(hidden) <= limit:  # otherwise more is hidden, and enough was found
+            found += self._fetch(channel, low, high, limit - len(found), order, since)
         return found[::-1] if newest else found
 
-    def channels(self) -> List[str]:
-        found: List[str] = []
-        with contextlib.suppress(self._errors):
-            while True:  # each by a look into the index: DISTINCT would read every line
-                rows = self._rows("SELECT min(channel) FROM said WHERE channel > ?", found[-1] if found else "")
-                if rows[0][0] is None:
-                    break
-                found.append(rows[0][0])
-        return found
+    def _fetch(self, channel: str, low: int, high: int, limit: int, order: str, since: str) -> List[Message]:
+        query = f"SELECT line, number FROM said WHERE channel = ? AND number > ? AND number < ? ORDER BY number {order}"
+        if since:  # the time is each line's first tag
+            query = f"SELECT line, number FROM ({query} LIMIT {SCANNED_LINES}) WHERE substr(line, 7, 24) >= '{since}'"
+            query += f" ORDER BY number {order}"
+        return parse_rows(self._asked(f"{query} LIMIT ?", channel, low, high, limit))
 
-    def __contains__(self, channel: str) -> bool:
-        return channel in self._names
+    def find(self, keys: Sequence[DedupKey]) -> Dict[DedupKey, Message]:
+        found: List[Message] = []
+        for start in range(0, len(keys), PAGE_LINES):
+            hashes = [index_key(key) for key in keys[start : start + PAGE_LINES]]
+            query = f"SELECT line, number FROM said WHERE key IN ({', '.join('?' * len(hashes))})"
+            found += parse_rows(self._asked(query, *hashes))
+        return {key: item for item in found for key in [dedup_key(item)] if key}
+
+    def transcript(self, since: float, channel: str = "") -> Iterator[Message]:
+        """All that was said, in order, in one channel or in all, from a Unix time on."""
+        low, first = int(since * 1e6) - 1, server_time(since + 1e-6)
+        condition = "number > ? AND channel = ?" if channel else "number > ? AND '' = ?"
+        query = f"SELECT line, number FROM said WHERE {condition} ORDER BY number LIMIT ?"
+        rows = self._asked("SELECT 1 FROM sqlite_master")  # there is nothing in an empty file
+        while rows:  # page by page: while a query runs, the server cannot use the write-ahead log's space again
+            rows = self._asked(query, low, channel, SCANNED_LINES)
+            yield from (strip_private_tags(item) for item in parse_rows(rows) if item.tags["time"] >= first)
+            low = rows[-1][1] if rows else low
+
+    def last_sequence(self) -> int:
+        return int(self._asked("SELECT ifnull(max(number), 0) FROM said")[0][0])
+
+    def states(self) -> Dict[str, str]:
+        rows = self._asked("SELECT channel, state, id FROM state ORDER BY id DESC LIMIT ?", SAVED_CHANNELS)
+        if len(rows) == SAVED_CHANNELS:  # whose modes are lost must not be read by everybody
+            last, oldest = self.last_sequence(), rows[-1][2]
+            with self._transaction():
+                for (channel,) in self._rows("SELECT channel FROM state WHERE id < ?", oldest):
+                    self._rows("DELETE FROM hidden WHERE channel = ?", channel)
+                    self._hide(channel, 0, last)
+                self._rows("DELETE FROM state WHERE id < ?", oldest)
+        return {channel: state for channel, state, _ in rows}
 
     def prune(self) -> None:
-        self._removed = self._removed or not pathlib.Path(self._path).exists()
-        if self._days == math.inf or not self._names:
+        if self._days == math.inf:
             return
         oldest = int((time.time() - self._days * 86400) * 1e6)
-        names = list(self._names)
-        self._prune_next = (self._prune_next + 1) % len(names)
-        name = names[self._prune_next]
-        query = "SELECT number FROM said WHERE channel = ? AND number < ? ORDER BY number LIMIT ?"
-        with contextlib.suppress(self._errors):  # next time, then
-            self._rows(f"DELETE FROM said WHERE channel = ? AND number IN ({query})", name, name, oldest, PRUNE_LINES)
+        with contextlib.suppress(StorageError):  # next time, then
+            query = "SELECT channel, number FROM said WHERE number < ? ORDER BY number LIMIT ?"
+            rows = self._asked(query, oldest, PRUNE_LINES)
+            if not rows:
+                return
+            with self._transaction():
+                self._db.executemany("DELETE FROM said WHERE channel = ? AND number = ?", rows)
+                left = "SELECT ifnull(min(number), ?) FROM said WHERE channel = ?"
+                for channel in {channel for channel, _ in rows}:
+                    query = f"DELETE FROM hidden WHERE channel = ? AND last < ({left})"
+                    self._rows(query, channel, MAX_SEQUENCE, channel)
 
     def close(self) -> None:
         with contextlib.suppress(self._errors):
-            self._db.close()
+            self._opened.close()
 
 
 # -----------------------------------------------------------------------------
@@ -1600,8 +1789,8 @@ class Session:
     __slots__ = (
         "address", "audiences", "authenticated", "away", "channels", "connected_at", "deadline", "dialect",
         "flood_bucket", "host", "invites", "last_received", "last_spoke", "negotiating", "nick", "nick_bucket",
-        "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname", "resume_queue", "send", "signon",
-        "stage", "token", "user", "wrong_password",
+        "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname", "resume_queue", "send", "sent",
+        "signon", "stage", "token", "user", "wrong_password",
     )  # fmt: skip
 
     def __init__(
@@ -1616,6 +1805,7 @@ class Session:
         self.authenticated = False  # has given the password, where one is required
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
         self.token = ""  # a hash of the secret by which this client may resume
+        self.sent: Dict[DedupKey, StoredMessage] = {}  # its last messages that it may send again
         self.quit_reason = ""  # of a disconnected session
         self.resume_queue: List[Message] = []  # private messages to a disconnected session
         self.channels: Dict[Channel, None] = {}
@@ -1653,6 +1843,10 @@ class Ban(NamedTuple):
     pattern: re.Pattern[str]  # of the folded mask
 
 
+NEW_MODES = {"n": ""}
+CHANNEL_STATE = ("name", "created", "topic", "topic_by", "topic_time", "modes", "closed_after")
+
+
 class Channel:
     """A channel with members. Guarded by the hub's lock, but for `audience`, which only the mailer uses."""
 
@@ -1661,7 +1855,8 @@ class Channel:
         self.created = int(time.time())
         self.topic = self.topic_by = ""
         self.topic_time = 0
-        self.modes = {"n": ""}  # letter -> parameter, or ''
+        self.modes = dict(NEW_MODES)  # letter -> parameter, or ''
+        self.closed_after = 0  # the last message before it got a key or was for the invited; 0 where it is not
         self.bans: Dict[str, Ban] = {}  # by folded mask
         self.members: Dict[Session, str] = {}  # -> rank: '', 'o', 'v' or 'ov'; at the log's write end
         self.audience: Dict[Dialect, Dict[Session, None]] = {}  # the same by dialect, at the log's read end
@@ -1704,6 +1899,27 @@ class Channel:
 
     def _name(self, member: Session, caps: frozenset[str]) -> str:
         return signs(self.members[member], caps) + (member.prefix if "userhost-in-names" in caps else member.nick)
+
+    def state(self) -> str:
+        """What is restored after a restart: topic, modes and bans; '' where that is what a new channel has."""
+        if not (self.topic or self.bans or self.modes != NEW_MODES):
+            return ""
+        bans = [ban[:3] for ban in self.bans.values()]
+        return json.dumps({**{key: getattr(self, key) for key in CHANNEL_STATE}, "bans": bans})
+
+    @staticmethod
+    def restored(state: str) -> Channel:
+        """A channel without members, from what `state` returned; raises CommandError where that is damaged."""
+        try:
+            values = json.loads(state)
+            channel = Channel(values["name"])
+            for key in CHANNEL_STATE:
+                setattr(channel, key, values[key])
+            for ban in values["bans"]:
+                channel.set_ban(*ban)
+        except (ValueError, LookupError, TypeError):
+            raise CommandError(FAIL_MESSAGE_ERROR) from None
+        return channel
 
     def is_banned(self, session: Session) -> bool:
         """Whether a ban matches a session. Asked for every message, so the answer is kept."""
@@ -1778,7 +1994,7 @@ class Close(NamedTuple):
     session: Session
 
 
-Effect = Union[Broadcast, Unicast, Update, Close]
+Effect = Union[Broadcast, Unicast, Update, Close, ChannelState]
 HistoryQuery = Callable[[MemoryHistory], List[Message]]
 Reply = Union[Message, Lines, HistoryQuery]
 
@@ -1786,12 +2002,13 @@ Reply = Union[Message, Lines, HistoryQuery]
 class StoredMessage:
     """A message that has to be stored before anybody gets it. The calls that send it, and send it again, share it."""
 
-    __slots__ = ("channel", "key", "message", "stored")
+    __slots__ = ("channel", "key", "message", "original", "stored")
 
     def __init__(self, channel: str, message: Message, key: Optional[DedupKey], stored: Optional[bool] = None) -> None:
         self.channel = channel  # folded
         self.message = message
         self.key = key  # by which a resend is recognised
+        self.original: Optional[Message] = None  # which this one repeats, as the history tells
         self.stored = stored  # whether that worked; None before it was tried
 
 
@@ -1893,7 +2110,22 @@ class Call:
             channel.remove(session)
             if not channel.members:
                 del self.hub.channels[channel.folded]
+                if channel.state():
+                    self.save(channel, reopened=True)
         self._update(session)
+
+    def save(self, channel: Channel, reopened: bool = False) -> None:
+        """Has what a restart keeps of a channel stored: nothing once it has no members.
+
+        With `reopened`, others may come in than those for whom it was closed: what was said since is shown no more.
+        """
+        hidden: Tuple[Tuple[int, int], ...] = ()
+        if channel.closed_after and reopened:
+            hidden = ((channel.closed_after, self.hub.ids.last),)
+            channel.closed_after = 0
+        if channel.members and not channel.closed_after and ("k" in channel.modes or "i" in channel.modes):
+            channel.closed_after = self.hub.ids.last
+        self.effects.append(ChannelState(channel.folded, channel.state() if channel.members else "", hidden))
 
     def _update(self, session: Session) -> None:
         self.effects.append(Update(session, session.dialect, tuple(session.channels)))
@@ -1931,6 +2163,11 @@ class Call:
         session.address.disconnected.pop(session, None)
         session.stage = Stage.GONE
         del self.hub.sessions[session]
+        if session.sent:
+            self.hub.sent_before.pop(session.token, None)
+            self.hub.sent_before[session.token] = session.sent
+            if len(self.hub.sent_before) > MAX_RESUMABLE:
+                del self.hub.sent_before[next(iter(self.hub.sent_before))]
         if self.hub.nicks.get(fold(session.nick)) is session:
             del self.hub.nicks[fold(session.nick)]
         self.effects.append(Close(session))
@@ -2014,19 +2251,21 @@ class Hub:
         self.name = name
         self.history = history or MemoryHistory()  # the mailer's
         self.storage_error = ""  # why the last message could not be stored; the mailer's
+        self.unsaved: Dict[str, ChannelState] = {}  # folded name -> what could not be stored; the mailer's
         self.replay = replay  # lines that newcomers get
         self.limits = limits or Limits()
         self.access = AccessControl()
         self.ids = MessageIds(self.history.last_sequence())
-        self.resends = {
-            key: StoredMessage("", message, key, True) for key, message in self.history.dedup_index().items()
-        }
+        self.sent_before: Dict[str, Dict[DedupKey, StoredMessage]] = {}  # token -> Session.sent of one that is gone
         self.started = time.time()
         self.messages = 0  # said so far
         self.sessions: Dict[Session, None] = {}  # all but those that are gone, in order of arrival
         self.disconnected = 0  # how many of them
         self.nicks: Dict[str, Session] = {}  # folded nick -> who holds it
         self.channels: Dict[str, Channel] = {}  # folded name -> a channel that has members
+        self.history.in_use = self.channels.__contains__
+        # folded name -> Channel.state of one from before the restart, into which nobody has come back
+        self.restored = self.history.states()
         self.guests = itertools.count(1)  # numbers for those who bring no name
         self.deadlines = DeadlineQueue()
         self.log_broadcasts = 0  # in the log
@@ -2554,6 +2793,7 @@ def resume_session(call: Call, old: Session) -> None:
     session.nick_bucket, old.nick_bucket = old.nick_bucket, session.nick_bucket
     if session.flood_bucket and old.flood_bucket:
         session.flood_bucket, old.flood_bucket = old.flood_bucket, session.flood_bucket
+    session.sent, old.sent = old.sent or session.sent, {}
     call.send_to(old, Message("ERROR", ("You have come back on another connection",)))
     call.forget(old)
 
@@ -2617,6 +2857,7 @@ def resume(call: Call) -> None:
     if session.registered or RESUME_CAP not in session.dialect.caps or not 16 <= len(call.params[0]) <= 64:
         raise CommandError(ERR_UNKNOWNCOMMAND, "RESUME")
     session.token = hashlib.sha256(call.params[0].encode()).hexdigest()[:32]
+    session.sent = call.hub.sent_before.pop(session.token, {})
 
 
 @command("PING <token>", 1, early=True)
@@ -2665,8 +2906,8 @@ def join(call: Call) -> None:
 def join_channel(call: Call, name: str, key: str) -> None:
     """Takes the caller into a channel, which begins to exist with its first member."""
     hub, session = call.hub, call.session
-    known = hub.channels.get(fold(name))
-    channel = known or Channel(name)
+    known, state = hub.channels.get(fold(name)), hub.restored.get(fold(name), "")
+    channel = known or (Channel.restored(state) if state else Channel(name))
     if session in channel.members:
         return
     check_can_join(session, channel, key)
@@ -2678,23 +2919,27 @@ def join_channel(call: Call, name: str, key: str) -> None:
             call.part(session, old, f"went to {name}")
     session.invites.pop(channel, None)
     call.join(channel)
+    if hub.restored.pop(channel.folded, None) and "i" in channel.modes:  # nobody was there to invite
+        channel.topic = ""
+        call.save(channel, reopened=True)
     tags = {**hub.ids.next(), COUNT_TAG: str(len(channel.members))}
     call.broadcast(join_message(session, channel, tags), channel)
     if session.away:
         tags = {**hub.ids.next(), FOR_TAG: "away-notify"}
         call.broadcast(Message("AWAY", (session.away,), session.prefix, tags), channel, echo=False)
     send_channel_info(call, channel)
-    if hub.replay and channel.folded in hub.history and "draft/chathistory" not in session.dialect.caps:
+    if hub.replay and "draft/chathistory" not in session.dialect.caps:
         batched = "batch" in session.dialect.caps
         call.query(functools.partial(replay, hub, channel.name, hub.ids.last, batched), hub.replay)
 
 
 def check_can_join(session: Session, channel: Channel, key: str) -> None:
-    """Raises CommandError where the modes of a channel do not let a session in."""
+    """Raises CommandError where the modes of a channel do not let a session in. The first one after a restart needs no
+    invitation, for nobody could give it."""
     modes = channel.modes
     if channel.is_banned(session):
         raise CommandError(ERR_BANNEDFROMCHAN, channel.name)
-    if "i" in modes and channel not in session.invites:
+    if "i" in modes and channel.members and channel not in session.invites:
         raise CommandError(ERR_INVITEONLYCHAN, channel.name)
     if "k" in modes and not hmac.compare_digest(key.encode(), modes["k"].encode()):
         raise CommandError(ERR_BADCHANNELKEY, channel.name)
@@ -2781,6 +3026,7 @@ def topic(call: Call) -> None:
     if len(call.params[1].encode()) > TOPIC_BYTES:
         raise CommandError(ERR_INPUTTOOLONG)
     channel.topic, channel.topic_by, channel.topic_time = call.params[1], call.session.prefix, int(time.time())
+    call.save(channel)
     call.broadcast(Message("TOPIC", (channel.name, channel.topic), channel.topic_by, call.hub.ids.next()), channel)
 
 
@@ -2897,6 +3143,8 @@ def change_modes(call: Call, channel: Channel, changes: List[ModeChange]) -> Non
     flags = ""
     for on, same in itertools.groupby(done, key=lambda change: change.on):
         flags += ("+" if on else "-") + "".join(change.letter for change in same)
+    if any(change.letter not in "ov" for change in done):
+        call.save(channel, reopened=any(change.letter in "ik" and not change.on for change in done))
     words = (channel.name, flags, *(change.param for change in done if change.param))
     call.broadcast(Message("MODE", words, call.session.prefix, call.hub.ids.next()), channel)
 
@@ -3007,8 +3255,8 @@ def relay(call: Call, target: str) -> None:
         other = find_user(call, target)
     to = channel.name if channel else other.nick
     key = (session.token, tags[ID_TAG], fold(to)) if session.token and ID_TAG in tags else None
-    known = hub.resends.get(key) if key else None
-    if known:
+    known = session.sent.get(key) if key else None
+    if known and known.stored is not False:
         call.stored.append(known)
         call.acknowledge(known.message)
         return
@@ -3029,9 +3277,10 @@ def relay(call: Call, target: str) -> None:
     if not echo:
         call.acknowledge(message)
     if key:
-        hub.resends[key] = item
-        if len(hub.resends) > DEDUP_IDS:
-            del hub.resends[next(iter(hub.resends))]
+        session.sent.pop(key, None)
+        session.sent[key] = item
+        if len(session.sent) > DEDUP_IDS:
+            del session.sent[next(iter(session.sent))]
 
 
 def check_can_speak(session: Session, channel: Channel) -> None:
@@ -3133,12 +3382,17 @@ def chathistory(call: Call) -> None:
         raise CommandError(FAIL_INVALID_TARGET, sub, words[0])
     until = hub.ids.last + 1  # what comes later in the log is sent as such
     pages = [(low, min(high, until), size, newest) for low, high, size, newest in PAGES[sub](spans, limit)]
-    call.query(functools.partial(page_messages, call, channel.name, pages), limit)
+    times = [first for first, last in spans if last > first]  # a time, not a message
+    since = {low: server_time((low + 500) / 1e6) for first in times for low in (first - 1, first + 999)}
+    call.query(functools.partial(page_messages, call, channel.name, pages, since), limit)
 
 
-def page_messages(call: Call, name: str, pages: List[Page], history: MemoryHistory) -> List[Message]:
-    """The answer to CHATHISTORY: pages of what was said in a channel."""
-    said = [strip_private_tags(message) for page in pages for message in history.fetch(fold(name), *page)]
+def page_messages(
+    call: Call, name: str, pages: List[Page], since: Dict[int, str], history: MemoryHistory
+) -> List[Message]:
+    """The answer to CHATHISTORY: pages of what was said in a channel, by its own time where `since` has their low."""
+    found = (history.fetch(fold(name), *page, since.get(page[0], "")) for page in pages)
+    said = [strip_private_tags(message) for page in found for message in page]
     return batch_of("chathistory", (name,), call.hub.name, said) if "batch" in call.session.dialect.caps else said
 
 
@@ -3148,7 +3402,8 @@ def target_messages(
     """The answer to CHATHISTORY TARGETS: of these channels, those whose last message is in a span of time."""
     server = call.hub.name
     last = {name: item for key, name in names.items() for item in history.fetch(key, 0, MAX_SEQUENCE, 1, True)}
-    found = sorted((sequence(item), name) for name, item in last.items() if spans[0][1] < sequence(item) < spans[1][0])
+    start, end = (server_time((first + 500) / 1e6) for first, _ in spans)
+    found = sorted((sequence(item), name) for name, item in last.items() if start < item.tags["time"] < end)
     lines = [Message("CHATHISTORY", ("TARGETS", name, last[name].tags["time"]), server) for _, name in found[:limit]]
     batched = "batch" in call.session.dialect.caps
     return batch_of("draft/chathistory-targets", (), server, lines) if batched else lines
@@ -3297,45 +3552,76 @@ def commit(hub: Hub, batch: List[Call]) -> List[Effect]:
     """Stores the batch in one transaction and runs its history queries. If storing fails, nothing of it is delivered
     and the senders get an error."""
     pending = [item for call in batch for item in call.stored if item.stored is None]
-    if pending:
-        store_batch(hub, list(dict.fromkeys(pending)))  # a resend may be in the same batch
+    states = [effect for call in batch for effect in call.effects if type(effect) is ChannelState]
+    if pending or states:
+        store_batch(hub, list(dict.fromkeys(pending)), states)  # a resend may be in the same batch
     effects: List[Effect] = []
     for call in batch:
         if call.stored and not all(item.stored for item in call.stored):
             call.effects, call.replies = [], []
             call.reply_error(CommandError(FAIL_CANNOT_STORE, hub.storage_error or "try again"))
+        else:
+            for item in call.stored:
+                if item.original:
+                    repeat(call, item.message, item.original)
         effects += call.effects
         if call.replies or call.label:
             effects.append(Unicast(call.session, answers(call)))
     return effects
 
 
-def store_batch(hub: Hub, items: List[StoredMessage]) -> None:
-    """Stores messages, each with the token of a sender who may resend it, or sets hub.storage_error."""
+def repeat(call: Call, message: Message, original: Message) -> None:
+    """A message turned out to be one that was stored before: only its sender gets that, as its receipt."""
+    own = message.tags["msgid"]
+    call.effects = [item for item in call.effects if not (type(item) is Broadcast and item.message is message)]
+    call.replies = [item for item in call.replies if not (isinstance(item, Message) and item.tags.get("msgid") == own)]
+    call.acknowledge(original)
+
+
+def store_batch(hub: Hub, items: List[StoredMessage], states: List[ChannelState]) -> None:
+    """Stores states of channels and messages, each with the token of a sender who may resend it, but for those that are
+    stored already; or sets hub.storage_error."""
+    for state in states:
+        earlier = hub.unsaved[state.channel].hidden if state.channel in hub.unsaved else ()
+        hub.unsaved[state.channel] = state._replace(hidden=earlier + state.hidden)
     messages = []
-    for item in items:
-        message, tags = item.message, item.message.tags
-        size = sum(map(len, itertools.chain(*tags.items()))) if len(tags) > 2 else 0
-        if len(tags) > STORED_TAGS or size > STORED_TAG_CHARS:
-            tags = {tag: value for tag, value in tags.items() if tag in ("time", "msgid", ID_TAG)}
-        if item.key:
-            tags = {**tags, BY_TAG: item.key[0]}
-        messages.append((item.channel, message if tags is message.tags else message._replace(tags=tags)))
     try:
-        hub.history.append(messages)
+        known = hub.history.find([item.key for item in items if item.key])
+        for item in items:
+            message = stored_form(item)
+            if item.key and known.setdefault(item.key, message) is not message:
+                item.original = strip_private_tags(known[item.key])
+            else:
+                messages.append((item.channel, message))
+        hub.history.append(messages, list(hub.unsaved.values()))
         if hub.storage_error:
             log.warning("what is said can be stored again")
         hub.storage_error = ""
+        hub.unsaved.clear()
     except StorageError as error:
         if not hub.storage_error:
             log.error("cannot store what is said: %s", error)
         hub.storage_error = str(error)
-        with hub:
-            for item in items:
-                if item.key:
-                    hub.resends.pop(item.key, None)
     for item in items:
         item.stored = not hub.storage_error
+
+
+def stored_form(item: StoredMessage) -> Message:
+    """A message as the history keeps it."""
+    message, tags = item.message, item.message.tags
+    size = sum(map(len, itertools.chain(*tags.items()))) if len(tags) > 2 else 0
+    if len(tags) > STORED_TAGS or size > STORED_TAG_CHARS:
+        tags = {tag: value for tag, value in tags.items() if tag in ("time", "msgid", ID_TAG)}
+    if item.key:
+        tags = {**tags, BY_TAG: item.key[0]}
+    return message if tags is message.tags else message._replace(tags=tags)
+
+
+def prune(hub: Hub) -> None:
+    """Removes some of what is too old from the history, and stores what could not be stored of channels."""
+    if hub.unsaved:
+        store_batch(hub, [], [])
+    hub.history.prune()
 
 
 def answers(call: Call) -> Sequence[Union[Message, Lines]]:
@@ -3360,6 +3646,8 @@ def run_query(call: Call, query: HistoryQuery) -> List[Message]:
     if call.session.send is discard:
         return []
     try:
+        if call.hub.unsaved:  # it may tell what must be shown no more
+            raise StorageError(call.hub.storage_error)
         return query(call.hub.history)
     except StorageError:
         return [Message("FAIL", ("CHATHISTORY", "MESSAGE_ERROR", FAIL_MESSAGE_ERROR.text), call.hub.name)]
@@ -3821,7 +4109,7 @@ class Mailer:
             now = time.monotonic()
             if now > self._prune_at:
                 self._prune_at = now + PRUNE_S
-                self._hub.history.prune()
+                prune(self._hub)
             if self._closing and now > self._check_at:
                 self._check_at = now + TICK_S / 5
                 for connection in [connection for connection in self._closing if connection.deadline < now]:
@@ -6525,25 +6813,13 @@ def run_history(args: argparse.Namespace) -> int:
     if not os.path.exists(args.file):
         raise Failed(f"there is no {args.file}")
     history = SqliteHistory(args.file, readonly=True)
-    channels = [fold(args.channel)] if args.channel else history.channels()
-    lines = heapq.merge(*(spoken(history, name, int(args.since * 1e6) - 1) for name in channels), key=sequence)
-    for message in lines:
+    for message in history.transcript(args.since, fold(args.channel or "")):
         if args.json:
             print(JSON.encode(message).decode(), end="")
         else:
             when = time.strftime("%Y-%m-%d %H:%M:%S", local_time(message.tags["time"]))
             print(f"{when} {escape_controls(message.param(0))} {text_form(message)}")
     return 0
-
-
-def spoken(history: MemoryHistory, channel: str, low: int) -> Iterator[Message]:
-    """All that was said in a channel after the number `low`, in order."""
-    while True:
-        page = history.fetch(channel, low, MAX_SEQUENCE, PAGE_LINES, False)
-        yield from map(strip_private_tags, page)
-        if not page:
-            return
-        low = sequence(page[-1])
 
 
 def moment(text: str) -> float:

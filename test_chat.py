@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import copy
 import ctypes
+import functools
 import gc
 import io
 import itertools
@@ -629,9 +630,7 @@ class Dialects(unittest.TestCase):
             self.assertEqual(caught.exception.numeric, chat.ERR_INPUTTOOLONG)
 
 
-class Kept(unittest.TestCase):
-    """What was said, in memory and in an SQLite file."""
-
+class HistoryCase(unittest.TestCase):
     def setUp(self) -> None:
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
@@ -646,6 +645,13 @@ class Kept(unittest.TestCase):
     def said(number: int, text: str = "x", **tags: str) -> Message:
         stamp = {"time": chat.server_time(number / 1e6), "msgid": f"{number:x}"}
         return Message("PRIVMSG", ("#chat", text), "bob!bob@host", {**stamp, **tags})
+
+    def lines(self, history: chat.MemoryHistory, channel: str) -> List[int]:
+        return [chat.sequence(item) for item in history.fetch(channel, 0, chat.MAX_SEQUENCE, chat.MAX_SEQUENCE, True)]
+
+
+class Kept(HistoryCase):
+    """What was said, in memory and in an SQLite file."""
 
     def test_pages_are_those_of_the_definition(self) -> None:
         rng = random.Random(5)
@@ -666,30 +672,34 @@ class Kept(unittest.TestCase):
                 within = [item for item in known[channel] if low < chat.sequence(item) < high]
                 expected = within[max(len(within) - limit, 0) :] if newest else within[:limit]
                 self.assertEqual(history.fetch(channel, low, high, limit, newest), expected)
-            self.assertEqual(sorted(history.channels()), ["#a", "#b"])
             self.assertEqual(history.last_sequence(), last)
 
     def test_memory_is_bounded(self) -> None:
         history = chat.MemoryHistory()
         history.append([("#chat", self.said(number)) for number in range(1, chat.MEMORY_LINES + 11)])
-        page = history.fetch("#chat", 0, chat.MAX_SEQUENCE, chat.MAX_SEQUENCE, True)
-        self.assertEqual((chat.sequence(page[0]), len(page)), (11, chat.MEMORY_LINES))
-        history.append([(f"#{number}", self.said(number)) for number in range(chat.MEMORY_CHANNELS)])
-        self.assertEqual(len(history.channels()), chat.MEMORY_CHANNELS)
-        self.assertNotIn("#chat", history.channels())
+        found = self.lines(history, "#chat")
+        self.assertEqual((found[0], len(found)), (11, chat.MEMORY_LINES))
+        for number in range(chat.MEMORY_TOTAL // chat.MEMORY_LINES):
+            history.append([(f"#{number}", self.said(line)) for line in range(chat.MEMORY_LINES)])
+        self.assertEqual(self.lines(history, "#chat"), [])
+        self.assertLessEqual(sum(len(self.lines(history, f"#{number}")) for number in range(100)), chat.MEMORY_TOTAL)
 
-    def test_a_file_outlives_its_server(self) -> None:
-        first = self.sqlite()
-        first.append([("#chat", self.said(7, "hello", **{chat.ID_TAG: "1", chat.BY_TAG: "bob's"}))])
-        if os.name == "posix":
-            for path in pathlib.Path(self.path).parent.iterdir():
-                self.assertEqual(path.stat().st_mode & 0o777, 0o600, path)
-        second = self.sqlite(fsync=True)
-        self.assertEqual(second.fetch("#chat", 0, chat.MAX_SEQUENCE, 9, True)[0].text, "hello")
-        hub = chat.Hub("s", second)
-        resends = {key: item.message for key, item in hub.resends.items()}
-        self.assertEqual(resends, {("bob's", "1", "#chat"): self.said(7, "hello", **{chat.ID_TAG: "1"})})
-        self.assertGreater(int(hub.ids.next()["msgid"], 16), 7)
+    def test_a_channel_with_members_is_never_forgotten(self) -> None:
+        history = chat.MemoryHistory()
+        history.in_use = {"#chat"}.__contains__
+        with mock.patch.object(chat, "MEMORY_TOTAL", 100):
+            for turn, name in enumerate(("#chat", "#a", "#b", "#a"), 1):
+                history.append([(name, self.said(turn * 100 + line)) for line in range(20)])
+            for number in range(25):
+                history.append([(f"#{number}", self.said(1))])
+            left = {name: len(self.lines(history, name)) for name in ("#chat", "#a", "#b", "#24")}
+            self.assertEqual(left, {"#chat": 20, "#a": 40, "#b": 0, "#24": 1})  # #b was not used for longest
+            history.in_use = lambda channel: True
+            for number in range(200):
+                history.append([(f"#{number % 20}", self.said(500 + number))])
+            left = {name: len(self.lines(history, name)) for name in ("#chat", *(f"#{number}" for number in range(20)))}
+            self.assertLessEqual(sum(left.values()), 100)
+            self.assertGreaterEqual(min(left.values()), 4)
 
     def test_all_or_nothing(self) -> None:
         history = self.sqlite()
@@ -702,12 +712,110 @@ class Kept(unittest.TestCase):
 
     def test_what_is_old_is_removed_bit_by_bit(self) -> None:
         now = int(time.time() * 1e6)
-        history = self.sqlite(days=1)
-        old = [("#chat", self.said(now - 90_000 * 1_000_000 + number)) for number in range(chat.PRUNE_LINES + 5)]
-        history.append([*old, ("#chat", self.said(now))])
+        history, size = self.sqlite(days=1), chat.PRUNE_LINES + 5
+        old = [(f"#{number}", self.said(now - 90_000 * 1_000_000 + number)) for number in range(size)]
+        history.append([*old, ("#5", self.said(now))])
+        history.append([], [chat.ChannelState(name, "", ((0, now),)) for name in ("#5", "#6")])
         for left in (6, 1, 1):
             history.prune()
-            self.assertEqual(len(history.fetch("#chat", 0, chat.MAX_SEQUENCE, chat.MAX_SEQUENCE, True)), left)
+            self.assertEqual(len(list(history.transcript(0))), left)
+        self.assertEqual(history._rows("SELECT channel FROM hidden"), [("#5",)])  # others are forgotten altogether
+
+    def test_what_is_hidden_is_in_no_page(self) -> None:
+        """Nor does it take more looks into the file than there are lines to show."""
+        rng = random.Random(3)
+        for history in (chat.MemoryHistory(), self.sqlite()):
+            shown: List[int] = []
+            number = 0
+            for _ in range(60):
+                first, closed = number, rng.random() < 0.5
+                numbers = range(number + 1, number + rng.randrange(1, 4))
+                history.append([("#chat", self.said(number)) for number in numbers])
+                number += len(numbers)
+                if closed:
+                    history.append([], [chat.ChannelState("#chat", "", ((first, number),))])
+                else:
+                    shown += numbers
+            for _ in range(200):
+                low, high, limit = rng.randrange(number), rng.randrange(number + 2), rng.randrange(8)
+                within, newest = [item for item in shown if low < item < high], rng.random() < 0.5
+                expected = within[max(len(within) - limit, 0) :] if newest else within[:limit]
+                found = [chat.sequence(item) for item in history.fetch("#chat", low, high, limit, newest)]
+                self.assertEqual(found, expected)
+            if isinstance(history, chat.SqliteHistory):
+                ranges = history._rows("SELECT first, last FROM hidden ORDER BY last")
+                for (_, last), (first, _) in zip(ranges, ranges[1:]):
+                    self.assertTrue(any(last < item <= first for item in shown))
+
+    def test_lines_by_their_own_time(self) -> None:
+        """The clock was set back by an hour after two lines: the others have higher numbers all the same."""
+        noon, hour = 1769860800_000_000, 3600_000_000
+        own = [noon, noon + hour // 2, noon - hour // 2, noon, noon + hour]
+        numbers = [own[0], own[1], own[1] + 1, own[1] + 2, own[4]]
+        said = [self.said(number, time=chat.server_time(at / 1e6)) for number, at in zip(numbers, own)]
+        for history in (chat.MemoryHistory(), self.sqlite()):
+            history.append([("#chat", item) for item in said])
+            for low, limit, newest, wanted in (
+                (noon - 1, 9, False, [0, 1, 3, 4]),
+                (noon - 1, 3, False, [0, 1, 3]),
+                (noon - 1, 2, True, [3, 4]),
+                (noon + 999, 9, False, [1, 4]),
+                (noon - hour, 9, False, [0, 1, 2, 3, 4]),
+            ):
+                since = chat.server_time((low + 1) / 1e6)
+                found = history.fetch("#chat", low, chat.MAX_SEQUENCE, limit, newest, since)
+                self.assertEqual([said.index(item) for item in found], wanted)
+            self.assertEqual(history.fetch("#chat", noon - 1, chat.MAX_SEQUENCE, 9, False), said)
+        for channel in ("", "#chat"):
+            found = list(self.sqlite_again(history).transcript(noon / 1e6, channel))
+            self.assertEqual([said.index(item) for item in found], [0, 1, 3, 4])
+
+    def sqlite_again(self, history: chat.MemoryHistory) -> chat.SqliteHistory:
+        history.close()
+        return self.sqlite(readonly=True)
+
+    def test_ids_after_the_clock_was_set_back(self) -> None:
+        history = chat.MemoryHistory()
+        ahead = int(time.time() * 1e6) + 86_400_000_000
+        history.append([("#chat", self.said(ahead))])
+        self.assertGreater(chat.Hub("s", history).ids.last, ahead + 1_000_000)
+
+    def test_references(self) -> None:
+        for text, span in (
+            ("msgid=1f", (31, 31)),
+            ("timestamp=1970-01-01T00:00:01.002Z", (1_002_000, 1_002_999)),
+            ("timestamp=2026-01-31T12:00:00.000Z", (1769860800000000, 1769860800000999)),
+        ):
+            self.assertEqual(chat.parse_reference(text), span)
+        for text in (
+            "",
+            "*",
+            "msgid=",
+            "msgid=xyz",
+            "msgid=" + "f" * 16,
+            "timestamp=now",
+            "timestamp=2026-13-01T00:00:00.000Z",
+        ):
+            with self.assertRaises(ValueError):
+                chat.parse_reference(text)
+
+
+class HistoryFiles(HistoryCase):
+    """The file, whatever becomes of it."""
+
+    def test_a_file_outlives_its_server(self) -> None:
+        first = self.sqlite()
+        first.append([("#chat", self.said(7, "hello", **{chat.ID_TAG: "1", chat.BY_TAG: "bob's"}))])
+        if os.name == "posix":
+            for path in pathlib.Path(self.path).parent.iterdir():
+                self.assertEqual(path.stat().st_mode & 0o777, 0o600, path)
+        first.close()
+        second = self.sqlite(fsync=True)
+        self.assertEqual(second.fetch("#chat", 0, chat.MAX_SEQUENCE, 9, True)[0].text, "hello")
+        hub = chat.Hub("s", second)
+        keys = [(by, number, to) for by in ("bob's", "ann's") for number in "12" for to in ("#chat", "#tea")]
+        self.assertEqual(list(second.find(keys * 50)), [("bob's", "1", "#chat")])
+        self.assertGreater(int(hub.ids.next()["msgid"], 16), 7)
 
     def test_files_that_are_no_history(self) -> None:
         path = pathlib.Path(self.path)
@@ -741,46 +849,118 @@ class Kept(unittest.TestCase):
         other.close()
         found = history.fetch("#chat", 0, chat.MAX_SEQUENCE, 9, True)
         self.assertEqual([chat.sequence(item) for item in found], [3])
-        self.assertEqual((history.last_sequence(), history.dedup_index()), (3, {}))
+        self.assertEqual(history.last_sequence(), 3)
 
-    def test_a_file_that_is_removed_is_noticed(self) -> None:
+    def test_a_file_that_is_no_longer_the_one_is_noticed(self) -> None:
+        change: Callable[[], None]
+
+        def replace() -> None:
+            os.rename(self.path, f"{self.path}.1")
+            shutil.copy(f"{self.path}.1", self.path)
+
+        for change, why in (
+            (lambda: os.remove(self.path), "is gone"),
+            (lambda: os.rename(self.path, f"{self.path}.1"), "is gone"),
+            (lambda: os.unlink(f"{self.path}-wal"), "is gone"),
+            (replace, "is another file now"),
+            (lambda: os.truncate(self.path, 0), "was truncated"),
+            (lambda: os.truncate(f"{self.path}-wal", 0), "was truncated"),
+        ):
+            history = self.sqlite()
+            history.append([("#chat", self.said(1, "x" * 10_000))])
+            change()
+            for number in (2, 3):
+                with self.assertRaises(chat.StorageError) as caught:
+                    history.append([("#chat", self.said(number))])
+                self.assertEqual(str(caught.exception), f"{os.path.realpath(self.path)} {why}; start the server again")
+            history.close()
+            for path in pathlib.Path(self.path).parent.iterdir():
+                path.unlink()
+
+    def test_another_program_may_empty_the_write_ahead_log(self) -> None:
         history = self.sqlite()
-        os.unlink(self.path)
-        history.prune()
-        with self.assertRaises(chat.StorageError) as caught:
-            history.append([("#chat", self.said(1))])
-        self.assertEqual(str(caught.exception), f"{self.path} is gone")
+        history.append([("#chat", self.said(1))])
+        other = sqlite3.connect(self.path)
+        self.assertEqual(other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0], 0)
+        other.close()
+        self.assertEqual(os.path.getsize(f"{self.path}-wal"), 0)
+        history.append([("#chat", self.said(2))])
+        self.assertEqual(self.lines(history, "#chat"), [1, 2])
+
+    def test_two_servers_do_not_share_a_file(self) -> None:
+        first = self.sqlite()
+        os.symlink(self.path, f"{self.path}2")
+        for path in (self.path, f"{self.path}2"):
+            with self.assertRaises(chat.StorageError) as caught:
+                chat.SqliteHistory(path)
+            self.assertEqual(str(caught.exception), f"cannot use {path} as a history: another server uses it")
+        self.assertEqual(list(self.sqlite(readonly=True).transcript(0)), [])
+        first.append([("#chat", self.said(1))])
+        first.close()
+        self.assertEqual(self.lines(self.sqlite(), "#chat"), [1])
+
+    def test_files_of_older_servers(self) -> None:
+        """They had one table; what may be sent again is recognised in them, too."""
+        old = sqlite3.connect(self.path)
+        old.executescript(
+            f"PRAGMA application_id = {chat.SQLITE_ID}; PRAGMA journal_mode = WAL;"
+            "CREATE TABLE said (channel TEXT, number INTEGER, line TEXT, PRIMARY KEY (channel, number)) WITHOUT ROWID"
+        )
+        message = self.said(7, "hello", **{chat.ID_TAG: "1", chat.BY_TAG: "bob's"})
+        old.execute("INSERT INTO said VALUES ('#chat', 7, ?)", (chat.format_tagged(message),))
+        old.commit()
+        old.close()
+        self.assertEqual(list(self.sqlite(readonly=True).transcript(0)), [
+            chat.strip_private_tags(message)
+        ])  # fmt: skip
+        for _ in range(2):
+            history = self.sqlite()
+            key = ("bob's", "1", "#chat")
+            self.assertEqual((history.find([key]), history.last_sequence()), ({key: message}, 7))
+            history.close()
+
+    def test_starting_takes_no_longer_with_many_channels(self) -> None:
+        """Counts SQLite's steps, not time."""
+        steps: List[int] = []
+        connect: Any = chat.SqliteHistory._connect
+
+        def counted(*args: Any) -> Any:
+            db = connect(*args)
+            db.set_progress_handler(functools.partial(steps.append, 1), 10)
+            return db
+
+        taken = []
+        for count in (10, 1000):
+            history = self.sqlite()
+            history.append([(f"#{number}", self.said(count * 1000 + number)) for number in range(count)])
+            history.append([], [chat.ChannelState(f"#{number}", "", ((0, 1),)) for number in range(count)])
+            history.close()
+            with mock.patch.object(chat.SqliteHistory, "_connect", counted), mock.patch.object(
+                chat, "CHECKED_BYTES", 0
+            ):
+                steps.clear()
+                again = self.sqlite()
+                self.assertEqual(chat.Hub("s", again).ids.last, count * 1000 + count - 1)
+                taken.append(len(steps))
+                again.close()
+        self.assertLessEqual(taken[1], taken[0] + 10)
+
+    def test_too_many_saved_channels(self) -> None:
+        """Those saved last are restored; what was said in the others is not for everybody who comes."""
+        history = self.sqlite()
+        names = [f"#{number}" for number in range(5)]
+        history.append([(name, self.said(number)) for number, name in enumerate(names, 1)])
+        history.append([], [chat.ChannelState(name, f"state of {name}") for name in names])
+        with mock.patch.object(chat, "SAVED_CHANNELS", 3):
+            self.assertEqual(history.states(), {name: f"state of {name}" for name in names[2:]})
+        self.assertEqual([self.lines(history, name) for name in names], [[], [], [3], [4], [5]])
+        self.assertEqual(len(list(history.transcript(0))), 5)
 
     def test_reading_changes_nothing(self) -> None:
         path = pathlib.Path(self.path)
         path.write_bytes(b"")
         chat.SqliteHistory(self.path, readonly=True).close()
         self.assertEqual(path.read_bytes(), b"")
-
-    def test_ids_after_the_clock_was_set_back(self) -> None:
-        history = chat.MemoryHistory()
-        ahead = int(time.time() * 1e6) + 86_400_000_000
-        history.append([("#chat", self.said(ahead))])
-        self.assertGreater(chat.Hub("s", history).ids.last, ahead + 1_000_000)
-
-    def test_references(self) -> None:
-        for text, span in (
-            ("msgid=1f", (31, 31)),
-            ("timestamp=1970-01-01T00:00:01.002Z", (1_002_000, 1_002_999)),
-            ("timestamp=2026-01-31T12:00:00.000Z", (1769860800000000, 1769860800000999)),
-        ):
-            self.assertEqual(chat.parse_reference(text), span)
-        for text in (
-            "",
-            "*",
-            "msgid=",
-            "msgid=xyz",
-            "msgid=" + "f" * 16,
-            "timestamp=now",
-            "timestamp=2026-13-01T00:00:00.000Z",
-        ):
-            with self.assertRaises(ValueError):
-                chat.parse_reference(text)
 
 
 class State(unittest.TestCase):
@@ -2972,7 +3152,7 @@ class Encrypted(ServerCase):
             self.assertEqual([item for item in order if item[0] not in ("u0:", f"u{number}:")], others)
 
 
-class Past(ServerCase):
+class PastCase(ServerCase):
     """History as IRC clients, plain users and scripts get it."""
 
     CAPS = (
@@ -3002,6 +3182,10 @@ class Past(ServerCase):
         self.assertEqual(first.params[1:], ("chathistory", "#chat"))
         return inside
 
+
+class Past(PastCase):
+    """CHATHISTORY."""
+
     def test_chathistory(self) -> None:
         ann, said = self.talk(10)
         ids = [f"msgid={message.tags['msgid']}" for message in said]
@@ -3029,6 +3213,38 @@ class Past(ServerCase):
                     expected = said[int(message.text[5:])]
                     tags = {key: value for key, value in message.tags.items() if key != "batch"}
                     self.assertEqual((tags, message.source), (expected.tags, expected.source))
+
+    def test_a_time_means_that_of_the_line(self) -> None:
+        """Also after the clock was set back, when numbers are ahead of it."""
+        now = (int(time.time()) - 10) * 1_000_000
+        for number, (ahead, own) in enumerate(((0, 0), (1, -3600), (2, -1800), (3, 0)), 1):
+            stamp = {"time": chat.server_time(now / 1e6 + own), "msgid": f"{now + ahead * 1_000_000:x}"}
+            message = Message("PRIVMSG", ("#chat", f"line {number}"), "bob!bob@host", stamp)
+            self.server.hub.history.append([("#chat", message)])
+        ann = self.irc("ann", *self.CAPS)
+        at = {minutes: f"timestamp={chat.server_time(now / 1e6 - minutes * 60)}" for minutes in (90, 45, 10, 0)}
+        for command, lines in (
+            (f"AFTER #chat {at[10]} 9", [1, 4]),
+            (f"AFTER #chat {at[45]} 9", [1, 3, 4]),
+            (f"AFTER #chat {at[45]} 2", [1, 3]),
+            (f"AFTER #chat {at[90]} 9", [1, 2, 3, 4]),
+            (f"LATEST #chat {at[10]} 9", [1, 4]),
+            (f"AROUND #chat {at[0]} 4", [1, 4]),
+            (f"BETWEEN #chat {at[10]} timestamp=2100-01-01T00:00:00.000Z 9", [1, 4]),
+            (f"AFTER #chat msgid={now:x} 9", [2, 3, 4]),
+        ):
+            with self.subTest(command):
+                answer = self.ask(ann, f"CHATHISTORY {command}")
+                self.assertEqual([message.text for message in answer], [f"line {number}" for number in lines])
+
+    def test_nobody_wipes_what_was_said_by_opening_channels(self) -> None:
+        self.talk(1)
+        eve = self.irc("eve")
+        with mock.patch.object(chat, "MEMORY_TOTAL", 20, create=True):
+            for number in range(60):
+                eve.send(f"JOIN #{number}\r\nPRIVMSG #{number} :x\r\nPART #{number}\r\n")
+            eve.sync()
+        self.plain("bob").until("ann: line 0")
 
     def test_errors(self) -> None:
         ann, _ = self.talk(1)
@@ -3075,6 +3291,10 @@ class Past(ServerCase):
             self.assertEqual(
                 [line.params for line in lines], [("TARGETS", name, said[0].tags["time"]) for name in found]
             )
+
+
+class PastUnasked(PastCase):
+    """What newcomers get of the history without asking, and labels on what was asked."""
 
     def test_newcomers_are_told(self) -> None:
         ann, said = self.talk(chat.REPLAY_LINES + 5)
@@ -3156,12 +3376,12 @@ class Unreliable(chat.MemoryHistory):
         self.may_go = threading.Event()
         self.may_go.set()
 
-    def append(self, messages: List[Tuple[str, Message]]) -> None:
+    def append(self, messages: List[Tuple[str, Message]], states: Sequence[chat.ChannelState] = ()) -> None:
         self.waits = not self.may_go.is_set()
         self.may_go.wait(PATIENCE)
         if self.why:
             raise chat.StorageError(self.why)
-        super().append(messages)
+        super().append(messages, states)
 
     def fetch(self, *args: Any) -> List[Message]:
         if self.why:
@@ -3218,6 +3438,45 @@ class Receipts(ServerCase):
             other.send(line)
             self.assertIn("PRIVMSG #chat :hello", other.line() or "")
         self.assertEqual(len([text for text in ann.sync() if "hello" in text]), 1)
+
+    def test_who_is_told_that_it_was_not_said_was_not_stored(self) -> None:
+        """Whatever others say between a message and its storing, while another program locks the file now and then."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = os.path.join(folder.name, "history")
+        self.serve(chat.Server("127.0.0.1", 0, chat.Hub(chat.SERVER_NAME, chat.SqliteHistory(path))))
+        self.server.hub.history._rows("PRAGMA busy_timeout = 50")  # type: ignore[attr-defined]
+        caps = f"echo-message message-tags standard-replies labeled-response {chat.RESUME_CAP}"
+        crew = []
+        for name in ("ann", "bob", "cat"):
+            hello = f"RESUME {name * 8}\r\nNICK {name}\r\nUSER {name} 0 * :x\r\nCAP END\r\nJOIN #chat\r\n"
+            crew.append(self.peer(f"CAP REQ :{caps}\r\n{hello}"))
+            crew[-1].until(" 366 ")
+        other = sqlite3.connect(path, isolation_level=None)
+        self.addCleanup(other.close)
+        echoed: Set[str] = set()
+        failed: Set[str] = set()
+        with mock.patch.object(chat, "DEDUP_IDS", 3), self.assertLogs("chat"):
+            for turn in range(4):
+                other.execute("BEGIN IMMEDIATE")
+                for number in range(10):
+                    for peer in crew:
+                        peer.send(
+                            f"@label=L;{chat.ID_TAG}={turn}.{number} PRIVMSG #chat :{id(peer)}.{turn}.{number}\r\n"
+                        )
+                if turn % 2:
+                    self.eventually(lambda: self.server.hub.storage_error, "nothing failed")
+                other.execute("ROLLBACK")
+                for peer in crew:
+                    told = [line for line in peer.sync() if "label=L" in line]
+                    self.assertEqual(len(told), 10)
+                    for number, line in enumerate(told):
+                        (failed if "FAIL" in line else echoed).add(f"{id(peer)}.{turn}.{number}")
+        history = chat.SqliteHistory(path, readonly=True)
+        self.addCleanup(history.close)
+        stored = [item.text for item in history.transcript(0)]
+        self.assertTrue(failed and echoed)
+        self.assertEqual(sorted(stored), sorted(echoed))
 
     def test_one_answer_to_a_label_when_nothing_is_stored(self) -> None:
         ann = self.irc("ann", "batch", "labeled-response", "standard-replies")
@@ -3289,7 +3548,7 @@ class Resume(ServerCase):
         self.assertIn(" 301 ann bob :no connection", ann.until("301"))
         ann.send("PRIVMSG bob :psst\r\nPRIVMSG #chat :hello\r\n")
         self.assertIn(" 301 ann bob :no connection", ann.until("301"))
-        other = self.bob("another secret token")
+        other = self.bob("another-secret-token")
         self.assertIn("433", other.until("433"))
         bob = self.bob()
         bob.until(":bob!bob@localhost JOIN #chat")
@@ -3413,11 +3672,215 @@ class Resume(ServerCase):
         bob = self.bob()
         bob.send(line)
         self.assertEqual(bob.until("PRIVMSG #chat"), first)
-        stranger = self.bob("another secret token", "cat")
+        stranger = self.bob("another-secret-token", "cat")
         stranger.send(f"JOIN #chat\r\n{line}")
         stranger.until("PRIVMSG #chat")
         said = [text for text in ann.sync() if "PRIVMSG" in text]
         self.assertEqual([text.partition("!")[0] for text in said], [":bob", ":cat"])
+
+    def flood(self, peer: Peer, lines: int) -> None:
+        """Says much, all of which may be sent again."""
+        for number in range(lines):
+            peer.send(f"@{chat.ID_TAG}=f{number} PRIVMSG #chat :flood\r\n")
+        peer.sync()
+
+    def test_nobody_makes_the_server_forget_what_others_may_send_again(self) -> None:
+        ann, bob = self.both()
+
+        lines = [f"@{chat.ID_TAG}={target} PRIVMSG {target} :hello\r\n" for target in ("#chat", "ann")]
+        bob.send(lines[0])
+        first = bob.until("PRIVMSG #chat")
+        bob.send(lines[1])
+        bob.sync()
+        self.lose(bob)
+        eve = self.bob("another-secret-token", "eve")
+        eve.send("JOIN #chat\r\n")
+        with mock.patch.object(chat, "DEDUP_IDS", 5), mock.patch.object(chat, "MEMORY_LINES", 5):
+            self.flood(eve, 20)
+        bob = self.bob()
+        bob.send("".join(lines))
+        self.assertEqual(bob.until("PRIVMSG #chat :hello"), first)
+        bob.sync()
+        self.assertEqual(len([line for line in ann.sync() if "hello" in line]), 2)
+
+    def test_an_unknown_id_is_looked_up_in_the_history(self) -> None:
+        """Of one's own many, of a session that is gone, and after a restart; also beside a line that is new."""
+        first = ""
+        with tempfile.TemporaryDirectory() as folder:
+            self.stop(self.server, self.thread)
+            for turn in range(2):
+                history = chat.SqliteHistory(os.path.join(folder, "history"))
+                self.serve(chat.Server("127.0.0.1", 0, chat.Hub(chat.SERVER_NAME, history)))
+                with mock.patch.object(chat, "DEDUP_IDS", 5):
+                    ann, bob = self.both()
+                    line = f"@{chat.ID_TAG}=1 PRIVMSG #chat :hello\r\n"
+                    bob.send(line)
+                    told = bob.until("PRIVMSG #chat :hello")
+                    first = first or told
+                    self.assertEqual(told, first)
+                    self.flood(bob, 20)
+                    for _ in range(3):
+                        bob.send(line)
+                        self.assertEqual(bob.until("PRIVMSG #chat :hello"), first)
+                    bob.send(f"JOIN #new\r\n{line.replace('#chat', '#new,#chat')}")
+                    bob.sync()
+                    said = [text.partition("PRIVMSG")[2] for text in bob.seen if "PRIVMSG" in text][-2:]
+                    self.assertEqual(sorted(said), [" #chat :hello", " #new :hello"])
+                    heard = [text for text in ann.sync() if "hello" in text]
+                    self.assertEqual(len(heard), 0 if turn else 1)
+                self.stop(self.server, self.thread)
+
+    def test_one_line_sent_on_two_connections_at_once(self) -> None:
+        hub = self.server.hub
+        ann, bob = self.both()
+        cat = self.bob(name="cat")
+        cat.send("JOIN #chat\r\n")
+        for peer in (cat, bob, ann):
+            peer.sync()
+        line = f"@{chat.ID_TAG}=1 PRIVMSG #chat :hello\r\n"
+        commit = chat.commit
+        batches: List[chat.Call] = []
+
+        def held_up(hub: chat.Hub, batch: List[chat.Call]) -> List[chat.Effect]:
+            batches.extend(batch)
+            whole = [] if sum(call.message.text == "hello" for call in batches) < 2 else list(batches)
+            del batches[: len(whole)]
+            return commit(hub, whole)
+
+        with mock.patch.object(chat, "commit", held_up):
+            bob.send(line)
+            cat.send(line)
+            receipts = {chat.parse(peer.until("hello")).tags["msgid"] for peer in (bob, cat)}
+        self.assertEqual(len(receipts), 1)
+        self.assertEqual(len([text for text in ann.sync() if "hello" in text]), 1)
+        self.assertEqual(hub.history.last_sequence(), int(receipts.pop(), 16))
+
+
+class Restarted(ServerCase):
+    """What a channel keeps while nobody is in it, or the server is started again."""
+
+    CAPS = ("batch", "draft/chathistory")
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, "history")
+        self.begin()
+
+    def begin(self) -> None:
+        self.serve(chat.Server("127.0.0.1", 0, chat.Hub(chat.SERVER_NAME, chat.SqliteHistory(self.path))))
+
+    def restart(self) -> None:
+        self.stop(self.server, self.thread)
+        self.begin()
+
+    def someone(self, name: str, *caps: str) -> Peer:
+        peer = self.irc(name, *caps)
+        peer.send("PART #chat\r\n")
+        peer.sync()
+        return peer
+
+    def tried(self, peer: Peer, channel: str) -> List[str]:
+        """What somebody gets who joins, from a file and from memory."""
+        peer.send(f"JOIN {channel}\r\n")
+        return [line.partition(" ")[2] if line.startswith(":chat") else line for line in peer.sync()]
+
+    def test_key_bans_and_topic_are_there_again(self) -> None:
+        ann = self.someone("ann")
+        ann.send("JOIN #Tea\r\nMODE #tea +klbm cup 5 eve!*@*\r\nTOPIC #tea :hot\r\nPRIVMSG #tea :psst\r\n")
+        ann.send("MODE #tea\r\nMODE #tea b\r\n")
+        modes = [line for line in ann.sync() if re.search(" (324|329|367) ", line)]
+        for _ in range(2):  # also if nobody has been there meanwhile
+            self.restart()
+        eve, cat, ann = self.someone("eve"), self.someone("cat"), self.someone("ann")
+        self.assertIn("474 eve #Tea", self.tried(eve, "#tea cup")[0])
+        self.assertIn("475 cat #Tea", self.tried(cat, "#tea")[0])
+        told = "\n".join(self.tried(ann, "#tea cup"))
+        for wanted in ("332 ann #Tea :hot", "333 ann #Tea ann!ann@localhost", ":@ann", "PRIVMSG #Tea :psst"):
+            self.assertIn(wanted, told)
+        ann.send("MODE #tea\r\nMODE #tea b\r\n")
+        self.assertEqual([line for line in ann.sync() if re.search(" (324|329|367) ", line)], modes)
+        ann.send("PART #tea\r\n")
+        ann.sync()
+        self.restart()
+        told = "\n".join(self.tried(self.someone("eve"), "#tea"))
+        self.assertIn(":@eve", told)  # it had ended before
+        self.assertNotIn("psst", told)
+
+    def test_nobody_reads_what_was_said_under_a_key_that_is_lost(self) -> None:
+        for kept in (True, False):
+            for modes, end in (
+                ("+k cup", "PART #tea"),
+                ("+i", "QUIT"),
+                ("+k cup", "MODE #tea -k"),
+                ("+i", "MODE #tea -i"),
+            ):
+                with self.subTest(modes=modes, end=end, kept=kept):
+                    ann = self.someone("ann", *self.CAPS)
+                    ann.send(f"JOIN #tea\r\nMODE #tea {modes}\r\nPRIVMSG #tea :psst\r\n{end}\r\n")
+                    ann.sync() if end != "QUIT" else ann.rest()
+                    eve, cat = self.someone("eve"), self.someone("cat", *self.CAPS)
+                    told = self.tried(eve, "#tea") + self.tried(cat, "#tea")
+                    cat.send("CHATHISTORY LATEST #tea * 10\r\n")
+                    told += cat.sync()
+                    self.assertNotIn("psst", "\n".join(told))
+                    eve.send("PRIVMSG #tea :hello\r\n")
+                    eve.sync()
+                    self.assertIn("hello", "\n".join(self.tried(self.someone("dan"), "#tea")))
+                self.stop(self.server, self.thread)
+                if kept:
+                    self.begin()
+                else:
+                    self.serve(chat.Server("127.0.0.1", 0))
+            self.stop(self.server, self.thread)
+            self.serve(chat.Server("127.0.0.1", 0))
+        history = chat.SqliteHistory(self.path, readonly=True)
+        self.addCleanup(history.close)
+        self.assertEqual([item.text for item in history.transcript(0)], ["psst", "hello"] * 4)  # the owner reads all
+
+    def test_what_everybody_could_read_stays_when_a_channel_was_closed_for_a_while(self) -> None:
+        for modes in ("+k cup", "+i"):
+            ann = self.someone("ann", *self.CAPS)
+            ann.send(f"JOIN #tea\r\nPRIVMSG #tea :open\r\nMODE #tea {modes}\r\nPRIVMSG #tea :psst\r\n")
+            ann.send("MODE #tea -ki\r\nPRIVMSG #tea :again\r\nCHATHISTORY LATEST #tea * 10\r\n")
+            told = [line.rpartition(":")[2] for line in ann.sync() if "PRIVMSG" in line]
+            self.assertEqual(told, ["open", "again"])
+            ann.send("PART #tea\r\n")
+            ann.sync()
+            told = [line.rpartition(":")[2] for line in self.tried(self.someone("eve"), "#tea") if "PRIVMSG" in line]
+            self.assertEqual(told, ["open", "again"])
+            self.stop(self.server, self.thread)
+            self.serve(chat.Server("127.0.0.1", 0))  # in memory
+
+    def test_nobody_reads_what_was_said_by_the_invited(self) -> None:
+        ann = self.someone("ann")
+        ann.send("JOIN #tea\r\nMODE #tea +i\r\nTOPIC #tea :secret\r\nPRIVMSG #tea :secret\r\n")
+        ann.sync()
+        self.restart()
+        eve, ann = self.someone("eve"), self.someone("ann")
+        told = "\n".join(self.tried(eve, "#tea"))  # nobody is there who could invite
+        self.assertIn(":@eve", told)
+        self.assertNotIn("secret", told)
+        self.assertIn("473 ann #tea", self.tried(ann, "#tea")[0])
+
+    def test_nothing_is_shown_while_it_cannot_be_stored_that_it_must_not_be(self) -> None:
+        ann = self.someone("ann")
+        ann.send("JOIN #tea\r\nMODE #tea +k cup\r\nPRIVMSG #tea :psst\r\n")
+        ann.sync()
+        other = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        self.addCleanup(other.close)
+        with mock.patch.object(chat, "STORE_S", 0.01), self.assertLogs("chat") as caught:
+            self.server.hub.history._rows("PRAGMA busy_timeout = 10")  # type: ignore[attr-defined]
+            other.execute("BEGIN IMMEDIATE")
+            ann.send("PART #tea\r\n")
+            ann.sync()
+            told = self.tried(self.someone("eve"), "#tea")
+            self.assertIn("what was said cannot be read now", "\n".join(told))
+            self.assertNotIn("psst", "\n".join(told))
+            other.execute("ROLLBACK")
+            self.eventually(lambda: not self.server.hub.unsaved, "it was not tried again")
+        self.assertEqual([item.levelname for item in caught.records if item.levelname != "INFO"], ["ERROR", "WARNING"])
+        self.assertNotIn("psst", "\n".join(self.tried(self.someone("cat"), "#tea")))
 
 
 LONG = bool(os.environ.get("CHAT_TEST_LONG"))
@@ -5112,6 +5575,16 @@ class ServerLog(ProgramCase):
             self.assertEqual([calm.filter(record) for record in records[998:]], [True, False])
         left_out = 998 - chat.LOG_BURST
         self.assertEqual(records[998].getMessage(), f"998 left ({left_out} more like this are not shown)")
+
+    def test_a_second_server_says_that_the_history_is_in_use(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "history")
+            first, _ = self.server("--history", path)
+            second = self.start("server", "--port", "0", "--history", path)
+            out, err = second.communicate(timeout=PATIENCE)
+            self.assertEqual((out, second.returncode), ("", 1))
+            self.assertEqual(err, f"chat.py: cannot use {path} as a history: another server uses it\n")
+            self.end(first)
 
 
 class Usage(NamedTuple):
@@ -6905,7 +7378,7 @@ class Durable(ProgramCase):
             "LATER.extend(messages)\n        if len(LATER) > 500:\n            hub.history.append(LATER)\n"
             "            LATER.clear()\n"
         )
-        mutant = source.replace("hub.history.append(messages)\n", wrong).replace(
+        mutant = source.replace("hub.history.append(messages, list(hub.unsaved.values()))\n", wrong).replace(
             "VERSION =", "LATER: list = []\nVERSION =", 1
         )
         self.assertEqual(mutant.count("LATER"), 5)
@@ -6945,6 +7418,35 @@ class Durable(ProgramCase):
         import resource
 
         return resource
+
+    def test_a_file_that_is_taken_away_is_noticed_before_the_next_line_is_confirmed(self) -> None:
+        self.serve()
+        ann, bob = Peer(self.port, "ann\n"), Peer(self.port, "bob\n")
+        for peer in (ann, bob):
+            self.addCleanup(peer.close)
+            peer.until("joined")
+        ann.send("one\n")
+        bob.until("ann: one")
+        (self.folder / "history").rename(self.folder / "history.1")
+        ann.send("two\n")
+        ann.until("*** Error: not said, because it cannot be stored: ")
+
+    @unittest.skipIf(os.name != "posix", "needs rights of a folder")
+    def test_a_transcript_where_nothing_may_be_created(self) -> None:
+        history = chat.SqliteHistory(str(self.folder / "history"))
+        history.append([("#chat", Kept.said(1, "hello"))])
+        history.close()
+        (self.folder / "history-lock").unlink()
+        self.folder.chmod(0o555)
+        self.addCleanup(self.folder.chmod, 0o755)
+        bound: Dict[str, Any] = {}
+        if os.getuid() == 0:  # who may do everything
+            if not sys.platform.startswith("linux"):
+                self.skipTest("must not be run by root")
+            prctl = ctypes.CDLL(None).prctl
+            bound = {"preexec_fn": lambda: prctl(24, 1)}  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+        out, err = self.start("history", str(self.folder / "history"), **bound).communicate(timeout=PATIENCE)
+        self.assertEqual((out.partition("#chat ")[2], err), ("bob: hello\n", ""))
 
     def test_a_transcript(self) -> None:
         history = chat.SqliteHistory(str(self.folder / "history"))
