@@ -3423,6 +3423,7 @@ def client_context(pinned: bool) -> ssl.SSLContext:
 # non-blocking, and readers wait in short steps, which they must there anyway: shutdown does not wake them.
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 MAX_WATCHED = 500 if sys.platform == "win32" else 1 << 20  # select there takes 512 sockets
+BIND_ATTEMPTS = 10  # for a port that is free on all addresses of a name
 TLS_ONLY = "This server speaks TLS only"
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FULL = "This server is full; try again later"
@@ -3729,15 +3730,14 @@ class Server:
         context: Optional[ssl.SSLContext] = None,
         tls_only: bool = False,
     ) -> None:
-        self.listener = listen(host, port)
-        self.address: Tuple[str, int] = self.listener.getsockname()[:2]
+        self.listener = Listener(host, port)
+        self.address: Tuple[str, int] = self.listener.hosts[0], self.listener.port
         self._context, self._tls_only = context, tls_only
         self.hub = hub or Hub(SERVER_NAME)
         self.mailer = Mailer(self.hub, self.stop)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
         self._wakeup, self.waker = socket.socketpair()  # a byte stops the server
         self.waker.setblocking(False)
-        self._reserve = os.open(os.devnull, os.O_RDONLY)  # a descriptor to refuse a client with, when all are used
 
     def stop(self) -> None:
         """Makes `serve` return."""
@@ -3752,31 +3752,29 @@ class Server:
         self.mailer.thread.start()
         try:
             with selectors.DefaultSelector() as selector:
-                selector.register(self.listener, selectors.EVENT_READ)
-                selector.register(self._wakeup, selectors.EVENT_READ)
+                for sock in (*self.listener.sockets, self._wakeup):
+                    selector.register(sock, selectors.EVENT_READ)
                 ready: List[Any] = []
                 while self._wakeup not in ready:
                     sys.setswitchinterval(max(SWITCH_S, len(self.hub.sessions) * SWITCH_CLIENT_S))
                     ready = [key.fileobj for key, _ in selector.select(self.hub.tick())]
-                    if self.listener in ready:
-                        self._accept()
+                    for sock in filter(ready.__contains__, self.listener.sockets):
+                        self._accept(sock)
         finally:
             threading.stack_size(stack)
             self.listener.close()
             self.hub.close("Server is shutting down")
             self.mailer.stop()
-            if self._reserve >= 0:
-                os.close(self._reserve)
             self._wakeup.close()
             self.waker.close()
         return not self.mailer.failed
 
-    def _accept(self) -> None:
+    def _accept(self, listening: socket.socket) -> None:
         try:
-            sock, address = self.listener.accept()
+            sock, address = listening.accept()
         except OSError as error:
             if error.errno in NO_DESCRIPTORS:
-                self._refuse_without_descriptor()
+                self.listener.refuse_without_descriptor(listening)
             return  # or it has gone already
         key, limits = self.hub.access.key(address[0]), self.hub.limits
         with self.hub:
@@ -3790,7 +3788,7 @@ class Server:
             prepare(sock, limits)
         limited = limits.rate < math.inf and not self.hub.access.is_exempt(key)
         flood_bucket = TokenBucket(limits.burst, 1 / limits.rate) if limited else None
-        session = Session(self._host(key), time.monotonic(), key, flood_bucket)
+        session = Session(shown_host(key, self._secret), time.monotonic(), key, flood_bucket)
         connection = Connection(sock, session)
         if self._context and self._tls_only:  # from now on nothing is sent in clear text
             connection.tls = Tls(self._context, True)
@@ -3803,23 +3801,6 @@ class Server:
             log.warning("refused %s: %s", key, error)
             self.hub.disconnect(session, "", FULL)
             self.mailer.post(self.mailer.reader_done, connection)
-
-    def _refuse_without_descriptor(self) -> None:
-        """Accepts one client with the descriptor kept in reserve, tells it and lets it go."""
-        log.warning("refused a client: out of descriptors (ulimit -n)")
-        with contextlib.suppress(OSError):
-            os.close(self._reserve)
-            reject(self.listener.accept()[0], FULL)
-        self._reserve = -1
-        with contextlib.suppress(OSError):
-            self._reserve = os.open(os.devnull, os.O_RDONLY)
-        if self._reserve < 0:
-            time.sleep(0.05)  # none to be had even so: no use in asking again at once
-
-    def _host(self, key: str) -> str:
-        if ipaddress.ip_address(key.partition("/")[0]).is_loopback:
-            return "localhost"
-        return hmac.new(self._secret, key.encode(), hashlib.sha256).hexdigest()[:10]
 
     def _read(self, connection: Connection) -> None:
         """A reader thread: ends when its connection does."""
@@ -3916,18 +3897,77 @@ class Server:
             session.last_received = time.monotonic()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket that no other program can take over."""
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = found[0]
-    sock = socket.socket(family, kind, protocol)
+def shown_host(key: str, secret: bytes) -> str:
+    """The host of an address, by its key, that others see."""
+    if ipaddress.ip_address(key.partition("/")[0]).is_loopback:
+        return "localhost"
+    return hmac.new(secret, key.encode(), hashlib.sha256).hexdigest()[:10]
+
+
+class Listener:
+    """Listens on all addresses of `host`, with one port (0: a free one); raises OSError or UnicodeError."""
+
+    def __init__(self, host: str, port: int) -> None:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+        for attempt in range(BIND_ATTEMPTS):
+            self.sockets: List[socket.socket] = []
+            try:
+                self._bind(addresses, port)
+                break
+            except OSError as error:
+                self._close_sockets()
+                if port or error.errno != errno.EADDRINUSE or attempt == BIND_ATTEMPTS - 1:
+                    raise
+        self.hosts: List[str] = [sock.getsockname()[0] for sock in self.sockets]
+        self.port: int = self.sockets[0].getsockname()[1]
+        self._reserve = os.open(os.devnull, os.O_RDONLY)  # a descriptor to refuse a client with, when all are used
+
+    def refuse_without_descriptor(self, listening: socket.socket) -> None:
+        """Accepts one client with the descriptor kept in reserve, tells it and lets it go."""
+        log.warning("refused a client: out of descriptors (ulimit -n)")
+        with contextlib.suppress(OSError):
+            os.close(self._reserve)
+            reject(listening.accept()[0], FULL)
+        self._reserve = -1
+        with contextlib.suppress(OSError):
+            self._reserve = os.open(os.devnull, os.O_RDONLY)
+        if self._reserve < 0:
+            time.sleep(0.05)  # none to be had even so: no use in asking again at once
+
+    def close(self) -> None:
+        """Closes the sockets."""
+        self._close_sockets()
+        if self._reserve >= 0:
+            os.close(self._reserve)
+
+    def _bind(self, addresses: Sequence[Tuple[int, Any]], port: int) -> None:
+        """Binds what this machine has of the addresses; the first one chooses the port where that is 0."""
+        for family, address in addresses:
+            try:
+                self.sockets.append(listen(family, (address[0], port, *address[2:]), len(addresses) == 1))
+            except OSError as error:
+                last = (family, address) == addresses[-1] and not self.sockets
+                if last or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+            else:
+                port = self.sockets[0].getsockname()[1]
+
+    def _close_sockets(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+
+
+def listen(family: int, address: Tuple[Any, ...], alone: bool) -> socket.socket:
+    """A listening socket that no other program can take over; `alone`, one for :: takes IPv4 as well."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if sys.platform == "win32":  # SO_REUSEADDR there means that anybody may share the port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not alone)
         sock.bind(address)
         sock.listen(4096)
         sock.setblocking(False)
@@ -5961,7 +6001,8 @@ def run_server(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise Failed(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
     certificate, context = encryption(args)
-    log_file = logging.FileHandler(args.log, encoding="utf-8") if args.log else None  # before others can connect
+    # Before others can connect.
+    log_file = logging.handlers.WatchedFileHandler(args.log, encoding="utf-8") if args.log else None
     try:
         server = Server(args.host, args.port, hub, context, args.tls_only)
     except (OSError, UnicodeError) as error:
@@ -5969,20 +6010,20 @@ def run_server(args: argparse.Namespace) -> int:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise Failed(f"cannot listen on {args.host}:{args.port}: {reason}") from None
-    return attend(server, invitation(*server.address, certificate, args.tls_only), args.verbose, log_file)
+    greeting = invitation(server.listener.hosts, server.listener.port, certificate, args.tls_only)
+    return attend(server, greeting, args.verbose, log_file)
 
 
 def attend(server: Server, greeting: str, verbose: bool, log_file: Optional[logging.Handler]) -> int:
     """Lets a server serve, with its log and its terminal; returns the exit code."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), lambda *_: server.stop())
     console = Console(server) if at_terminal() else None
+    handle_signals(server, console, log_file)
     end_log = begin_log(verbose, log_file, console)
     host, port = server.address
     print(f"listening on {host}:{port}\n{greeting}", flush=True)
-    if not (server.hub.access.password_required or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
-        log.warning("there is no password: whoever reaches %s can join (--password-file sets one)", host)
+    reachable = [host for host in server.listener.hosts if not plain_address(host).is_loopback]
+    if reachable and not server.hub.access.password_required:
+        log.warning("there is no password: whoever reaches %s can join (--password-file sets one)", reachable[0])
     if console:
         if hasattr(signal, "SIGTSTP"):
             signal.signal(signal.SIGTSTP, lambda *_: setattr(console, "stopping", True))
@@ -6000,6 +6041,20 @@ def attend(server: Server, greeting: str, verbose: bool, log_file: Optional[logg
     if not ended:  # its thread holds the stream's lock, without which Python does not end
         os._exit(status)
     return status
+
+
+def handle_signals(server: Server, console: Optional[Console], log_file: Optional[logging.Handler]) -> None:
+    """Lets signals end the server; but SIGHUP only when it tells that the operator's terminal is gone."""
+
+    def hang_up(*_: Any) -> None:
+        if console and not sys.stdin.isatty():
+            server.stop()
+        elif log_file:  # which opens its file anew for a record; not in this thread, which may hold a lock of the log's
+            _thread.start_new_thread(log.info, ("SIGHUP: the log file is opened anew",))
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), hang_up if name == "SIGHUP" else lambda *_: server.stop())
 
 
 def serve_and_end(server: Server) -> None:
@@ -6086,7 +6141,8 @@ def begin_log(verbose: bool, log_file: Optional[logging.Handler], console: Optio
 
     def write() -> None:
         for record in iter(records.get, None):
-            handler.handle(record)
+            with contextlib.suppress(OSError):  # its file cannot be opened anew: perhaps for the next one
+                handler.handle(record)
 
     def end() -> bool:
         with contextlib.suppress(queue.Full):
@@ -6134,11 +6190,11 @@ class Calm(logging.Filter):
         return True
 
 
-def invitation(host: str, port: int, fingerprint: str, tls_only: bool) -> str:
+def invitation(hosts: List[str], port: int, fingerprint: str, tls_only: bool) -> str:
     """How to join, ready to paste."""
     lines = []
-    addresses = own_addresses() if host in ("0.0.0.0", "::") else [host]
-    if host.startswith("127.") or host == "::1":
+    addresses = own_addresses() if {"0.0.0.0", "::"} & set(hosts) else hosts
+    if all(plain_address(host).is_loopback for host in hosts):
         lines.append("only this machine can join; --host 0.0.0.0 opens the chat to the network")
     for address in addresses:
         secured = f" --fingerprint {fingerprint}" if fingerprint else ""

@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import copy
 import ctypes
+import errno
 import gc
 import io
 import itertools
@@ -986,7 +987,17 @@ class Peer:
         self.sock.close()
 
 
-class ServerCase(unittest.TestCase):
+class Waiting(unittest.TestCase):
+    """Waits for what is about to happen."""
+
+    def eventually(self, condition: Callable[[], Any], what: str) -> None:
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            self.assertLess(time.monotonic(), end, what)
+            time.sleep(0.01)
+
+
+class ServerCase(Waiting):
     """A server in this process, on a free port."""
 
     def setUp(self) -> None:
@@ -1015,7 +1026,8 @@ class ServerCase(unittest.TestCase):
 
     def narrow(self) -> None:
         """Gives those who come from now on little room in their sockets for what they leave unread."""
-        self.server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NARROW)
+        for sock in self.server.listener.sockets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NARROW)
 
     def connections(self) -> int:
         """How many there are, also of those who are to be told something before they are closed."""
@@ -1068,12 +1080,6 @@ class ServerCase(unittest.TestCase):
                 self.assertEqual(len(got), len(replies), got)
                 for reply, wanted in zip(got, replies):
                     self.assertIn(wanted, reply)
-
-    def eventually(self, condition: Callable[[], Any], what: str) -> None:
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            self.assertLess(time.monotonic(), end, what)
-            time.sleep(0.01)
 
 
 class PlainPeople(ServerCase):
@@ -4568,7 +4574,7 @@ def held_port(case: unittest.TestCase) -> int:
     return port
 
 
-class ProgramCase(unittest.TestCase):
+class ProgramCase(Waiting):
     """Whole programs as a user starts them."""
 
     CHAT = str(HERE / "chat.py")  # or the same, compiled: half of a start is that
@@ -4657,38 +4663,6 @@ class ServerProgram(ProgramCase):
             _, err = program.communicate(timeout=PATIENCE)
             self.assertEqual(err.count("there is no password: whoever reaches 0.0.0.0 can join"), warnings)
             self.assertNotIn("sesame", err)
-
-    def test_a_password_that_cannot_be_given_is_refused_at_the_start(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder, "password")
-            for data, why in (
-                (b"\xef\xbb\xbf\n", f"there is no password in {path}"),
-                (b"exit\n", "the password cannot be used: whoever types exit leaves"),
-                (b" exit\n", "the password cannot be used: whoever types exit leaves"),
-                (b"a\0b\n", "the password cannot be used: there is a control character in it, which cannot be typed"),
-                (b"a\tb\n", "the password cannot be used: there is a control character in it, which cannot be typed"),
-                (b"x" * 505, "the password cannot be used: an IRC line has room for 504 bytes of it"),
-                ("é".encode() * 253, "the password cannot be used: an IRC line has room for 504 bytes of it"),
-            ):
-                with self.subTest(data):
-                    path.write_bytes(data)
-                    program = self.start("server", "--port", "0", "--password-file", str(path))
-                    out, err = program.communicate(timeout=PATIENCE)
-                    self.assertEqual((program.returncode, out, err), (1, "", f"chat.py: {why}\n"))
-            if os.name == "posix":
-                environment = {**os.environb, b"CHAT_PASSWORD": b"\xf6pen", b"PYTHONUTF8": b"1"}
-                program = self.start("server", "--port", "0", env=environment)
-                _, err = program.communicate(timeout=PATIENCE)
-                self.assertEqual(err, "chat.py: the password cannot be used: it is not UTF-8 text\n")
-            longest = "é" * 252
-            path.write_bytes(b"\xef\xbb\xbf" + longest.encode() + b"\r\n")
-            _, port = self.server("--password-file", str(path))
-            ann = Peer(port, f"PASS :{longest}\r\nNICK ann\r\nUSER a 0 * :a\r\n")
-            self.addCleanup(ann.close)
-            ann.until(" 001 ")
-            path.write_bytes(("e\u0301" * 252).encode())  # too long for the line, but for normalising it
-            status, _, err = self.run_client(port, "hi\n", "--password-file", str(path))
-            self.assertEqual((status, err), (0, ""))
 
     def test_wrong_usage(self) -> None:
         for args in (
@@ -4805,6 +4779,166 @@ class ServerProgram(ProgramCase):
             self.assertEqual([calm.filter(record) for record in records[998:]], [True, False])
         left_out = 998 - chat.LOG_BURST
         self.assertEqual(records[998].getMessage(), f"998 left ({left_out} more like this are not shown)")
+
+
+class ServerStart(ProgramCase):
+    """What a server is told at its start, and by signals."""
+
+    def test_a_password_that_cannot_be_given_is_refused_at_the_start(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "password")
+            for data, why in (
+                (b"\xef\xbb\xbf\n", f"there is no password in {path}"),
+                (b"exit\n", "the password cannot be used: whoever types exit leaves"),
+                (b" exit\n", "the password cannot be used: whoever types exit leaves"),
+                (b"a\0b\n", "the password cannot be used: there is a control character in it, which cannot be typed"),
+                (b"a\tb\n", "the password cannot be used: there is a control character in it, which cannot be typed"),
+                (b"x" * 505, "the password cannot be used: an IRC line has room for 504 bytes of it"),
+                ("é".encode() * 253, "the password cannot be used: an IRC line has room for 504 bytes of it"),
+            ):
+                with self.subTest(data):
+                    path.write_bytes(data)
+                    program = self.start("server", "--port", "0", "--password-file", str(path))
+                    out, err = program.communicate(timeout=PATIENCE)
+                    self.assertEqual((program.returncode, out, err), (1, "", f"chat.py: {why}\n"))
+            if os.name == "posix":
+                environment = {**os.environb, b"CHAT_PASSWORD": b"\xf6pen", b"PYTHONUTF8": b"1"}
+                program = self.start("server", "--port", "0", env=environment)
+                _, err = program.communicate(timeout=PATIENCE)
+                self.assertEqual(err, "chat.py: the password cannot be used: it is not UTF-8 text\n")
+            longest = "é" * 252
+            path.write_bytes(b"\xef\xbb\xbf" + longest.encode() + b"\r\n")
+            _, port = self.server("--password-file", str(path))
+            ann = Peer(port, f"PASS :{longest}\r\nNICK ann\r\nUSER a 0 * :a\r\n")
+            self.addCleanup(ann.close)
+            ann.until(" 001 ")
+            path.write_bytes(("e\u0301" * 252).encode())  # too long for the line, but for normalising it
+            status, _, err = self.run_client(port, "hi\n", "--password-file", str(path))
+            self.assertEqual((status, err), (0, ""))
+
+    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs SIGHUP")
+    def test_sighup_reopens_the_log_and_ends_nothing(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "logs", "log")
+            path.parent.mkdir()
+            program, port = self.server("--log", str(path))
+            ann = Peer(port, "ann\n")
+            self.addCleanup(ann.close)
+            ann.until("joined")
+            for number in range(3):
+                self.logged(path, "INFO")
+                old = path.with_name(f"log.{number}")
+                path.rename(old)
+                program.send_signal(signal.SIGHUP)
+                self.eventually(path.exists, "the log was not opened again")
+                self.visit(port, f"bob{number}")
+                self.logged(path, f"bob{number} from")
+                self.assertNotIn(f"bob{number}", old.read_text(encoding="utf-8"))
+            gone = path.parent.rename(pathlib.Path(folder, "gone"))  # where it cannot be opened
+            program.send_signal(signal.SIGHUP)
+            self.visit(port, "eve")
+            gone.rename(path.parent)
+            self.visit(port, "fay")
+            self.logged(path, "fay from")
+            ann.send("/who\n")
+            ann.until("*** In #chat: @ann")
+            program.terminate()
+            self.assertEqual(program.wait(PATIENCE), 0)
+
+    def logged(self, path: pathlib.Path, text: str) -> None:
+        self.eventually(lambda: path.exists() and text in path.read_text(encoding="utf-8"), f"{text} is not logged")
+
+    @staticmethod
+    def visit(port: int, name: str) -> None:
+        peer = Peer(port, f"{name}\nexit\n")
+        peer.rest()
+        peer.close()
+
+    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs SIGHUP")
+    def test_sighup_without_a_log_file_does_no_harm(self) -> None:
+        program, port = self.server()
+        ann = Peer(port, "ann\n")
+        self.addCleanup(ann.close)
+        ann.until("joined")
+        program.send_signal(signal.SIGHUP)
+        ann.send("/who\n")
+        ann.until("*** In #chat: @ann")
+        program.terminate()
+        _, err = program.communicate(timeout=PATIENCE)
+        self.assertEqual((program.returncode, err.count("\n")), (0, 1), err)
+
+
+@unittest.skipUnless(socket.has_ipv6, "needs IPv6")
+class Listening(ServerCase):
+    """A server at a name that has several addresses."""
+
+    def setUp(self) -> None:
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError as error:
+            self.skipTest(str(error))
+
+    @staticmethod
+    def named(*hosts: str) -> Any:
+        """Makes these the addresses of each name."""
+        find = socket.getaddrinfo
+
+        def found(host: Any, port: Any, *args: Any, **more: Any) -> List[Any]:
+            return [item for address in hosts for item in find(address, port, *args, **more)]
+
+        return mock.patch.object(socket, "getaddrinfo", found)
+
+    def test_all_addresses_of_a_name_are_served_at_one_port(self) -> None:
+        for hosts in (("::1", "127.0.0.1"), ("127.0.0.1", "::1"), ("127.0.0.1", "127.0.0.1", "::1")):
+            with self.subTest(hosts):
+                with self.named(*hosts):
+                    server = chat.Server("localhost", 0)
+                self.serve(server)
+                self.assertEqual(server.address[0], hosts[0])
+                for host in ("127.0.0.1", "::1"):
+                    sock = socket.create_connection((host, self.port), PATIENCE)
+                    self.addCleanup(sock.close)
+                    peer = Peer(self.port, f"n{len(host)}\n", sock)
+                    peer.until(f"n{len(host)} joined")
+                command = [sys.executable, str(HERE / "chat.py"), "client", "--port", str(self.port), "-m", "hello"]
+                for more in ([], ["--host", "localhost"], ["--host", "::1"]):
+                    done = subprocess.run([*command, *more], timeout=PATIENCE, capture_output=True, check=False)
+                    self.assertEqual((done.returncode, done.stderr), (0, b""), more)
+
+    def test_an_address_that_this_machine_does_not_have_is_left_out(self) -> None:
+        with self.named("192.0.2.1", "::1", "2001:db8::1"):
+            server = chat.Server("name", 0)
+        self.serve(server)
+        self.assertEqual(server.listener.hosts, ["::1"])
+        with self.named("192.0.2.1", "2001:db8::1"), self.assertRaises(OSError) as caught:
+            chat.Server("name", 0)
+        self.assertEqual(caught.exception.errno, errno.EADDRNOTAVAIL)
+
+    def test_a_port_must_be_free_on_all_addresses(self) -> None:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken, self.named("127.0.0.1", "::1"):
+            port = taken.getsockname()[1]
+            with self.assertRaises(OSError) as caught:
+                chat.Server("localhost", port)
+            self.assertEqual(caught.exception.errno, errno.EADDRINUSE)
+            socket.create_server(("127.0.0.1", port)).close()  # nothing was left there
+            refused = iter([OSError(errno.EADDRINUSE, "taken")])
+
+            def listen(family: int, *args: Any, listen: Any = chat.listen) -> socket.socket:
+                for error in refused if family == socket.AF_INET6 else ():
+                    raise error
+                sock: socket.socket = listen(family, *args)
+                return sock
+
+            with mock.patch.object(chat, "listen", listen):
+                self.serve(chat.Server("localhost", 0))  # at a port that it finds the second time
+            self.assertEqual(self.server.listener.hosts, ["127.0.0.1", "::1"])
+
+    def test_joining_is_told_for_each_address(self) -> None:
+        text = chat.invitation(["::1", "127.0.0.1"], 9090, "", False)
+        self.assertIn("only this machine can join", text)
+        for host in ("127.0.0.1", "::1"):
+            self.assertIn(f"  nc {host} 9090\n", text)
+        self.assertNotIn("only this machine", chat.invitation(["127.0.1.1", "192.0.2.1"], 9090, "", False))
 
 
 class Usage(NamedTuple):
@@ -5949,13 +6083,15 @@ class Operator(SeatCase):
         seat.until(lambda: "ann from 127.0.0.1 joined" in seat.glass.text())
         self.assertNotIn("server>", seat.glass.text())
         self.assertEqual(seat.modes(), seat.modes_at_first)
-        os.kill(process, signal.SIGHUP)
+        os.kill(process, signal.SIGHUP)  # of use to one that writes a log file
+        self.plain(port, "bob").close()
+        os.kill(process, signal.SIGTERM)
         self.assertEqual(seat.wait(), 0)
 
 
 class Bans(ServerCase):
     def test_an_address_is_shut_out(self) -> None:
-        with mock.patch.object(chat.Server, "_host", lambda server, origin: "10.0.0.1"):
+        with mock.patch.object(chat, "shown_host", lambda key, secret: "10.0.0.1"):
             ann, bob = self.plain("ann"), self.irc("bob")
             answer = chat.operate(self.server, "/ban bob")
             self.assertEqual(
