@@ -898,8 +898,15 @@ def help_lines(local: bool = False) -> list[str]:
 # dialects
 # -----------------------------------------------------------------------------
 
-# What telnet programs put between the text: IAC with an option, a subnegotiation or a single byte (RFC 854).
-TELNET = re.compile(rb"\xff(?:[\xfb-\xfe].|\xfa[^\xff]*\xff\xf0|[^\xfa-\xfe])", re.DOTALL)
+# What telnet programs put between the text, RFC 854: CR NUL; IAC with WILL, WONT, DO or DONT and an option; with a
+# subnegotiation, which nobody may send as we agree to none; with a single byte; and the beginning of one of them.
+TELNET = re.compile(
+    rb"\r\0|\xff([\xfb-\xfe])(.)|\xff\xfa(?:[^\xff]|\xff\xff){0,40}\xff\xf0|\xff([\xec-\xf9\xff])"
+    rb"|(\r\Z|\xff(?:[\xfb-\xfe]|\xfa(?:[^\xff]|\xff\xff){0,40}\xff?)?\Z)",
+    re.DOTALL,
+)
+TELNET_REFUSAL = {b"\xfb": b"\xff\xfe", b"\xfd": b"\xff\xfc"}  # WILL: DONT, DO: WONT
+ARE_YOU_THERE = b"\xf6"
 IRC_FIRST = re.compile(rb"(CAP|NICK|USER|PASS|PING) +[^ ]", re.IGNORECASE)
 HTTP_FIRST = re.compile(rb"[A-Z]+ \S+ HTTP/\d")
 JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?')  # also one without an end, lest the search begin anew within it
@@ -914,7 +921,9 @@ CAPABILITIES = (
 # By which capability a client gets a tag; others by message-tags, and that one by none.
 TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: ""}
 # Commands that others do not get, or not as they are; a prompt nobody does.
-CAPS_NEEDED = {"TAGMSG": "message-tags", "PROMPT": "none", "JOIN": "extended-join", "FAIL": "standard-replies"}
+CAPS_NEEDED = {
+    "TAGMSG": "message-tags", "PROMPT": "none", "TELNET": "none", "JOIN": "extended-join", "FAIL": "standard-replies",
+}  # fmt: skip
 
 
 def decode_text(line: bytes) -> str:
@@ -928,9 +937,44 @@ def decode_text(line: bytes) -> str:
     return text
 
 
+class TelnetBuffer(LineBuffer):
+    """A LineBuffer for somebody who may sit at telnet, in which the telnet protocol is no text but is answered.
+
+    CR NUL ends a line, too (RFC 1123, section 3.3.1). Every option is refused, TIMING-MARK as well (RFC 860), for which
+    a telnet waits that was interrupted.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.begun = False  # there was text
+        self.crlf = False  # a line ended in CRLF
+        self.answers = bytearray()  # to be sent
+        self._unfinished = b""
+
+    def feed_telnet(self, data: bytes) -> list[Optional[bytes]]:
+        """The same as `feed`, of somebody who has not shown yet to be no telnet."""
+        data, self._unfinished = self._unfinished + data, b""
+        if b"\xff" in data or b"\r" in data:
+            data = TELNET.sub(self._take, data)
+        self.begun = self.begun or bool(data)
+        self.crlf = self.crlf or b"\r\n" in data
+        return self.feed(data)
+
+    def _take(self, match: re.Match[bytes]) -> bytes:
+        verb, option, single, self._unfinished = match.groups(b"")
+        if verb in TELNET_REFUSAL:
+            self.answers += TELNET_REFUSAL[verb] + option
+        elif single == ARE_YOU_THERE:
+            self.answers += b"*** Yes, the chat is here\r\n"
+        if match[0] == b"\r\0":
+            return b"\r\n"
+        return single if single == b"\xff" else b""
+
+
 class Dialect:
     """What a connection speaks. Sessions share an instance, and so what it encodes."""
 
+    end = "\n"  # of the lines that it is sent
     caps: frozenset[str] = frozenset()  # IRCv3 capabilities in force
     single = True  # in one channel at a time
     unended = True  # what comes after the last line's end is a line, too
@@ -957,10 +1001,13 @@ def registration_commands(nick: str, by: str, channel: str = DEFAULT_CHANNEL, pa
 
 
 class Plain(Dialect):
-    """Lines as a person types and reads them, in nc or telnet."""
+    """Lines as a person types and reads them, in nc or telnet. Made by `plain`, so that equal views are one object."""
+
+    def __init__(self, end: str = "\n") -> None:
+        self.end = end
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
-        text = decode_text(TELNET.sub(b"", line))
+        text = decode_text(line)
         if not text.strip():
             return []
         if registered or text.strip() == "exit" or text.startswith("/quit"):
@@ -968,17 +1015,17 @@ class Plain(Dialect):
         return registration_commands(text.strip(), "plain")
 
     def encode(self, message: Message) -> bytes:
-        if message.command == "PROMPT":
-            return message.text.encode()
+        if message.command in ("PROMPT", "TELNET"):
+            return message.text.encode("latin-1")
         text = text_form(message)
-        return f"{text}\n".encode() if text else b""
+        return f"{text}{self.end}".encode() if text else b""
 
 
 class PlainPassword(Plain):
     """The same, while the next line is the password."""
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
-        text = decode_text(TELNET.sub(b"", line))
+        text = decode_text(line)
         return [Message("QUIT") if text.strip() == "exit" else Message("PASS", (text,))]
 
 
@@ -1090,6 +1137,7 @@ class Json(Dialect):
 class Irc(Dialect):
     """IRC: RFC 1459 and 2812 with IRCv3 capabilities. Made by `irc`, so that equal views are one object."""
 
+    end = "\r\n"
     single = False
     unended = False  # RFC 1459: a line without its end is not a message, but what is left of one
     pings = True
@@ -1160,17 +1208,18 @@ class Http(Dialect):
         return self.ANSWER.encode() if message.command == "ERROR" else b""
 
 
-PLAIN, PLAIN_PASSWORD, JSON, HTTP = Plain(), PlainPassword(), Json(), Http()
+plain, plain_password = functools.lru_cache()(Plain), functools.lru_cache()(PlainPassword)
+PLAIN, JSON, HTTP = plain("\n"), Json(), Http()
 UNDECIDED = Plain()  # before the first line
 
 
-def dialect_of(first: bytes) -> Dialect:
-    """Which dialect a connection's first line speaks."""
+def dialect_of(first: bytes, end: str = "\n") -> Dialect:
+    """Which dialect a connection's first line speaks, and where there is a choice, with which line ends."""
     if first.startswith(b"{"):
         return JSON
     if IRC_FIRST.match(first):
         return irc()
-    return HTTP if HTTP_FIRST.match(first) else PLAIN
+    return HTTP if HTTP_FIRST.match(first) else plain(end)
 
 
 # -----------------------------------------------------------------------------
@@ -1558,10 +1607,10 @@ class Session:
     """A client, registered or not. Guarded by the hub's lock, but for what one thread alone uses."""
 
     __slots__ = (
-        "address", "audiences", "authenticated", "away", "channels", "connected_at", "deadline", "deferred", "dialect",
-        "flood_bucket", "host", "invites", "last_received", "last_spoke", "negotiating", "nick", "nick_bucket",
-        "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname", "resume_queue", "send", "signon",
-        "stage", "token", "user", "wrong_password",
+        "address", "audiences", "authenticated", "away", "channels", "connected_at", "crlf", "deadline", "deferred",
+        "dialect", "flood_bucket", "host", "invites", "last_received", "last_spoke", "negotiating", "nick",
+        "nick_bucket", "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname", "resume_queue",
+        "send", "signon", "stage", "token", "user", "wrong_password",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float, address: str = "", flood_bucket: Optional[TokenBucket] = None) -> None:
@@ -1586,6 +1635,7 @@ class Session:
         self.ping_sent = self.pong_deadline = 0.0  # monotonic
         # The reader's:
         self.flood_bucket = flood_bucket
+        self.crlf = False  # its first line ended so
         self.wrong_password = False  # its last line was one
         # The mailer's, at the log's read end:
         self.output: Dialect = UNDECIDED
@@ -2129,7 +2179,7 @@ def query(grammar: str, min_params: int = 0, names_server: bool = False) -> Call
 def handle_line(hub: Hub, session: Session, line: Optional[bytes]) -> None:
     """Runs the commands in a line; None stands for one that was too long. In the session's reader, without the lock."""
     if session.dialect is UNDECIDED:
-        begin(hub, session, line or b"")
+        line = begin(hub, session, line)
     error: Optional[CommandError] = None
     messages: List[Message] = []
     try:
@@ -2151,24 +2201,40 @@ def handle_line(hub: Hub, session: Session, line: Optional[bytes]) -> None:
         time.sleep(WRONG_PAUSE_S)
 
 
-def begin(hub: Hub, session: Session, line: bytes) -> None:
-    """Decides by the first line which dialect a session speaks."""
+def begin(hub: Hub, session: Session, line: Optional[bytes]) -> Optional[bytes]:
+    """Decides by the first line which dialect a session speaks. Returns the line without a byte-order mark."""
+    if line and line.startswith(codecs.BOM_UTF8):
+        line = line[len(codecs.BOM_UTF8) :]
+        if not line:
+            return line
     with hub:
         call = Call(hub, session)
-        call.set_dialect(dialect_of(line))
+        call.set_dialect(dialect_of(line or b"", "\r\n" if session.crlf else "\n"))
         if session.stage is Stage.PROMPTED:
             call.send_to(session, PROMPT_END)
         if session.stage is not Stage.GONE:
             session.stage = Stage.REGISTERING
             hub.append(call)
+    return line
+
+
+def answer_telnet(hub: Hub, session: Session, answers: bytearray) -> None:
+    """Answers a telnet program. In the session's reader, without the lock."""
+    with hub:
+        hub.wait_until_not_full()
+        if session.stage is not Stage.GONE:
+            call = Call(hub, session)
+            call.send_to(session, Message("TELNET", (answers.decode("latin-1"),)))
+            hub.append(call)
 
 
 def dispatch_all(hub: Hub, session: Session, messages: List[Message]) -> None:
     """Runs commands up to the first error. Those by which a plain user registers wait for the password."""
-    if hub.access.password_required and not session.authenticated and session.dialect is PLAIN and len(messages) > 1:
+    asks = isinstance(session.dialect, Plain) and len(messages) > 1
+    if asks and hub.access.password_required and not session.authenticated:
         session.deferred = messages
         call = Call(hub, session)
-        call.set_dialect(PLAIN_PASSWORD)
+        call.set_dialect(plain_password(session.dialect.end))
         call.send_to(session, PASSWORD_PROMPT)
         hub.append(call)
         return
@@ -2305,7 +2371,7 @@ def pass_(call: Call) -> None:
         hub.log_later(logging.WARNING, "wrong password from %s", session.address)
         reject_password(call)
     elif session.deferred:
-        call.set_dialect(PLAIN)
+        call.set_dialect(plain(session.dialect.end))
 
 
 def reject_password(call: Call) -> None:
@@ -3804,17 +3870,17 @@ class Server:
 
     def _read(self, connection: Connection) -> None:
         """A reader thread: ends when its connection does."""
-        session, lines = connection.session, LineBuffer(CLIENT_INPUT_BYTES)
+        session, lines = connection.session, TelnetBuffer(CLIENT_INPUT_BYTES)
         reason = ""
         try:
             data = self._detect_tls(connection)
             while data and connection.state is not State.CLOSED:
                 session.last_received = time.monotonic()
-                if (
-                    session.stage is Stage.NEW and data[:1] != b"\xff"
-                ):  # telnet introduces itself, and says nothing by that
-                    self.hub.set_stage(session, Stage.REGISTERING, Stage.NEW)
-                self._handle_lines(connection, lines.feed(data), len(data))
+                if session.dialect is UNDECIDED:  # as what the rest is to be read, the first line decides
+                    line, end, data = data.partition(b"\n")
+                    self._handle_data(connection, lines, line + end)
+                if data:
+                    self._handle_data(connection, lines, data)
                 data = self._receive(connection)
             rest = lines.end()
             if rest and session.dialect.unended and (connection.tls is None or connection.tls.ended):
@@ -3865,16 +3931,23 @@ class Server:
             data = b""
             self._throttle(connection)  # what is no text costs as much
 
-    def _handle_lines(self, connection: Connection, lines: List[Optional[bytes]], size: int) -> None:
-        """Runs commands as they came, in so many bytes: bytes that are no line count as some, for the rate limit."""
+    def _handle_data(self, connection: Connection, buffer: TelnetBuffer, data: bytes) -> None:
+        """Runs commands as they came. Bytes that are no line count as some, for the rate limit."""
         session = connection.session
-        for _ in range(size // LINE_BYTES - len(lines)):
+        lines = buffer.feed_telnet(data) if isinstance(session.dialect, Plain) else buffer.feed(data)
+        session.crlf = buffer.crlf
+        if session.stage is Stage.NEW and buffer.begun:  # telnet introduces itself, and says nothing by that
+            self.hub.set_stage(session, Stage.REGISTERING, Stage.NEW)
+        for _ in range(len(data) // LINE_BYTES - len(lines)):
             self._throttle(connection)
         for line in lines:
             self._throttle(connection)
             if session.stage is Stage.GONE:
                 break
             handle_line(self.hub, session, line)
+        if buffer.answers:
+            answer_telnet(self.hub, session, buffer.answers)
+            buffer.answers.clear()
         if session.stage is Stage.GONE:
             time.sleep(DROPPED_PAUSE_S)
 

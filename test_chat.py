@@ -22,6 +22,7 @@ import contextlib
 import copy
 import ctypes
 import errno
+import functools
 import gc
 import io
 import itertools
@@ -329,6 +330,38 @@ class WireFormat(unittest.TestCase):
         self.assertEqual(chat.server_time(1769860800.5), "2026-01-31T12:00:00.500Z")
 
 
+class Telnet(unittest.TestCase):
+    """What telnet programs put between the text, and what they are answered."""
+
+    CASES = [
+        (b"bob\r\nhi\n", [b"bob", b"hi"], b""),
+        (b"bob\r\0hi\r\0\r\0", [b"bob", b"hi"], b""),
+        (b"bo\rb\n", [b"bo\rb"], b""),
+        (b"a\0b\n", [b"a\0b"], b""),
+        (b"\xff\xfd\x01bob\n", [b"bob"], b"\xff\xfc\x01"),  # DO ECHO: WONT
+        (b"\xff\xfb\x1fb\xff\xfd\x03ob\n", [b"bob"], b"\xff\xfe\x1f\xff\xfc\x03"),  # WILL NAWS: DONT
+        (b"\xff\xfe\x01\xff\xfc\x01bob\n", [b"bob"], b""),  # DONT, WONT: as it is
+        (b"\xff\xfd\n\xff\xfb\rbob\n", [b"bob"], b"\xff\xfc\n\xff\xfe\r"),
+        (b"\xff\xfd\xff\xff\xfd\x01bob\n", [b"bob"], b"\xff\xfc\xff\xff\xfc\x01"),
+        (b"\xff\xfa\x1f\0\n\0\xff\xff\n\xff\xf0bob\n", [b"bob"], b""),  # a subnegotiation
+        (b"hi\xff\xf4\xff\xfd\x06\r\nthere\r\n", [b"hi", b"there"], b"\xff\xfc\x06"),  # IP, DO TIMING-MARK
+        (b"\xff\xfd\x06\xff\xfd\x06", [], b"\xff\xfc\x06" * 2),
+        (b"\xff\xf6bob\n", [b"bob"], b"*** Yes, the chat is here\r\n"),  # AYT
+        (b"\xff\xf1\xff\xf9\xff\xecbob\n", [b"bob"], b""),  # NOP, GA, EOF
+        (b"b\xff\xffb\xffb\n", [b"b\xffb\xffb"], b""),  # no UTF-8, and told so
+        (b"\xff\xfa" + b"x" * 100 + b"\xff\xf0\n", [b"\xff\xfa" + b"x" * 100], b""),
+    ]
+
+    def test_it_is_no_text_and_is_answered_whole_and_byte_by_byte(self) -> None:
+        for data, lines, answers in self.CASES:
+            for size in (1, 2, 3, 1000):
+                with self.subTest(data, size=size):
+                    buffer, got = chat.TelnetBuffer(1000), []
+                    for start in range(0, len(data), size):
+                        got += buffer.feed_telnet(data[start : start + size])
+                    self.assertEqual((got, bytes(buffer.answers)), (lines, answers))
+
+
 class TextForm(unittest.TestCase):
     BOB = "bob!bob@host"
     CASES = [
@@ -461,7 +494,7 @@ class Dialects(unittest.TestCase):
             Message("USER", ("plain", "0", "*", "plain user")),
             Message("JOIN", ("#chat",)),
         ]
-        self.assertEqual(chat.PLAIN.decode(b"\xff\xfb\x1f\xff\xfa\x1fxx\xff\xf0bob", False), join)
+        self.assertEqual(chat.PLAIN.decode(b"bob", False), join)
         self.assertEqual(chat.PLAIN.decode(b" ", False), [])
         self.assertEqual(chat.PLAIN.decode(b"exit", False), [Message("QUIT")])
         self.assertEqual(chat.PLAIN.decode("é".encode(), True), [Message("PRIVMSG", ("*", "é"))])
@@ -494,7 +527,8 @@ class Dialects(unittest.TestCase):
     def test_patterns_take_linear_time(self) -> None:
         size = 1 << 20  # would take minutes if a search began anew at every place
         chat.JSON_STRING.sub("", '"' + '\\"' * size)
-        chat.TELNET.sub(b"", b"\xff\xfa" * size)
+        for noise in (b"\xff\xfa", b"\xff\xfa" + b"x" * 20, b"\xff\xff", b"\r\xff"):
+            chat.TelnetBuffer(10).feed_telnet(noise * (size // len(noise)))
 
     def test_json_takes_brackets_in_text(self) -> None:
         text = "[{" * 100
@@ -957,6 +991,16 @@ class Peer:
             if wanted in line:
                 return line
 
+    def take(self, end: bytes) -> bytes:
+        """The bytes up to the first `end`."""
+        while end not in self.buffer:
+            data = self.sock.recv(65536)
+            if not data:
+                raise AssertionError(f"{end!r} never came, but {self.buffer!r}")
+            self.buffer += data
+        before, _, self.buffer = self.buffer.partition(end)
+        return before + end
+
     def rest(self) -> List[str]:
         """All lines up to the end of the connection, for whose other half nobody then has to wait."""
         lines = list(iter(self.line, None))
@@ -1175,6 +1219,69 @@ class PlainPeople(ServerCase):
                 bob.sock.sendall(data[start : start + size])
             ann.until("bob joined")
             self.assertEqual([ann.line() for _ in range(3)], ["bob: z\u00fcr\u00edch", "bob: zwei", "*** bob left"])
+
+    def test_telnet_is_answered_and_never_silenced(self) -> None:
+        ann, bob = self.plain("ann"), self.peer()
+        bob.sock.sendall(b"\xff\xfd\x03\xff\xfb\x18")  # DO SUPPRESS-GO-AHEAD, WILL TERMINAL-TYPE
+        self.assertEqual(bob.take(b"\x18"), b"\xff\xfc\x03\xff\xfe\x18")
+        for byte in b"bob\r\0hello\r\0\xff\xf4\xff\xfd\x06":  # character mode; then Ctrl-C
+            bob.sock.sendall(bytes([byte]))
+        ann.until("bob: hello")
+        self.assertEqual(bob.take(b"\x06"), b"*** bob joined (2 here)\r\n\xff\xfc\x06")
+        bob.sock.sendall(b"\xff\xf6")
+        self.assertEqual(bob.line(), "*** Yes, the chat is here")
+        ann.send("still there?\n")
+        self.assertEqual(bob.line(), "ann: still there?")
+
+    def test_telnet_that_introduces_itself_is_still_prompted(self) -> None:
+        with mock.patch.object(chat, "PROMPT_S", 0.1):
+            for start in (b"\xff\xfd\x03", b"\xff", b"\xff\xfd"):
+                quiet = self.peer()
+                for byte in start:
+                    quiet.sock.sendall(bytes([byte]))
+                quiet.take(b"Enter your name: ")
+
+    def test_telnet_bytes_are_for_plain_users_only(self) -> None:
+        noise, witness = b"\xff\xfd\x06\xff\xf6", self.plain("witness")
+        for first, said in (
+            (b"NICK eve\r\nUSER e 0 * :e\r\nJOIN #chat\r\n", b"PRIVMSG #chat :%b\r\n"),
+            (b'{"type":"join","user":"eve"}\n', b'{"type":"chat","text":"%b"}\n'),
+        ):
+            for pieces in ([first + said % noise + said % b"well"], [first, said % noise, said % b"well"]):
+                with self.subTest(pieces):
+                    eve = self.peer()
+                    for piece in pieces:
+                        eve.sock.sendall(piece)
+                    witness.until("eve joined")
+                    self.assertEqual(witness.line(), "eve: well")
+                    eve.sock.shutdown(socket.SHUT_WR)
+                    text = "\n".join(eve.rest())  # is UTF-8
+                    self.assertEqual(text.count("UTF-8 text"), 1)
+                    self.assertNotIn("the chat is here", text)
+                    witness.until("eve left")
+
+    def test_a_byte_order_mark_before_the_first_line_is_dropped(self) -> None:
+        witness = self.plain("witness")
+        for data in (
+            "bob\nhello\n",
+            "\r\nbob\r\nhello\r\n",
+            "NICK bob\r\nUSER b 0 * :b\r\nJOIN #chat\r\nPRIVMSG #chat :hello\r\n",
+            '{"type":"join","user":"bob"}\n{"type":"chat","text":"hello"}\n',
+        ):
+            for size in (1, 1000):
+                with self.subTest(data, size=size):
+                    whole, bob = b"\xef\xbb\xbf" + data.encode(), self.peer()
+                    for start in range(0, len(whole), size):
+                        bob.sock.sendall(whole[start : start + size])
+                    self.assertIn("bob joined", witness.line() or "")
+                    self.assertEqual(witness.line(), "bob: hello")
+                    bob.sock.shutdown(socket.SHUT_WR)
+                    self.assertEqual(witness.line(), "*** bob left")
+        self.assertEqual(self.peer("\ufeffGET / HTTP/1.0\r\n\r\n").line(), "HTTP/1.0 200 OK")
+        witness.send("\ufeffmarked\n")  # later it is text
+        bob = self.irc("bob")
+        witness.send("\ufeffmarked\n")
+        self.assertIn(":\ufeffmarked", bob.until("marked"))
 
     def test_http_and_tls_on_this_port(self) -> None:
         browser = self.peer("GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -2485,6 +2592,15 @@ class Passwords(ServerCase):
         ann.until("bob: hello")
         self.assertEqual(self.peer("eve\nexit\n").rest(), ["Enter the password: *** Goodbye"])
 
+    def test_plain_lines_end_as_the_peers_do(self) -> None:
+        for end in ("\n", "\r\n", "\r\0"):
+            bob = self.peer(end.join(("bob", "wrong", "öpen sesame", "exit", "")))
+            data = b"".join(iter(functools.partial(bob.sock.recv, 1000), b"")).decode()
+            wrong = "Enter the password: *** Error: the right password is wanted"
+            lines = [wrong, "*** bob joined (1 here)", "*** Goodbye", ""]
+            self.assertEqual(data, end.replace("\0", "\n").join(lines))
+            bob.close()
+
     def test_scripts(self) -> None:
         join = {"type": "join", "user": "bot"}
         bot = self.peer(json.dumps(join) + "\n")
@@ -3230,9 +3346,11 @@ def obeyed(char: str) -> bool:
 
 def flaw(view: chat.Dialect, data: bytes) -> str:
     """What is wrong with whole lines that the server sent to somebody who speaks so; '' where nothing is."""
-    end = "\r\n" if isinstance(view, chat.Irc) else "\n"
+    if isinstance(view, chat.Plain):
+        data = re.sub(b"\xff[\xfc\xfe].", b"", data, flags=re.DOTALL)  # WONT and DONT
+        data = data.replace(b"*** Yes, the chat is here\r\n", b"")
     try:
-        *lines, rest = data.decode().split(end)
+        *lines, rest = data.decode().split(view.end)
         if view is chat.HTTP:
             return ""
         return "an end is missing" if rest else next(filter(None, (flaw_in_line(view, line) for line in lines)), "")
