@@ -925,8 +925,15 @@ def help_lines(local: bool = False) -> list[str]:
 # dialects
 # -----------------------------------------------------------------------------
 
-# What telnet programs put between the text: IAC with an option, a subnegotiation or a single byte (RFC 854).
-TELNET = re.compile(rb"\xff(?:[\xfb-\xfe].|\xfa[^\xff]*\xff\xf0|[^\xfa-\xfe])", re.DOTALL)
+# What telnet programs put between the text, RFC 854: CR NUL; IAC with WILL, WONT, DO or DONT and an option; with a
+# subnegotiation, which nobody may send as we agree to none; with a single byte; and the beginning of one of them.
+TELNET = re.compile(
+    rb"\r\0|\xff([\xfb-\xfe])(.)|\xff\xfa(?:[^\xff]|\xff\xff){0,40}\xff\xf0|\xff([\xec-\xf9\xff])"
+    rb"|(\r\Z|\xff(?:[\xfb-\xfe]|\xfa(?:[^\xff]|\xff\xff){0,40}\xff?)?\Z)",
+    re.DOTALL,
+)
+TELNET_REFUSAL = {b"\xfb": b"\xff\xfe", b"\xfd": b"\xff\xfc"}  # WILL: DONT, DO: WONT
+ARE_YOU_THERE = b"\xf6"
 IRC_FIRST = re.compile(rb"(CAP|NICK|USER|PASS|PING) +[^ ]", re.IGNORECASE)
 HTTP_FIRST = re.compile(rb"[A-Z]+ \S+ HTTP/\d")
 JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?')  # also one without an end, lest the search begin anew within it
@@ -941,7 +948,9 @@ CAPABILITIES = (
 # By which capability a client gets a tag; others by message-tags, and that one by none.
 TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: ""}
 # Commands that others do not get, or not as they are; a prompt nobody does.
-CAPS_NEEDED = {"TAGMSG": "message-tags", "PROMPT": "none", "JOIN": "extended-join", "FAIL": "standard-replies"}
+CAPS_NEEDED = {
+    "TAGMSG": "message-tags", "PROMPT": "none", "TELNET": "none", "JOIN": "extended-join", "FAIL": "standard-replies",
+}  # fmt: skip
 
 
 def decode_text(line: bytes) -> str:
@@ -955,9 +964,44 @@ def decode_text(line: bytes) -> str:
     return text
 
 
+class TelnetBuffer(LineBuffer):
+    """A LineBuffer for somebody who may sit at telnet, in which the telnet protocol is no text but is answered.
+
+    CR NUL ends a line, too (RFC 1123, section 3.3.1). Every option is refused, TIMING-MARK as well (RFC 860), for which
+    a telnet waits that was interrupted.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.begun = False  # there was text
+        self.crlf = False  # a line ended in CRLF
+        self.answers = bytearray()  # to be sent
+        self._unfinished = b""
+
+    def feed_telnet(self, data: bytes) -> list[Optional[bytes]]:
+        """The same as `feed`, of somebody who has not shown yet to be no telnet."""
+        data, self._unfinished = self._unfinished + data, b""
+        if b"\xff" in data or b"\r" in data:
+            data = TELNET.sub(self._take, data)
+        self.begun = self.begun or bool(data)
+        self.crlf = self.crlf or b"\r\n" in data
+        return self.feed(data)
+
+    def _take(self, match: re.Match[bytes]) -> bytes:
+        verb, option, single, self._unfinished = match.groups(b"")
+        if verb in TELNET_REFUSAL:
+            self.answers += TELNET_REFUSAL[verb] + option
+        elif single == ARE_YOU_THERE:
+            self.answers += b"*** Yes, the chat is here\r\n"
+        if match[0] == b"\r\0":
+            return b"\r\n"
+        return single if single == b"\xff" else b""
+
+
 class Dialect:
     """What a connection speaks. Sessions share an instance, and so what it encodes."""
 
+    end = "\n"  # of the lines that it is sent
     caps: frozenset[str] = frozenset()  # IRCv3 capabilities in force
     single = True  # in one channel at a time
     unended = True  # what comes after the last line's end is a line, too
@@ -984,10 +1028,13 @@ def registration_commands(nick: str, by: str, channel: str = DEFAULT_CHANNEL, pa
 
 
 class Plain(Dialect):
-    """Lines as a person types and reads them, in nc or telnet."""
+    """Lines as a person types and reads them, in nc or telnet. Made by `plain`, so that equal views are one object."""
+
+    def __init__(self, end: str = "\n") -> None:
+        self.end = end
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
-        text = decode_text(TELNET.sub(b"", line))
+        text = decode_text(line)
         if not text.strip():
             return []
         if registered or text.strip() == "exit" or text.startswith("/quit"):
@@ -995,20 +1042,21 @@ class Plain(Dialect):
         return registration_commands(text.strip(), "plain")
 
     def encode(self, message: Message) -> bytes:
-        if message.command == "PROMPT":
-            return message.text.encode()
+        if message.command in ("PROMPT", "TELNET"):
+            return message.text.encode("latin-1")
         text = text_form(message)
-        return f"{text}\n".encode() if text else b""
+        return f"{text}{self.end}".encode() if text else b""
 
 
 class PlainPassword(Plain):
     """The same, while the next line is the password of somebody who has given a name."""
 
-    def __init__(self, nick: str) -> None:
+    def __init__(self, end: str, nick: str) -> None:
+        super().__init__(end)
         self.nick = nick
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
-        text = decode_text(TELNET.sub(b"", line))
+        text = decode_text(line)
         if text.strip() == "exit":
             return [Message("QUIT")]
         return [Message("PASS", (text,)), *registration_commands(self.nick, "plain")]
@@ -1122,6 +1170,7 @@ class Json(Dialect):
 class Irc(Dialect):
     """IRC: RFC 1459 and 2812 with IRCv3 capabilities. Made by `irc`, so that equal views are one object."""
 
+    end = "\r\n"
     single = False
     unended = False  # RFC 1459: a line without its end is not a message, but what is left of one
     pings = True
@@ -1192,17 +1241,18 @@ class Http(Dialect):
         return self.ANSWER.encode() if message.command == "ERROR" else b""
 
 
-PLAIN, JSON, HTTP = Plain(), Json(), Http()
+plain = functools.lru_cache()(Plain)  # one for all whose lines end alike
+PLAIN, JSON, HTTP = plain("\n"), Json(), Http()
 UNDECIDED = Plain()  # before the first line
 
 
-def dialect_of(first: bytes) -> Dialect:
-    """Which dialect a connection's first line speaks."""
+def dialect_of(first: bytes, end: str = "\n") -> Dialect:
+    """Which dialect a connection's first line speaks, and where there is a choice, with which line ends."""
     if first.startswith(b"{"):
         return JSON
     if IRC_FIRST.match(first):
         return irc()
-    return HTTP if HTTP_FIRST.match(first) else PLAIN
+    return HTTP if HTTP_FIRST.match(first) else plain(end)
 
 
 # -----------------------------------------------------------------------------
@@ -1787,7 +1837,7 @@ class Session:
     """A client, registered or not. Guarded by the hub's lock, but for what one thread alone uses."""
 
     __slots__ = (
-        "address", "audiences", "authenticated", "away", "channels", "connected_at", "deadline", "dialect",
+        "address", "audiences", "authenticated", "away", "channels", "connected_at", "crlf", "deadline", "dialect",
         "flood_bucket", "host", "invites", "last_received", "last_spoke", "negotiating", "nick", "nick_bucket",
         "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname", "resume_queue", "send", "sent",
         "signon", "stage", "token", "user", "wrong_password",
@@ -1818,6 +1868,7 @@ class Session:
         self.ping_sent = self.pong_deadline = 0.0  # monotonic
         # The reader's:
         self.flood_bucket = buckets[0] if buckets else None
+        self.crlf = False  # its first line ended so
         self.wrong_password = False  # its last line was one
         # The mailer's, at the log's read end:
         self.output: Dialect = UNDECIDED
@@ -2507,7 +2558,7 @@ def pause_query(call: Call) -> bool:
 def handle_line(hub: Hub, session: Session, line: Optional[bytes]) -> None:
     """Runs the commands in a line; None stands for one that was too long. In the session's reader, without the lock."""
     if session.dialect is UNDECIDED:
-        begin(hub, session, line or b"")
+        line = begin(hub, session, line)
     error: Optional[CommandError] = None
     messages: List[Message] = []
     try:
@@ -2529,23 +2580,39 @@ def handle_line(hub: Hub, session: Session, line: Optional[bytes]) -> None:
         time.sleep(WRONG_PAUSE_S)
 
 
-def begin(hub: Hub, session: Session, line: bytes) -> None:
-    """Decides by the first line which dialect a session speaks."""
+def begin(hub: Hub, session: Session, line: Optional[bytes]) -> Optional[bytes]:
+    """Decides by the first line which dialect a session speaks. Returns the line without a byte-order mark."""
+    if line and line.startswith(codecs.BOM_UTF8):
+        line = line[len(codecs.BOM_UTF8) :]
+        if not line:
+            return line
     with hub:
         call = Call(hub, session)
-        call.set_dialect(dialect_of(line))
+        call.set_dialect(dialect_of(line or b"", "\r\n" if session.crlf else "\n"))
         if session.stage is Stage.PROMPTED:
             call.send_to(session, PROMPT_END)
         if session.stage is not Stage.GONE:
             session.stage = Stage.REGISTERING
             hub.append(call)
+    return line
+
+
+def answer_telnet(hub: Hub, session: Session, answers: bytearray) -> None:
+    """Answers a telnet program. In the session's reader, without the lock."""
+    with hub:
+        hub.not_full.wait()
+        if session.stage is not Stage.GONE:
+            call = Call(hub, session)
+            call.send_to(session, Message("TELNET", (answers.decode("latin-1"),)))
+            hub.append(call)
 
 
 def dispatch_all(hub: Hub, session: Session, messages: List[Message]) -> None:
     """Runs commands up to the first error. A plain user who gives a name is asked for the password, if there is one."""
-    if hub.access.password_required and not session.authenticated and session.dialect is PLAIN and len(messages) > 1:
+    asks = type(session.dialect) is Plain and len(messages) > 1
+    if asks and hub.access.password_required and not session.authenticated:
         call = Call(hub, session)
-        call.set_dialect(PlainPassword(messages[0].param(0)))
+        call.set_dialect(PlainPassword(session.dialect.end, messages[0].param(0)))
         call.send_to(session, PASSWORD_PROMPT)
         hub.append(call)
         return
@@ -2712,7 +2779,7 @@ def pass_(call: Call) -> None:
         hub.log_later(logging.WARNING, "wrong password from %s", session.address.key)
         reject_password(call)
     elif isinstance(session.dialect, PlainPassword):
-        call.set_dialect(PLAIN)
+        call.set_dialect(plain(session.dialect.end))
 
 
 def reject_password(call: Call) -> None:
@@ -3893,6 +3960,7 @@ def client_context(pinned: bool) -> ssl.SSLContext:
 # non-blocking, and readers wait in short steps, which they must there anyway: shutdown does not wake them.
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 MAX_WATCHED = 500 if sys.platform == "win32" else 1 << 20  # select there takes 512 sockets
+BIND_ATTEMPTS = 10  # for a port that is free on all addresses of a name
 TLS_ONLY = "This server speaks TLS only"
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FULL = "This server is full; try again later"
@@ -4235,8 +4303,8 @@ class Server:
         context: Optional[ssl.SSLContext] = None,
         tls_only: bool = False,
     ) -> None:
-        self.listener = listen(host, port)
-        self.address: Tuple[str, int] = self.listener.getsockname()[:2]
+        self.listener = Listener(host, port)
+        self.address: Tuple[str, int] = self.listener.hosts[0], self.listener.port
         self._context, self._tls_only = context, tls_only
         self.hub = hub or Hub(SERVER_NAME)
         self._reasons = TokenBucket(REASONS, REASON_S)
@@ -4244,7 +4312,6 @@ class Server:
         self._wakeup = Wakeup()
         self.stop = self._wakeup.wake  # makes `serve` return
         self.mailer = Mailer(self.hub, self.stop)
-        self._reserve = os.open(os.devnull, os.O_RDONLY)  # a descriptor to refuse a client with, when all are used
 
     def serve(self) -> bool:
         """Accepts until stopped, then tells everybody, and returns within 5 s; False after a defect."""
@@ -4254,33 +4321,32 @@ class Server:
         self.mailer.thread.start()
         try:
             with selectors.DefaultSelector() as selector:
-                selector.register(self.listener, selectors.EVENT_READ)
                 selector.register(self._wakeup, selectors.EVENT_READ)
+                for sock in self.listener.sockets:
+                    selector.register(sock, selectors.EVENT_READ)
                 ready: List[Any] = []
                 while self._wakeup not in ready:
                     sys.setswitchinterval(max(SWITCH_S, len(self.hub.sessions) * SWITCH_CLIENT_S))
                     ready = [key.fileobj for key, _ in selector.select(self.hub.tick())]
-                    if self.listener in ready:
-                        self._accept()
+                    for sock in filter(ready.__contains__, self.listener.sockets):
+                        self._accept(sock)
         finally:
             threading.stack_size(stack)
             self.listener.close()
             self.hub.close("Server is shutting down")
             self.mailer.stop()
-            if self._reserve >= 0:
-                os.close(self._reserve)
             self._wakeup.close()
         return not self.mailer.failed
 
-    def _accept(self) -> None:
+    def _accept(self, listening: socket.socket) -> None:
         """Accepts those who wait, so that one address's storm of connections keeps nobody else waiting."""
-        refused: Set[str] = set()  # address keys
+        refused: Set[str] = set()  # keys of addresses
         for _ in range(MAX_ACCEPTED):
             try:
-                sock, address = self.listener.accept()
+                sock, address = listening.accept()
             except OSError as error:
                 if error.errno in NO_DESCRIPTORS:
-                    self._refuse_without_descriptor()
+                    self.listener.refuse_without_descriptor(listening)
                 break  # nobody waits, or it has gone already
             with self.hub:
                 found = self.hub.access.address(address[0], self.hub.limits.per_address)
@@ -4304,7 +4370,7 @@ class Server:
             return False
         with contextlib.suppress(OSError):  # it has gone already, as its reader will find out
             prepare(sock, limits)
-        session = Session(self._host(address.key), time.monotonic(), address, buckets)
+        session = Session(shown_host(address.key, self._secret), time.monotonic(), address, buckets)
         connection = Connection(sock, session)
         if self._context and self._tls_only:  # from now on nothing is sent in clear text
             connection.tls = Tls(self._context, True)
@@ -4319,36 +4385,19 @@ class Server:
             self.mailer.post(self.mailer.reader_done, connection)
         return True
 
-    def _refuse_without_descriptor(self) -> None:
-        """Accepts one client with the descriptor kept in reserve, tells it and lets it go."""
-        log.warning("refused a client: out of descriptors (ulimit -n)")
-        with contextlib.suppress(OSError):
-            os.close(self._reserve)
-            reject(self.listener.accept()[0], FULL)
-        self._reserve = -1
-        with contextlib.suppress(OSError):
-            self._reserve = os.open(os.devnull, os.O_RDONLY)
-        if self._reserve < 0:
-            time.sleep(0.05)  # none to be had even so: no use in asking again at once
-
-    def _host(self, key: str) -> str:
-        if ipaddress.ip_address(key.partition("/")[0]).is_loopback:
-            return "localhost"
-        return hmac.new(self._secret, key.encode(), hashlib.sha256).hexdigest()[:10]
-
     def _read(self, connection: Connection) -> None:
         """A reader thread: ends when its connection does."""
-        session, lines = connection.session, LineBuffer(CLIENT_INPUT_BYTES)
+        session, lines = connection.session, TelnetBuffer(CLIENT_INPUT_BYTES)
         reason = ""
         try:
             data = self._detect_tls(connection)
             while data and connection.state is not ConnectionState.CLOSED:
                 session.last_received = time.monotonic()
-                if (
-                    session.stage is Stage.NEW and data[:1] != b"\xff"
-                ):  # telnet introduces itself, and says nothing by that
-                    self.hub.set_stage(session, Stage.REGISTERING, Stage.NEW)
-                self._handle_lines(connection, lines.feed(data), len(data))
+                if session.dialect is UNDECIDED:  # as what the rest is to be read, the first line decides
+                    line, end, data = data.partition(b"\n")
+                    self._handle_data(connection, lines, line + end)
+                if data:
+                    self._handle_data(connection, lines, data)
                 data = self._receive(connection)
             rest = lines.end()
             if rest and session.dialect.unended and (connection.tls is None or connection.tls.ended):
@@ -4399,16 +4448,23 @@ class Server:
             data = b""
             throttle(self.hub, connection)  # what is no text costs as much
 
-    def _handle_lines(self, connection: Connection, lines: List[Optional[bytes]], size: int) -> None:
-        """Runs commands as they came, in so many bytes: bytes that are no line count as some, for the rate limit."""
+    def _handle_data(self, connection: Connection, buffer: TelnetBuffer, data: bytes) -> None:
+        """Runs commands as they came. Bytes that are no line count as some, for the rate limit."""
         session = connection.session
-        for _ in range(size // LINE_BYTES - len(lines)):
+        lines = buffer.feed_telnet(data) if isinstance(session.dialect, Plain) else buffer.feed(data)
+        session.crlf = buffer.crlf
+        if session.stage is Stage.NEW and buffer.begun:  # telnet introduces itself, and says nothing by that
+            self.hub.set_stage(session, Stage.REGISTERING, Stage.NEW)
+        for _ in range(len(data) // LINE_BYTES - len(lines)):
             throttle(self.hub, connection)
         for line in lines:
             throttle(self.hub, connection)
             if session.stage is Stage.GONE:
                 break
             handle_line(self.hub, session, line)
+        if buffer.answers:
+            answer_telnet(self.hub, session, buffer.answers)
+            buffer.answers.clear()
         if session.stage is Stage.GONE:
             time.sleep(DROPPED_PAUSE_S)
 
@@ -4431,18 +4487,77 @@ def throttle(hub: Hub, connection: Connection) -> None:
         session.last_received = time.monotonic()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket that no other program can take over."""
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = found[0]
-    sock = socket.socket(family, kind, protocol)
+def shown_host(key: str, secret: bytes) -> str:
+    """The host of an address, by its key, that others see."""
+    if ipaddress.ip_address(key.partition("/")[0]).is_loopback:
+        return "localhost"
+    return hmac.new(secret, key.encode(), hashlib.sha256).hexdigest()[:10]
+
+
+class Listener:
+    """Listens on all addresses of `host`, with one port (0: a free one); raises OSError or UnicodeError."""
+
+    def __init__(self, host: str, port: int) -> None:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+        for attempt in range(BIND_ATTEMPTS):
+            self.sockets: List[socket.socket] = []
+            try:
+                self._bind(addresses, port)
+                break
+            except OSError as error:
+                self._close_sockets()
+                if port or error.errno != errno.EADDRINUSE or attempt == BIND_ATTEMPTS - 1:
+                    raise
+        self.hosts: List[str] = [sock.getsockname()[0] for sock in self.sockets]
+        self.port: int = self.sockets[0].getsockname()[1]
+        self._reserve = os.open(os.devnull, os.O_RDONLY)  # a descriptor to refuse a client with, when all are used
+
+    def refuse_without_descriptor(self, listening: socket.socket) -> None:
+        """Accepts one client with the descriptor kept in reserve, tells it and lets it go."""
+        log.warning("refused a client: out of descriptors (ulimit -n)")
+        with contextlib.suppress(OSError):
+            os.close(self._reserve)
+            reject(listening.accept()[0], FULL)
+        self._reserve = -1
+        with contextlib.suppress(OSError):
+            self._reserve = os.open(os.devnull, os.O_RDONLY)
+        if self._reserve < 0:
+            time.sleep(0.05)  # none to be had even so: no use in asking again at once
+
+    def close(self) -> None:
+        """Closes the sockets."""
+        self._close_sockets()
+        if self._reserve >= 0:
+            os.close(self._reserve)
+
+    def _bind(self, addresses: Sequence[Tuple[int, Any]], port: int) -> None:
+        """Binds what this machine has of the addresses; the first one chooses the port where that is 0."""
+        for family, address in addresses:
+            try:
+                self.sockets.append(listen(family, (address[0], port, *address[2:]), len(addresses) == 1))
+            except OSError as error:
+                last = (family, address) == addresses[-1] and not self.sockets
+                if last or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+            else:
+                port = self.sockets[0].getsockname()[1]
+
+    def _close_sockets(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+
+
+def listen(family: int, address: Tuple[Any, ...], alone: bool) -> socket.socket:
+    """A listening socket that no other program can take over; `alone`, one for :: takes IPv4 as well."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if sys.platform == "win32":  # SO_REUSEADDR there means that anybody may share the port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not alone)
         sock.bind(address)
         sock.listen(4096)
         sock.setblocking(False)
@@ -6489,7 +6604,8 @@ def run_server(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise Failed(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
     certificate, context = encryption(args)
-    log_file = logging.FileHandler(args.log, encoding="utf-8") if args.log else None  # before others can connect
+    # Before others can connect.
+    log_file = logging.handlers.WatchedFileHandler(args.log, encoding="utf-8") if args.log else None
     try:
         server = Server(args.host, args.port, hub, context, args.tls_only)
     except (OSError, UnicodeError) as error:
@@ -6497,20 +6613,20 @@ def run_server(args: argparse.Namespace) -> int:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise Failed(f"cannot listen on {args.host}:{args.port}: {reason}") from None
-    return attend(server, invitation(*server.address, certificate, args.tls_only), args.verbose, log_file)
+    greeting = invitation(server.listener.hosts, server.listener.port, certificate, args.tls_only)
+    return attend(server, greeting, args.verbose, log_file)
 
 
 def attend(server: Server, greeting: str, verbose: bool, log_file: Optional[logging.Handler]) -> int:
     """Lets a server serve, with its log and its terminal; returns the exit code."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), lambda *_: server.stop())
     console = Console(server) if at_terminal() else None
+    handle_signals(server, console, log_file)
     end_log = begin_log(verbose, log_file, console)
     host, port = server.address
     print(f"listening on {host}:{port}\n{greeting}", flush=True)
-    if not (server.hub.access.password_required or ipaddress.ip_address(host.partition("%")[0]).is_loopback):
-        log.warning("there is no password: whoever reaches %s can join (--password-file sets one)", host)
+    reachable = [host for host in server.listener.hosts if not plain_address(host).is_loopback]
+    if reachable and not server.hub.access.password_required:
+        log.warning("there is no password: whoever reaches %s can join (--password-file sets one)", reachable[0])
     if console:
         if hasattr(signal, "SIGTSTP"):
             signal.signal(signal.SIGTSTP, lambda *_: setattr(console, "stopping", True))
@@ -6528,6 +6644,20 @@ def attend(server: Server, greeting: str, verbose: bool, log_file: Optional[logg
     if not ended:  # its thread holds the stream's lock, without which Python does not end
         os._exit(status)
     return status
+
+
+def handle_signals(server: Server, console: Optional[Console], log_file: Optional[logging.Handler]) -> None:
+    """Lets signals end the server; but SIGHUP only when it tells that the operator's terminal is gone."""
+
+    def hang_up(*_: Any) -> None:
+        if console and not sys.stdin.isatty():
+            server.stop()
+        elif log_file:  # which opens its file anew for a record; not in this thread, which may hold a lock of the log's
+            _thread.start_new_thread(log.info, ("SIGHUP: the log file is opened anew",))
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), hang_up if name == "SIGHUP" else lambda *_: server.stop())
 
 
 def serve_and_end(server: Server) -> None:
@@ -6614,7 +6744,8 @@ def begin_log(verbose: bool, log_file: Optional[logging.Handler], console: Optio
 
     def write() -> None:
         for record in iter(records.get, None):
-            handler.handle(record)
+            with contextlib.suppress(OSError):  # its file cannot be opened anew: perhaps for the next one
+                handler.handle(record)
 
     def end() -> bool:
         with contextlib.suppress(queue.Full):
@@ -6662,11 +6793,11 @@ class Calm(logging.Filter):
         return True
 
 
-def invitation(host: str, port: int, fingerprint: str, tls_only: bool) -> str:
+def invitation(hosts: List[str], port: int, fingerprint: str, tls_only: bool) -> str:
     """How to join, ready to paste."""
     lines = []
-    addresses = own_addresses() if host in ("0.0.0.0", "::") else [host]
-    if host.startswith("127.") or host == "::1":
+    addresses = own_addresses() if {"0.0.0.0", "::"} & set(hosts) else hosts
+    if all(plain_address(host).is_loopback for host in hosts):
         lines.append("only this machine can join; --host 0.0.0.0 opens the chat to the network")
     for address in addresses:
         secured = f" --fingerprint {fingerprint}" if fingerprint else ""
