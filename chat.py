@@ -2046,7 +2046,15 @@ class Close(NamedTuple):
 
 
 Effect = Union[Broadcast, Unicast, Update, Close, ChannelState]
-HistoryQuery = Callable[[MemoryHistory], List[Message]]
+
+
+class HistoryQuery(NamedTuple):
+    """What the mailer asks the history, and the batch in which the answer stands: its type and parameters, or ()."""
+
+    run: Callable[[MemoryHistory], List[Message]]
+    batch: Tuple[str, ...] = ()
+
+
 Reply = Union[Message, Lines, HistoryQuery]
 
 
@@ -2111,9 +2119,9 @@ class Call:
             words = (self.message.command or "*", numeric.name.upper().replace("-", "_"), *context, text)
         self.replies.append(Message(numeric.code, words, self.hub.name, {"label": self.ref} if self.ref else NO_TAGS))
 
-    def query(self, query: HistoryQuery, weight: int) -> None:
-        """Replies with what the history answers, about `weight` messages."""
-        self.replies.append(query)
+    def query(self, run: Callable[[MemoryHistory], List[Message]], weight: int, *batch: str) -> None:
+        """Replies with what the history answers, about `weight` messages, in a batch if the caller knows batches."""
+        self.replies.append(HistoryQuery(run, batch if "batch" in self.session.dialect.caps else ()))
         self.hub.log_length += weight
         self.session.address.rows.debit(time.monotonic(), weight)
 
@@ -3333,11 +3341,11 @@ def relay(call: Call, target: str) -> None:
     check_length(message)
     session.last_spoke = time.time()
     hub.messages += 1
-    item = StoredMessage(channel.folded if channel else "", message, key, None if channel and text else True)
+    item = StoredMessage(channel.folded if channel and text else "", message, key)
+    call.stored.append(item)
     if channel:
         echo = session in channel.members and not call.ref and "echo-message" in session.dialect.caps
         call.broadcast(message, channel, echo=echo)
-        call.stored.append(item)
     else:
         echo = other is session
         relay_private(call, other, message)
@@ -3405,6 +3413,7 @@ def setname(call: Call) -> None:
 
 # Queries.
 
+TARGETS_BATCH = "draft/chathistory-targets"
 Span = Tuple[int, int]  # the first and the last sequence number that a reference means
 Page = Tuple[int, int, int, bool]  # low, high, limit, newest: see MemoryHistory.fetch
 # What a subcommand of CHATHISTORY asks for, from its references and limit.
@@ -3442,7 +3451,7 @@ def chathistory(call: Call) -> None:
         raise CommandError(FAIL_INVALID_PARAMS, sub)
     if sub == "TARGETS":
         names = {channel.folded: channel.name for channel in call.session.channels}
-        call.query(functools.partial(target_messages, call, names, sorted(spans), limit), len(names))
+        call.query(functools.partial(target_messages, hub.name, names, sorted(spans), limit), len(names), TARGETS_BATCH)
         return
     channel = hub.channels.get(fold(words[0]))
     if channel is None or call.session not in channel.members:
@@ -3451,29 +3460,23 @@ def chathistory(call: Call) -> None:
     pages = [(low, min(high, until), size, newest) for low, high, size, newest in PAGES[sub](spans, limit)]
     times = [first for first, last in spans if last > first]  # a time, not a message
     since = {low: server_time((low + 500) / 1e6) for first in times for low in (first - 1, first + 999)}
-    call.query(functools.partial(page_messages, call, channel.name, pages, since), limit)
+    call.query(functools.partial(page_messages, channel.folded, pages, since), limit, "chathistory", channel.name)
 
 
-def page_messages(
-    call: Call, name: str, pages: List[Page], since: Dict[int, str], history: MemoryHistory
-) -> List[Message]:
-    """The answer to CHATHISTORY: pages of what was said in a channel, by its own time where `since` has their low."""
-    found = (history.fetch(fold(name), *page, since.get(page[0], "")) for page in pages)
-    said = [strip_private_tags(message) for page in found for message in page]
-    return batch_of("chathistory", (name,), call.hub.name, said) if "batch" in call.session.dialect.caps else said
+def page_messages(channel: str, pages: List[Page], since: Dict[int, str], history: MemoryHistory) -> List[Message]:
+    """Pages of what was said in a channel, by its own time where `since` has their low."""
+    found = (history.fetch(channel, *page, since.get(page[0], "")) for page in pages)
+    return [strip_private_tags(message) for page in found for message in page]
 
 
 def target_messages(
-    call: Call, names: Dict[str, str], spans: List[Span], limit: int, history: MemoryHistory
+    server: str, names: Dict[str, str], spans: List[Span], limit: int, history: MemoryHistory
 ) -> List[Message]:
-    """The answer to CHATHISTORY TARGETS: of these channels, those whose last message is in a span of time."""
-    server = call.hub.name
+    """Of channels, folded name -> name, those whose last message is in a span of time."""
     last = {name: item for key, name in names.items() for item in history.fetch(key, 0, MAX_SEQUENCE, 1, True)}
     start, end = (server_time((first + 500) / 1e6) for first, _ in spans)
     found = sorted((sequence(item), name) for name, item in last.items() if start < item.tags["time"] < end)
-    lines = [Message("CHATHISTORY", ("TARGETS", name, last[name].tags["time"]), server) for _, name in found[:limit]]
-    batched = "batch" in call.session.dialect.caps
-    return batch_of("draft/chathistory-targets", (), server, lines) if batched else lines
+    return [Message("CHATHISTORY", ("TARGETS", name, last[name].tags["time"]), server) for _, name in found[:limit]]
 
 
 @query("WHO <channel or name> [%<fields>[,<token>]]")
@@ -3618,13 +3621,16 @@ query("WALLOPS :<text>")(lambda call: [(ERR_NOPRIVILEGES,)])
 def commit(hub: Hub, batch: List[Call]) -> List[Effect]:
     """Stores the batch in one transaction and runs its history queries. If storing fails, nothing of it is delivered
     and the senders get an error."""
-    pending = [item for call in batch for item in call.stored if item.stored is None]
+    pending = [item for call in batch for item in call.stored if item.stored is None and item.channel]
     states = [effect for call in batch for effect in call.effects if type(effect) is ChannelState]
     if pending or states:
         store_batch(hub, list(dict.fromkeys(pending)), states)  # a resend may be in the same batch
     effects: List[Effect] = []
     for call in batch:
-        if call.stored and not all(item.stored for item in call.stored):
+        failed = any(item.stored is False for item in call.stored)
+        for item in call.stored:
+            item.stored = not failed if item.stored is None else item.stored
+        if failed:
             call.effects, call.replies = [], []
             call.reply_error(CommandError(FAIL_CANNOT_STORE, hub.storage_error or "try again"))
         else:
@@ -3715,7 +3721,8 @@ def run_query(call: Call, query: HistoryQuery) -> List[Message]:
     try:
         if call.hub.unsaved:  # it may tell what must be shown no more
             raise StorageError(call.hub.storage_error)
-        return query(call.hub.history)
+        messages = query.run(call.hub.history)
+        return batch_of(query.batch[0], query.batch[1:], call.hub.name, messages) if query.batch else messages
     except StorageError:
         return [Message("FAIL", ("CHATHISTORY", "MESSAGE_ERROR", FAIL_MESSAGE_ERROR.text), call.hub.name)]
 

@@ -1135,6 +1135,18 @@ class State(unittest.TestCase):
         hub.drain_log()
         self.assertEqual(hub.log_length, 0)
 
+    def test_batches_begin_where_they_were_negotiated(self) -> None:
+        hub, session = chat.Hub("s"), self.session("bob", chat.irc())
+        hub.nicks["bob"] = session
+        session.send = lambda data, flags: len(data)
+        for line in ("JOIN #a", "CHATHISTORY LATEST #a * 5", "CAP REQ :batch", "CHATHISTORY LATEST #a * 5"):
+            chat.handle_line(hub, session, line.encode())
+        got: Dict[chat.Session, bytes] = {session: b""}
+        self.collect(hub, got)
+        lines = [chat.parse(line).command for line in got[session].decode().splitlines()]
+        self.assertEqual(lines[-3:], ["CAP", "BATCH", "BATCH"])
+        self.assertNotIn("BATCH", lines[:-3])
+
     def test_nobody_waits_for_a_mailer_that_is_no_more(self) -> None:
         hub, session = chat.Hub("s"), self.session("bob", chat.irc())
         line = (hub, session, b"PING x")
@@ -3599,6 +3611,26 @@ class Receipts(ServerCase):
         stored = [item.text for item in history.transcript(0)]
         self.assertTrue(failed and echoed)
         self.assertEqual(sorted(stored), sorted(echoed))
+
+    def test_what_was_not_said_to_one_because_of_another_is_said_when_sent_again(self) -> None:
+        caps = f"echo-message message-tags batch labeled-response standard-replies {chat.RESUME_CAP}"
+        ann, bob = self.peer(f"CAP REQ :{caps}\r\nRESUME {'x' * 16}\r\n"), self.plain("bob")
+        ann.send("NICK ann\r\nUSER a 0 * :a\r\nCAP END\r\nJOIN #chat\r\n")
+        ann.until(" 366 ")
+        line = f"@label=L;{chat.ID_TAG}=k1 PRIVMSG #chat,bob :psst\r\n"
+        self.history.why = "the disk is full"
+        with self.assertLogs("chat"):
+            ann.send(line)
+            ann.until("FAIL PRIVMSG CANNOT_STORE")
+            self.history.why = ""
+            for _ in range(2):
+                ann.send(line)
+                self.assertIn("PRIVMSG #chat :psst", ann.until("PRIVMSG #chat"))
+                self.assertIn("PRIVMSG bob :psst", ann.until("PRIVMSG bob"))
+        ann.send("PRIVMSG #chat :end\r\n")
+        bob.until("ann: end")
+        said = [text for text in bob.seen if "psst" in text]
+        self.assertEqual(said, ["ann: psst", "[private] ann: psst"])
 
     def test_one_answer_to_a_label_when_nothing_is_stored(self) -> None:
         ann = self.irc("ann", "batch", "labeled-response", "standard-replies")
