@@ -5142,7 +5142,7 @@ class Link:
 
     def _write(self) -> None:
         try:
-            sock = self._sock = socket.create_connection(self._address, CONNECT_S)
+            sock = self._sock = connect(*self._address)
         except (OSError, UnicodeError) as error:
             self._events.put(("closed", (self, False, getattr(error, "strerror", None) or str(error))))
             return
@@ -5209,6 +5209,16 @@ class Link:
                 self._lines.put_nowait(b"\n")  # the writer sends it along with this; no server minds an empty line
             if data or self._tls.ended:
                 return data
+
+
+def connect(host: str, port: int) -> socket.socket:
+    """A connection to the first address that takes one; on this machine, its IPv6 address is one of them."""
+    try:
+        return socket.create_connection((host, port), CONNECT_S)
+    except ConnectionRefusedError:
+        if host not in ("localhost", "127.0.0.1"):
+            raise
+        return socket.create_connection(("::1", port), CONNECT_S)
 
 
 class Line(NamedTuple):

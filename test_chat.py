@@ -6039,6 +6039,14 @@ class ClientProgram(ProgramCase):
         self.assertEqual("".join(line[len("ci: ") :] for line in got[501:]).replace(" ", ""), "x" * 400)
         self.assertEqual(out, "*** ci joined (2 here)\n")
 
+    @unittest.skipUnless(socket.has_ipv6, "needs IPv6")
+    def test_a_server_on_the_other_loopback_address_is_found(self) -> None:
+        program = self.start("server", "--port", "0", "--host", "::1")
+        assert program.stdout
+        port = int(program.stdout.readline().rpartition(":")[2])
+        for host in ((), ("--host", "localhost")):
+            self.assertEqual(self.run_client(port, "", "--name", "ci", "-m", "hi", *host), (0, "", ""))
+
     def test_name_taken(self) -> None:
         _, port = self.server()
         bob = Peer(port, "bob\n")
