@@ -1319,7 +1319,6 @@ class ChannelState(NamedTuple):
 
     channel: str  # folded
     state: str  # see Channel.state; '' where there is nothing to restore
-    hidden: Tuple[Tuple[int, int], ...] = ()  # messages above a number, up to another one, are shown no more
 
 
 class StorageError(Exception):
@@ -1327,9 +1326,9 @@ class StorageError(Exception):
 
 
 class MemoryHistory:
-    """The last MEMORY_LINES messages of each channel, by folded name, in memory. Only the mailer uses it."""
+    """The last MEMORY_LINES messages of each log, by its name, in memory: see Channel.logs. Only the mailer uses it."""
 
-    in_use: Callable[[str], bool] = staticmethod(lambda channel: False)  # whether a channel has members
+    in_use: Callable[[str], bool] = staticmethod(lambda name: False)  # whether a log is one of a channel with members
 
     def __init__(self) -> None:
         # Sequence numbers beside their messages; the channel used last is last.
@@ -1338,7 +1337,7 @@ class MemoryHistory:
         self._keys: Dict[DedupKey, Message] = {}
 
     def append(self, messages: List[Tuple[str, Message]], states: Sequence[ChannelState] = ()) -> None:
-        """Stores messages, each with its channel, and states: all of them, or none and raises StorageError."""
+        """Stores messages, each with its log's name, and states: all of them, or none and raises StorageError."""
         for channel, message in messages:
             kept = self._channels.pop(channel, None) or (collections.deque(), collections.deque())
             self._channels[channel] = kept
@@ -1349,28 +1348,21 @@ class MemoryHistory:
             if key:
                 self._keys[key] = message
             self._trim(channel, MEMORY_LINES)
-        for state in states:
-            for first, last in state.hidden:
-                numbers = self._channels.get(state.channel, ((), ()))[0]
-                start = bisect.bisect_right(numbers, first)
-                self._drop(state.channel, start, bisect.bisect_right(numbers, last) - start)
         if self._lines > MEMORY_TOTAL:
             self._make_room(MEMORY_TOTAL * 99 // 100)
 
-    def _trim(self, channel: str, size: int) -> None:
-        """Forgets the oldest messages of a channel."""
-        self._drop(channel, 0, len(self._channels[channel][0]) - size)
-
-    def _drop(self, channel: str, start: int, count: int) -> None:
-        for _ in range(count):
-            numbers, messages = self._channels[channel]
-            key = dedup_key(messages[start])
+    def _trim(self, name: str, size: int) -> None:
+        """Forgets the oldest messages of a log."""
+        numbers, messages = self._channels[name]
+        while len(numbers) > size:
+            key = dedup_key(messages[0])
             if key:
                 self._keys.pop(key, None)
-            del numbers[start], messages[start]
+            numbers.popleft()
+            messages.popleft()
             self._lines -= 1
-            if not numbers:
-                del self._channels[channel]
+        if not numbers:
+            del self._channels[name]
 
     def _make_room(self, total: int) -> None:
         """Forgets channels without members, the least recently used first, and then the oldest of the longest."""
@@ -1393,6 +1385,14 @@ class MemoryHistory:
         if not since:
             first, end = (max(first, end - limit), end) if newest else (first, min(end, first + limit))
         found = [item for item in itertools.islice(messages, first, max(end, first)) if item.tags["time"] >= since]
+        return found[max(len(found) - limit, 0) :] if newest else found[:limit]
+
+    def fetch_all(
+        self, names: Sequence[str], low: int, high: int, limit: int, newest: bool, since: str = ""
+    ) -> List[Message]:
+        """The same of several logs together."""
+        found = [item for name in names for item in self.fetch(name, low, high, limit, newest, since)]
+        found.sort(key=sequence)
         return found[max(len(found) - limit, 0) :] if newest else found[:limit]
 
     def find(self, keys: Sequence[DedupKey]) -> Dict[DedupKey, Message]:
@@ -1420,7 +1420,6 @@ HISTORY_TABLES = (
     "CREATE INDEX IF NOT EXISTS said_number ON said (number)",
     "CREATE INDEX IF NOT EXISTS said_key ON said (key) WHERE key IS NOT NULL",
     "CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY, channel TEXT UNIQUE, state TEXT)",
-    "CREATE TABLE IF NOT EXISTS hidden (channel TEXT, first INTEGER, last INTEGER, PRIMARY KEY (channel, last))",
 )
 
 
@@ -1564,43 +1563,20 @@ class SqliteHistory(MemoryHistory):
         self._check_files()
         with self._transaction():
             self._db.executemany("INSERT INTO said (channel, number, line, key) VALUES (?, ?, ?, ?)", rows)
-            for channel, state, hidden in states:
+            for channel, state in states:
                 self._rows("DELETE FROM state WHERE channel = ?", channel)
                 if state:
                     self._rows("INSERT INTO state (channel, state) VALUES (?, ?)", channel, state)
-                for first, last in hidden:
-                    self._hide(channel, first, last)
         self._check_files()
-
-    def _hide(self, channel: str, first: int, last: int) -> None:
-        """Hides a range, in one with the last if nothing is shown between them: so what is shown separates all two."""
-        query = "SELECT 1 FROM said WHERE channel = ? AND number > ? AND number <= ? LIMIT 1"
-        if self._rows(query, channel, first, last):
-            before = self._rows("SELECT first, last FROM hidden WHERE channel = ? ORDER BY last DESC LIMIT 1", channel)
-            if before and not self._rows(query, channel, before[0][1], first):
-                first = before[0][0]
-                self._rows("DELETE FROM hidden WHERE channel = ? AND last = ?", channel, before[0][1])
-            self._rows("INSERT OR REPLACE INTO hidden VALUES (?, ?, ?)", channel, first, last)
 
     def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool, since: str = "") -> List[Message]:
         order = "DESC" if newest else "ASC"
-        query = f"channel = ? AND last > ? AND first < ? ORDER BY last {order} LIMIT ?"
-        hidden = self._asked(f"SELECT first, last FROM hidden WHERE {query}", channel, low, high, limit + 1)
-        found: List[Message] = []
-        for first, last in hidden:  # what is shown before it, in this order
-            start, end = (last, high) if newest else (low, first + 1)
-            found += self._fetch(channel, start, end, limit - len(found), order, since)
-            low, high = (low, first + 1) if newest else (last, high)
-        if len(hidden) <= limit:  # otherwise more is hidden, and enough was found
-            found += self._fetch(channel, low, high, limit - len(found), order, since)
-        return found[::-1] if newest else found
-
-    def _fetch(self, channel: str, low: int, high: int, limit: int, order: str, since: str) -> List[Message]:
         query = f"SELECT line, number FROM said WHERE channel = ? AND number > ? AND number < ? ORDER BY number {order}"
         if since:  # the time is each line's first tag
             query = f"SELECT line, number FROM ({query} LIMIT {SCANNED_LINES}) WHERE substr(line, 7, 24) >= '{since}'"
             query += f" ORDER BY number {order}"
-        return parse_rows(self._asked(f"{query} LIMIT ?", channel, low, high, limit))
+        found = parse_rows(self._asked(f"{query} LIMIT ?", channel, low, high, limit))
+        return found[::-1] if newest else found
 
     def find(self, keys: Sequence[DedupKey]) -> Dict[DedupKey, Message]:
         found: List[Message] = []
@@ -1613,11 +1589,12 @@ class SqliteHistory(MemoryHistory):
     def transcript(self, since: float, channel: str = "") -> Iterator[Message]:
         """All that was said, in order, in one channel or in all, from a Unix time on."""
         low, first = int(since * 1e6) - 1, server_time(since + 1e-6)
-        condition = "number > ? AND channel = ?" if channel else "number > ? AND '' = ?"
+        condition = "number > ? AND (channel = ? OR channel > ? || ' ' AND channel < ? || '!')"  # see Channel.logs
+        condition = condition if channel else "number > ? AND '' IN (?, ?, ?)"
         query = f"SELECT line, number FROM said WHERE {condition} ORDER BY number LIMIT ?"
         rows = self._asked("SELECT 1 FROM sqlite_master")  # there is nothing in an empty file
         while rows:  # page by page: while a query runs, the server cannot use the write-ahead log's space again
-            rows = self._asked(query, low, channel, SCANNED_LINES)
+            rows = self._asked(query, low, channel, channel, channel, SCANNED_LINES)
             yield from (strip_private_tags(item) for item in parse_rows(rows) if item.tags["time"] >= first)
             low = rows[-1][1] if rows else low
 
@@ -1626,13 +1603,9 @@ class SqliteHistory(MemoryHistory):
 
     def states(self) -> Dict[str, str]:
         rows = self._asked("SELECT channel, state, id FROM state ORDER BY id DESC LIMIT ?", SAVED_CHANNELS)
-        if len(rows) == SAVED_CHANNELS:  # whose modes are lost must not be read by everybody
-            last, oldest = self.last_sequence(), rows[-1][2]
+        if len(rows) == SAVED_CHANNELS:
             with self._transaction():
-                for (channel,) in self._rows("SELECT channel FROM state WHERE id < ?", oldest):
-                    self._rows("DELETE FROM hidden WHERE channel = ?", channel)
-                    self._hide(channel, 0, last)
-                self._rows("DELETE FROM state WHERE id < ?", oldest)
+                self._rows("DELETE FROM state WHERE id < ?", rows[-1][2])
         return {channel: state for channel, state, _ in rows}
 
     def prune(self) -> None:
@@ -1646,10 +1619,6 @@ class SqliteHistory(MemoryHistory):
                 return
             with self._transaction():
                 self._db.executemany("DELETE FROM said WHERE channel = ? AND number = ?", rows)
-                left = "SELECT ifnull(min(number), ?) FROM said WHERE channel = ?"
-                for channel in {channel for channel, _ in rows}:
-                    query = f"DELETE FROM hidden WHERE channel = ? AND last < ({left})"
-                    self._rows(query, channel, MAX_SEQUENCE, channel)
 
     def close(self) -> None:
         with contextlib.suppress(self._errors):
@@ -1907,7 +1876,7 @@ class Channel:
         self.topic = self.topic_by = ""
         self.topic_time = 0
         self.modes = dict(NEW_MODES)  # letter -> parameter, or ''
-        self.closed_after = 0  # the last message before it got a key or was for the invited; 0 where it is not
+        self.closed_after = 0  # the last message id before it got a key or was for the invited; 0 where it is not
         self.bans: Dict[str, Ban] = {}  # by folded mask
         self.members: Dict[Session, str] = {}  # -> rank: '', 'o', 'v' or 'ov'; at the log's write end
         self.audience: Dict[Dialect, Dict[Session, None]] = {}  # the same by dialect, at the log's read end
@@ -1950,6 +1919,14 @@ class Channel:
 
     def _name(self, member: Session, caps: frozenset[str]) -> str:
         return signs(self.members[member], caps) + (member.prefix if "userhost-in-names" in caps else member.nick)
+
+    @property
+    def logs(self) -> Tuple[str, ...]:
+        """The names of the logs in which its members may read. What is said goes to the last one.
+
+        While the channel has a key or is for the invited, that is one of its own, which nobody reads afterwards.
+        """
+        return (self.folded, f"{self.folded} {self.closed_after:x}") if self.closed_after else (self.folded,)
 
     def state(self) -> str:
         """What is restored after a restart: topic, modes and bans; '' where that is what a new channel has."""
@@ -2061,10 +2038,10 @@ Reply = Union[Message, Lines, HistoryQuery]
 class StoredMessage:
     """A message that has to be stored before anybody gets it. The calls that send it, and send it again, share it."""
 
-    __slots__ = ("channel", "key", "message", "original", "stored")
+    __slots__ = ("key", "log_name", "message", "original", "stored")
 
-    def __init__(self, channel: str, message: Message, key: Optional[DedupKey], stored: Optional[bool] = None) -> None:
-        self.channel = channel  # folded
+    def __init__(self, log_name: str, message: Message, key: Optional[DedupKey], stored: Optional[bool] = None) -> None:
+        self.log_name = log_name  # of a channel; '' for what is not stored
         self.message = message
         self.key = key  # by which a resend is recognised
         self.original: Optional[Message] = None  # which this one repeats, as the history tells
@@ -2176,15 +2153,15 @@ class Call:
     def save(self, channel: Channel, reopened: bool = False) -> None:
         """Has what a restart keeps of a channel stored: nothing once it has no members.
 
-        With `reopened`, others may come in than those for whom it was closed: what was said since is shown no more.
+        With `reopened`, others may come in than those for whom it was closed: see Channel.logs.
         """
-        hidden: Tuple[Tuple[int, int], ...] = ()
-        if channel.closed_after and reopened:
-            hidden = ((channel.closed_after, self.hub.ids.last),)
+        closed = "k" in channel.modes or "i" in channel.modes
+        if reopened or not closed:
             channel.closed_after = 0
-        if channel.members and not channel.closed_after and ("k" in channel.modes or "i" in channel.modes):
+        if closed and not channel.closed_after:
+            self.hub.ids.next()  # no two times that a channel is closed begin alike
             channel.closed_after = self.hub.ids.last
-        self.effects.append(ChannelState(channel.folded, channel.state() if channel.members else "", hidden))
+        self.effects.append(ChannelState(channel.folded, channel.state() if channel.members else ""))
 
     def _update(self, session: Session) -> None:
         self.effects.append(Update(session, session.dialect, tuple(session.channels)))
@@ -2322,7 +2299,7 @@ class Hub:
         self.disconnected = 0  # how many of them
         self.nicks: Dict[str, Session] = {}  # folded nick -> who holds it
         self.channels: Dict[str, Channel] = {}  # folded name -> a channel that has members
-        self.history.in_use = self.channels.__contains__
+        self.history.in_use = self._is_readable
         # folded name -> Channel.state of one from before the restart, into which nobody has come back
         self.restored = self.history.states()
         self.guests = itertools.count(1)  # numbers for those who bring no name
@@ -2352,6 +2329,10 @@ class Hub:
 
     def _is_not_full(self) -> bool:
         return self.log_broadcasts < LOG_HIGH_WATER and self.log_length < LOG_ENTRIES or self.closed
+
+    def _is_readable(self, log_name: str) -> bool:
+        channel = self.channels.get(log_name.partition(" ")[0])
+        return channel is not None and log_name in channel.logs
 
     # For the server's threads, without the lock.
 
@@ -3005,7 +2986,7 @@ def join_channel(call: Call, name: str, key: str) -> None:
     send_channel_info(call, channel)
     if hub.replay and "draft/chathistory" not in session.dialect.caps:
         batched = "batch" in session.dialect.caps
-        call.query(functools.partial(replay, hub, channel.name, hub.ids.last, batched), hub.replay)
+        call.query(functools.partial(replay, hub, channel.name, channel.logs, hub.ids.last, batched), hub.replay)
 
 
 def check_can_join(session: Session, channel: Channel, key: str) -> None:
@@ -3035,10 +3016,12 @@ def send_channel_info(call: Call, channel: Channel) -> None:
         send_names(call, channel)
 
 
-def replay(hub: Hub, name: str, until: int, batched: bool, history: MemoryHistory) -> List[Message]:
+def replay(
+    hub: Hub, name: str, logs: Tuple[str, ...], until: int, batched: bool, history: MemoryHistory
+) -> List[Message]:
     """What was said last in a channel, for those who cannot ask, between lines that tell when; all in one batch, by
     which a client tells it from news."""
-    said = history.fetch(fold(name), 0, until, hub.replay, True)
+    said = history.fetch_all(logs, 0, until, hub.replay, True)
     if not said:
         return []
     first, last = (item.tags["time"].replace("T", " ")[:16] for item in (said[0], said[-1]))
@@ -3341,7 +3324,7 @@ def relay(call: Call, target: str) -> None:
     check_length(message)
     session.last_spoke = time.time()
     hub.messages += 1
-    item = StoredMessage(channel.folded if channel and text else "", message, key)
+    item = StoredMessage(channel.logs[-1] if channel and text else "", message, key)
     call.stored.append(item)
     if channel:
         echo = session in channel.members and not call.ref and "echo-message" in session.dialect.caps
@@ -3450,7 +3433,7 @@ def chathistory(call: Call) -> None:
     if limit < 0 or len(spans) != (2 if sub in ("BETWEEN", "TARGETS") else 1):
         raise CommandError(FAIL_INVALID_PARAMS, sub)
     if sub == "TARGETS":
-        names = {channel.folded: channel.name for channel in call.session.channels}
+        names = {channel.logs: channel.name for channel in call.session.channels}
         call.query(functools.partial(target_messages, hub.name, names, sorted(spans), limit), len(names), TARGETS_BATCH)
         return
     channel = hub.channels.get(fold(words[0]))
@@ -3460,20 +3443,22 @@ def chathistory(call: Call) -> None:
     pages = [(low, min(high, until), size, newest) for low, high, size, newest in PAGES[sub](spans, limit)]
     times = [first for first, last in spans if last > first]  # a time, not a message
     since = {low: server_time((low + 500) / 1e6) for first in times for low in (first - 1, first + 999)}
-    call.query(functools.partial(page_messages, channel.folded, pages, since), limit, "chathistory", channel.name)
+    call.query(functools.partial(page_messages, channel.logs, pages, since), limit, "chathistory", channel.name)
 
 
-def page_messages(channel: str, pages: List[Page], since: Dict[int, str], history: MemoryHistory) -> List[Message]:
+def page_messages(
+    logs: Tuple[str, ...], pages: List[Page], since: Dict[int, str], history: MemoryHistory
+) -> List[Message]:
     """Pages of what was said in a channel, by its own time where `since` has their low."""
-    found = (history.fetch(channel, *page, since.get(page[0], "")) for page in pages)
+    found = (history.fetch_all(logs, *page, since.get(page[0], "")) for page in pages)
     return [strip_private_tags(message) for page in found for message in page]
 
 
 def target_messages(
-    server: str, names: Dict[str, str], spans: List[Span], limit: int, history: MemoryHistory
+    server: str, names: Dict[Tuple[str, ...], str], spans: List[Span], limit: int, history: MemoryHistory
 ) -> List[Message]:
-    """Of channels, folded name -> name, those whose last message is in a span of time."""
-    last = {name: item for key, name in names.items() for item in history.fetch(key, 0, MAX_SEQUENCE, 1, True)}
+    """Of channels, logs -> name, those whose last message is in a span of time."""
+    last = {name: item for logs, name in names.items() for item in history.fetch_all(logs, 0, MAX_SEQUENCE, 1, True)}
     start, end = (server_time((first + 500) / 1e6) for first, _ in spans)
     found = sorted((sequence(item), name) for name, item in last.items() if start < item.tags["time"] < end)
     return [Message("CHATHISTORY", ("TARGETS", name, last[name].tags["time"]), server) for _, name in found[:limit]]
@@ -3621,7 +3606,7 @@ query("WALLOPS :<text>")(lambda call: [(ERR_NOPRIVILEGES,)])
 def commit(hub: Hub, batch: List[Call]) -> List[Effect]:
     """Stores the batch in one transaction and runs its history queries. If storing fails, nothing of it is delivered
     and the senders get an error."""
-    pending = [item for call in batch for item in call.stored if item.stored is None and item.channel]
+    pending = [item for call in batch for item in call.stored if item.stored is None and item.log_name]
     states = [effect for call in batch for effect in call.effects if type(effect) is ChannelState]
     if pending or states:
         store_batch(hub, list(dict.fromkeys(pending)), states)  # a resend may be in the same batch
@@ -3654,9 +3639,7 @@ def repeat(call: Call, message: Message, original: Message) -> None:
 def store_batch(hub: Hub, items: List[StoredMessage], states: List[ChannelState]) -> None:
     """Stores states of channels and messages, each with the token of a sender who may resend it, but for those that are
     stored already; or sets hub.storage_error."""
-    for state in states:
-        earlier = hub.unsaved[state.channel].hidden if state.channel in hub.unsaved else ()
-        hub.unsaved[state.channel] = state._replace(hidden=earlier + state.hidden)
+    hub.unsaved.update((state.channel, state) for state in states)
     messages = []
     try:
         known = hub.history.find([item.key for item in items if item.key])
@@ -3665,7 +3648,7 @@ def store_batch(hub: Hub, items: List[StoredMessage], states: List[ChannelState]
             if item.key and known.setdefault(item.key, message) is not message:
                 item.original = strip_private_tags(known[item.key])
             else:
-                messages.append((item.channel, message))
+                messages.append((item.log_name, message))
         hub.history.append(messages, list(hub.unsaved.values()))
         if hub.storage_error:
             log.warning("what is said can be stored again")
@@ -3719,8 +3702,6 @@ def run_query(call: Call, query: HistoryQuery) -> List[Message]:
     if call.session.send is discard:
         return []
     try:
-        if call.hub.unsaved:  # it may tell what must be shown no more
-            raise StorageError(call.hub.storage_error)
         messages = query.run(call.hub.history)
         return batch_of(query.batch[0], query.batch[1:], call.hub.name, messages) if query.batch else messages
     except StorageError:
@@ -5216,9 +5197,10 @@ def connect(host: str, port: int) -> socket.socket:
     try:
         return socket.create_connection((host, port), CONNECT_S)
     except ConnectionRefusedError:
-        if host not in ("localhost", "127.0.0.1"):
-            raise
-        return socket.create_connection(("::1", port), CONNECT_S)
+        if host in ("localhost", "127.0.0.1"):
+            with contextlib.suppress(OSError):
+                return socket.create_connection(("::1", port), CONNECT_S)
+        raise
 
 
 class Line(NamedTuple):
