@@ -2312,7 +2312,8 @@ class Hub:
         self.wake: Callable[[], None] = lambda: None  # wakes the mailer
         self._lock = threading.Lock()
         self.not_full = Turnstile(self._lock, self._is_not_full)  # for commands, where the log is
-        self.idle = Turnstile(self._lock, lambda: self.log_length < QUERY_ENTRIES or self.closed)  # for queries
+        self.idle = Turnstile(self._lock, self._is_idle)  # for queries, where it is
+        self.log_queries = 0  # in the log: one at a time, so that others need not wait for many
         self.closed = False  # nobody takes the log any more
         self._mailer_waits = False
         self._log: List[Call] = []
@@ -2332,6 +2333,9 @@ class Hub:
 
     def _is_not_full(self) -> bool:
         return self.log_broadcasts < LOG_HIGH_WATER and self.log_length < LOG_ENTRIES or self.closed
+
+    def _is_idle(self) -> bool:
+        return not self.log_queries and self.log_length < QUERY_ENTRIES or self.closed
 
     def _is_readable(self, log_name: str) -> bool:
         channel = self.channels.get(log_name.partition(" ")[0])
@@ -2392,7 +2396,7 @@ class Hub:
         with self._lock:
             calls, self._log = self._log, []
             records, self._log_records = self._log_records, []
-            self.log_broadcasts = self.log_length = 0
+            self.log_broadcasts = self.log_length = self.log_queries = 0
             self.not_full.wake()
             self.idle.wake()
             self._mailer_waits = not (calls or records)
@@ -2414,6 +2418,7 @@ class Hub:
         time.sleep(PAUSE_S)  # without that, this thread would be the next one to have it, too
         self.__enter__()
         self.idle.wait()
+        self.log_queries += 1
 
     def log_later(self, level: int, text: str, *values: object) -> None:
         """Has the mailer write to the program's log: a reader's stack would grow by what that takes."""
@@ -2531,6 +2536,7 @@ def query(grammar: str, min_params: int = 0, names_server: bool = False) -> Call
 def check_query_rate(call: Call) -> None:
     """Waits until there is time for a query; raises CommandError where its address has had too many rows of answers."""
     call.hub.idle.wait()
+    call.hub.log_queries += 1
     address = call.session.address
     if not address.exempt and address.rows.is_empty(time.monotonic()):
         raise CommandError(RPL_TRYAGAIN, call.message.command)

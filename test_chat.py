@@ -1123,12 +1123,29 @@ class State(unittest.TestCase):
         hub.drain_log()
         self.assertEqual(hub.log_length, 0)
 
+    def test_one_query_at_a_time_is_in_the_log(self) -> None:
+        hub, answered = chat.Hub("s"), threading.Semaphore(0)
+        sessions = [self.session(f"u{number}", chat.irc()) for number in range(5)]
+
+        def ask(session: chat.Session) -> None:
+            chat.handle_line(hub, session, b"LUSERS")
+            answered.release()
+
+        for session in sessions:
+            threading.Thread(target=ask, args=(session,), daemon=True).start()
+        for _ in sessions:
+            self.assertTrue(answered.acquire(timeout=PATIENCE))
+            chat.handle_line(hub, sessions[0], b"PING x")  # does not wait
+            calls = [call.message.command for call in hub.drain_log()]
+            self.assertEqual(calls, ["LUSERS", "PING"])
+
     def test_batches_begin_where_they_were_negotiated(self) -> None:
         hub, session = chat.Hub("s"), self.session("bob", chat.irc())
         hub.nicks["bob"] = session
         session.send = lambda data, flags: len(data)
-        for line in ("JOIN #a", "CHATHISTORY LATEST #a * 5", "CAP REQ :batch", "CHATHISTORY LATEST #a * 5"):
-            chat.handle_line(hub, session, line.encode())
+        with mock.patch.object(hub.idle, "wait"):  # for the mailer, between two queries
+            for line in ("JOIN #a", "CHATHISTORY LATEST #a * 5", "CAP REQ :batch", "CHATHISTORY LATEST #a * 5"):
+                chat.handle_line(hub, session, line.encode())
         got: Dict[chat.Session, bytes] = {session: b""}
         self.collect(hub, got)
         lines = [chat.parse(line).command for line in got[session].decode().splitlines()]
