@@ -234,6 +234,7 @@ PEOPLE, NAME_CHARS = 100_000, 100  # names that are remembered, so that no serve
 UNECHOED_LINES = 50  # a pipe sends so many ahead of their echo: fills no buffer, hides the round trip
 HISTORY_LINES = 500  # typed lines that can be called back
 PASTE_CHARS = 1 << 16  # at most, of one paste
+ANSWER_CHARS = 1000  # of an answer of the terminal; one without an end, Alt-], does not swallow more of what is typed
 WAITING_ROWS = 5  # shown of our lines that are not confirmed
 GREETED = 20  # names that are told on entering a channel
 # Looks: parameters of Select Graphic Rendition (ECMA-48, 8.3.117); names in colours seen on dark and light ground.
@@ -4630,10 +4631,14 @@ def raise_descriptor_limit() -> None:
 PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"  # bracketed paste, as xterm has it
 KEY = re.compile(
     r"\x1b\[200~.*?\x1b\[201~"  # a paste, whole
-    r"|\x1b\[(?!200~)[0-?]*[ -/]*(?:[@-~]|(?=[^ -~]))"  # CSI sequences, also broken off
-    r"|\x1bO."  # SS3: arrows in application mode
-    r"|\x1b(?=[\x00-\x1f])|\x1b[^\[O\x00-\x1f]"  # Esc alone; Alt and a key
-    r"|[^\x1b]",
+    r"|\x1b\[\d+\$"  # rxvt, with Shift
+    r"|\x1b\[M.{3}"  # a mouse report of X10
+    r"|\x1b\[(?:\[|(?!\[|M|200~))[ -?]*(?:[@-~]|(?=[^ -~]))"  # CSI sequences, [[ in the Linux console; also broken off
+    r"|\x1bO[0-?]*(?:[ -/@-~]|(?=[^ -~]))"  # SS3: arrows in application mode
+    r"|(?P<answer>\x1b[]PX^_](?:[^\0-\x1f\x7f]{%d}|[^\0-\x1f\x7f]*"  # OSC, DCS, SOS, PM, APC strings, with their end
+    r"(?:\x07|\x1b\\|(?=\x1b[^\\]|[\0-\x06\b-\x1a\x1c-\x1f\x7f]))))"  # or broken off by another control character
+    r"|\x1b(?=[\x00-\x1f])|\x1b[^]\[OPX^_\x00-\x1f]"  # Esc alone; Alt and a key
+    r"|[^\x1b]" % ANSWER_CHARS,
     re.DOTALL,
 )
 CANCEL = "\x07"  # Ctrl-G
@@ -4648,28 +4653,23 @@ class Keys:
     """What is read from a terminal in, single keys out; the beginning of one waits for its rest."""
 
     def __init__(self) -> None:
-        self._tail = ""
+        self._rest = ""
         self._dropping = False  # until the end of a paste that was too long
 
     def feed(self, text: str) -> List[str]:
         """The keys that are complete with `text`; PASTE_BEGIN alone for a paste that is not taken."""
-        text, self._tail = self._tail + text, ""
-        keys, at = [], 0
-        if self._dropping:
-            at = text.find(PASTE_END) + len(PASTE_END)
-            self._dropping = at < len(PASTE_END)
-        while at < len(text) and not self._dropping:
-            unended = text.startswith(PASTE_BEGIN, at) and text.find(PASTE_END, at) < 0
-            match = None if unended else KEY.match(text, at)
-            if match is None:
-                self._dropping = len(text) - at > PASTE_CHARS
+        text, at = self._rest + text, 0
+        keys: List[str] = []
+        while not text.startswith(PASTE_BEGIN, at) or text.find(PASTE_END, at) > 0:
+            match = KEY.match(text, at)
+            if not match:
                 break
-            keys.append(match[0])
-            at = match.end()
-        if self._dropping:
-            keys += [PASTE_BEGIN] if at >= len(PASTE_END) or not at else []
-            at = max(len(text) - len(PASTE_END), 0)
-        self._tail = text[at:]
+            keys += [] if self._dropping or match["answer"] else [match[0]]
+            at, self._dropping = match.end(), False
+        self._rest = text[at:]
+        if self._rest.startswith(PASTE_BEGIN) and len(self._rest) > PASTE_CHARS:
+            keys += [] if self._dropping else [PASTE_BEGIN]
+            self._dropping, self._rest = True, PASTE_BEGIN + self._rest[1 - len(PASTE_END) :]
         return keys
 
 
@@ -4707,7 +4707,9 @@ class Editor:
         return "" if self._query is None else f"search '{escape_controls(self._query)}': ", self.text, self.cursor
 
     def press(self, key: str) -> Optional[Entered]:
-        """Does what a key means; returns what it entered."""
+        """Does what a key means; returns what it entered. A key that is not known does nothing."""
+        if len(key) > 1 and key not in BINDINGS and not key.endswith(PASTE_END):
+            return None
         if self._asked:
             lines, self._asked = self._asked, []
             return Entered(lines, True) if key in ("y", "Y") else None
@@ -4720,7 +4722,7 @@ class Editor:
             return BINDINGS[key](self)
         if key.endswith(PASTE_END):
             self._paste(key[len(PASTE_BEGIN) : -len(PASTE_END)])
-        elif len(key) == 1 and unicodedata.category(key) != "Cc":
+        elif unicodedata.category(key) != "Cc":
             self._insert(key)
         return None
 

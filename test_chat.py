@@ -4511,6 +4511,15 @@ class LineEditor(unittest.TestCase):
             ("\x1b[\rx\x1b[é", ["\x1b[", "\r", "x", "\x1b[", "é"]),  # begun, but no such key
             ("abc\x1b\r", ["a", "b", "c", "\x1b", "\r"]),
             ("\x1b[200~a\r\x1b[Ab\x1b[201~c", ["\x1b[200~a\r\x1b[Ab\x1b[201~", "c"]),
+            ("\x1b[[Ax\x1b[[\r", ["\x1b[[A", "x", "\x1b[[", "\r"]),  # a function key of the Linux console
+            ("\x1bO5Ax\x1bO\rx", ["\x1bO5A", "x", "\x1bO", "\r", "x"]),
+            ("\x1b[3$x\x1b[4;2$yx", ["\x1b[3$", "x", "\x1b[4;2$y", "x"]),  # Shift-Delete of rxvt; DECRPM
+            ("\x1b[M !!x\x1b[<0;1;1Mx", ["\x1b[M !!", "x", "\x1b[<0;1;1M", "x"]),  # mice
+            ("\x1b[ 1ax", ["\x1b[ 1a", "x"]),  # no such sequence: ends where one would
+            ("\x1b]11;rgb:0/é\x07x\x1bP1$r0m\x1b\\y", ["x", "y"]),  # answers of the terminal
+            ("\x1b_a\x1b\\x\x1b^b\x1b\\y\x1bXc\x07z", ["x", "y", "z"]),
+            ("\x1b]x\ry\x1b]x\x7fy\x1bPx\x1b[A", ["\r", "y", "\x7f", "y", "\x1b[A"]),  # Alt-] and Alt-P, typed
+            ("\x1b]" + "x" * chat.ANSWER_CHARS + "yz", ["y", "z"]),
         ):
             with self.subTest(text):
                 self.assertEqual(chat.Keys().feed(text), keys)
@@ -4553,6 +4562,7 @@ class LineEditor(unittest.TestCase):
             ("one two" + LEFT * 3 + "\x15\x05 \x19", "two one |"),
             ("a\x17b\x17\x19", "b|"),
             ("\x1b[99~a\x1bz\x00\x1b[200~b\tc\x1b[201~", "ab    c|"),
+            ("a\x1b[[A\x1bO2P\x1b[3$\x1b[M#!!\x1b]0;t\x1b\\\x1bP>|x\x07b", "ab|"),
             ("x\x1b[200~one line\r\n\x1b[201~", "xone line|"),
         ):
             with self.subTest(keys):
@@ -4608,6 +4618,11 @@ class LineEditor(unittest.TestCase):
             entered = editor.press(answer)
             self.assertEqual(entered or chat.Entered([]), chat.Entered(lines, bool(lines)))
             self.assertEqual(editor.view(), ("", "typed", 5))
+
+    def test_an_unknown_key_is_no_answer(self) -> None:
+        editor = self.editor()
+        self.press(editor, "\x1b[200~one\rtwo\x1b[201~\x1b[I\x1b[1;1R\x1b[?62c")
+        self.assertEqual(editor.view(), ("send 2 pasted lines? y/n ", "", 0))
 
     def test_clear_and_leave(self) -> None:
         editor = self.editor()
@@ -5400,6 +5415,7 @@ class FuzzClient(unittest.TestCase):
     OURS = re.compile(r"\x1b\[(?:\d+[AD]|[JKH]|2J|(?:0|1|2|7|3[1-6]|9[1-6])(?:;(?:7|3[1-6]|9[1-6]))*m)|[\r\n\a]")
     KEYS = [
         *chat.BINDINGS, *"ab éß你😀\u0301\u202e/#", "\x1b", "\x1b[", "\x1b[9", "\x1bO", chat.CANCEL, "y", "\x1b[200~",
+        "\x1b]", "\x1bP", "\x1b[[", "\x1b[M",
         "\x1b[201~", "\x1b[200~one\rtwo\x1b[201~", "\x1b[200~\x1b[5m\x1b[201~", "\0", "\x7f" * 9, "/ignore ann\r",
         "/who\r", "/join #a\r", "/msg ann hi\r", "/reply ho\r", "ann: hi\r", "exit\r",
     ]  # fmt: skip
