@@ -409,7 +409,9 @@ NUMERICS = {item.code: item for item in list(globals().values()) if isinstance(i
 # Scripts that one language writes together: Unicode Technical Standard 39, section 5.2.
 MIXED_SCRIPTS = ({"CJK", "HIRAGANA", "KATAKANA"}, {"CJK", "HANGUL"}, {"CJK", "BOPOMOFO"})
 # Letters and marks that show nothing (Default_Ignorable_Code_Point), with which two names would look like one.
-INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
 NICK_SYMBOLS = "_[]{}|^`"
 CHANNEL_TYPES = "#&+!"  # RFC 2811, section 2.1; our server has # only
 CHANNEL_STARTS = tuple(CHANNEL_TYPES + "~@%")  # with STATUSMSG, @#chat is the operators of #chat
@@ -775,29 +777,54 @@ UNSAFE_CATEGORIES = (
     "Zp",
 )  # Unicode categories: controls, formats (direction, zero width), separators
 MAX_COMBINING = 8  # combining marks that one letter may carry: real writing needs 4, and more of them cover other lines
+TAB = "    "  # how it is shown
+CURSIVE = "[\u0620-\u077f\u07ca-\u07f5\u0840-\u08ff\u1820-\u18aa\U00010d00-\U00010d23\U0001e900-\U0001e943]"
+EMOJI = (
+    "[\xa9\xae\u203c\u2049\u2122\u2139\u2190-\u21ff\u2300-\u23ff\u2460-\u27bf\u2900-\u297f\u2b00-\u2bff"
+    "\u3030\u303d\u3297\u3299\U0001f000-\U0001faff]"
+)
+VIRAMA = 9  # canonical combining class
+# Characters that show nothing, where they are needed to write: ZWNJ between two letters of a script that joins them
+# (RFC 5892, A.1; Python does not know which letters of it join); and emoji (UTS 51, ED-9a to ED-17a): joined ones,
+# variation selectors, keycaps, flags by tags.
+LEGITIMATE = re.compile(
+    f"\u200c(?<={CURSIVE}\u200c)(?={CURSIVE})|\u200d(?<=(?:{EMOJI}|\ufe0f)\u200d)(?={EMOJI})"
+    f"|[\ufe0e\ufe0f](?<={EMOJI}.)|\ufe0f(?<=[#*0-9]\ufe0f)(?=\u20e3)"
+    "|\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
+)
 
 
 def escape_controls(text: str) -> str:
     """`text` with all that a terminal could obey, or that hides, made visible: \\x1b, <U+202E>. Never fails."""
-    if text.isascii() and text.isprintable():
-        return text
+    return text if text.isascii() and text.isprintable() else "".join(escape_chars(text.replace("\t", TAB)))
+
+
+def escape_chars(text: str) -> List[str]:
+    """How each character of `text` is shown.
+
+    A joiner passes beside a virama, too: RFC 5892, A.1 and A.2, wants it before, Bengali has it also after the joiner.
+    """
+    legitimate = {at for match in LEGITIMATE.finditer(text) for at in range(*match.span())}
     shown, marks = [], 0
-    for char in text:
-        category = unicodedata.category(char)
-        marks = marks + 1 if category[0] == "M" else 0
-        hides = INVISIBLE.match(char) and char not in "\ufe0e\ufe0f"  # those two only choose how an emoji looks
-        shown.append(escape_char(char) if category in UNSAFE_CATEGORIES or hides or marks > MAX_COMBINING else char)
-    return "".join(shown)
+    for at, char in enumerate(text):
+        joins = at in legitimate or (
+            char in "\u200c\u200d" and VIRAMA in map(unicodedata.combining, text[max(at - 1, 0) : at + 2])
+        )
+        marks = marks + 1 if joins or unicodedata.category(char)[0] == "M" else 0
+        escaped = marks > MAX_COMBINING or (not joins and is_unsafe(char))
+        shown.append(char if not escaped else f"\\x{ord(char):02x}" if char < "\u0100" else f"<U+{ord(char):04X}>")
+    return shown
 
 
-def escape_char(char: str) -> str:
-    """How a character is shown that must not be shown as itself."""
-    return f"\\x{ord(char):02x}" if ord(char) < 0x100 else f"<U+{ord(char):04X}>"
+@functools.lru_cache(maxsize=4096)
+def is_unsafe(char: str) -> bool:
+    """Whether a terminal could obey a character, or shows nothing of it."""
+    return unicodedata.category(char) in UNSAFE_CATEGORIES or bool(INVISIBLE.match(char))
 
 
 def safe_param(text: str) -> str:
     """`text` as a parameter that is not the last: one word, not empty, short."""
-    return cut(escape_controls(text.lstrip(" :").partition(" ")[0]), NICK_BYTES) or "*"
+    return cut(escape_controls(text).lstrip(" :").partition(" ")[0], NICK_BYTES) or "*"
 
 
 def is_system(message: Message) -> bool:
@@ -4642,6 +4669,10 @@ KEY = re.compile(
     re.DOTALL,
 )
 CANCEL = "\x07"  # Ctrl-G
+ZERO_WIDTH = re.compile("[\u1160-\u11ff\u200c\u200d\U000e0020-\U000e007f]")  # Hangul vowels and finals; joiners; tags
+# The end of a cluster: a character that is joined, or has a skin tone; the second half of a flag.
+JOINED = re.compile(".*\u200d.|.+[\U0001f3fb-\U0001f3ff]|[\U0001f1e6-\U0001f1ff]{2}", re.DOTALL)
+CLUSTER_CHARS = 16  # at most; a couple with skin tones has 10, a letter with its marks 9
 # The second code of a special key, as msvcrt.getwch has it, and what a terminal would send.
 WINDOWS_KEYS = {
     "H": "\x1b[A", "P": "\x1b[B", "M": "\x1b[C", "K": "\x1b[D", "G": "\x1b[H", "O": "\x1b[F", "S": "\x1b[3~",
@@ -4739,17 +4770,13 @@ class Editor:
         self._remove(Editor._right)
         return None
 
-    # Moving: by letters with the marks upon them, and by words.
+    # Moving: by clusters, and by words.
 
     def _left(self) -> None:
-        self.cursor = max(self.cursor - 1, 0)
-        while self.cursor and not columns(self.text[self.cursor]):
-            self.cursor -= 1
+        self.cursor -= len(clusters(self.text[: self.cursor])[-1])
 
     def _right(self) -> None:
-        self.cursor = min(self.cursor + 1, len(self.text))
-        while self.cursor < len(self.text) and not columns(self.text[self.cursor]):
-            self.cursor += 1
+        self.cursor += len(clusters(self.text[self.cursor :])[0])
 
     def _home(self) -> None:
         self.cursor = 0
@@ -4793,7 +4820,7 @@ class Editor:
             self._kills = True
 
     def _paste(self, text: str) -> None:
-        text = text.replace("\t", "    ").replace("\r", "\n")
+        text = text.replace("\t", TAB).replace("\r", "\n")
         lines = [line for line in text.split("\n") if line.strip()]
         if len(lines) > 1:
             self._asked = lines
@@ -4876,31 +4903,49 @@ BINDINGS: Dict[str, Callable[[Editor], Optional[Entered]]] = {
 }
 
 
+# Widths are the largest that terminals have: joined emoji are two columns in kitty and tmux, two each in xterm and VTE;
+# and variation selector 16 makes its base wide in some. A row that is narrower than we think breaks nothing.
+
+
 @functools.lru_cache(maxsize=4096)
 def columns(char: str) -> int:
     """How many columns of a terminal a character takes: 0, 1 or 2 (Unicode Standard Annex 11)."""
-    if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff":  # marks; Hangul vowels and finals
+    if unicodedata.category(char) in ("Mn", "Me") or ZERO_WIDTH.match(char):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
 def width(text: str) -> int:
-    """How many columns an escaped text takes."""
-    return sum(map(columns, text))
+    """How many columns an escaped text takes, at most."""
+    return len(text) if text.isascii() else sum(map(columns, text)) + text.count("\ufe0f")
+
+
+def clusters(text: str) -> List[str]:
+    """A text in pieces that are not torn apart: a letter with its marks, joined emoji, a flag (UAX 29, in short)."""
+    found = [text[:1]]
+    for char in text[1:]:
+        last = found[-1]
+        extends = not columns(char) or unicodedata.category(char) == "Mc" or JOINED.fullmatch(last + char)
+        if extends and len(last) < CLUSTER_CHARS:
+            found[-1] += char
+        else:
+            found.append(char)
+    return found
 
 
 def fit(text: str, room: int) -> str:
     """The beginning of an escaped text that takes at most `room` columns; where it is cut, it ends in dots."""
     if width(text) <= room:
         return text
-    ends = list(itertools.accumulate(map(columns, text)))
-    return text[: bisect.bisect_right(ends, max(room - 3, 0))] + "..."[:room]
+    parts = clusters(text)
+    ends = list(itertools.accumulate(map(width, parts)))
+    return "".join(parts[: bisect.bisect_right(ends, max(room - 3, 0))]) + "..."[:room]
 
 
 def height(text: str, room: int) -> int:
     """How many rows of so many columns an escaped text takes; a wide character is not broken."""
     rows, column = 1, 0
-    for size in map(columns, text):
+    for size in map(width, clusters(text)):
         if column + size > room:
             rows, column = rows + 1, 0
         column += size
@@ -4914,7 +4959,7 @@ def input_row(prompts: List[str], text: str, cursor: int, room: int) -> Tuple[st
     """
     prompt = next((item for item in prompts if width(item) <= room * 2 // 3), fit(prompts[-1], max(room - 2, 0)))
     space = max(room - width(prompt), 2)
-    shown = [escape_controls(char) for char in text]
+    shown = escape_chars(text)
     starts = [0, *itertools.accumulate(map(width, shown))]
     first = 0
     if starts[cursor] > space:
@@ -4987,7 +5032,7 @@ class Screen:
         rows = [fit(line, room) for line in waiting[: max(min(size.lines - 2, WAITING_ROWS), 0)]]
         prompt, before, after = input_row(prompts, text, cursor, room)
         dim = [self.paint(line, DIM) + "\n" for line in rows]
-        typing = self.paint(prompt, BOLD) + before + (f"{after}\x1b[{width(after)}D" if after else "")
+        typing = self.paint(prompt, BOLD) + before + (f"\x1b7{after}\x1b8" if after else "")
         self._write("".join([self._erased(), *self._printed, *dim, typing]))
         self._rows, self._last = [*rows, prompt + before + after[:1]], prompt + before + after
         self._shown, self._printed = shown, []

@@ -449,6 +449,39 @@ class TextForm(unittest.TestCase):
             with self.subTest(message):
                 self.assertEqual(chat.text_form(message), text)
 
+    def test_joiners_pass_where_they_are_needed(self) -> None:
+        england = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
+        for text in (
+            "می\u200cخواهم",  # Persian
+            "ශ්\u200dරී",  # Sinhala
+            "क्\u200dष क्\u200cष",  # Hindi
+            "র\u200d্যাব",  # Bengali
+            "👨🏻\u200d❤\ufe0f\u200d💋\u200d👨🏼 🏳\ufe0f\u200d🌈 ☺\ufe0e 1\ufe0f\u20e3",
+            england,
+        ):
+            with self.subTest(text):
+                self.assertEqual(chat.escape_controls(text), text)
+        for text, shown in (
+            ("a\u200cb\u200d", "a<U+200C>b<U+200D>"),
+            ("\u200dی\u200c", "<U+200D>ی<U+200C>"),
+            ("ی\u200c\u200cی", "ی<U+200C><U+200C>ی"),
+            ("👨\u200d\u200d👩\u200d", "👨<U+200D><U+200D>👩<U+200D>"),
+            ("👨\u200da", "👨<U+200D>a"),
+            ("bob\ufe0f: \ufe0f1\ufe0f", "bob<U+FE0F>: <U+FE0F>1<U+FE0F>"),
+            (england[:-1], "\U0001f3f4<U+E0067><U+E0062><U+E0065><U+E006E><U+E0067>"),
+            ("\U0001f3f4" + "\U000e0067" * 9 + "\U000e007f", "\U0001f3f4" + "<U+E0067>" * 9 + "<U+E007F>"),
+            ("x" + england[1:3], "x<U+E0067><U+E0062>"),
+            ("\u2065\U000e0002", "<U+2065><U+E0002>"),
+            ("क" + "\u094d\u200d" * 6, "क" + "\u094d\u200d" * 4 + "<U+094D><U+200D>" * 2),  # nothing grows for ever
+            ("\tx\ty", "    x    y"),
+        ):
+            with self.subTest(text):
+                self.assertEqual(chat.escape_controls(text), shown)
+
+    def test_safe_param_is_one_word(self) -> None:
+        for text, word in ((" :a b", "a"), ("\ta\tb", "a"), ("\t", "*"), ("", "*"), ("\x07b", "\\x07b")):
+            self.assertEqual(chat.safe_param(text), word)
+
     def test_never_fails_for_missing_parameters(self) -> None:
         for command in [*chat.NUMERICS, *chat.EVENT_FORMS, "PRIVMSG", "ACK", "999", ""]:
             for params in ((), ("",), ("a", "{1}")):
@@ -4548,6 +4581,8 @@ class LineEditor(unittest.TestCase):
             ("hello\x01" + DELETE + "\x04", "|llo"),
             ("e\u0301x" + LEFT * 2 + DELETE, "|x"),  # marks go with their letter
             ("xe\u0301" + "\x7f", "x|"),
+            ("x👨\u200d👩\u200d👧" + LEFT + "\x7f", "|👨\u200d👩\u200d👧"),
+            ("🇩🇪🇫🇷x" + LEFT * 2 + "\x7f", "|🇫🇷x"),
             ("one two-three\x1bbX", "one two-X|three"),
             ("one two\x1b[1;5D\x1b[1;5D\x1b[1;5C", "one| two"),
             ("one two\x01\x1bf\x1bf", "one two|"),
@@ -4644,8 +4679,25 @@ class Rows(unittest.TestCase):
             ("ｱ", 1),
             ("한", 2),
             ("\u1161", 0),
+            ("\u200c", 0),
+            ("\U000e0067", 0),
         ):
             self.assertEqual(chat.columns(char), count, char)
+
+    def test_width_is_the_largest_that_terminals_have(self) -> None:
+        for text, count in (("abc", 3), ("👨\u200d👩", 4), ("❤\ufe0f", 2), ("🇩🇪", 2), ("👍🏽", 4), ("می\u200cخ", 3)):
+            self.assertEqual(chat.width(text), count, text)
+
+    def test_clusters(self) -> None:
+        for pieces in (
+            [""],
+            ["a", "e\u0301", "你"],
+            ["👨🏻\u200d❤\ufe0f\u200d💋\u200d👨🏼", "👩"],
+            ["🇩🇪", "🇫🇷", "🇦", "x"],
+            ["1\ufe0f\u20e3", "क्\u200dषि", "x"],
+            ["x" + "\u0301" * 15, "\u0301" * 3],
+        ):
+            self.assertEqual(chat.clusters("".join(pieces)), pieces)
 
     def test_fit(self) -> None:
         for text, room, shown in (
@@ -4653,6 +4705,7 @@ class Rows(unittest.TestCase):
             ("hello!", 5, "he..."),
             ("你好吗", 5, "你..."),
             ("abc", 2, ".."),
+            ("👨\u200d👩\u200d👧👨\u200d👩\u200d👧", 10, "👨\u200d👩\u200d👧..."),
         ):
             self.assertEqual(chat.fit(text, room), shown)
 
@@ -4663,6 +4716,8 @@ class Rows(unittest.TestCase):
             ("0123456789abcdefghi", 19, ("> ", "9abcdefghi", "")),
             ("0123456789abcdefghi", 3, ("> ", "012", "3456789abcdefgh")),
             ("a\x1bb", 2, ("> ", "a\\x1b", "b")),
+            ("👨\u200d👩", 2, ("> ", "👨\u200d", "👩")),  # the cursor may stand where a joined emoji is
+            ("a\u200db", 2, ("> ", "a<U+200D>", "b")),
         ):
             self.assertEqual(chat.input_row(["[#chat] robert> ", "> "], text, cursor, 20), shown)
         self.assertEqual(chat.input_row(["send 2 lines? y/n "], "", 0, 16), ("send 2 line...", "", ""))
@@ -4680,13 +4735,14 @@ class Rows(unittest.TestCase):
     def test_the_cursor_is_always_in_what_is_shown(self) -> None:
         rng = random.Random(4)
         for _ in range(500):
-            text = "".join(rng.choice("ab 你😀\u0301\x1b") for _ in range(rng.randrange(60)))
+            text = "".join(rng.choice("ab 你😀\u200d\ufe0f\u0301\x1b") for _ in range(rng.randrange(60)))
             room, prompt = rng.randrange(18, 50), "[#chat 3] bob> "[rng.randrange(16) :]
             for cursor in range(len(text) + 1):
                 shown, before, after = chat.input_row([prompt, "> "], text, cursor, room)
                 self.assertLessEqual(chat.width(shown + before + after), room)
-                self.assertTrue("".join(map(chat.escape_controls, text[:cursor])).endswith(before))
-                self.assertTrue("".join(map(chat.escape_controls, text[cursor:])).startswith(after))
+                escaped = chat.escape_chars(text)
+                self.assertTrue("".join(escaped[:cursor]).endswith(before))
+                self.assertTrue("".join(escaped[cursor:]).startswith(after))
                 self.assertTrue(before or not cursor or not chat.columns(text[cursor - 1]), (text, cursor, room))
 
 
@@ -5412,7 +5468,7 @@ class FuzzClient(unittest.TestCase):
     """Whatever a server sends and a person types, the client goes on, or ends with one clear line."""
 
     # What a screen is sent by ourselves; all else is text.
-    OURS = re.compile(r"\x1b\[(?:\d+[AD]|[JKH]|2J|(?:0|1|2|7|3[1-6]|9[1-6])(?:;(?:7|3[1-6]|9[1-6]))*m)|[\r\n\a]")
+    OURS = re.compile(r"\x1b[78]|\x1b\[(?:\d+A|[JKH]|2J|(?:0|1|2|7|3[1-6]|9[1-6])(?:;(?:7|3[1-6]|9[1-6]))*m)|[\r\n\a]")
     KEYS = [
         *chat.BINDINGS, *"ab éß你😀\u0301\u202e/#", "\x1b", "\x1b[", "\x1b[9", "\x1bO", chat.CANCEL, "y", "\x1b[200~",
         "\x1b]", "\x1bP", "\x1b[[", "\x1b[M",
@@ -6480,12 +6536,13 @@ class AFakeServer(ProgramCase):
 class Glass:
     """What a person would see: a terminal as far as the client needs one. Does not break lines anew when resized."""
 
-    CONTROL = re.compile(r"\x1b\[(\??)(\d*)([A-Za-z])|\x1b\[\d+(?:;\d+)*m|[\r\n\a\b]|[^\x1b]", re.DOTALL)
+    CONTROL = re.compile(r"\x1b\[(\??)(\d*)([A-Za-z])|\x1b\[\d+(?:;\d+)*m|\x1b[78]|[\r\n\a\b]|[^\x1b]", re.DOTALL)
 
     def __init__(self, columns: int, rows: int) -> None:
         self.columns, self.rows = columns, rows
         self.lines: List[List[str]] = [[]]  # all that were ever on the screen
         self.row = self.column = 0
+        self._saved = 0, 0
         self.bells = 0
         self._tail = ""
 
@@ -6512,8 +6569,8 @@ class Glass:
             self.bells += 1
         elif final == "A":
             self.row = max(self.row - count, len(self.lines) - self.rows, 0)
-        elif final == "D":
-            self.column = max(self.column - count, 0)
+        elif text in ("\x1b7", "\x1b8"):
+            self.save(text == "\x1b8")
         elif final == "H":
             self.row, self.column = max(len(self.lines) - self.rows, 0), 0
         elif final == "K":
@@ -6524,6 +6581,10 @@ class Glass:
             del line[self.column if number != "2" else 0 :]
         elif not text.startswith("\x1b"):
             self.put(text)
+
+    def save(self, restore: bool) -> None:
+        self._saved = self._saved if restore else (self.row, self.column)
+        self.row, self.column = self._saved
 
     def put(self, char: str) -> None:
         size = chat.columns(char)
@@ -6877,7 +6938,7 @@ class AtTheTerminalOfAFake(SeatCase):
         seat.until(lambda: f"ann: end {len(self.HOSTILE) - 1}\n" in seat.glass.text())
         seat.type("a\t\t\x15/who\r")
         fake.until("NAMES")
-        raw = re.sub(r"\x1b\[(?:\d*[AD]|[JK]|\?2004[hl])", "", seat.raw)  # what the client itself may say
+        raw = re.sub(r"\x1b[78]|\x1b\[(?:\d*A|[JK]|\?2004[hl])", "", seat.raw)  # what the client itself may say
         for char in raw:
             self.assertIn(
                 char, "\r\n\a\u0301" if unicodedata.category(char) in (*chat.UNSAFE_CATEGORIES, "Mn") else char
