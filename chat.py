@@ -778,6 +778,10 @@ UNSAFE_CATEGORIES = (
 )  # Unicode categories: controls, formats (direction, zero width), separators
 MAX_COMBINING = 8  # combining marks that one letter may carry: real writing needs 4, and more of them cover other lines
 TAB = "    "  # how it is shown
+MAX_BLANKS = 20  # in a row, as in code with five levels; with more of them a text could pass for the next line
+BLANK = "[ \xa0\u1680\u2000-\u200a\u202f\u205f\u2800\u3000]"
+TOO_MANY_SPACES = " " * (MAX_BLANKS + 1)
+TOO_BLANK = re.compile(f"{BLANK}{{{MAX_BLANKS + 1},}}")
 CURSIVE = "[\u0620-\u077f\u07ca-\u07f5\u0840-\u08ff\u1820-\u18aa\U00010d00-\U00010d23\U0001e900-\U0001e943]"
 EMOJI = (
     "[\xa9\xae\u203c\u2049\u2122\u2139\u2190-\u21ff\u2300-\u23ff\u2460-\u27bf\u2900-\u297f\u2b00-\u2bff"
@@ -795,8 +799,15 @@ LEGITIMATE = re.compile(
 
 
 def escape_controls(text: str) -> str:
-    """`text` with all that a terminal could obey, or that hides, made visible: \\x1b, <U+202E>. Never fails."""
-    return text if text.isascii() and text.isprintable() else "".join(escape_chars(text.replace("\t", TAB)))
+    """`text` with all that a terminal could obey, that hides or pads, made visible: \\x1b, <U+202E>, <80 blanks>.
+
+    Never fails. What is padded with letters still passes for a new line where the terminal breaks lines, as at nc.
+    """
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(escape_chars(text.replace("\t", TAB)))
+    elif TOO_MANY_SPACES not in text:
+        return text
+    return TOO_BLANK.sub(lambda blanks: f"<{len(blanks[0])} blanks>", text)
 
 
 def escape_chars(text: str) -> List[str]:
@@ -4672,6 +4683,7 @@ CANCEL = "\x07"  # Ctrl-G
 ZERO_WIDTH = re.compile("[\u1160-\u11ff\u200c\u200d\U000e0020-\U000e007f]")  # Hangul vowels and finals; joiners; tags
 # The end of a cluster: a character that is joined, or has a skin tone; the second half of a flag.
 JOINED = re.compile(".*\u200d.|.+[\U0001f3fb-\U0001f3ff]|[\U0001f1e6-\U0001f1ff]{2}", re.DOTALL)
+INDENT = 6  # columns of rows that continue a line; it begins with the time in them
 CLUSTER_CHARS = 16  # at most; a couple with skin tones has 10, a letter with its marks 9
 # The second code of a special key, as msvcrt.getwch has it, and what a terminal would send.
 WINDOWS_KEYS = {
@@ -4952,6 +4964,27 @@ def height(text: str, room: int) -> int:
     return rows
 
 
+def wrap(line: str, room: int) -> str:
+    """A painted line in rows of at most `room` columns, broken between words, or else between clusters.
+
+    All rows but the first are indented: what stands at the left is ours, and no text passes for the line after it.
+    """
+    indent = " " * min(INDENT, room // 2)
+    rows, used, look, space = "", 0, "", room - len(indent)
+    for piece in re.findall(r"\x1b\[[\d;]*m| +|[^ \x1b]+", line):
+        if piece[0] == "\x1b":
+            rows, look = rows + piece, piece.replace("\x1b[0m", "")
+            continue
+        parts = [piece] if width(piece) <= space else clusters(piece)
+        for part in itertools.chain.from_iterable([part] if width(part) <= space else part for part in parts):
+            if used + width(part) > room and part.strip():
+                rows += f"\x1b[0m\n{indent}{look}" if look else f"\n{indent}"
+                used = len(indent)
+            rows += part if part.strip() else part[: room - used]
+            used = min(used + width(part), room)
+    return rows
+
+
 def input_row(prompts: List[str], text: str, cursor: int, room: int) -> Tuple[str, str, str]:
     """The first prompt that leaves room for typing, and what is shown of a text before the cursor, and after it.
 
@@ -5010,8 +5043,11 @@ class Screen:
         return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self.colours and text else text
 
     def print(self, line: str) -> None:
-        """A line that stays, above our rows, at the next draw."""
-        self._printed.append(f"{line}\n")
+        """A line that stays, above our rows, at the next draw.
+
+        A terminal that has become narrower may break its rows once more, without indent; their colours remain.
+        """
+        self._printed.append(wrap(line, self._room(self._size())) + "\n")
 
     def bell(self) -> None:
         """Calls the person, at the next draw."""
@@ -5028,7 +5064,7 @@ class Screen:
         shown = (waiting, prompts, text, cursor, size)
         if shown == self._shown and not self._printed:
             return
-        room = max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
+        room = self._room(size)
         rows = [fit(line, room) for line in waiting[: max(min(size.lines - 2, WAITING_ROWS), 0)]]
         prompt, before, after = input_row(prompts, text, cursor, room)
         dim = [self.paint(line, DIM) + "\n" for line in rows]
@@ -5044,6 +5080,10 @@ class Screen:
         if above or height(self._last, room) > 1:
             return f"\r\x1b[{above}A\x1b[J" if above else "\r\x1b[J"
         return "\r\x1b[K"  # of one row, because tmux keeps what is cleared with the whole screen
+
+    @staticmethod
+    def _room(size: os.terminal_size) -> int:
+        return max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
 
     @staticmethod
     def _size() -> os.terminal_size:

@@ -478,6 +478,22 @@ class TextForm(unittest.TestCase):
             with self.subTest(text):
                 self.assertEqual(chat.escape_controls(text), shown)
 
+    def test_long_runs_of_blanks_are_told(self) -> None:
+        for text, shown in (
+            ("x" + " " * 20 + "y", "x" + " " * 20 + "y"),
+            ("x" + " " * 21 + "y", "x<21 blanks>y"),
+            (" " * 160, "<160 blanks>"),
+            ("\t\t\t\t\tif deep:", " " * 20 + "if deep:"),
+            ("x" + "\t" * 6 + "y", "x<24 blanks>y"),
+            ("x" + " \xa0\u3000\u2007\u2800\u1680\u205f" * 3 + "y", "x<21 blanks>y"),
+            ("é" + " " * 10 + "\ufe0f" + " " * 10, "é" + " " * 10 + "<U+FE0F>" + " " * 10),
+        ):
+            with self.subTest(text):
+                self.assertEqual(chat.text_form(Message("PRIVMSG", ("#chat", text), self.BOB)), f"bob: {shown}")
+        for dialect in (chat.JSON, chat.irc()):  # are not read by people
+            message = Message("PRIVMSG", ("#chat", "x" + " " * 99 + "y"), self.BOB)
+            self.assertIn(b"x" + b" " * 99 + b"y", dialect.encode(message))
+
     def test_safe_param_is_one_word(self) -> None:
         for text, word in ((" :a b", "a"), ("\ta\tb", "a"), ("\t", "*"), ("", "*"), ("\x07b", "\\x07b")):
             self.assertEqual(chat.safe_param(text), word)
@@ -4722,6 +4738,57 @@ class Rows(unittest.TestCase):
             self.assertEqual(chat.input_row(["[#chat] robert> ", "> "], text, cursor, 20), shown)
         self.assertEqual(chat.input_row(["send 2 lines? y/n "], "", 0, 16), ("send 2 line...", "", ""))
 
+    def test_wrap(self) -> None:
+        for line, room, rows in (
+            ("15:03 ann: hello", 16, ["15:03 ann: hello"]),
+            ("15:03 ann: hello!", 16, ["15:03 ann:", "      hello!"]),
+            ("15:03 ann: a  bc   def ghi", 16, ["15:03 ann: a  bc", "      def ghi"]),
+            ("15:03 ann: 0123456789abcdef", 16, ["15:03 ann: 01234", "      56789abcde", "      f"]),
+            ("15:03 ann: 你好吗你好吗你好吗", 16, ["15:03 ann: 你好", "      吗你好吗你", "      好吗"]),
+            ("15:03 a: xxx👨\u200d👩e\u0301e\u0301x", 14, ["15:03 a: xxx", "      👨\u200d👩e\u0301e\u0301x"]),
+            (
+                "15:03 " + "👨\u200d" * 9 + "👨",
+                9,
+                ["15:03 👨\u200d", *["    👨\u200d👨\u200d"] * 3, "    👨\u200d", "    👨\u200d👨"],
+            ),
+            ("15:03 a:" + " " * 20 + "x", 16, ["15:03 a:", "      x"]),
+            ("15:03 a: x" + "\u3000" * 9 + "y", 13, ["15:03 a: x\u3000\u3000", "      y"]),
+            ("你好", 3, ["你", " 好"]),
+            ("", 9, [""]),
+        ):
+            with self.subTest(line):
+                self.assertEqual([row.rstrip(" ") for row in chat.wrap(line, room).split("\n")], rows)
+
+    def test_colours_go_on_in_the_next_row(self) -> None:
+        line = "\x1b[2m15:03\x1b[0m \x1b[7mthe-name\x1b[0m: one two"
+        rows = "\x1b[2m15:03\x1b[0m \x1b[7mthe-nam\x1b[0m\n      \x1b[7me\x1b[0m: one\n      two"
+        self.assertEqual(chat.wrap(line, 13).replace(" \n", "\n"), rows)
+
+    def test_no_text_begins_a_row(self) -> None:
+        rng = random.Random(5)
+        words = [
+            *"ab .*",
+            "15:03 ",
+            "15:03 *** bob joined",
+            " " * 20,
+            "x" * 30,
+            "你",
+            "😀\u200d😀",
+            "\u3000",
+            "\xa0" * 9,
+        ]
+        words += ["\u0301", "\x1b[31m", "\t", "\ufe0f", "❤\ufe0f", "می\u200cخ", "😀\u200d" * 20 + "😀", "🇩🇪"]
+        for _ in range(1000):
+            columns, text = rng.randrange(8, 60), "".join(rng.choices(words, k=rng.randrange(30)))
+            glass = Glass(columns, 24)
+            glass.feed(
+                chat.wrap(f"\x1b[2m15:02\x1b[0m ann: {chat.escape_controls(text)}", columns - 1).replace("\n", "\r\n")
+            )
+            first, *others = glass.text().split("\n")
+            self.assertTrue(first.startswith("15:02"[: columns - 1]))
+            for row in others:
+                self.assertRegex(row, r"^(?: {3,6}|$)", (columns, text))
+
     def test_height(self) -> None:
         for text, room, rows in (
             ("", 5, 1),
@@ -7158,7 +7225,8 @@ class InTmux(ProgramCase):
             self.assertLess(time.monotonic(), end, f"{pattern} is not in\n{screen}")
             time.sleep(0.02)
 
-    def test_resizing_and_typing(self) -> None:
+    def both(self, columns: int) -> Peer:
+        """bob in such a terminal, and ann."""
         _, port = self.server()
         ann = Peer(port, "ann\n")
         self.addCleanup(ann.close)
@@ -7166,9 +7234,24 @@ class InTmux(ProgramCase):
         self.addCleanup(folder.cleanup)
         self.socket = os.path.join(folder.name, "s")
         program = f"'{sys.executable}' '{HERE / 'chat.py'}' client --port {port} --name bob"
-        self.tmux("new-session", "-d", "-s", "chat", "-x", "60", "-y", "20", f"TERM=screen {program}")
-        self.addCleanup(self.tmux, "kill-server")
+        self.tmux("new-session", "-d", "-s", "chat", "-x", str(columns), "-y", "20", f"TERM=screen {program}")
+        self.addCleanup(subprocess.run, ["tmux", "-S", self.socket, "kill-server"], check=True)
         self.until(r"\[#chat 2\] bob>$")
+        return ann
+
+    def test_no_text_passes_for_a_line_of_its_own(self) -> None:
+        for columns in (24, 37, 80):
+            with self.subTest(columns):
+                ann = self.both(columns)
+                for size in range(columns + 9):
+                    ann.send(f"{' .x你'[size % 4] * size}99:59 *** bob joined (3 here)\n")
+                ann.send("the end\n")
+                screen = self.until(r"ann: the\s+end\n")
+                for row in screen.split("\n"):
+                    self.assertRegex(row, r"^([0-2]\d:\d\d( ann:| \*\*\*|$)|      |\[#chat|$)")
+
+    def test_resizing_and_typing(self) -> None:
+        ann = self.both(60)
         typed = "a line of 你好 that is nearly as long as it can"
         self.tmux("send-keys", "-t", "chat", "-l", typed)
         self.until("it can$")
