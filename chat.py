@@ -4779,51 +4779,20 @@ class Editor:
     def _quit_or_delete(self) -> Optional[Entered]:
         if not self.text:
             return Entered(["/quit"])
-        self._remove(Editor._right)
+        self._remove("right")
         return None
 
-    # Moving: by clusters, and by words.
-
-    def _left(self) -> None:
-        self.cursor -= len(clusters(self.text[: self.cursor])[-1])
-
-    def _right(self) -> None:
-        self.cursor += len(clusters(self.text[self.cursor :])[0])
-
-    def _home(self) -> None:
-        self.cursor = 0
-
-    def _end(self) -> None:
-        self.cursor = len(self.text)
-
-    def _skip(self, step: int, wanted: Callable[[str], bool]) -> None:
-        """Goes on, to the left (-1) or right (1), as long as the next character is wanted."""
-        side = min(step, 0)
-        while 0 <= self.cursor + side < len(self.text) and wanted(self.text[self.cursor + side]):
-            self.cursor += step
-
-    def _word_left(self) -> None:
-        self._skip(-1, lambda char: not char.isalnum())
-        self._skip(-1, str.isalnum)
-
-    def _word_right(self) -> None:
-        self._skip(1, lambda char: not char.isalnum())
-        self._skip(1, str.isalnum)
-
-    def _space_left(self) -> None:
-        self._skip(-1, str.isspace)
-        self._skip(-1, lambda char: not char.isspace())
-
-    # Changing.
+    def _move(self, move: str) -> None:
+        self.cursor += MOVES[move](self.text[: self.cursor], self.text[self.cursor :])
 
     def _insert(self, text: str) -> None:
         self.text = self.text[: self.cursor] + text + self.text[self.cursor :]
         self.cursor += len(text)
 
-    def _remove(self, move: Callable[[Editor], None], kill: bool = False) -> None:
-        """Takes out what `move` passes; a kill is kept for yank, together with what the key before killed."""
+    def _remove(self, move: str, kill: bool = False) -> None:
+        """Takes out what a move passes; a kill is kept for yank, together with what the key before killed."""
         before = self.cursor
-        move(self)
+        self._move(move)
         start, end = sorted((before, self.cursor))
         gone, self.text, self.cursor = self.text[start:end], self.text[:start] + self.text[end:], start
         if kill and gone:
@@ -4848,8 +4817,6 @@ class Editor:
             at = self._choices.index(head) + step if head in self._choices else min(step, 0)
             head = self._choices[at % len(self._choices)]
             self.text, self.cursor = head + rest, len(head)
-
-    # History.
 
     def _show(self, at: int) -> None:
         if not 0 <= at <= len(self._history):
@@ -4888,32 +4855,42 @@ class Editor:
         return True
 
 
+WORD, FIELD = re.compile(r"[\W_]*[^\W_]*"), re.compile(r"\s*\S*")  # with what is between it and the cursor
+# How far the cursor goes, by what stands before it and after it.
+MOVES: Dict[str, Callable[[str, str], int]] = {
+    "left": lambda before, after: -len(clusters(before)[-1]),
+    "right": lambda before, after: len(clusters(after)[0]),
+    "home": lambda before, after: -len(before),
+    "end": lambda before, after: len(after),
+    "word left": lambda before, after: -next(WORD.finditer(before[::-1])).end(),
+    "word right": lambda before, after: next(WORD.finditer(after)).end(),
+    "field left": lambda before, after: -next(FIELD.finditer(before[::-1])).end(),
+}
 # What keys do.
 BINDINGS: Dict[str, Callable[[Editor], Optional[Entered]]] = {
     **dict.fromkeys(("\r", "\n"), Editor._enter),
-    **dict.fromkeys(("\x7f", "\x08"), lambda self: self._remove(Editor._left)),
-    **dict.fromkeys(("\x01", "\x1b[H", "\x1bOH", "\x1b[1~", "\x1b[7~"), Editor._home),
-    **dict.fromkeys(("\x05", "\x1b[F", "\x1bOF", "\x1b[4~", "\x1b[8~"), Editor._end),
-    **dict.fromkeys(("\x02", "\x1b[D", "\x1bOD"), Editor._left),
-    **dict.fromkeys(("\x06", "\x1b[C", "\x1bOC"), Editor._right),
-    **dict.fromkeys(("\x1bb", "\x1b[1;5D", "\x1b[1;3D", "\x1bOd"), Editor._word_left),
-    **dict.fromkeys(("\x1bf", "\x1b[1;5C", "\x1b[1;3C", "\x1bOc"), Editor._word_right),
+    **dict.fromkeys(("\x7f", "\x08"), lambda self: self._remove("left")),
+    **dict.fromkeys(("\x01", "\x1b[H", "\x1bOH", "\x1b[1~", "\x1b[7~"), lambda self: self._move("home")),
+    **dict.fromkeys(("\x05", "\x1b[F", "\x1bOF", "\x1b[4~", "\x1b[8~"), lambda self: self._move("end")),
+    **dict.fromkeys(("\x02", "\x1b[D", "\x1bOD"), lambda self: self._move("left")),
+    **dict.fromkeys(("\x06", "\x1b[C", "\x1bOC"), lambda self: self._move("right")),
+    **dict.fromkeys(("\x1bb", "\x1b[1;5D", "\x1b[1;3D", "\x1bOd"), lambda self: self._move("word left")),
+    **dict.fromkeys(("\x1bf", "\x1b[1;5C", "\x1b[1;3C", "\x1bOc"), lambda self: self._move("word right")),
     **dict.fromkeys(("\x10", "\x1b[A", "\x1bOA"), lambda self: self._show(self._at - 1)),
     **dict.fromkeys(("\x0e", "\x1b[B", "\x1bOB"), lambda self: self._show(self._at + 1)),
-    "\x1b[3~": lambda self: self._remove(Editor._right),
+    "\x1b[3~": lambda self: self._remove("right"),
     "\x04": Editor._quit_or_delete,
-    "\x0b": lambda self: self._remove(Editor._end, kill=True),
-    "\x15": lambda self: self._remove(Editor._home, kill=True),
-    "\x17": lambda self: self._remove(Editor._space_left, kill=True),
-    "\x1b\x7f": lambda self: self._remove(Editor._word_left, kill=True),
-    "\x1bd": lambda self: self._remove(Editor._word_right, kill=True),
+    "\x0b": lambda self: self._remove("end", kill=True),
+    "\x15": lambda self: self._remove("home", kill=True),
+    "\x17": lambda self: self._remove("field left", kill=True),
+    "\x1b\x7f": lambda self: self._remove("word left", kill=True),
+    "\x1bd": lambda self: self._remove("word right", kill=True),
     "\x19": lambda self: self._insert(self._killed),
     "\t": Editor._tab,
     "\x1b[Z": lambda self: self._tab(-1),
     "\x12": Editor._search,
     "\x0c": lambda self: Entered(["/clear"]),
 }
-
 
 # Widths are the largest that terminals have: joined emoji are two columns in kitty and tmux, two each in xterm and VTE;
 # and variation selector 16 makes its base wide in some. A row that is narrower than we think breaks nothing.
@@ -5043,11 +5020,8 @@ class Screen:
         return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self.colours and text else text
 
     def print(self, line: str) -> None:
-        """A line that stays, above our rows, at the next draw.
-
-        A terminal that has become narrower may break its rows once more, without indent; their colours remain.
-        """
-        self._printed.append(wrap(line, self._room(self._size())) + "\n")
+        """A line that stays, above our rows, at the next draw. Terminals that get narrower break its rows once more."""
+        self._printed.append(wrap(line, self._size().columns - 1) + "\n")
 
     def bell(self) -> None:
         """Calls the person, at the next draw."""
@@ -5064,7 +5038,7 @@ class Screen:
         shown = (waiting, prompts, text, cursor, size)
         if shown == self._shown and not self._printed:
             return
-        room = self._room(size)
+        room = max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
         rows = [fit(line, room) for line in waiting[: max(min(size.lines - 2, WAITING_ROWS), 0)]]
         prompt, before, after = input_row(prompts, text, cursor, room)
         dim = [self.paint(line, DIM) + "\n" for line in rows]
@@ -5080,10 +5054,6 @@ class Screen:
         if above or height(self._last, room) > 1:
             return f"\r\x1b[{above}A\x1b[J" if above else "\r\x1b[J"
         return "\r\x1b[K"  # of one row, because tmux keeps what is cleared with the whole screen
-
-    @staticmethod
-    def _room(size: os.terminal_size) -> int:
-        return max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
 
     @staticmethod
     def _size() -> os.terminal_size:
