@@ -4667,7 +4667,7 @@ def raise_descriptor_limit() -> None:
 # A key is what a terminal sends for it: "a", "\x01" (Ctrl-A), "\x1b[A" (up), "\x1bb" (Alt-B): ECMA-48 and xterm.
 
 PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"  # bracketed paste, as xterm has it
-KEY = re.compile(
+KEY_RE = re.compile(
     r"\x1b\[200~.*?\x1b\[201~"  # a paste, whole
     r"|\x1b\[\d+\$"  # rxvt, with Shift
     r"|\x1b\[M.{3}"  # a mouse report of X10
@@ -4692,19 +4692,19 @@ WINDOWS_KEYS = {
 }  # fmt: skip
 
 
-class Keys:
-    """What is read from a terminal in, single keys out; the beginning of one waits for its rest."""
+class KeyParser:
+    """Splits what is read from a terminal into keys; an incomplete key waits for its rest."""
 
     def __init__(self) -> None:
         self._rest = ""
         self._dropping = False  # until the end of a paste that was too long
 
     def feed(self, text: str) -> List[str]:
-        """The keys that are complete with `text`; PASTE_BEGIN alone for a paste that is not taken."""
+        """Returns the keys that are complete now; PASTE_BEGIN alone stands for a paste that was too long."""
         text, at = self._rest + text, 0
         keys: List[str] = []
         while not text.startswith(PASTE_BEGIN, at) or text.find(PASTE_END, at) > 0:
-            match = KEY.match(text, at)
+            match = KEY_RE.match(text, at)
             if not match:
                 break
             keys += [] if self._dropping or match["answer"] else [match[0]]
@@ -4716,15 +4716,15 @@ class Keys:
         return keys
 
 
-class Entered(NamedTuple):
-    """What was entered: a line, or the lines of a paste, among which there are no slash commands."""
+class Submission(NamedTuple):
+    """What a person submits: a line, or the lines of a paste, in which slash commands are not looked for."""
 
     lines: List[str]
     pasted: bool = False
 
 
-class Editor:
-    """The line that is being typed: keys in, text and cursor out. Knows nothing of screens.
+class LineEditor:
+    """Edits the line that is being typed: keys in, text and cursor out. Knows nothing of screens.
 
     `complete` gets the text before the cursor and returns where the word to complete begins, and what could
     stand there.
@@ -4734,33 +4734,33 @@ class Editor:
         self.text = ""
         self.cursor = 0  # in characters
         self._complete = complete
-        self._choices: List[str] = []  # what Tab puts before the cursor, one after the other
-        self._asked: List[str] = []  # pasted lines, while we ask about them
+        self._candidates: List[str] = []  # what Tab puts before the cursor, one after the other
+        self._pasted: List[str] = []  # pasted lines, while we ask about them
         self._query: Optional[str] = None  # while the history is searched
         self._history: List[str] = []
-        self._at = 0  # place in the history; its length for what is being typed
+        self._index = 0  # place in the history; its length for what is being typed
         self._draft = ""  # what was being typed, while something older is shown
         self._killed = ""
-        self._kills = self._killing = False  # this key kills; so did the last one
+        self._is_kill = self._last_was_kill = False  # this key kills; so did the last one
 
     def view(self) -> Tuple[str, str, int]:
         """(question that must be answered before typing goes on, or ''; text; cursor in characters)."""
-        if self._asked:
-            return f"send {len(self._asked)} pasted lines? y/n ", "", 0
+        if self._pasted:
+            return f"send {len(self._pasted)} pasted lines? y/n ", "", 0
         return "" if self._query is None else f"search '{escape_controls(self._query)}': ", self.text, self.cursor
 
-    def press(self, key: str) -> Optional[Entered]:
-        """Does what a key means; returns what it entered. A key that is not known does nothing."""
+    def handle_key(self, key: str) -> Optional[Submission]:
+        """Carries out a key; returns what it submits. An unknown key does nothing."""
         if len(key) > 1 and key not in BINDINGS and not key.endswith(PASTE_END):
             return None
-        if self._asked:
-            lines, self._asked = self._asked, []
-            return Entered(lines, True) if key in ("y", "Y") else None
-        if self._query is not None and self._searched(key, self._query):
+        if self._pasted:
+            lines, self._pasted = self._pasted, []
+            return Submission(lines, True) if key in ("y", "Y") else None
+        if self._query is not None and self._handle_search_key(key, self._query):
             return None
-        self._killing, self._kills = self._kills, False
+        self._last_was_kill, self._is_kill = self._is_kill, False
         if key not in ("\t", "\x1b[Z"):
-            self._choices = []
+            self._candidates = []
         if key in BINDINGS:
             return BINDINGS[key](self)
         if key.endswith(PASTE_END):
@@ -4769,16 +4769,16 @@ class Editor:
             self._insert(key)
         return None
 
-    def _enter(self) -> Optional[Entered]:
+    def _enter(self) -> Optional[Submission]:
         line, self.text, self.cursor = self.text, "", 0
         if line.strip() and self._history[-1:] != [line]:
             self._history = [*self._history, line][-HISTORY_LINES:]
-        self._at = len(self._history)
-        return Entered([line]) if line.strip() else None
+        self._index = len(self._history)
+        return Submission([line]) if line.strip() else None
 
-    def _quit_or_delete(self) -> Optional[Entered]:
+    def _quit_or_delete(self) -> Optional[Submission]:
         if not self.text:
-            return Entered(["/quit"])
+            return Submission(["/quit"])
         self._remove("right")
         return None
 
@@ -4790,51 +4790,51 @@ class Editor:
         self.cursor += len(text)
 
     def _remove(self, move: str, kill: bool = False) -> None:
-        """Takes out what a move passes; a kill is kept for yank, together with what the key before killed."""
+        """Deletes what a move passes. A kill is kept for yank; kills in a row are kept together."""
         before = self.cursor
         self._move(move)
         start, end = sorted((before, self.cursor))
         gone, self.text, self.cursor = self.text[start:end], self.text[:start] + self.text[end:], start
         if kill and gone:
-            known = self._killed if self._killing else ""
+            known = self._killed if self._last_was_kill else ""
             self._killed = gone + known if start < before else known + gone
-            self._kills = True
+            self._is_kill = True
 
     def _paste(self, text: str) -> None:
         text = text.replace("\t", TAB).replace("\r", "\n")
         lines = [line for line in text.split("\n") if line.strip()]
         if len(lines) > 1:
-            self._asked = lines
+            self._pasted = lines
         else:
             self._insert("".join(lines) or text.strip("\n"))
 
-    def _tab(self, step: int = 1) -> None:
+    def _complete_word(self, step: int = 1) -> None:
         head, rest = self.text[: self.cursor], self.text[self.cursor :]
-        if not self._choices:
+        if not self._candidates:
             start, words = self._complete(head)
-            self._choices = [head[:start] + word for word in words]
-        if self._choices:
-            at = self._choices.index(head) + step if head in self._choices else min(step, 0)
-            head = self._choices[at % len(self._choices)]
+            self._candidates = [head[:start] + word for word in words]
+        if self._candidates:
+            at = self._candidates.index(head) + step if head in self._candidates else min(step, 0)
+            head = self._candidates[at % len(self._candidates)]
             self.text, self.cursor = head + rest, len(head)
 
-    def _show(self, at: int) -> None:
+    def _recall(self, at: int) -> None:
         if not 0 <= at <= len(self._history):
             return
-        if self._at == len(self._history):
+        if self._index == len(self._history):
             self._draft = self.text
-        self._at = at
+        self._index = at
         self.text = self._draft if at == len(self._history) else self._history[at]
         self.cursor = len(self.text)
 
     def _search(self) -> None:
         self._query = ""
 
-    def _searched(self, key: str, query: str) -> bool:
-        """Takes a key while the history is searched; False where it ends the search and means something itself."""
-        at = self._at
+    def _handle_search_key(self, key: str, query: str) -> bool:
+        """Handles a key during a history search; returns False if it ends the search and is still to be carried out."""
+        at = self._index
         if key == CANCEL:
-            self._show(len(self._history))
+            self._recall(len(self._history))
             self._query = None
             return True
         if key == "\x12":
@@ -4849,7 +4849,7 @@ class Editor:
         self._query = query
         for index in range(min(at, len(self._history) - 1), -1, -1):
             if query and query in self._history[index]:
-                self._show(index)
+                self._recall(index)
                 self.cursor = self.text.index(query)
                 break
         return True
@@ -4867,8 +4867,8 @@ MOVES: Dict[str, Callable[[str, str], int]] = {
     "field left": lambda before, after: -next(FIELD.finditer(before[::-1])).end(),
 }
 # What keys do.
-BINDINGS: Dict[str, Callable[[Editor], Optional[Entered]]] = {
-    **dict.fromkeys(("\r", "\n"), Editor._enter),
+BINDINGS: Dict[str, Callable[[LineEditor], Optional[Submission]]] = {
+    **dict.fromkeys(("\r", "\n"), LineEditor._enter),
     **dict.fromkeys(("\x7f", "\x08"), lambda self: self._remove("left")),
     **dict.fromkeys(("\x01", "\x1b[H", "\x1bOH", "\x1b[1~", "\x1b[7~"), lambda self: self._move("home")),
     **dict.fromkeys(("\x05", "\x1b[F", "\x1bOF", "\x1b[4~", "\x1b[8~"), lambda self: self._move("end")),
@@ -4876,20 +4876,20 @@ BINDINGS: Dict[str, Callable[[Editor], Optional[Entered]]] = {
     **dict.fromkeys(("\x06", "\x1b[C", "\x1bOC"), lambda self: self._move("right")),
     **dict.fromkeys(("\x1bb", "\x1b[1;5D", "\x1b[1;3D", "\x1bOd"), lambda self: self._move("word left")),
     **dict.fromkeys(("\x1bf", "\x1b[1;5C", "\x1b[1;3C", "\x1bOc"), lambda self: self._move("word right")),
-    **dict.fromkeys(("\x10", "\x1b[A", "\x1bOA"), lambda self: self._show(self._at - 1)),
-    **dict.fromkeys(("\x0e", "\x1b[B", "\x1bOB"), lambda self: self._show(self._at + 1)),
+    **dict.fromkeys(("\x10", "\x1b[A", "\x1bOA"), lambda self: self._recall(self._index - 1)),
+    **dict.fromkeys(("\x0e", "\x1b[B", "\x1bOB"), lambda self: self._recall(self._index + 1)),
     "\x1b[3~": lambda self: self._remove("right"),
-    "\x04": Editor._quit_or_delete,
+    "\x04": LineEditor._quit_or_delete,
     "\x0b": lambda self: self._remove("end", kill=True),
     "\x15": lambda self: self._remove("home", kill=True),
     "\x17": lambda self: self._remove("field left", kill=True),
     "\x1b\x7f": lambda self: self._remove("word left", kill=True),
     "\x1bd": lambda self: self._remove("word right", kill=True),
     "\x19": lambda self: self._insert(self._killed),
-    "\t": Editor._tab,
-    "\x1b[Z": lambda self: self._tab(-1),
-    "\x12": Editor._search,
-    "\x0c": lambda self: Entered(["/clear"]),
+    "\t": LineEditor._complete_word,
+    "\x1b[Z": lambda self: self._complete_word(-1),
+    "\x12": LineEditor._search,
+    "\x0c": lambda self: Submission(["/clear"]),
 }
 
 # Widths are the largest that terminals have: joined emoji are two columns in kitty and tmux, two each in xterm and VTE;
@@ -4897,24 +4897,24 @@ BINDINGS: Dict[str, Callable[[Editor], Optional[Entered]]] = {
 
 
 @functools.lru_cache(maxsize=4096)
-def columns(char: str) -> int:
+def char_width(char: str) -> int:
     """How many columns of a terminal a character takes: 0, 1 or 2 (Unicode Standard Annex 11)."""
     if unicodedata.category(char) in ("Mn", "Me") or ZERO_WIDTH.match(char):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
-def width(text: str) -> int:
+def text_width(text: str) -> int:
     """How many columns an escaped text takes, at most."""
-    return len(text) if text.isascii() else sum(map(columns, text)) + text.count("\ufe0f")
+    return len(text) if text.isascii() else sum(map(char_width, text)) + text.count("\ufe0f")
 
 
 def clusters(text: str) -> List[str]:
-    """A text in pieces that are not torn apart: a letter with its marks, joined emoji, a flag (UAX 29, in short)."""
+    """Splits a text into grapheme clusters, roughly as UAX 29: a letter with its marks, joined emoji, a flag."""
     found = [text[:1]]
     for char in text[1:]:
         last = found[-1]
-        extends = not columns(char) or unicodedata.category(char) == "Mc" or JOINED.fullmatch(last + char)
+        extends = not char_width(char) or unicodedata.category(char) == "Mc" or JOINED.fullmatch(last + char)
         if extends and len(last) < CLUSTER_CHARS:
             found[-1] += char
         else:
@@ -4922,55 +4922,57 @@ def clusters(text: str) -> List[str]:
     return found
 
 
-def fit(text: str, room: int) -> str:
-    """The beginning of an escaped text that takes at most `room` columns; where it is cut, it ends in dots."""
-    if width(text) <= room:
+def truncate(text: str, columns: int) -> str:
+    """Cuts an escaped text to at most so many columns; where it is cut, it ends in dots."""
+    if text_width(text) <= columns:
         return text
     parts = clusters(text)
-    ends = list(itertools.accumulate(map(width, parts)))
-    return "".join(parts[: bisect.bisect_right(ends, max(room - 3, 0))]) + "..."[:room]
+    ends = list(itertools.accumulate(map(text_width, parts)))
+    return "".join(parts[: bisect.bisect_right(ends, max(columns - 3, 0))]) + "..."[:columns]
 
 
-def height(text: str, room: int) -> int:
+def row_count(text: str, columns: int) -> int:
     """How many rows of so many columns an escaped text takes; a wide character is not broken."""
     rows, column = 1, 0
-    for size in map(width, clusters(text)):
-        if column + size > room:
+    for size in map(text_width, clusters(text)):
+        if column + size > columns:
             rows, column = rows + 1, 0
         column += size
     return rows
 
 
-def wrap(line: str, room: int) -> str:
-    """A painted line in rows of at most `room` columns, broken between words, or else between clusters.
+def wrap(line: str, columns: int) -> str:
+    """Breaks a painted line into rows of at most so many columns, between words, or else between clusters.
 
-    All rows but the first are indented: what stands at the left is ours, and no text passes for the line after it.
+    All rows but the first are indented: only the program writes at the left, so no text passes for another line.
     """
-    indent = " " * min(INDENT, room // 2)
-    rows, used, look, space = "", 0, "", room - len(indent)
+    indent = " " * min(INDENT, columns // 2)
+    rows, used, look, space = "", 0, "", columns - len(indent)
     for piece in re.findall(r"\x1b\[[\d;]*m| +|[^ \x1b]+", line):
         if piece[0] == "\x1b":
             rows, look = rows + piece, piece.replace("\x1b[0m", "")
             continue
-        parts = [piece] if width(piece) <= space else clusters(piece)
-        for part in itertools.chain.from_iterable([part] if width(part) <= space else part for part in parts):
-            if used + width(part) > room and part.strip():
+        parts = [piece] if text_width(piece) <= space else clusters(piece)
+        for part in itertools.chain.from_iterable([part] if text_width(part) <= space else part for part in parts):
+            if used + text_width(part) > columns and part.strip():
                 rows += f"\x1b[0m\n{indent}{look}" if look else f"\n{indent}"
                 used = len(indent)
-            rows += part if part.strip() else part[: room - used]
-            used = min(used + width(part), room)
+            rows += part if part.strip() else part[: columns - used]
+            used = min(used + text_width(part), columns)
     return rows
 
 
-def input_row(prompts: List[str], text: str, cursor: int, room: int) -> Tuple[str, str, str]:
-    """The first prompt that leaves room for typing, and what is shown of a text before the cursor, and after it.
+def viewport(prompts: List[str], text: str, cursor: int, columns: int) -> Tuple[str, str, str]:
+    """Returns the first prompt that leaves room for typing, and what is shown of a text before and after the cursor.
 
-    All together take at most `room` columns. What does not fit is turned like pages, half of what fits at a time.
+    All three take at most so many columns. A text that is too long scrolls by half of what fits.
     """
-    prompt = next((item for item in prompts if width(item) <= room * 2 // 3), fit(prompts[-1], max(room - 2, 0)))
-    space = max(room - width(prompt), 2)
+    prompt = next(
+        (item for item in prompts if text_width(item) <= columns * 2 // 3), truncate(prompts[-1], max(columns - 2, 0))
+    )
+    space = max(columns - text_width(prompt), 2)
     shown = escape_chars(text)
-    starts = [0, *itertools.accumulate(map(width, shown))]
+    starts = [0, *itertools.accumulate(map(text_width, shown))]
     first = 0
     if starts[cursor] > space:
         half = space // 2
@@ -5020,16 +5022,16 @@ class Screen:
         return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self.colours and text else text
 
     def print(self, line: str) -> None:
-        """A line that stays, above our rows, at the next draw. Terminals that get narrower break its rows once more."""
+        """Prints a line above our rows at the next draw. A terminal that gets narrower may break its rows once more."""
         self._printed.append(wrap(line, self._size().columns - 1) + "\n")
 
     def bell(self) -> None:
-        """Calls the person, at the next draw."""
+        """Rings the bell at the next draw."""
         if "\a" not in self._printed:
             self._printed.append("\a")
 
     def clear(self) -> None:
-        """Empties the screen, at the next draw."""
+        """Clears the screen at the next draw."""
         self._printed = ["\x1b[H\x1b[2J"]
 
     def draw(self, waiting: List[str], prompts: List[str], text: str, cursor: int) -> None:
@@ -5038,9 +5040,9 @@ class Screen:
         shown = (waiting, prompts, text, cursor, size)
         if shown == self._shown and not self._printed:
             return
-        room = max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
-        rows = [fit(line, room) for line in waiting[: max(min(size.lines - 2, WAITING_ROWS), 0)]]
-        prompt, before, after = input_row(prompts, text, cursor, room)
+        columns = max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
+        rows = [truncate(line, columns) for line in waiting[: max(min(size.lines - 2, WAITING_ROWS), 0)]]
+        prompt, before, after = viewport(prompts, text, cursor, columns)
         dim = [self.paint(line, DIM) + "\n" for line in rows]
         typing = self.paint(prompt, BOLD) + before + (f"\x1b7{after}\x1b8" if after else "")
         self._write("".join([self._erased(), *self._printed, *dim, typing]))
@@ -5048,10 +5050,10 @@ class Screen:
         self._shown, self._printed = shown, []
 
     def _erased(self) -> str:
-        """What takes our rows away. Where the window has become narrower, terminals have broken them into several."""
-        room = self._size().columns
-        above = sum(height(row, room) for row in self._rows) - 1
-        if above or height(self._last, room) > 1:
+        """The sequence that erases our rows, of which a terminal that became narrower has made several each."""
+        columns = self._size().columns
+        above = sum(row_count(row, columns) for row in self._rows) - 1
+        if above or row_count(self._last, columns) > 1:
             return f"\r\x1b[{above}A\x1b[J" if above else "\r\x1b[J"
         return "\r\x1b[K"  # of one row, because tmux keeps what is cleared with the whole screen
 
@@ -6315,8 +6317,8 @@ class Person(View):
 
     def __init__(self, screen: Screen) -> None:
         self._screen = screen
-        self._keys = Keys()
-        self._editor = Editor(lambda head: (0, []))
+        self._keys = KeyParser()
+        self._editor = LineEditor(lambda head: (0, []))
         self._nick = ""
         self._greeted = ""  # the channel
         self._day = time.localtime()[:3]  # of what was shown last
@@ -6324,7 +6326,7 @@ class Person(View):
         self.stopping = False  # as soon as possible; the terminal is the shell's meanwhile
 
     def start(self, client: Client) -> None:
-        self._editor = Editor(functools.partial(completions, client))
+        self._editor = LineEditor(functools.partial(completions, client))
         threading.Thread(target=self._read, args=(client.events,), daemon=True).start()
 
     @staticmethod
@@ -6343,7 +6345,7 @@ class Person(View):
                 raise KeyboardInterrupt
             if key == PASTE_BEGIN:
                 self.remark(f"Error: a paste of more than {PASTE_CHARS} characters is not taken")
-            entered = self._editor.press(key) or Entered([])
+            entered = self._editor.handle_key(key) or Submission([])
             for line in entered.lines:
                 client.enter(line, not entered.pasted)
 
@@ -6613,8 +6615,8 @@ class Console:
         self.events: Events[Tuple[str, str]] = queue.Queue(LOG_QUEUE)
         self.stopping = False  # as soon as possible; the terminal is the shell's meanwhile
         self._server = server
-        self._keys = Keys()
-        self._editor = Editor(self._complete)
+        self._keys = KeyParser()
+        self._editor = LineEditor(self._complete)
 
     def run(self, serving: threading.Thread) -> None:
         """Until the server ends; raises one of TERMINAL_ERRORS when the terminal is gone."""
@@ -6643,7 +6645,7 @@ class Console:
         for key in self._keys.feed(text):
             if key == "\x03":  # where the terminal does not make a signal of it
                 self._server.stop()
-            for line in (self._editor.press(key) or Entered([])).lines:
+            for line in (self._editor.handle_key(key) or Submission([])).lines:
                 screen.print(screen.paint(f"server> {escape_controls(line)}", DIM))
                 for answer in operate(self._server, line):
                     screen.print(escape_controls(answer))

@@ -4541,14 +4541,14 @@ class FuzzServer(ServerCase):
 LEFT, RIGHT, UP, DOWN, DELETE = "\x1b[D", "\x1b[C", "\x1b[A", "\x1b[B", "\x1b[3~"
 
 
-class LineEditor(unittest.TestCase):
+class LineEditing(unittest.TestCase):
     """Keys in, text and cursor out."""
 
-    def editor(self) -> chat.Editor:
-        return chat.Editor(lambda head: (0, []))
+    def editor(self) -> chat.LineEditor:
+        return chat.LineEditor(lambda head: (0, []))
 
-    def press(self, editor: chat.Editor, keys: str) -> List[str]:
-        entered = [editor.press(key) for key in chat.Keys().feed(keys)]
+    def press(self, editor: chat.LineEditor, keys: str) -> List[str]:
+        entered = [editor.handle_key(key) for key in chat.KeyParser().feed(keys)]
         return [line for item in entered if item for line in item.lines]
 
     def test_keys(self) -> None:
@@ -4571,13 +4571,13 @@ class LineEditor(unittest.TestCase):
             ("\x1b]" + "x" * chat.ANSWER_CHARS + "yz", ["y", "z"]),
         ):
             with self.subTest(text):
-                self.assertEqual(chat.Keys().feed(text), keys)
-                single = chat.Keys()
+                self.assertEqual(chat.KeyParser().feed(text), keys)
+                single = chat.KeyParser()
                 self.assertEqual([key for char in text for key in single.feed(char)], keys)
 
     def test_a_paste_that_is_too_long_is_not_taken(self) -> None:
         for size in (1, 7, 1000, chat.PASTE_CHARS * 2):
-            keys = chat.Keys()
+            keys = chat.KeyParser()
             text = "\x1b[200~" + "line\r" * (chat.PASTE_CHARS // 2) + "\x1b[201~a"
             found = [key for at in range(0, len(text), size) for key in keys.feed(text[at : at + size])]
             if size < chat.PASTE_CHARS:
@@ -4647,7 +4647,7 @@ class LineEditor(unittest.TestCase):
 
     def test_completion(self) -> None:
         names = {"a": ["ann: ", "abe: "], "say a": ["ann ", "abe "], "/": ["/help "]}
-        editor = chat.Editor(lambda head: (4 if head.startswith("say") else 0, names.get(head, [])))
+        editor = chat.LineEditor(lambda head: (4 if head.startswith("say") else 0, names.get(head, [])))
         for keys, text in (
             ("a\t", "ann: "),
             ("\t", "abe: "),
@@ -4666,8 +4666,8 @@ class LineEditor(unittest.TestCase):
             editor = self.editor()
             self.press(editor, "typed\x1b[200~/quit\r\n\r\n  two\nexit\x1b[201~")
             self.assertEqual(editor.view(), ("send 3 pasted lines? y/n ", "", 0))
-            entered = editor.press(answer)
-            self.assertEqual(entered or chat.Entered([]), chat.Entered(lines, bool(lines)))
+            entered = editor.handle_key(answer)
+            self.assertEqual(entered or chat.Submission([]), chat.Submission(lines, bool(lines)))
             self.assertEqual(editor.view(), ("", "typed", 5))
 
     def test_an_unknown_key_is_no_answer(self) -> None:
@@ -4685,7 +4685,7 @@ class LineEditor(unittest.TestCase):
 class Rows(unittest.TestCase):
     """What a row of the screen shows of a text, and how many columns it takes."""
 
-    def test_columns(self) -> None:
+    def test_char_width(self) -> None:
         for char, count in (
             ("a", 1),
             ("é", 1),
@@ -4698,11 +4698,11 @@ class Rows(unittest.TestCase):
             ("\u200c", 0),
             ("\U000e0067", 0),
         ):
-            self.assertEqual(chat.columns(char), count, char)
+            self.assertEqual(chat.char_width(char), count, char)
 
-    def test_width_is_the_largest_that_terminals_have(self) -> None:
+    def test_text_width_is_the_largest_that_terminals_have(self) -> None:
         for text, count in (("abc", 3), ("👨\u200d👩", 4), ("❤\ufe0f", 2), ("🇩🇪", 2), ("👍🏽", 4), ("می\u200cخ", 3)):
-            self.assertEqual(chat.width(text), count, text)
+            self.assertEqual(chat.text_width(text), count, text)
 
     def test_clusters(self) -> None:
         for pieces in (
@@ -4715,7 +4715,7 @@ class Rows(unittest.TestCase):
         ):
             self.assertEqual(chat.clusters("".join(pieces)), pieces)
 
-    def test_fit(self) -> None:
+    def test_truncate(self) -> None:
         for text, room, shown in (
             ("hello", 5, "hello"),
             ("hello!", 5, "he..."),
@@ -4723,9 +4723,9 @@ class Rows(unittest.TestCase):
             ("abc", 2, ".."),
             ("👨\u200d👩\u200d👧👨\u200d👩\u200d👧", 10, "👨\u200d👩\u200d👧..."),
         ):
-            self.assertEqual(chat.fit(text, room), shown)
+            self.assertEqual(chat.truncate(text, room), shown)
 
-    def test_input_row(self) -> None:
+    def test_viewport(self) -> None:
         for text, cursor, shown in (
             ("hello", 5, ("> ", "hello", "")),
             ("0123456789abcdefgh", 18, ("> ", "0123456789abcdefgh", "")),
@@ -4735,8 +4735,8 @@ class Rows(unittest.TestCase):
             ("👨\u200d👩", 2, ("> ", "👨\u200d", "👩")),  # the cursor may stand where a joined emoji is
             ("a\u200db", 2, ("> ", "a<U+200D>", "b")),
         ):
-            self.assertEqual(chat.input_row(["[#chat] robert> ", "> "], text, cursor, 20), shown)
-        self.assertEqual(chat.input_row(["send 2 lines? y/n "], "", 0, 16), ("send 2 line...", "", ""))
+            self.assertEqual(chat.viewport(["[#chat] robert> ", "> "], text, cursor, 20), shown)
+        self.assertEqual(chat.viewport(["send 2 lines? y/n "], "", 0, 16), ("send 2 line...", "", ""))
 
     def test_wrap(self) -> None:
         for line, room, rows in (
@@ -4789,7 +4789,7 @@ class Rows(unittest.TestCase):
             for row in others:
                 self.assertRegex(row, r"^(?: {3,6}|$)", (columns, text))
 
-    def test_height(self) -> None:
+    def test_row_count(self) -> None:
         for text, room, rows in (
             ("", 5, 1),
             ("hello", 5, 1),
@@ -4797,7 +4797,7 @@ class Rows(unittest.TestCase):
             ("你好吗", 5, 2),
             ("e\u0301" * 5, 5, 1),
         ):
-            self.assertEqual(chat.height(text, room), rows)
+            self.assertEqual(chat.row_count(text, room), rows)
 
     def test_the_cursor_is_always_in_what_is_shown(self) -> None:
         rng = random.Random(4)
@@ -4805,12 +4805,12 @@ class Rows(unittest.TestCase):
             text = "".join(rng.choice("ab 你😀\u200d\ufe0f\u0301\x1b") for _ in range(rng.randrange(60)))
             room, prompt = rng.randrange(18, 50), "[#chat 3] bob> "[rng.randrange(16) :]
             for cursor in range(len(text) + 1):
-                shown, before, after = chat.input_row([prompt, "> "], text, cursor, room)
-                self.assertLessEqual(chat.width(shown + before + after), room)
+                shown, before, after = chat.viewport([prompt, "> "], text, cursor, room)
+                self.assertLessEqual(chat.text_width(shown + before + after), room)
                 escaped = chat.escape_chars(text)
                 self.assertTrue("".join(escaped[:cursor]).endswith(before))
                 self.assertTrue("".join(escaped[cursor:]).startswith(after))
-                self.assertTrue(before or not cursor or not chat.columns(text[cursor - 1]), (text, cursor, room))
+                self.assertTrue(before or not cursor or not chat.char_width(text[cursor - 1]), (text, cursor, room))
 
 
 class FakeScreen(chat.Screen):
@@ -5563,13 +5563,14 @@ class FuzzClient(unittest.TestCase):
             with repeatable(seed) as rng:
                 text = "".join(rng.choices(self.KEYS, k=20))
                 cuts = sorted(rng.choices(range(len(text)), k=rng.randrange(9)))
-                keys, whole, editor = chat.Keys(), chat.Keys(), chat.Editor(lambda head: (len(head) // 2, ["ann", ""]))
+                keys, whole = chat.KeyParser(), chat.KeyParser()
+                editor = chat.LineEditor(lambda head: (len(head) // 2, ["ann", ""]))
                 found = [
                     key for start, end in zip([0, *cuts], [*cuts, len(text)]) for key in keys.feed(text[start:end])
                 ]
                 self.assertEqual(found, whole.feed(text))
                 for key in found:
-                    editor.press(key)
+                    editor.handle_key(key)
                     _, shown, cursor = editor.view()
                     self.assertLessEqual(0, cursor)
                     self.assertLessEqual(cursor, len(shown))
@@ -6654,7 +6655,7 @@ class Glass:
         self.row, self.column = self._saved
 
     def put(self, char: str) -> None:
-        size = chat.columns(char)
+        size = chat.char_width(char)
         if not size:
             self.lines[self.row][max(self.column - 1, 0)] += char
             return
@@ -6831,7 +6832,7 @@ class AtTheTerminal(SeatCase):
                 seat.type(str(number // 50))
         typed = "half a 你好 0123456789line"
         seat.until(lambda: "message 499\n" in seat.glass.text() and seat.last() == f"[#chat 2] bob> {typed}")
-        self.assertEqual(seat.glass.column, chat.width(f"[#chat 2] bob> {typed}") - len("line"))
+        self.assertEqual(seat.glass.column, chat.text_width(f"[#chat 2] bob> {typed}") - len("line"))
         shown = re.findall(r"ann: message (\d+)\n", seat.glass.text())
         self.assertEqual(shown, [str(number) for number in range(500)])
         seat.type("\r")
@@ -7257,7 +7258,7 @@ class InTmux(ProgramCase):
         self.until("it can$")
         for number, size in enumerate((35, 60, 20, 90, 25, 80)):
             self.tmux("resize-window", "-t", "chat", "-x", str(size), "-y", "20")
-            row = "".join(chat.input_row(["[#chat 2] bob> ", "[#chat 2] ", "> "], typed, len(typed), size - 1))
+            row = "".join(chat.viewport(["[#chat 2] bob> ", "[#chat 2] ", "> "], typed, len(typed), size - 1))
             self.until(re.escape(row) + "$")
             ann.send(f"number {number}\n")
             self.until(f"number {number}\n{re.escape(row)}$")
