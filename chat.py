@@ -16,7 +16,7 @@ Sections, from pure to effectful; each uses only those above it:
                            who may connect, and how fast: AccessControl, TokenBucket
     commands               dispatch; a function for each command (JOIN, KICK, ...), in a table
     delivery               what becomes of the log: what is stored, and which bytes go to whom
-    encryption             TLS as bytes in, bytes out; fingerprints
+    transports             TLS round a socket; fingerprints; wakeups
     server                 Server accepts, and its reader threads hold back who sends too fast; Mailer sends
     terminal               line editor and screen, for people
     client                 connection to a server, and what is known of the chat there
@@ -3857,8 +3857,13 @@ class FanOut:
 
 
 # -----------------------------------------------------------------------------
-# encryption
+# transports
 # -----------------------------------------------------------------------------
+
+# POSIX makes one call non-blocking on a blocking socket. Where that is missing (Windows) the socket itself is
+# non-blocking, and readers wait in short steps, which they must there anyway: shutdown does not wake them.
+DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+CRYPT_BYTES = 64 << 10  # text that is encrypted at once: so much waits for a slow peer beyond what its sender counts
 
 
 class UntrustedPeer(OSError):
@@ -3930,6 +3935,142 @@ class Tls:
         self.ready = True
 
 
+class TlsSocket:
+    """A TLS connection (RFC 8446, RFC 5246) that looks like a socket: after `handshake`, it receives and sends text.
+
+    One thread may receive while another one sends. OpenSSL lets only one of them in at a time, hence a lock, under
+    which nothing waits. OpenSSL does not read from the socket itself, as it would not return while a peer floods it
+    with key updates.
+    """
+
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, server_side: bool = False, host: str = "", pin: str = ""
+    ) -> None:
+        """Takes over the socket. `pin`: the fingerprint that the peer's certificate must have."""
+        import ssl
+
+        self._sock, self._pin = sock, pin
+        self.fileno, self.close = sock.fileno, sock.close
+        self.settimeout, self.setblocking = sock.settimeout, sock.setblocking
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side, host or None)
+        self._lock = threading.Lock()
+        self._ready = False  # the handshake is done, and we know who is there
+        self._closed = False  # we have said that nothing more will come
+        self._ended = False  # the peer has said so
+        self._text = b""  # came with the end of the handshake
+        self._encrypted = 0  # bytes of text that are encrypted and not yet reported as sent
+        self._unsent = b""  # what they became, as far as the socket did not take it
+
+    def handshake(self) -> None:
+        """Sets up TLS; waits for the peer as a socket does. Raises OSError, UntrustedPeer if it has not got the pin."""
+        import ssl
+
+        while not self._ready:
+            try:
+                self._object.do_handshake()
+                self._check_pin()
+                self._text = self._decrypt()
+                self._sock.sendall(self._outgoing.read())
+                self._ready = True
+            except ssl.SSLWantReadError:
+                self._sock.sendall(self._outgoing.read())
+                data = self._sock.recv(RECV_BYTES)
+                if not data:
+                    raise ConnectionError("it ended the connection; perhaps it does not speak TLS") from None
+                if data.startswith(b"ERROR :"):  # refused at the door
+                    raise ConnectionError(data[7:].decode(errors="replace").strip()) from None
+                self._incoming.write(data)
+            except ssl.SSLError:
+                with contextlib.suppress(OSError):
+                    self._sock.sendall(self._outgoing.read())  # an alert, which tells the peer why
+                raise
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """The next text; b"" once the peer has ended its side; raises OSError, also where the connection was cut.
+
+        Raises BlockingIOError if what came is no text yet, even on a blocking socket. So that afterwards select sees
+        what is left, it returns all there is: up to a record, 16 KiB, more than `size`. Call it after the handshake
+        before the first select. MSG_PEEK shows what is encrypted.
+        """
+        if flags & socket.MSG_PEEK:
+            return self._sock.recv(size, flags)
+        if not self._ready:
+            raise OSError(errno.ENOTCONN, "TLS is not set up")
+        text, self._text = self._text, b""
+        if text or self._ended:
+            return text
+        data = self._sock.recv(size)
+        if not data:
+            raise ConnectionError("the connection was cut")
+        with self._lock:
+            self._incoming.write(data)
+            try:
+                text = self._decrypt()
+            finally:
+                with contextlib.suppress(OSError):  # what does not fit goes with the next text
+                    self._flush()  # the answer to a key update, or an alert
+        if not text and not self._ended:
+            raise BlockingIOError(errno.EAGAIN, "no text yet")
+        return text
+
+    def send(self, data: Union[bytes, bytearray], flags: int = 0) -> int:
+        """Sends, without waiting, as much as the socket takes; returns how much that was. Raises OSError.
+
+        Raises BlockingIOError if nothing more fits; the next call must begin with the same bytes.
+        """
+        with self._lock:
+            if not self._ready or self._closed:
+                raise OSError(errno.ENOTCONN, "TLS is not set up, or has ended")
+            if not self._encrypted:
+                self._encrypted = self._object.write(memoryview(data)[:CRYPT_BYTES])
+            self._flush()
+            sent, self._encrypted = self._encrypted, 0
+        return sent
+
+    def shutdown(self, how: int) -> None:
+        """Ends our side, which the peer is told, or both. Raises OSError.
+
+        If no room is left to tell it, SHUT_WR puts that off to SHUT_RDWR.
+        """
+        import ssl
+
+        with self._lock:
+            if self._ready and not self._closed:
+                self._closed = True
+                with contextlib.suppress(ssl.SSLError):  # it always wants to hear the same from the peer
+                    self._object.unwrap()
+            with contextlib.suppress(OSError):
+                self._flush()
+            if how == socket.SHUT_RDWR or not self._unsent:
+                self._sock.shutdown(how)
+
+    def _decrypt(self) -> bytes:
+        """What has arrived, as far as records are complete."""
+        import ssl
+
+        found = []
+        with contextlib.suppress(ssl.SSLWantReadError):
+            try:
+                while not self._ended:
+                    found.append(self._object.read(RECV_BYTES))
+                    self._ended = not found[-1]
+            except ssl.SSLZeroReturnError:
+                self._ended = True
+        return b"".join(found)
+
+    def _flush(self) -> None:
+        """Sends what is encrypted; raises BlockingIOError as long as that is not all sent."""
+        self._unsent += self._outgoing.read()
+        while self._unsent:
+            self._unsent = self._unsent[self._sock.send(self._unsent, DONTWAIT) :]
+
+    def _check_pin(self) -> None:
+        found = fingerprint_of(self._object.getpeercert(True) or b"") if self._pin else ""
+        if not hmac.compare_digest(found, self._pin):
+            raise UntrustedPeer(f"its fingerprint is {found}, not {self._pin}: somebody else may be listening there")
+
+
 def fingerprint_of(certificate: bytes) -> str:
     """The SHA-256 of a certificate in DER, as openssl writes it: AB:01:..."""
     return hashlib.sha256(certificate).digest().hex(":").upper()
@@ -3958,13 +4099,34 @@ def client_context(pinned: bool) -> ssl.SSLContext:
     return context
 
 
+class Wakeup:
+    """Lets any thread end another one's select, in which this is registered for reading."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self.fileno = self._reader.fileno
+
+    def wake(self) -> None:
+        """Makes this readable. Any thread, and signal handlers; also after `close`."""
+        with contextlib.suppress(OSError):  # full: it is readable
+            self._writer.send(b"!")
+
+    def clear(self) -> None:
+        """Makes this unreadable again."""
+        self._reader.recv(4096)
+
+    def close(self) -> None:
+        """Closes the sockets."""
+        self._reader.close()
+        self._writer.close()
+
+
 # -----------------------------------------------------------------------------
 # server
 # -----------------------------------------------------------------------------
 
-# POSIX makes one call non-blocking on a blocking socket. Where that is missing (Windows) the socket itself is
-# non-blocking, and readers wait in short steps, which they must there anyway: shutdown does not wake them.
-DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 MAX_WATCHED = 500 if sys.platform == "win32" else 1 << 20  # select there takes 512 sockets
 BIND_ATTEMPTS = 10  # for a port that is free on all addresses of a name
 TLS_ONLY = "This server speaks TLS only"
@@ -4023,30 +4185,6 @@ class Connection:
             return len(self.sock.recv(FLOOD_BYTES, socket.MSG_PEEK | DONTWAIT))
         except OSError:
             return 0
-
-
-class Wakeup:
-    """Lets any thread end another one's select, in which this is registered for reading."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-        self.fileno = self._reader.fileno
-
-    def wake(self) -> None:
-        """Makes this readable. Any thread, and signal handlers; also after `close`."""
-        with contextlib.suppress(OSError):  # full: it is readable
-            self._writer.send(b"!")
-
-    def clear(self) -> None:
-        """Makes this unreadable again."""
-        self._reader.recv(4096)
-
-    def close(self) -> None:
-        """Closes the sockets."""
-        self._reader.close()
-        self._writer.close()
 
 
 class Poller:

@@ -3115,8 +3115,8 @@ def make_certificate(path: str) -> None:
 
 
 @unittest.skipUnless(ssl and shutil.which("openssl"), "needs openssl")
-class Encrypted(ServerCase):
-    """TLS and clear text on one port."""
+class CertificateCase(Waiting):
+    """One certificate for all tests of a class."""
 
     folder: tempfile.TemporaryDirectory[str]
 
@@ -3126,12 +3126,197 @@ class Encrypted(ServerCase):
         cls.addClassCleanup(cls.folder.cleanup)
         make_certificate(f"{cls.folder.name}/tls.pem")
 
+    def server_context(self) -> ssl.SSLContext:
+        return chat.server_context(f"{self.folder.name}/tls.pem", "")
+
+
+class TlsSockets(CertificateCase):
+    """TlsSocket as a server and as a client, opposite another one or Python's own."""
+
+    def pair(self) -> Tuple[socket.socket, socket.socket]:
+        """Two connected sockets with little room."""
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            client = socket.create_connection(listening.getsockname(), PATIENCE)
+            server, _ = listening.accept()
+        for sock in (server, client):
+            sock.settimeout(PATIENCE)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NARROW)
+            self.addCleanup(sock.close)
+        return server, client
+
+    def ends(self) -> Tuple[chat.TlsSocket, chat.TlsSocket]:
+        """A server and a client after the handshake, non-blocking."""
+        below = self.pair()
+        server = chat.TlsSocket(below[0], self.server_context(), True)
+        client = chat.TlsSocket(below[1], chat.client_context(True))
+        self.both(server.handshake, client.handshake)
+        server.setblocking(False)
+        client.setblocking(False)
+        return server, client
+
+    def both(self, *calls: Callable[[], object]) -> None:
+        """Runs one call in a thread, the other one here."""
+        thread = threading.Thread(target=calls[0])
+        thread.start()
+        try:
+            calls[1]()
+        finally:
+            thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive())
+
+    def receive(self, sock: chat.TlsSocket, size: int) -> bytes:
+        """At least `size` bytes, or all up to the end, as a program with one thread receives."""
+        data = b""
+        while len(data) < size:
+            try:
+                piece = sock.recv(4096)
+            except BlockingIOError:
+                self.assertTrue(select.select([sock], [], [], PATIENCE)[0], "nothing comes")
+                continue
+            if not piece:
+                break
+            data += piece
+        return data
+
+    def test_much_both_ways_at_once(self) -> None:
+        ends = self.ends()
+        sizes = {ends[0]: 5_000_000, ends[1]: 3_000_000}
+        texts = {sock: random.Random(size).getrandbits(8 * size).to_bytes(size, "big") for sock, size in sizes.items()}
+        found: Dict[chat.TlsSocket, bytes] = {}
+
+        def send(sock: chat.TlsSocket) -> None:
+            rest = memoryview(texts[sock])
+            while rest:
+                try:
+                    rest = rest[sock.send(bytes(rest[:200_000]), 0) :]
+                except BlockingIOError:
+                    select.select([], [sock], [], PATIENCE)
+
+        def receive(sock: chat.TlsSocket, size: int) -> None:
+            found[sock] = self.receive(sock, size)
+
+        threads = [threading.Thread(target=send, args=(sock,)) for sock in ends]
+        threads += [threading.Thread(target=receive, args=(a, sizes[b])) for a, b in (ends, ends[::-1])]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        for sock, other in (ends, ends[::-1]):
+            self.assertTrue(found.get(sock) == texts[other], "it is not the same")
+
+    def test_it_talks_with_another_tls(self) -> None:
+        below = self.pair()
+        other: List[ssl.SSLSocket] = []
+        sock = chat.TlsSocket(below[0], self.server_context(), True)
+        self.both(sock.handshake, lambda: other.append(chat.client_context(True).wrap_socket(below[1])))
+        self.addCleanup(other[0].close)
+        other[0].sendall(b"there")
+        self.assertEqual(self.receive(sock, 5), b"there")
+        sock.send(b"and back")
+        self.assertEqual(other[0].recv(100), b"and back")
+        self.both(lambda: sock.shutdown(socket.SHUT_WR), lambda: self.assertEqual(other[0].recv(100), b""))
+        other[0].sendall(b"still")
+        self.assertEqual(self.receive(sock, 5), b"still")
+        self.assertRaises(OSError, sock.send, b"in clear text")
+        other[0].unwrap()
+        self.assertEqual(self.receive(sock, 5), b"")
+
+    def test_text_that_comes_with_the_end_of_the_handshake(self) -> None:
+        below = self.pair()
+        server = chat.TlsSocket(below[0], self.server_context(), True)
+        client = chat.TlsSocket(below[1], chat.client_context(True))
+
+        def greet() -> None:
+            client.handshake()
+            client.send(b"ann")
+
+        greeted = threading.Thread(target=greet)
+        greeted.start()
+        server.setblocking(False)
+        select.select([below[0]], [], [], PATIENCE)
+        self.assertRaises(BlockingIOError, server.handshake)
+        greeted.join(PATIENCE)
+        server.handshake()
+        self.assertEqual(self.receive(server, 3), b"ann")
+
+    def test_what_is_no_text_does_not_keep_a_reader(self) -> None:
+        server, client = self.ends()
+        server.settimeout(PATIENCE)
+        client.send(b"cut in two")
+        self.assertRaises(BlockingIOError, server.recv, 20)
+        self.assertEqual(server.recv(100), b"cut in two")
+
+    def test_a_cut_is_no_end(self) -> None:
+        for ends_well in (False, True):
+            with self.subTest(ends_well):
+                server, client = self.ends()
+                self.assertRaises(BlockingIOError, client.recv, 4096)  # session tickets; unread, they make a reset
+                client.send(b"last")
+                if ends_well:
+                    client.shutdown(socket.SHUT_WR)
+                client.close()
+                self.assertEqual(self.receive(server, 4), b"last")
+                if ends_well:
+                    self.assertEqual(self.receive(server, 1), b"")
+                else:
+                    self.assertRaisesRegex(ConnectionError, "cut", self.receive, server, 1)
+
+    def test_an_end_for_which_there_is_no_room_is_told_later(self) -> None:
+        server, client = self.ends()
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += server.send(b"x" * 1000)
+        server.shutdown(socket.SHUT_WR)
+        got = self.receive(client, sent)
+        server.shutdown(socket.SHUT_RDWR)
+        self.assertEqual(set(got + self.receive(client, 2000)), set(b"x"))
+        self.assertEqual(client.recv(100), b"")
+
+    def test_nothing_goes_before_the_handshake(self) -> None:
+        below, other = self.pair()
+        sock = chat.TlsSocket(below, self.server_context(), True)
+        self.assertRaises(OSError, sock.send, b"secret")
+        self.assertRaises(OSError, sock.recv, 100)
+        sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(other.recv(100), b"")
+
+    def test_why_there_is_no_handshake(self) -> None:
+        for answer, error, text in (
+            (b"ERROR :full\r\n", ConnectionError, "^full$"),
+            (b"", ConnectionError, "ended the connection; perhaps it does not speak TLS"),
+            (b"*** hello\r\n", ssl.SSLError, "(?i)wrong.version"),
+        ):
+            with self.subTest(answer):
+                other, below = self.pair()
+                other.sendall(answer)
+                other.shutdown(socket.SHUT_WR)
+                client = chat.TlsSocket(below, chat.client_context(True))
+                self.assertRaisesRegex(error, text, client.handshake)
+                self.assertRaises(OSError, client.send, b"secret")
+
+    def test_nothing_goes_to_who_has_not_the_pin(self) -> None:
+        below = self.pair()
+        server = chat.TlsSocket(below[0], self.server_context(), True)
+        client = chat.TlsSocket(below[1], chat.client_context(True), pin="00")
+
+        def find_out() -> None:
+            self.assertRaisesRegex(chat.UntrustedPeer, "its fingerprint is .*, not 00", client.handshake)
+            self.assertRaises(OSError, client.send, b"secret")
+            client.close()
+
+        self.both(find_out, lambda: self.assertRaises(OSError, server.handshake))
+
+
+class Encrypted(ServerCase, CertificateCase):
+    """TLS and clear text on one port."""
+
     def setUp(self) -> None:
         self.start(False)
 
     def start(self, tls_only: bool) -> None:
-        context = chat.server_context(f"{self.folder.name}/tls.pem", "")
-        self.serve(chat.Server("127.0.0.1", 0, None, context, tls_only))
+        self.serve(chat.Server("127.0.0.1", 0, None, self.server_context(), tls_only))
 
     def secret(self, data: str = "") -> Peer:
         """A peer that speaks TLS."""
