@@ -234,6 +234,7 @@ PEOPLE, NAME_CHARS = 100_000, 100  # names that are remembered, so that no serve
 UNECHOED_LINES = 50  # a pipe sends so many ahead of their echo: fills no buffer, hides the round trip
 HISTORY_LINES = 500  # typed lines that can be called back
 PASTE_CHARS = 1 << 16  # at most, of one paste
+ANSWER_CHARS = 1000  # of an answer of the terminal; one without an end, Alt-], does not swallow more of what is typed
 WAITING_ROWS = 5  # shown of our lines that are not confirmed
 GREETED = 20  # names that are told on entering a channel
 # Looks: parameters of Select Graphic Rendition (ECMA-48, 8.3.117); names in colours seen on dark and light ground.
@@ -408,7 +409,9 @@ NUMERICS = {item.code: item for item in list(globals().values()) if isinstance(i
 # Scripts that one language writes together: Unicode Technical Standard 39, section 5.2.
 MIXED_SCRIPTS = ({"CJK", "HIRAGANA", "KATAKANA"}, {"CJK", "HANGUL"}, {"CJK", "BOPOMOFO"})
 # Letters and marks that show nothing (Default_Ignorable_Code_Point), with which two names would look like one.
-INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
 NICK_SYMBOLS = "_[]{}|^`"
 CHANNEL_TYPES = "#&+!"  # RFC 2811, section 2.1; our server has # only
 CHANNEL_STARTS = tuple(CHANNEL_TYPES + "~@%")  # with STATUSMSG, @#chat is the operators of #chat
@@ -774,29 +777,65 @@ UNSAFE_CATEGORIES = (
     "Zp",
 )  # Unicode categories: controls, formats (direction, zero width), separators
 MAX_COMBINING = 8  # combining marks that one letter may carry: real writing needs 4, and more of them cover other lines
+TAB = "    "  # how it is shown
+MAX_BLANKS = 20  # in a row, as in code with five levels; with more of them a text could pass for the next line
+BLANK = "[ \xa0\u1680\u2000-\u200a\u202f\u205f\u2800\u3000]"
+TOO_MANY_SPACES = " " * (MAX_BLANKS + 1)
+TOO_BLANK = re.compile(f"{BLANK}{{{MAX_BLANKS + 1},}}")
+CURSIVE = "[\u0620-\u077f\u07ca-\u07f5\u0840-\u08ff\u1820-\u18aa\U00010d00-\U00010d23\U0001e900-\U0001e943]"
+EMOJI = (
+    "[\xa9\xae\u203c\u2049\u2122\u2139\u2190-\u21ff\u2300-\u23ff\u2460-\u27bf\u2900-\u297f\u2b00-\u2bff"
+    "\u3030\u303d\u3297\u3299\U0001f000-\U0001faff]"
+)
+VIRAMA = 9  # canonical combining class
+# Characters that show nothing, where they are needed to write: ZWNJ between two letters of a script that joins them
+# (RFC 5892, A.1; Python does not know which letters of it join); and emoji (UTS 51, ED-9a to ED-17a): joined ones,
+# variation selectors, keycaps, flags by tags.
+LEGITIMATE = re.compile(
+    f"\u200c(?<={CURSIVE}\u200c)(?={CURSIVE})|\u200d(?<=(?:{EMOJI}|\ufe0f)\u200d)(?={EMOJI})"
+    f"|[\ufe0e\ufe0f](?<={EMOJI}.)|\ufe0f(?<=[#*0-9]\ufe0f)(?=\u20e3)"
+    "|\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
+)
 
 
 def escape_controls(text: str) -> str:
-    """`text` with all that a terminal could obey, or that hides, made visible: \\x1b, <U+202E>. Never fails."""
-    if text.isascii() and text.isprintable():
+    """`text` with all that a terminal could obey, that hides or pads, made visible: \\x1b, <U+202E>, <80 blanks>.
+
+    Never fails. What is padded with letters still passes for a new line where the terminal breaks lines, as at nc.
+    """
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(escape_chars(text.replace("\t", TAB)))
+    elif TOO_MANY_SPACES not in text:
         return text
+    return TOO_BLANK.sub(lambda blanks: f"<{len(blanks[0])} blanks>", text)
+
+
+def escape_chars(text: str) -> List[str]:
+    """How each character of `text` is shown.
+
+    A joiner passes beside a virama, too: RFC 5892, A.1 and A.2, wants it before, Bengali has it also after the joiner.
+    """
+    legitimate = {at for match in LEGITIMATE.finditer(text) for at in range(*match.span())}
     shown, marks = [], 0
-    for char in text:
-        category = unicodedata.category(char)
-        marks = marks + 1 if category[0] == "M" else 0
-        hides = INVISIBLE.match(char) and char not in "\ufe0e\ufe0f"  # those two only choose how an emoji looks
-        shown.append(escape_char(char) if category in UNSAFE_CATEGORIES or hides or marks > MAX_COMBINING else char)
-    return "".join(shown)
+    for at, char in enumerate(text):
+        joins = at in legitimate or (
+            char in "\u200c\u200d" and VIRAMA in map(unicodedata.combining, text[max(at - 1, 0) : at + 2])
+        )
+        marks = marks + 1 if joins or unicodedata.category(char)[0] == "M" else 0
+        escaped = marks > MAX_COMBINING or (not joins and is_unsafe(char))
+        shown.append(char if not escaped else f"\\x{ord(char):02x}" if char < "\u0100" else f"<U+{ord(char):04X}>")
+    return shown
 
 
-def escape_char(char: str) -> str:
-    """How a character is shown that must not be shown as itself."""
-    return f"\\x{ord(char):02x}" if ord(char) < 0x100 else f"<U+{ord(char):04X}>"
+@functools.lru_cache(maxsize=4096)
+def is_unsafe(char: str) -> bool:
+    """Whether a terminal could obey a character, or shows nothing of it."""
+    return unicodedata.category(char) in UNSAFE_CATEGORIES or bool(INVISIBLE.match(char))
 
 
 def safe_param(text: str) -> str:
     """`text` as a parameter that is not the last: one word, not empty, short."""
-    return cut(escape_controls(text.lstrip(" :").partition(" ")[0]), NICK_BYTES) or "*"
+    return cut(escape_controls(text).lstrip(" :").partition(" ")[0], NICK_BYTES) or "*"
 
 
 def is_system(message: Message) -> bool:
@@ -4768,13 +4807,22 @@ def raise_descriptor_limit() -> None:
 PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"  # bracketed paste, as xterm has it
 KEY = re.compile(
     r"\x1b\[200~.*?\x1b\[201~"  # a paste, whole
-    r"|\x1b\[(?!200~)[0-?]*[ -/]*(?:[@-~]|(?=[^ -~]))"  # CSI sequences, also broken off
-    r"|\x1bO."  # SS3: arrows in application mode
-    r"|\x1b(?=[\x00-\x1f])|\x1b[^\[O\x00-\x1f]"  # Esc alone; Alt and a key
-    r"|[^\x1b]",
+    r"|\x1b\[\d+\$"  # rxvt, with Shift
+    r"|\x1b\[M.{3}"  # a mouse report of X10
+    r"|\x1b\[(?:\[|(?!\[|M|200~))[ -?]*(?:[@-~]|(?=[^ -~]))"  # CSI sequences, [[ in the Linux console; also broken off
+    r"|\x1bO[0-?]*(?:[ -/@-~]|(?=[^ -~]))"  # SS3: arrows in application mode
+    r"|(?P<answer>\x1b[]PX^_](?:[^\0-\x1f\x7f]{%d}|[^\0-\x1f\x7f]*"  # OSC, DCS, SOS, PM, APC strings, with their end
+    r"(?:\x07|\x1b\\|(?=\x1b[^\\]|[\0-\x06\b-\x1a\x1c-\x1f\x7f]))))"  # or broken off by another control character
+    r"|\x1b(?=[\x00-\x1f])|\x1b[^]\[OPX^_\x00-\x1f]"  # Esc alone; Alt and a key
+    r"|[^\x1b]" % ANSWER_CHARS,
     re.DOTALL,
 )
 CANCEL = "\x07"  # Ctrl-G
+ZERO_WIDTH = re.compile("[\u1160-\u11ff\u200c\u200d\U000e0020-\U000e007f]")  # Hangul vowels and finals; joiners; tags
+# The end of a cluster: a character that is joined, or has a skin tone; the second half of a flag.
+JOINED = re.compile(".*\u200d.|.+[\U0001f3fb-\U0001f3ff]|[\U0001f1e6-\U0001f1ff]{2}", re.DOTALL)
+INDENT = 6  # columns of rows that continue a line; it begins with the time in them
+CLUSTER_CHARS = 16  # at most; a couple with skin tones has 10, a letter with its marks 9
 # The second code of a special key, as msvcrt.getwch has it, and what a terminal would send.
 WINDOWS_KEYS = {
     "H": "\x1b[A", "P": "\x1b[B", "M": "\x1b[C", "K": "\x1b[D", "G": "\x1b[H", "O": "\x1b[F", "S": "\x1b[3~",
@@ -4786,28 +4834,23 @@ class Keys:
     """What is read from a terminal in, single keys out; the beginning of one waits for its rest."""
 
     def __init__(self) -> None:
-        self._tail = ""
+        self._rest = ""
         self._dropping = False  # until the end of a paste that was too long
 
     def feed(self, text: str) -> List[str]:
         """The keys that are complete with `text`; PASTE_BEGIN alone for a paste that is not taken."""
-        text, self._tail = self._tail + text, ""
-        keys, at = [], 0
-        if self._dropping:
-            at = text.find(PASTE_END) + len(PASTE_END)
-            self._dropping = at < len(PASTE_END)
-        while at < len(text) and not self._dropping:
-            unended = text.startswith(PASTE_BEGIN, at) and text.find(PASTE_END, at) < 0
-            match = None if unended else KEY.match(text, at)
-            if match is None:
-                self._dropping = len(text) - at > PASTE_CHARS
+        text, at = self._rest + text, 0
+        keys: List[str] = []
+        while not text.startswith(PASTE_BEGIN, at) or text.find(PASTE_END, at) > 0:
+            match = KEY.match(text, at)
+            if not match:
                 break
-            keys.append(match[0])
-            at = match.end()
-        if self._dropping:
-            keys += [PASTE_BEGIN] if at >= len(PASTE_END) or not at else []
-            at = max(len(text) - len(PASTE_END), 0)
-        self._tail = text[at:]
+            keys += [] if self._dropping or match["answer"] else [match[0]]
+            at, self._dropping = match.end(), False
+        self._rest = text[at:]
+        if self._rest.startswith(PASTE_BEGIN) and len(self._rest) > PASTE_CHARS:
+            keys += [] if self._dropping else [PASTE_BEGIN]
+            self._dropping, self._rest = True, PASTE_BEGIN + self._rest[1 - len(PASTE_END) :]
         return keys
 
 
@@ -4845,7 +4888,9 @@ class Editor:
         return "" if self._query is None else f"search '{escape_controls(self._query)}': ", self.text, self.cursor
 
     def press(self, key: str) -> Optional[Entered]:
-        """Does what a key means; returns what it entered."""
+        """Does what a key means; returns what it entered. A key that is not known does nothing."""
+        if len(key) > 1 and key not in BINDINGS and not key.endswith(PASTE_END):
+            return None
         if self._asked:
             lines, self._asked = self._asked, []
             return Entered(lines, True) if key in ("y", "Y") else None
@@ -4858,7 +4903,7 @@ class Editor:
             return BINDINGS[key](self)
         if key.endswith(PASTE_END):
             self._paste(key[len(PASTE_BEGIN) : -len(PASTE_END)])
-        elif len(key) == 1 and unicodedata.category(key) != "Cc":
+        elif unicodedata.category(key) != "Cc":
             self._insert(key)
         return None
 
@@ -4872,55 +4917,20 @@ class Editor:
     def _quit_or_delete(self) -> Optional[Entered]:
         if not self.text:
             return Entered(["/quit"])
-        self._remove(Editor._right)
+        self._remove("right")
         return None
 
-    # Moving: by letters with the marks upon them, and by words.
-
-    def _left(self) -> None:
-        self.cursor = max(self.cursor - 1, 0)
-        while self.cursor and not columns(self.text[self.cursor]):
-            self.cursor -= 1
-
-    def _right(self) -> None:
-        self.cursor = min(self.cursor + 1, len(self.text))
-        while self.cursor < len(self.text) and not columns(self.text[self.cursor]):
-            self.cursor += 1
-
-    def _home(self) -> None:
-        self.cursor = 0
-
-    def _end(self) -> None:
-        self.cursor = len(self.text)
-
-    def _skip(self, step: int, wanted: Callable[[str], bool]) -> None:
-        """Goes on, to the left (-1) or right (1), as long as the next character is wanted."""
-        side = min(step, 0)
-        while 0 <= self.cursor + side < len(self.text) and wanted(self.text[self.cursor + side]):
-            self.cursor += step
-
-    def _word_left(self) -> None:
-        self._skip(-1, lambda char: not char.isalnum())
-        self._skip(-1, str.isalnum)
-
-    def _word_right(self) -> None:
-        self._skip(1, lambda char: not char.isalnum())
-        self._skip(1, str.isalnum)
-
-    def _space_left(self) -> None:
-        self._skip(-1, str.isspace)
-        self._skip(-1, lambda char: not char.isspace())
-
-    # Changing.
+    def _move(self, move: str) -> None:
+        self.cursor += MOVES[move](self.text[: self.cursor], self.text[self.cursor :])
 
     def _insert(self, text: str) -> None:
         self.text = self.text[: self.cursor] + text + self.text[self.cursor :]
         self.cursor += len(text)
 
-    def _remove(self, move: Callable[[Editor], None], kill: bool = False) -> None:
-        """Takes out what `move` passes; a kill is kept for yank, together with what the key before killed."""
+    def _remove(self, move: str, kill: bool = False) -> None:
+        """Takes out what a move passes; a kill is kept for yank, together with what the key before killed."""
         before = self.cursor
-        move(self)
+        self._move(move)
         start, end = sorted((before, self.cursor))
         gone, self.text, self.cursor = self.text[start:end], self.text[:start] + self.text[end:], start
         if kill and gone:
@@ -4929,7 +4939,7 @@ class Editor:
             self._kills = True
 
     def _paste(self, text: str) -> None:
-        text = text.replace("\t", "    ").replace("\r", "\n")
+        text = text.replace("\t", TAB).replace("\r", "\n")
         lines = [line for line in text.split("\n") if line.strip()]
         if len(lines) > 1:
             self._asked = lines
@@ -4945,8 +4955,6 @@ class Editor:
             at = self._choices.index(head) + step if head in self._choices else min(step, 0)
             head = self._choices[at % len(self._choices)]
             self.text, self.cursor = head + rest, len(head)
-
-    # History.
 
     def _show(self, at: int) -> None:
         if not 0 <= at <= len(self._history):
@@ -4985,25 +4993,36 @@ class Editor:
         return True
 
 
+WORD, FIELD = re.compile(r"[\W_]*[^\W_]*"), re.compile(r"\s*\S*")  # with what is between it and the cursor
+# How far the cursor goes, by what stands before it and after it.
+MOVES: Dict[str, Callable[[str, str], int]] = {
+    "left": lambda before, after: -len(clusters(before)[-1]),
+    "right": lambda before, after: len(clusters(after)[0]),
+    "home": lambda before, after: -len(before),
+    "end": lambda before, after: len(after),
+    "word left": lambda before, after: -next(WORD.finditer(before[::-1])).end(),
+    "word right": lambda before, after: next(WORD.finditer(after)).end(),
+    "field left": lambda before, after: -next(FIELD.finditer(before[::-1])).end(),
+}
 # What keys do.
 BINDINGS: Dict[str, Callable[[Editor], Optional[Entered]]] = {
     **dict.fromkeys(("\r", "\n"), Editor._enter),
-    **dict.fromkeys(("\x7f", "\x08"), lambda self: self._remove(Editor._left)),
-    **dict.fromkeys(("\x01", "\x1b[H", "\x1bOH", "\x1b[1~", "\x1b[7~"), Editor._home),
-    **dict.fromkeys(("\x05", "\x1b[F", "\x1bOF", "\x1b[4~", "\x1b[8~"), Editor._end),
-    **dict.fromkeys(("\x02", "\x1b[D", "\x1bOD"), Editor._left),
-    **dict.fromkeys(("\x06", "\x1b[C", "\x1bOC"), Editor._right),
-    **dict.fromkeys(("\x1bb", "\x1b[1;5D", "\x1b[1;3D", "\x1bOd"), Editor._word_left),
-    **dict.fromkeys(("\x1bf", "\x1b[1;5C", "\x1b[1;3C", "\x1bOc"), Editor._word_right),
+    **dict.fromkeys(("\x7f", "\x08"), lambda self: self._remove("left")),
+    **dict.fromkeys(("\x01", "\x1b[H", "\x1bOH", "\x1b[1~", "\x1b[7~"), lambda self: self._move("home")),
+    **dict.fromkeys(("\x05", "\x1b[F", "\x1bOF", "\x1b[4~", "\x1b[8~"), lambda self: self._move("end")),
+    **dict.fromkeys(("\x02", "\x1b[D", "\x1bOD"), lambda self: self._move("left")),
+    **dict.fromkeys(("\x06", "\x1b[C", "\x1bOC"), lambda self: self._move("right")),
+    **dict.fromkeys(("\x1bb", "\x1b[1;5D", "\x1b[1;3D", "\x1bOd"), lambda self: self._move("word left")),
+    **dict.fromkeys(("\x1bf", "\x1b[1;5C", "\x1b[1;3C", "\x1bOc"), lambda self: self._move("word right")),
     **dict.fromkeys(("\x10", "\x1b[A", "\x1bOA"), lambda self: self._show(self._at - 1)),
     **dict.fromkeys(("\x0e", "\x1b[B", "\x1bOB"), lambda self: self._show(self._at + 1)),
-    "\x1b[3~": lambda self: self._remove(Editor._right),
+    "\x1b[3~": lambda self: self._remove("right"),
     "\x04": Editor._quit_or_delete,
-    "\x0b": lambda self: self._remove(Editor._end, kill=True),
-    "\x15": lambda self: self._remove(Editor._home, kill=True),
-    "\x17": lambda self: self._remove(Editor._space_left, kill=True),
-    "\x1b\x7f": lambda self: self._remove(Editor._word_left, kill=True),
-    "\x1bd": lambda self: self._remove(Editor._word_right, kill=True),
+    "\x0b": lambda self: self._remove("end", kill=True),
+    "\x15": lambda self: self._remove("home", kill=True),
+    "\x17": lambda self: self._remove("field left", kill=True),
+    "\x1b\x7f": lambda self: self._remove("word left", kill=True),
+    "\x1bd": lambda self: self._remove("word right", kill=True),
     "\x19": lambda self: self._insert(self._killed),
     "\t": Editor._tab,
     "\x1b[Z": lambda self: self._tab(-1),
@@ -5011,35 +5030,73 @@ BINDINGS: Dict[str, Callable[[Editor], Optional[Entered]]] = {
     "\x0c": lambda self: Entered(["/clear"]),
 }
 
+# Widths are the largest that terminals have: joined emoji are two columns in kitty and tmux, two each in xterm and VTE;
+# and variation selector 16 makes its base wide in some. A row that is narrower than we think breaks nothing.
+
 
 @functools.lru_cache(maxsize=4096)
 def columns(char: str) -> int:
     """How many columns of a terminal a character takes: 0, 1 or 2 (Unicode Standard Annex 11)."""
-    if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff":  # marks; Hangul vowels and finals
+    if unicodedata.category(char) in ("Mn", "Me") or ZERO_WIDTH.match(char):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
 def width(text: str) -> int:
-    """How many columns an escaped text takes."""
-    return sum(map(columns, text))
+    """How many columns an escaped text takes, at most."""
+    return len(text) if text.isascii() else sum(map(columns, text)) + text.count("\ufe0f")
+
+
+def clusters(text: str) -> List[str]:
+    """A text in pieces that are not torn apart: a letter with its marks, joined emoji, a flag (UAX 29, in short)."""
+    found = [text[:1]]
+    for char in text[1:]:
+        last = found[-1]
+        extends = not columns(char) or unicodedata.category(char) == "Mc" or JOINED.fullmatch(last + char)
+        if extends and len(last) < CLUSTER_CHARS:
+            found[-1] += char
+        else:
+            found.append(char)
+    return found
 
 
 def fit(text: str, room: int) -> str:
     """The beginning of an escaped text that takes at most `room` columns; where it is cut, it ends in dots."""
     if width(text) <= room:
         return text
-    ends = list(itertools.accumulate(map(columns, text)))
-    return text[: bisect.bisect_right(ends, max(room - 3, 0))] + "..."[:room]
+    parts = clusters(text)
+    ends = list(itertools.accumulate(map(width, parts)))
+    return "".join(parts[: bisect.bisect_right(ends, max(room - 3, 0))]) + "..."[:room]
 
 
 def height(text: str, room: int) -> int:
     """How many rows of so many columns an escaped text takes; a wide character is not broken."""
     rows, column = 1, 0
-    for size in map(columns, text):
+    for size in map(width, clusters(text)):
         if column + size > room:
             rows, column = rows + 1, 0
         column += size
+    return rows
+
+
+def wrap(line: str, room: int) -> str:
+    """A painted line in rows of at most `room` columns, broken between words, or else between clusters.
+
+    All rows but the first are indented: what stands at the left is ours, and no text passes for the line after it.
+    """
+    indent = " " * min(INDENT, room // 2)
+    rows, used, look, space = "", 0, "", room - len(indent)
+    for piece in re.findall(r"\x1b\[[\d;]*m| +|[^ \x1b]+", line):
+        if piece[0] == "\x1b":
+            rows, look = rows + piece, piece.replace("\x1b[0m", "")
+            continue
+        parts = [piece] if width(piece) <= space else clusters(piece)
+        for part in itertools.chain.from_iterable([part] if width(part) <= space else part for part in parts):
+            if used + width(part) > room and part.strip():
+                rows += f"\x1b[0m\n{indent}{look}" if look else f"\n{indent}"
+                used = len(indent)
+            rows += part if part.strip() else part[: room - used]
+            used = min(used + width(part), room)
     return rows
 
 
@@ -5050,7 +5107,7 @@ def input_row(prompts: List[str], text: str, cursor: int, room: int) -> Tuple[st
     """
     prompt = next((item for item in prompts if width(item) <= room * 2 // 3), fit(prompts[-1], max(room - 2, 0)))
     space = max(room - width(prompt), 2)
-    shown = [escape_controls(char) for char in text]
+    shown = escape_chars(text)
     starts = [0, *itertools.accumulate(map(width, shown))]
     first = 0
     if starts[cursor] > space:
@@ -5101,8 +5158,8 @@ class Screen:
         return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self.colours and text else text
 
     def print(self, line: str) -> None:
-        """A line that stays, above our rows, at the next draw."""
-        self._printed.append(f"{line}\n")
+        """A line that stays, above our rows, at the next draw. Terminals that get narrower break its rows once more."""
+        self._printed.append(wrap(line, self._size().columns - 1) + "\n")
 
     def bell(self) -> None:
         """Calls the person, at the next draw."""
@@ -5123,7 +5180,7 @@ class Screen:
         rows = [fit(line, room) for line in waiting[: max(min(size.lines - 2, WAITING_ROWS), 0)]]
         prompt, before, after = input_row(prompts, text, cursor, room)
         dim = [self.paint(line, DIM) + "\n" for line in rows]
-        typing = self.paint(prompt, BOLD) + before + (f"{after}\x1b[{width(after)}D" if after else "")
+        typing = self.paint(prompt, BOLD) + before + (f"\x1b7{after}\x1b8" if after else "")
         self._write("".join([self._erased(), *self._printed, *dim, typing]))
         self._rows, self._last = [*rows, prompt + before + after[:1]], prompt + before + after
         self._shown, self._printed = shown, []

@@ -449,6 +449,55 @@ class TextForm(unittest.TestCase):
             with self.subTest(message):
                 self.assertEqual(chat.text_form(message), text)
 
+    def test_joiners_pass_where_they_are_needed(self) -> None:
+        england = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
+        for text in (
+            "می\u200cخواهم",  # Persian
+            "ශ්\u200dරී",  # Sinhala
+            "क्\u200dष क्\u200cष",  # Hindi
+            "র\u200d্যাব",  # Bengali
+            "👨🏻\u200d❤\ufe0f\u200d💋\u200d👨🏼 🏳\ufe0f\u200d🌈 ☺\ufe0e 1\ufe0f\u20e3",
+            england,
+        ):
+            with self.subTest(text):
+                self.assertEqual(chat.escape_controls(text), text)
+        for text, shown in (
+            ("a\u200cb\u200d", "a<U+200C>b<U+200D>"),
+            ("\u200dی\u200c", "<U+200D>ی<U+200C>"),
+            ("ی\u200c\u200cی", "ی<U+200C><U+200C>ی"),
+            ("👨\u200d\u200d👩\u200d", "👨<U+200D><U+200D>👩<U+200D>"),
+            ("👨\u200da", "👨<U+200D>a"),
+            ("bob\ufe0f: \ufe0f1\ufe0f", "bob<U+FE0F>: <U+FE0F>1<U+FE0F>"),
+            (england[:-1], "\U0001f3f4<U+E0067><U+E0062><U+E0065><U+E006E><U+E0067>"),
+            ("\U0001f3f4" + "\U000e0067" * 9 + "\U000e007f", "\U0001f3f4" + "<U+E0067>" * 9 + "<U+E007F>"),
+            ("x" + england[1:3], "x<U+E0067><U+E0062>"),
+            ("\u2065\U000e0002", "<U+2065><U+E0002>"),
+            ("क" + "\u094d\u200d" * 6, "क" + "\u094d\u200d" * 4 + "<U+094D><U+200D>" * 2),  # nothing grows for ever
+            ("\tx\ty", "    x    y"),
+        ):
+            with self.subTest(text):
+                self.assertEqual(chat.escape_controls(text), shown)
+
+    def test_long_runs_of_blanks_are_told(self) -> None:
+        for text, shown in (
+            ("x" + " " * 20 + "y", "x" + " " * 20 + "y"),
+            ("x" + " " * 21 + "y", "x<21 blanks>y"),
+            (" " * 160, "<160 blanks>"),
+            ("\t\t\t\t\tif deep:", " " * 20 + "if deep:"),
+            ("x" + "\t" * 6 + "y", "x<24 blanks>y"),
+            ("x" + " \xa0\u3000\u2007\u2800\u1680\u205f" * 3 + "y", "x<21 blanks>y"),
+            ("é" + " " * 10 + "\ufe0f" + " " * 10, "é" + " " * 10 + "<U+FE0F>" + " " * 10),
+        ):
+            with self.subTest(text):
+                self.assertEqual(chat.text_form(Message("PRIVMSG", ("#chat", text), self.BOB)), f"bob: {shown}")
+        for dialect in (chat.JSON, chat.irc()):  # are not read by people
+            message = Message("PRIVMSG", ("#chat", "x" + " " * 99 + "y"), self.BOB)
+            self.assertIn(b"x" + b" " * 99 + b"y", dialect.encode(message))
+
+    def test_safe_param_is_one_word(self) -> None:
+        for text, word in ((" :a b", "a"), ("\ta\tb", "a"), ("\t", "*"), ("", "*"), ("\x07b", "\\x07b")):
+            self.assertEqual(chat.safe_param(text), word)
+
     def test_never_fails_for_missing_parameters(self) -> None:
         for command in [*chat.NUMERICS, *chat.EVENT_FORMS, "PRIVMSG", "ACK", "999", ""]:
             for params in ((), ("",), ("a", "{1}")):
@@ -4696,6 +4745,15 @@ class LineEditor(unittest.TestCase):
             ("\x1b[\rx\x1b[é", ["\x1b[", "\r", "x", "\x1b[", "é"]),  # begun, but no such key
             ("abc\x1b\r", ["a", "b", "c", "\x1b", "\r"]),
             ("\x1b[200~a\r\x1b[Ab\x1b[201~c", ["\x1b[200~a\r\x1b[Ab\x1b[201~", "c"]),
+            ("\x1b[[Ax\x1b[[\r", ["\x1b[[A", "x", "\x1b[[", "\r"]),  # a function key of the Linux console
+            ("\x1bO5Ax\x1bO\rx", ["\x1bO5A", "x", "\x1bO", "\r", "x"]),
+            ("\x1b[3$x\x1b[4;2$yx", ["\x1b[3$", "x", "\x1b[4;2$y", "x"]),  # Shift-Delete of rxvt; DECRPM
+            ("\x1b[M !!x\x1b[<0;1;1Mx", ["\x1b[M !!", "x", "\x1b[<0;1;1M", "x"]),  # mice
+            ("\x1b[ 1ax", ["\x1b[ 1a", "x"]),  # no such sequence: ends where one would
+            ("\x1b]11;rgb:0/é\x07x\x1bP1$r0m\x1b\\y", ["x", "y"]),  # answers of the terminal
+            ("\x1b_a\x1b\\x\x1b^b\x1b\\y\x1bXc\x07z", ["x", "y", "z"]),
+            ("\x1b]x\ry\x1b]x\x7fy\x1bPx\x1b[A", ["\r", "y", "\x7f", "y", "\x1b[A"]),  # Alt-] and Alt-P, typed
+            ("\x1b]" + "x" * chat.ANSWER_CHARS + "yz", ["y", "z"]),
         ):
             with self.subTest(text):
                 self.assertEqual(chat.Keys().feed(text), keys)
@@ -4724,6 +4782,8 @@ class LineEditor(unittest.TestCase):
             ("hello\x01" + DELETE + "\x04", "|llo"),
             ("e\u0301x" + LEFT * 2 + DELETE, "|x"),  # marks go with their letter
             ("xe\u0301" + "\x7f", "x|"),
+            ("x👨\u200d👩\u200d👧" + LEFT + "\x7f", "|👨\u200d👩\u200d👧"),
+            ("🇩🇪🇫🇷x" + LEFT * 2 + "\x7f", "|🇫🇷x"),
             ("one two-three\x1bbX", "one two-X|three"),
             ("one two\x1b[1;5D\x1b[1;5D\x1b[1;5C", "one| two"),
             ("one two\x01\x1bf\x1bf", "one two|"),
@@ -4738,6 +4798,7 @@ class LineEditor(unittest.TestCase):
             ("one two" + LEFT * 3 + "\x15\x05 \x19", "two one |"),
             ("a\x17b\x17\x19", "b|"),
             ("\x1b[99~a\x1bz\x00\x1b[200~b\tc\x1b[201~", "ab    c|"),
+            ("a\x1b[[A\x1bO2P\x1b[3$\x1b[M#!!\x1b]0;t\x1b\\\x1bP>|x\x07b", "ab|"),
             ("x\x1b[200~one line\r\n\x1b[201~", "xone line|"),
         ):
             with self.subTest(keys):
@@ -4794,6 +4855,11 @@ class LineEditor(unittest.TestCase):
             self.assertEqual(entered or chat.Entered([]), chat.Entered(lines, bool(lines)))
             self.assertEqual(editor.view(), ("", "typed", 5))
 
+    def test_an_unknown_key_is_no_answer(self) -> None:
+        editor = self.editor()
+        self.press(editor, "\x1b[200~one\rtwo\x1b[201~\x1b[I\x1b[1;1R\x1b[?62c")
+        self.assertEqual(editor.view(), ("send 2 pasted lines? y/n ", "", 0))
+
     def test_clear_and_leave(self) -> None:
         editor = self.editor()
         self.assertEqual(self.press(editor, "typed\x0c"), ["/clear"])
@@ -4814,8 +4880,25 @@ class Rows(unittest.TestCase):
             ("ｱ", 1),
             ("한", 2),
             ("\u1161", 0),
+            ("\u200c", 0),
+            ("\U000e0067", 0),
         ):
             self.assertEqual(chat.columns(char), count, char)
+
+    def test_width_is_the_largest_that_terminals_have(self) -> None:
+        for text, count in (("abc", 3), ("👨\u200d👩", 4), ("❤\ufe0f", 2), ("🇩🇪", 2), ("👍🏽", 4), ("می\u200cخ", 3)):
+            self.assertEqual(chat.width(text), count, text)
+
+    def test_clusters(self) -> None:
+        for pieces in (
+            [""],
+            ["a", "e\u0301", "你"],
+            ["👨🏻\u200d❤\ufe0f\u200d💋\u200d👨🏼", "👩"],
+            ["🇩🇪", "🇫🇷", "🇦", "x"],
+            ["1\ufe0f\u20e3", "क्\u200dषि", "x"],
+            ["x" + "\u0301" * 15, "\u0301" * 3],
+        ):
+            self.assertEqual(chat.clusters("".join(pieces)), pieces)
 
     def test_fit(self) -> None:
         for text, room, shown in (
@@ -4823,6 +4906,7 @@ class Rows(unittest.TestCase):
             ("hello!", 5, "he..."),
             ("你好吗", 5, "你..."),
             ("abc", 2, ".."),
+            ("👨\u200d👩\u200d👧👨\u200d👩\u200d👧", 10, "👨\u200d👩\u200d👧..."),
         ):
             self.assertEqual(chat.fit(text, room), shown)
 
@@ -4833,9 +4917,62 @@ class Rows(unittest.TestCase):
             ("0123456789abcdefghi", 19, ("> ", "9abcdefghi", "")),
             ("0123456789abcdefghi", 3, ("> ", "012", "3456789abcdefgh")),
             ("a\x1bb", 2, ("> ", "a\\x1b", "b")),
+            ("👨\u200d👩", 2, ("> ", "👨\u200d", "👩")),  # the cursor may stand where a joined emoji is
+            ("a\u200db", 2, ("> ", "a<U+200D>", "b")),
         ):
             self.assertEqual(chat.input_row(["[#chat] robert> ", "> "], text, cursor, 20), shown)
         self.assertEqual(chat.input_row(["send 2 lines? y/n "], "", 0, 16), ("send 2 line...", "", ""))
+
+    def test_wrap(self) -> None:
+        for line, room, rows in (
+            ("15:03 ann: hello", 16, ["15:03 ann: hello"]),
+            ("15:03 ann: hello!", 16, ["15:03 ann:", "      hello!"]),
+            ("15:03 ann: a  bc   def ghi", 16, ["15:03 ann: a  bc", "      def ghi"]),
+            ("15:03 ann: 0123456789abcdef", 16, ["15:03 ann: 01234", "      56789abcde", "      f"]),
+            ("15:03 ann: 你好吗你好吗你好吗", 16, ["15:03 ann: 你好", "      吗你好吗你", "      好吗"]),
+            ("15:03 a: xxx👨\u200d👩e\u0301e\u0301x", 14, ["15:03 a: xxx", "      👨\u200d👩e\u0301e\u0301x"]),
+            (
+                "15:03 " + "👨\u200d" * 9 + "👨",
+                9,
+                ["15:03 👨\u200d", *["    👨\u200d👨\u200d"] * 3, "    👨\u200d", "    👨\u200d👨"],
+            ),
+            ("15:03 a:" + " " * 20 + "x", 16, ["15:03 a:", "      x"]),
+            ("15:03 a: x" + "\u3000" * 9 + "y", 13, ["15:03 a: x\u3000\u3000", "      y"]),
+            ("你好", 3, ["你", " 好"]),
+            ("", 9, [""]),
+        ):
+            with self.subTest(line):
+                self.assertEqual([row.rstrip(" ") for row in chat.wrap(line, room).split("\n")], rows)
+
+    def test_colours_go_on_in_the_next_row(self) -> None:
+        line = "\x1b[2m15:03\x1b[0m \x1b[7mthe-name\x1b[0m: one two"
+        rows = "\x1b[2m15:03\x1b[0m \x1b[7mthe-nam\x1b[0m\n      \x1b[7me\x1b[0m: one\n      two"
+        self.assertEqual(chat.wrap(line, 13).replace(" \n", "\n"), rows)
+
+    def test_no_text_begins_a_row(self) -> None:
+        rng = random.Random(5)
+        words = [
+            *"ab .*",
+            "15:03 ",
+            "15:03 *** bob joined",
+            " " * 20,
+            "x" * 30,
+            "你",
+            "😀\u200d😀",
+            "\u3000",
+            "\xa0" * 9,
+        ]
+        words += ["\u0301", "\x1b[31m", "\t", "\ufe0f", "❤\ufe0f", "می\u200cخ", "😀\u200d" * 20 + "😀", "🇩🇪"]
+        for _ in range(1000):
+            columns, text = rng.randrange(8, 60), "".join(rng.choices(words, k=rng.randrange(30)))
+            glass = Glass(columns, 24)
+            glass.feed(
+                chat.wrap(f"\x1b[2m15:02\x1b[0m ann: {chat.escape_controls(text)}", columns - 1).replace("\n", "\r\n")
+            )
+            first, *others = glass.text().split("\n")
+            self.assertTrue(first.startswith("15:02"[: columns - 1]))
+            for row in others:
+                self.assertRegex(row, r"^(?: {3,6}|$)", (columns, text))
 
     def test_height(self) -> None:
         for text, room, rows in (
@@ -4850,13 +4987,14 @@ class Rows(unittest.TestCase):
     def test_the_cursor_is_always_in_what_is_shown(self) -> None:
         rng = random.Random(4)
         for _ in range(500):
-            text = "".join(rng.choice("ab 你😀\u0301\x1b") for _ in range(rng.randrange(60)))
+            text = "".join(rng.choice("ab 你😀\u200d\ufe0f\u0301\x1b") for _ in range(rng.randrange(60)))
             room, prompt = rng.randrange(18, 50), "[#chat 3] bob> "[rng.randrange(16) :]
             for cursor in range(len(text) + 1):
                 shown, before, after = chat.input_row([prompt, "> "], text, cursor, room)
                 self.assertLessEqual(chat.width(shown + before + after), room)
-                self.assertTrue("".join(map(chat.escape_controls, text[:cursor])).endswith(before))
-                self.assertTrue("".join(map(chat.escape_controls, text[cursor:])).startswith(after))
+                escaped = chat.escape_chars(text)
+                self.assertTrue("".join(escaped[:cursor]).endswith(before))
+                self.assertTrue("".join(escaped[cursor:]).startswith(after))
                 self.assertTrue(before or not cursor or not chat.columns(text[cursor - 1]), (text, cursor, room))
 
 
@@ -5582,9 +5720,10 @@ class FuzzClient(unittest.TestCase):
     """Whatever a server sends and a person types, the client goes on, or ends with one clear line."""
 
     # What a screen is sent by ourselves; all else is text.
-    OURS = re.compile(r"\x1b\[(?:\d+[AD]|[JKH]|2J|(?:0|1|2|7|3[1-6]|9[1-6])(?:;(?:7|3[1-6]|9[1-6]))*m)|[\r\n\a]")
+    OURS = re.compile(r"\x1b[78]|\x1b\[(?:\d+A|[JKH]|2J|(?:0|1|2|7|3[1-6]|9[1-6])(?:;(?:7|3[1-6]|9[1-6]))*m)|[\r\n\a]")
     KEYS = [
         *chat.BINDINGS, *"ab éß你😀\u0301\u202e/#", "\x1b", "\x1b[", "\x1b[9", "\x1bO", chat.CANCEL, "y", "\x1b[200~",
+        "\x1b]", "\x1bP", "\x1b[[", "\x1b[M",
         "\x1b[201~", "\x1b[200~one\rtwo\x1b[201~", "\x1b[200~\x1b[5m\x1b[201~", "\0", "\x7f" * 9, "/ignore ann\r",
         "/who\r", "/join #a\r", "/msg ann hi\r", "/reply ho\r", "ann: hi\r", "exit\r",
     ]  # fmt: skip
@@ -6649,12 +6788,13 @@ class AFakeServer(ProgramCase):
 class Glass:
     """What a person would see: a terminal as far as the client needs one. Does not break lines anew when resized."""
 
-    CONTROL = re.compile(r"\x1b\[(\??)(\d*)([A-Za-z])|\x1b\[\d+(?:;\d+)*m|[\r\n\a\b]|[^\x1b]", re.DOTALL)
+    CONTROL = re.compile(r"\x1b\[(\??)(\d*)([A-Za-z])|\x1b\[\d+(?:;\d+)*m|\x1b[78]|[\r\n\a\b]|[^\x1b]", re.DOTALL)
 
     def __init__(self, columns: int, rows: int) -> None:
         self.columns, self.rows = columns, rows
         self.lines: List[List[str]] = [[]]  # all that were ever on the screen
         self.row = self.column = 0
+        self._saved = 0, 0
         self.bells = 0
         self._tail = ""
 
@@ -6681,8 +6821,8 @@ class Glass:
             self.bells += 1
         elif final == "A":
             self.row = max(self.row - count, len(self.lines) - self.rows, 0)
-        elif final == "D":
-            self.column = max(self.column - count, 0)
+        elif text in ("\x1b7", "\x1b8"):
+            self.save(text == "\x1b8")
         elif final == "H":
             self.row, self.column = max(len(self.lines) - self.rows, 0), 0
         elif final == "K":
@@ -6693,6 +6833,10 @@ class Glass:
             del line[self.column if number != "2" else 0 :]
         elif not text.startswith("\x1b"):
             self.put(text)
+
+    def save(self, restore: bool) -> None:
+        self._saved = self._saved if restore else (self.row, self.column)
+        self.row, self.column = self._saved
 
     def put(self, char: str) -> None:
         size = chat.columns(char)
@@ -7046,7 +7190,7 @@ class AtTheTerminalOfAFake(SeatCase):
         seat.until(lambda: f"ann: end {len(self.HOSTILE) - 1}\n" in seat.glass.text())
         seat.type("a\t\t\x15/who\r")
         fake.until("NAMES")
-        raw = re.sub(r"\x1b\[(?:\d*[AD]|[JK]|\?2004[hl])", "", seat.raw)  # what the client itself may say
+        raw = re.sub(r"\x1b[78]|\x1b\[(?:\d*A|[JK]|\?2004[hl])", "", seat.raw)  # what the client itself may say
         for char in raw:
             self.assertIn(
                 char, "\r\n\a\u0301" if unicodedata.category(char) in (*chat.UNSAFE_CATEGORIES, "Mn") else char
@@ -7266,7 +7410,8 @@ class InTmux(ProgramCase):
             self.assertLess(time.monotonic(), end, f"{pattern} is not in\n{screen}")
             time.sleep(0.02)
 
-    def test_resizing_and_typing(self) -> None:
+    def both(self, columns: int) -> Peer:
+        """bob in such a terminal, and ann."""
         _, port = self.server()
         ann = Peer(port, "ann\n")
         self.addCleanup(ann.close)
@@ -7274,9 +7419,24 @@ class InTmux(ProgramCase):
         self.addCleanup(folder.cleanup)
         self.socket = os.path.join(folder.name, "s")
         program = f"'{sys.executable}' '{HERE / 'chat.py'}' client --port {port} --name bob"
-        self.tmux("new-session", "-d", "-s", "chat", "-x", "60", "-y", "20", f"TERM=screen {program}")
-        self.addCleanup(self.tmux, "kill-server")
+        self.tmux("new-session", "-d", "-s", "chat", "-x", str(columns), "-y", "20", f"TERM=screen {program}")
+        self.addCleanup(subprocess.run, ["tmux", "-S", self.socket, "kill-server"], check=True)
         self.until(r"\[#chat 2\] bob>$")
+        return ann
+
+    def test_no_text_passes_for_a_line_of_its_own(self) -> None:
+        for columns in (24, 37, 80):
+            with self.subTest(columns):
+                ann = self.both(columns)
+                for size in range(columns + 9):
+                    ann.send(f"{' .x你'[size % 4] * size}99:59 *** bob joined (3 here)\n")
+                ann.send("the end\n")
+                screen = self.until(r"ann: the\s+end\n")
+                for row in screen.split("\n"):
+                    self.assertRegex(row, r"^([0-2]\d:\d\d( ann:| \*\*\*|$)|      |\[#chat|$)")
+
+    def test_resizing_and_typing(self) -> None:
+        ann = self.both(60)
         typed = "a line of 你好 that is nearly as long as it can"
         self.tmux("send-keys", "-t", "chat", "-l", typed)
         self.until("it can$")
