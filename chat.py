@@ -46,6 +46,7 @@ import argparse
 import binascii
 import bisect
 import calendar
+import cmd
 import codecs
 import collections
 import contextlib
@@ -6584,78 +6585,122 @@ def completions(client: Client, head: str) -> Tuple[int, List[str]]:
 # -----------------------------------------------------------------------------
 # operator
 # -----------------------------------------------------------------------------
-# What is typed at the server's own terminal; each function gets the words, and returns what there is to say.
-
-Operate = Callable[[Server, List[str]], Iterable[str]]
 
 
-class Operation(NamedTuple):
-    """A row of the table."""
+class OperatorCommands(cmd.Cmd):
+    """Commands of the operator, with or without a slash: /help and help. The docstring of a command is its grammar and
+    what it does; a word in brackets may be left out."""
 
-    run: Operate
-    least: int  # words
-    grammar: str
-    help: str
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.server = server
+        self.answers: List[str] = []  # to one line; only collected, because commands hold the hub's lock
+        docs = {name: getattr(self, f"do_{name}").__doc__ or "" for name in self.completenames("")}
+        self.help = {name: doc.partition(": ") for name, doc in docs.items()}  # grammar, colon, text
+
+    def run(self, line: str) -> List[str]:
+        """Runs a line, if it follows its command's grammar; returns the answer, a line each."""
+        name, arg, line = self.parseline(line)
+        grammar = self.help.get(name, ("",))[0]
+        params = grammar.partition(" ")[2]
+        self.answers = []
+        if grammar and (arg and not params or not arg and params[:1].isalpha()):
+            self.answers.append(f"Error: it is {grammar}")
+        elif line:  # for an empty one, cmd repeats the last command
+            self.onecmd(line)
+        return self.answers
+
+    def parseline(self, line: str) -> Tuple[str, str, str]:
+        """The command, its argument, and both; cmd's own makes commands of ?, ! and EOF."""
+        name, _, arg = line.strip().partition(" ")
+        return name[name.startswith("/") :].lower(), arg.strip(), line.strip()
+
+    def default(self, line: str) -> None:
+        """Answers to what is not a command."""
+        self.answers.append("Error: these are commands of the server: /help lists them; to talk, join with a client")
+
+    def do_help(self, arg: str) -> None:
+        """/help [COMMAND]: shows this, or one"""
+        asked = arg.lstrip("/").lower()
+        if asked and asked not in self.help:
+            self.default(arg)
+        for name, (grammar, _, text) in self.help.items():
+            if asked in ("", name):
+                self.answers.append(f"{grammar:24}{text}")
+
+    def do_who(self, arg: str) -> None:
+        """/who: shows who is here, and from where"""
+        now = time.time()
+        with self.server.hub as hub:
+            for session in [session for session in hub.sessions if session.registered]:
+                where = " ".join(channel.name for channel in session.channels) or "in no channel"
+                lost = session.stage == Stage.DISCONNECTED
+                kind = "lost its connection" if lost else type(session.dialect).__name__
+                silent = format_duration(now - session.last_spoke)
+                self.answers.append(f"{session.description()}, {kind}, silent for {silent}: {where}")
+        self.answers = self.answers or ["nobody is here"]
+
+    def do_kick(self, arg: str) -> None:
+        """/kick NAME [REASON]: throws somebody out"""
+        nick, _, reason = arg.partition(" ")
+        with self.server.hub as hub:
+            session = hub.nicks.get(fold(nick))
+            if session:
+                kill_session(hub, session, reason.strip() or "by the operator")
+            else:
+                self.answers.append(f"Error: nobody here is called {nick}")
+
+    def do_ban(self, arg: str) -> None:
+        """/ban [NAME or ADDRESS]: shuts an address out, or no more; alone: shows which"""
+        with self.server.hub as hub:
+            shown = f"banned: {', '.join(hub.access.banned.values()) or 'nobody'}"
+            self.answers.append(toggle_ban(hub, arg.partition(" ")[0]) if arg else shown)
+
+    def do_say(self, arg: str) -> None:
+        """/say TEXT: tells everybody"""
+        with self.server.hub as hub:
+            people = [session for session in hub.sessions if session.registered]
+            pieces = split_text(escape_controls(arg), TOPIC_BYTES)
+            for session in people:
+                call = Call(hub, session)
+                call.replies += [Message("NOTICE", ("*", f"From the operator: {piece}"), hub.name) for piece in pieces]
+                hub.append(call)
+        self.answers.append(f"told {len(people)} people")
+
+    def do_stats(self, arg: str) -> None:
+        """/stats: shows what the server has done"""
+        with self.server.hub as hub:
+            people = sum(session.registered for session in hub.sessions)
+            self.answers += [
+                f"{people} people in {len(hub.channels)} channels, {len(self.server.mailer)} connections",
+                f"{hub.messages} messages, {self.server.mailer.delivered} deliveries",
+            ]
+        self.answers.append(f"{memory_used()}, up for {format_duration(time.time() - hub.started)}")
+
+    def do_stop(self, arg: str) -> None:
+        """/stop: ends the chat"""
+        self.server.stop()
 
 
-OPERATIONS: Dict[str, Operation] = {}
-
-
-def operation(name: str, grammar: str, least: int, text: str) -> Callable[[Operate], Operate]:
-    """Enters a function in the table."""
-
-    def enter(run: Operate) -> Operate:
-        OPERATIONS[name] = Operation(run, least, grammar, text)
-        return run
-
-    return enter
-
-
-def operate(server: Server, line: str) -> List[str]:
-    """Does what the operator typed; returns what there is to say to that."""
-    name, _, rest = line.strip().partition(" ")
-    row = OPERATIONS.get(name[1:].lower()) if name.startswith("/") else None
-    if not name:
-        return []
-    if row is None:
-        return ["Error: these are commands of the server: /help lists them; to talk, join with a client"]
-    words = rest.split(None, 1)
-    if len(words) < row.least:
-        return [f"Error: it is {name} {row.grammar}"]
-    return list(row.run(server, words))
-
-
-@operation("help", "", 0, "shows this")
-def list_operations(server: Server, words: List[str]) -> Iterable[str]:
-    """/help"""
-    for name, row in OPERATIONS.items():
-        yield f"/{name} {row.grammar}".ljust(24) + row.help
-
-
-@operation("who", "", 0, "shows who is here, and from where")
-def list_people(server: Server, words: List[str]) -> Iterable[str]:
-    """/who"""
-    now = time.time()
-    with server.hub as hub:
-        people = [session for session in hub.sessions if session.registered]
-        lines = []
-        for session in people:
-            where = " ".join(channel.name for channel in session.channels) or "in no channel"
-            lost = session.stage == Stage.DISCONNECTED
-            kind = "lost its connection" if lost else type(session.dialect).__name__
-            lines.append(f"{session.description()}, {kind}, silent for {length(now - session.last_spoke)}: {where}")
-    return lines or ["nobody is here"]
-
-
-@operation("kick", "NAME [REASON]", 1, "throws somebody out")
-def kick_out(server: Server, words: List[str]) -> Iterable[str]:
-    """/kick NAME [REASON]"""
-    with server.hub as hub:
-        session = hub.nicks.get(fold(words[0]))
-        if session is None:
-            return [f"Error: nobody here is called {words[0]}"]
-        kill_session(hub, session, words[1] if len(words) > 1 else "by the operator")
-    return []
+def toggle_ban(hub: Hub, who: str) -> str:
+    """Bans everybody from the address of a name or the address given, or no longer; returns the answer. Where addresses
+    tell nothing, on loopback, the name is banned. With the lock held."""
+    banned = hub.access.banned
+    session = hub.nicks.get(fold(who))
+    try:
+        address = session.address if session and session.host != "localhost" else hub.access.address(who)
+        key = address.key
+    except ValueError:
+        try:
+            key = fold(check_nick(who))
+        except CommandError:
+            return f"Error: {who} is neither a name nor an address"
+    if banned.pop(key, None):
+        return f"{who} may come back"
+    banned[key] = f"{who} ({key})" if session and key == session.address.key else who
+    for other in [other for other in hub.sessions if key in (other.address.key, fold(other.nick))]:
+        kill_session(hub, other, "banned")
+    return f"{banned[key]} is banned, until the server ends; the same again lets them back"
 
 
 def kill_session(hub: Hub, session: Session, why: str) -> None:
@@ -6667,64 +6712,7 @@ def kill_session(hub: Hub, session: Session, why: str) -> None:
     hub.append(call)
 
 
-@operation("ban", "[NAME or ADDRESS]", 0, "shuts an address out, or no more; alone: shows which")
-def ban(server: Server, words: List[str]) -> Iterable[str]:
-    """/ban [NAME or ADDRESS]: everybody from there, or on loopback, where addresses tell nothing, that name"""
-    with server.hub as hub:
-        banned = hub.access.banned
-        if not words:
-            return [f"banned: {', '.join(banned.values()) or 'nobody'}"]
-        session = hub.nicks.get(fold(words[0]))
-        try:
-            address = session.address if session and session.host != "localhost" else hub.access.address(words[0])
-            key = address.key
-        except ValueError:
-            try:
-                key = fold(check_nick(words[0]))
-            except CommandError:
-                return [f"Error: {words[0]} is neither a name nor an address"]
-        if banned.pop(key, None):
-            return [f"{words[0]} may come back"]
-        label = f"{words[0]} ({key})" if session and key == session.address.key else words[0]
-        banned[key] = label
-        for other in [other for other in hub.sessions if key in (other.address.key, fold(other.nick))]:
-            kill_session(hub, other, "banned")
-    return [f"{label} is banned, until the server ends; the same again lets them back"]
-
-
-@operation("say", "TEXT", 1, "tells everybody")
-def tell_all(server: Server, words: List[str]) -> Iterable[str]:
-    """/say TEXT"""
-    with server.hub as hub:
-        people = [session for session in hub.sessions if session.registered]
-        pieces = split_text(escape_controls(" ".join(words)), TOPIC_BYTES)
-        for session in people:
-            call = Call(hub, session)
-            call.replies += [Message("NOTICE", ("*", f"From the operator: {piece}"), hub.name) for piece in pieces]
-            hub.append(call)
-    return [f"told {len(people)} people"]
-
-
-@operation("stats", "", 0, "shows what the server has done")
-def statistics(server: Server, words: List[str]) -> Iterable[str]:
-    """/stats"""
-    with server.hub as hub:
-        people = sum(session.registered for session in hub.sessions)
-        return [
-            f"{people} people in {len(hub.channels)} channels, {len(server.mailer)} connections",
-            f"{hub.messages} messages, {server.mailer.delivered} deliveries",
-            f"{memory()}, up for {length(time.time() - hub.started)}",
-        ]
-
-
-@operation("stop", "", 0, "ends the chat")
-def stop(server: Server, words: List[str]) -> Iterable[str]:
-    """/stop"""
-    server.stop()
-    return []
-
-
-def length(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A length of time: 5 s, 3 min, 2 h 5 min, 3 d 4 h."""
     minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
     if minutes < 1:
@@ -6734,14 +6722,14 @@ def length(seconds: float) -> str:
     return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"
 
 
-def memory() -> str:
+def memory_used() -> str:
     """How much of it this process has."""
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
         return f"{int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6:.0f} MB"
     return f"{threading.active_count()} threads"
 
 
-class Console:
+class OperatorConsole:
     """The operator's terminal: the log and the answers scroll above the line that is typed. Of the main thread.
 
     Other threads only put into `events`, in which ("line", text) is something to be shown.
@@ -6750,7 +6738,7 @@ class Console:
     def __init__(self, server: Server) -> None:
         self.events: Events[Tuple[str, str]] = queue.Queue(LOG_QUEUE)
         self.stopping = False  # as soon as possible; the terminal is the shell's meanwhile
-        self._server = server
+        self._server, self._commands = server, OperatorCommands(server)
         self._keys = Keys()
         self._editor = Editor(self._complete)
 
@@ -6783,14 +6771,14 @@ class Console:
                 self._server.stop()
             for line in (self._editor.press(key) or Entered([])).lines:
                 screen.print(screen.paint(f"server> {escape_controls(line)}", DIM))
-                for answer in operate(self._server, line):
+                for answer in self._commands.run(line):
                     screen.print(escape_controls(answer))
 
     def _complete(self, head: str) -> Tuple[int, List[str]]:
         start = head.rfind(" ") + 1
         word = head[start:]
         if not start:
-            return 0, [f"/{name} " for name in OPERATIONS if f"/{name}".startswith(word)]
+            return 0, [f"/{name} " for name in self._commands.completenames(word.lstrip("/"))]
         with self._server.hub as hub:
             return start, [session.nick for key, session in hub.nicks.items() if key.startswith(fold(word))]
 
@@ -6808,14 +6796,14 @@ def run_server(args: argparse.Namespace) -> int:
     if hasattr(gc, "set_threshold"):  # not PyPy; with the default, a third of the time in which 9,000 join
         gc.set_threshold(50_000, 20, 20)
     history = SqliteHistory(args.history, args.fsync, args.keep) if args.history else MemoryHistory()
-    hub = Hub(args.server_name, history, args.replay, chosen_limits(args))
+    hub = Hub(args.server_name, history, args.replay, limits_from_args(args))
     password = read_password(args.password_file)
     check_password(password)
     try:
         hub.access = AccessControl(args.exempt, password)
     except ValueError as error:
         raise Failed(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
-    certificate, context = encryption(args)
+    certificate, context = tls_from_args(args)
     # Before others can connect.
     log_file = logging.handlers.WatchedFileHandler(args.log, encoding="utf-8") if args.log else None
     try:
@@ -6825,13 +6813,13 @@ def run_server(args: argparse.Namespace) -> int:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise Failed(f"cannot listen on {args.host}:{args.port}: {reason}") from None
-    greeting = invitation(server.listener.hosts, server.listener.port, certificate, args.tls_only)
-    return attend(server, greeting, args.verbose, log_file)
+    greeting = join_instructions(server.listener.hosts, server.listener.port, certificate, args.tls_only)
+    return serve_until_stopped(server, greeting, args.verbose, log_file)
 
 
-def attend(server: Server, greeting: str, verbose: bool, log_file: Optional[logging.Handler]) -> int:
+def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: Optional[logging.Handler]) -> int:
     """Lets a server serve, with its log and its terminal; returns the exit code."""
-    console = Console(server) if at_terminal() else None
+    console = OperatorConsole(server) if is_interactive() else None
     handle_signals(server, console, log_file)
     end_log = begin_log(verbose, log_file, console)
     host, port = server.address
@@ -6858,7 +6846,7 @@ def attend(server: Server, greeting: str, verbose: bool, log_file: Optional[logg
     return status
 
 
-def handle_signals(server: Server, console: Optional[Console], log_file: Optional[logging.Handler]) -> None:
+def handle_signals(server: Server, console: Optional[OperatorConsole], log_file: Optional[logging.Handler]) -> None:
     """Lets signals end the server; but SIGHUP only when it tells that the operator's terminal is gone."""
 
     def hang_up(*_: Any) -> None:
@@ -6880,13 +6868,13 @@ def serve_and_end(server: Server) -> None:
     end.start()
 
 
-def at_terminal() -> bool:
+def is_interactive() -> bool:
     """Whether there is a person who could type here."""
     there = sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty() and can_draw()
     return bool(there) and in_foreground()
 
 
-def encryption(args: argparse.Namespace) -> Tuple[str, Optional[ssl.SSLContext]]:
+def tls_from_args(args: argparse.Namespace) -> Tuple[str, Optional[ssl.SSLContext]]:
     """The fingerprint of the server's certificate, and what it encrypts with; ('', None) for no TLS."""
     if not (args.tls or args.tls_only or args.tls_cert):
         if args.tls_key:
@@ -6930,26 +6918,28 @@ def self_signed(name: str) -> str:
     return str(path)
 
 
-def chosen_limits(args: argparse.Namespace) -> Limits:
+def limits_from_args(args: argparse.Namespace) -> Limits:
     """The limits that the command line tells."""
     limits = NO_LIMITS if args.no_limits else Limits()
     chosen = {name: getattr(args, name) for name in Limits._fields if getattr(args, name) is not None}
     return limits._replace(**chosen)
 
 
-def begin_log(verbose: bool, log_file: Optional[logging.Handler], console: Optional[Console]) -> Callable[[], bool]:
+def begin_log(
+    verbose: bool, log_file: Optional[logging.Handler], console: Optional[OperatorConsole]
+) -> Callable[[], bool]:
     """Has the log written by a thread, because a terminal or a pipe may take nothing for as long as it likes.
 
     Returns what ends that; it tells whether all is written.
     """
     handler = log_file or logging.StreamHandler()
     if console and not log_file and sys.stderr.isatty():
-        handler = ToConsole()
+        handler = ConsoleHandler()
         handler.console = console
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     records: queue.Queue[Any] = queue.Queue(LOG_QUEUE)
     source = LogQueue(records)
-    source.addFilter(Calm())
+    source.addFilter(RateLimitFilter())
     log.addHandler(source)
     logging.raiseExceptions = False  # a log that cannot be written is no reason to write that down each time
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -6970,10 +6960,10 @@ def begin_log(verbose: bool, log_file: Optional[logging.Handler], console: Optio
     return end
 
 
-class ToConsole(logging.Handler):
+class ConsoleHandler(logging.Handler):
     """Shows the log at the operator's terminal."""
 
-    console: Console
+    console: OperatorConsole
 
     def emit(self, record: logging.LogRecord) -> None:
         for line in self.format(record).splitlines():
@@ -6988,7 +6978,7 @@ class LogQueue(logging.handlers.QueueHandler):
             self.queue.put_nowait(record)
 
 
-class Calm(logging.Filter):
+class RateLimitFilter(logging.Filter):
     """Lets through so many records of a kind at a time, and tells later how many were left out."""
 
     def __init__(self) -> None:
@@ -7005,7 +6995,7 @@ class Calm(logging.Filter):
         return True
 
 
-def invitation(hosts: List[str], port: int, fingerprint: str, tls_only: bool) -> str:
+def join_instructions(hosts: List[str], port: int, fingerprint: str, tls_only: bool) -> str:
     """How to join, ready to paste."""
     lines = []
     addresses = own_addresses() if {"0.0.0.0", "::"} & set(hosts) else hosts
@@ -7034,7 +7024,7 @@ def own_addresses() -> List[str]:
 def run_client(args: argparse.Namespace) -> int:
     """chat.py client"""
     vars(args).update(args.url or {})
-    nick, channel, key = chosen_names(args)
+    nick, channel, key = names_from_args(args)
     password, secured = read_password(args.password_file), ends_of_tls(args)
     for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
         if hasattr(signal, name):
@@ -7067,7 +7057,7 @@ def ends_of_tls(args: argparse.Namespace) -> Callable[[], Optional[Tls]]:
     return functools.partial(Tls, context, False, args.host, args.fingerprint or "")
 
 
-def chosen_names(args: argparse.Namespace) -> Tuple[str, str, str]:
+def names_from_args(args: argparse.Namespace) -> Tuple[str, str, str]:
     """Our name, the channel and its key ('' for none), all fit to be sent; raises Failed."""
     channel, _, key = args.channel.partition(" ")
     try:
@@ -7142,7 +7132,7 @@ def irc_url(text: str) -> Dict[str, Any]:
     if scheme.lower() == "ircs":
         found.update(port=IRC_TLS_PORT, tls=True)
     if port:
-        found["port"] = whole(1, 65535)(port)
+        found["port"] = int_between(1, 65535)(port)
     if user:
         found["name"] = user
     if channel:
@@ -7165,7 +7155,7 @@ def run_history(args: argparse.Namespace) -> int:
     return 0
 
 
-def moment(text: str) -> float:
+def parse_local_time(text: str) -> float:
     """The type of an argument that is a local time."""
     return datetime.datetime.fromisoformat(text).timestamp()
 
@@ -7200,7 +7190,7 @@ def fingerprint(text: str) -> str:
     return ":".join(digits[start : start + 2] for start in range(0, 64, 2))
 
 
-def above_zero(text: str) -> float:
+def positive(text: str) -> float:
     """The type of an argument that is a number."""
     number = float(text)
     if not number >= 0.01:
@@ -7208,7 +7198,7 @@ def above_zero(text: str) -> float:
     return number
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+def int_between(low: int, high: int) -> Callable[[str], int]:
     """The type of an argument that is a whole number from `low` to `high`."""
 
     def convert(text: str) -> int:
@@ -7225,7 +7215,8 @@ def parser() -> argparse.ArgumentParser:
     modes = top.add_subparsers(metavar="server | client | history", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--host", default="127.0.0.1", help="address (default %(default)s)")
-    shared.add_argument("--port", type=whole(0, 65535), default=DEFAULT_PORT, help="TCP port (default %(default)s)")
+    port = int_between(0, 65535)
+    shared.add_argument("--port", type=port, default=DEFAULT_PORT, help="TCP port (default %(default)s)")
     add_server(modes, shared)
     add_client(modes, shared)
     add_history(modes)
@@ -7239,8 +7230,9 @@ def add_server(modes: Any, shared: argparse.ArgumentParser) -> None:
     add("--server-name", default=SERVER_NAME, metavar="NAME", help="in IRC replies (%(default)s)")
     add("--history", metavar="FILE", help="keep what is said in this SQLite file (default: in memory)")
     add("--fsync", action="store_true", help="keep it also when the machine loses its power")
-    add("--keep", type=whole(1, 36500), default=math.inf, metavar="DAYS", help="(default: for ever)")
-    add("--replay", type=whole(0, PAGE_LINES), default=REPLAY_LINES, metavar="N", help="for newcomers (%(default)s)")
+    add("--keep", type=int_between(1, 36500), default=math.inf, metavar="DAYS", help="(default: for ever)")
+    text = "for newcomers (%(default)s)"
+    add("--replay", type=int_between(0, PAGE_LINES), default=REPLAY_LINES, metavar="N", help=text)
     add("--password-file", metavar="FILE", help="whose first line clients must know; - asks (or set CHAT_PASSWORD)")
     add("--log", metavar="FILE", help="log to FILE instead of standard error")
     add("-v", "--verbose", action="store_true", help="log more")
@@ -7256,9 +7248,7 @@ def add_limits(group: Any) -> None:
     """A flag for each limit."""
     defaults = Limits()
     for name, (flag, unit, text) in LIMIT_FLAGS.items():
-        group.add_argument(
-            flag, dest=name, type=above_zero, metavar=unit, help=f"{text} ({getattr(defaults, name):.0f})"
-        )
+        group.add_argument(flag, dest=name, type=positive, metavar=unit, help=f"{text} ({getattr(defaults, name):.0f})")
     group.add_argument("--no-limits", action="store_true", help="none but those that are given")
     text = "from where neither --max-per-address nor --rate counts (%(default)s)"
     group.add_argument("--exempt", default=LOOPBACK, metavar="NETWORK,...", help=text)
@@ -7278,9 +7268,8 @@ def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
     text = "encrypt; the server must have the certificate with this SHA-256"
     add("--fingerprint", type=fingerprint, metavar="HEX", help=text)
     add("-m", "--message", action="append", metavar="TEXT", help="send this and leave")
-    add(
-        "--replay", type=whole(0, PAGE_LINES), metavar="N", help=f"shown of what was said ({REPLAY_LINES}; in a pipe 0)"
-    )
+    text = f"shown of what was said ({REPLAY_LINES}; in a pipe 0)"
+    add("--replay", type=int_between(0, PAGE_LINES), metavar="N", help=text)
     add("--json", action="store_true", help="print events as JSON objects, one a line")
     add("--no-reconnect", dest="reconnect", action="store_false", help="end when the connection is lost")
     client.set_defaults(run=run_client)
@@ -7291,7 +7280,7 @@ def add_history(modes: Any) -> None:
     history = modes.add_parser("history", help="print what was said", description="Prints what was said.")
     add = history.add_argument
     add("file", help="the server's --history")
-    add("--since", type=moment, default=0.0, metavar="TIME", help="2026-01-31, 2026-01-31T12:00, local")
+    add("--since", type=parse_local_time, default=0.0, metavar="TIME", help="2026-01-31, 2026-01-31T12:00, local")
     add("--channel", help="only this one")
     add("--json", action="store_true", help="JSON objects, one a line")
     history.set_defaults(run=run_history)

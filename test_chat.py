@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import cmd
 import codecs
 import concurrent.futures
 import contextlib
@@ -1945,7 +1946,7 @@ class Leaving(ServerCase):
 
     def test_what_the_server_says_of_a_leave_and_what_the_leaver_says_differ_in_every_dialect(self) -> None:
         self.irc("eve")
-        chat.operate(self.server, "/kick eve")
+        chat.OperatorCommands(self.server).run("/kick eve")
         real = self.leave("eve")
         text = "*** eve left (Thrown out: by the operator)"
         self.assertEqual(real, (text, text, ":eve!eve@localhost QUIT :Thrown out: by the operator"))
@@ -6027,7 +6028,7 @@ class ServerLog(ProgramCase):
         self.assertEqual(lines[:3], [*joined, "eve from 127.0.0.1 left: Quit: gone\\x1b[2J"])
 
     def test_nobody_fills_the_log(self) -> None:
-        calm, clock = chat.Calm(), 1000.0
+        calm, clock = chat.RateLimitFilter(), 1000.0
         records = [chat.log.makeRecord("chat", 20, "", 0, "%s left", (str(n),), None) for n in range(1000)]
         other = chat.log.makeRecord("chat", 20, "", 0, "another", (), None)
         with mock.patch.object(time, "monotonic", lambda: clock):
@@ -6202,11 +6203,11 @@ class Listening(ServerCase):
             self.assertEqual(self.server.listener.hosts, ["127.0.0.1", "::1"])
 
     def test_joining_is_told_for_each_address(self) -> None:
-        text = chat.invitation(["::1", "127.0.0.1"], 9090, "", False)
+        text = chat.join_instructions(["::1", "127.0.0.1"], 9090, "", False)
         self.assertIn("only this machine can join", text)
         for host in ("127.0.0.1", "::1"):
             self.assertIn(f"  nc {host} 9090\n", text)
-        self.assertNotIn("only this machine", chat.invitation(["127.0.1.1", "192.0.2.1"], 9090, "", False))
+        self.assertNotIn("only this machine", chat.join_instructions(["127.0.1.1", "192.0.2.1"], 9090, "", False))
 
 
 class Usage(NamedTuple):
@@ -7370,11 +7371,71 @@ class Operator(SeatCase):
         self.assertEqual(seat.wait(), 0)
 
 
+class OperatorsCommands(ServerCase):
+    """What the operator types, without a terminal."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.commands = chat.OperatorCommands(self.server)
+
+    def test_with_and_without_a_slash_in_either_case(self) -> None:
+        for line in ("/who", "who", " WHO ", "/Who "):
+            self.assertEqual(self.commands.run(line), ["nobody is here"], line)
+
+    def test_wrong_grammar(self) -> None:
+        wrong = {"say": "/say TEXT", "/kick  ": "/kick NAME [REASON]", "stop shouting": "/stop", "who is it?": "/who"}
+        with mock.patch.object(self.server, "stop") as stop:
+            for line, grammar in wrong.items():
+                self.assertEqual(self.commands.run(line), [f"Error: it is {grammar}"], line)
+        stop.assert_not_called()
+
+    def test_help(self) -> None:
+        shown = self.commands.run("/help")
+        self.assertEqual([line.split()[0] for line in shown], sorted(f"/{name}" for name in self.commands.help))
+        kick = "/kick NAME [REASON]     throws somebody out"
+        for line in ("help kick", "/help /KICK"):
+            self.assertEqual(self.commands.run(line), [kick])
+        self.assertIn(kick, shown)
+
+    def test_only_a_name_of_a_command_is_one(self) -> None:
+        self.commands.run("/stats")
+        for line in ("", " ", "/who"):  # none of them repeats another
+            self.assertEqual(self.commands.run(line), ["nobody is here"] if line == "/who" else [])
+        for line in ("?", "? who", "?who", "!who", "! who", "EOF", "/", "//who", "help ?", "shell", "/kickeve", "exit"):
+            self.assertIn("/help lists them", *self.commands.run(line))
+
+    def test_whatever_is_typed_nothing_is_raised(self) -> None:
+        rng = random.Random(4)
+        self.plain("eve")
+        words = [*self.commands.help, *dir(cmd.Cmd), "eve", "::1", "1.2.3.4", "fe80::1%x"]
+        words += [*"/?!.\0\t\x1b\u2028\U0001f600 [{%"]
+        with mock.patch.object(self.server, "stop"):
+            for _ in range(2000):
+                line = rng.choice(["", "/"]) + rng.choice(["", " "]).join(rng.choices(words, k=rng.randint(0, 4)))
+                try:
+                    self.assertTrue(all("\n" not in answer for answer in self.commands.run(line)))
+                except Exception as error:
+                    self.fail(f"{line!r}: {error!r}")
+
+    def test_commands_and_names_are_completed(self) -> None:
+        self.plain("eve")
+        self.plain("Eva")
+        complete = chat.OperatorConsole(self.server)._complete
+        for head, start, found in (
+            ("/s", 0, ["/say ", "/stats ", "/stop "]),
+            ("k", 0, ["/kick "]),
+            ("/kick ev", 6, ["eve", "Eva"]),
+            ("say x e", 6, ["eve", "Eva"]),
+            ("x", 0, []),
+        ):
+            self.assertEqual(complete(head), (start, found), head)
+
+
 class Bans(ServerCase):
     def test_an_address_is_shut_out(self) -> None:
         with mock.patch.object(chat, "shown_host", lambda key, secret: "10.0.0.1"):
             ann, bob = self.plain("ann"), self.irc("bob")
-            answer = chat.operate(self.server, "/ban bob")
+            answer = chat.OperatorCommands(self.server).run("/ban bob")
             self.assertEqual(
                 answer, ["bob (127.0.0.1) is banned, until the server ends; the same again lets them back"]
             )
@@ -7382,12 +7443,12 @@ class Bans(ServerCase):
                 self.assertIn("Thrown out: banned", peer.rest()[-1])
             with self.assertLogs("chat", "WARNING"):
                 self.assertEqual(self.peer("eve\n").rest(), ["ERROR :You are banned from this server"])
-            chat.operate(self.server, "/ban 127.0.0.1")
+            chat.OperatorCommands(self.server).run("/ban 127.0.0.1")
             self.plain("eve")
 
     def test_lengths(self) -> None:
         for seconds, text in ((0.4, "0 s"), (59, "59 s"), (60, "1 min"), (7500, "2 h 5 min"), (100_000, "1 d 3 h")):
-            self.assertEqual(chat.length(seconds), text)
+            self.assertEqual(chat.format_duration(seconds), text)
 
 
 @unittest.skipUnless(shutil.which("tmux"), "needs tmux")
