@@ -16,7 +16,7 @@ Sections, from pure to effectful; each uses only those above it:
                            who may connect, and how fast: AccessControl, TokenBucket
     commands               dispatch; a function for each command (JOIN, KICK, ...), in a table
     delivery               what becomes of the log: what is stored, and which bytes go to whom
-    encryption             TLS as bytes in, bytes out; fingerprints
+    transports             TLS round a socket; fingerprints; wakeups
     server                 Server accepts, and its reader threads hold back who sends too fast; Mailer sends
     terminal               line editor and screen, for people
     client                 connection to a server, and what is known of the chat there
@@ -46,6 +46,7 @@ import argparse
 import binascii
 import bisect
 import calendar
+import cmd
 import codecs
 import collections
 import contextlib
@@ -3896,8 +3897,13 @@ class FanOut:
 
 
 # -----------------------------------------------------------------------------
-# encryption
+# transports
 # -----------------------------------------------------------------------------
+
+# POSIX makes one call non-blocking on a blocking socket. Where that is missing (Windows) the socket itself is
+# non-blocking, and readers wait in short steps, which they must there anyway: shutdown does not wake them.
+DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+CRYPT_BYTES = 64 << 10  # text that is encrypted at once: so much waits for a slow peer beyond what its sender counts
 
 
 class UntrustedPeer(OSError):
@@ -3969,6 +3975,142 @@ class Tls:
         self.ready = True
 
 
+class TlsSocket:
+    """A TLS connection (RFC 8446, RFC 5246) that looks like a socket: after `handshake`, it receives and sends text.
+
+    One thread may receive while another one sends. OpenSSL lets only one of them in at a time, hence a lock, under
+    which nothing waits. OpenSSL does not read from the socket itself, as it would not return while a peer floods it
+    with key updates.
+    """
+
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, server_side: bool = False, host: str = "", pin: str = ""
+    ) -> None:
+        """Takes over the socket. `pin`: the fingerprint that the peer's certificate must have."""
+        import ssl
+
+        self._sock, self._pin = sock, pin
+        self.fileno, self.close = sock.fileno, sock.close
+        self.settimeout, self.setblocking = sock.settimeout, sock.setblocking
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side, host or None)
+        self._lock = threading.Lock()
+        self._ready = False  # the handshake is done, and we know who is there
+        self._closed = False  # we have said that nothing more will come
+        self._ended = False  # the peer has said so
+        self._text = b""  # came with the end of the handshake
+        self._encrypted = 0  # bytes of text that are encrypted and not yet reported as sent
+        self._unsent = b""  # what they became, as far as the socket did not take it
+
+    def handshake(self) -> None:
+        """Sets up TLS; waits for the peer as a socket does. Raises OSError, UntrustedPeer if it has not got the pin."""
+        import ssl
+
+        while not self._ready:
+            try:
+                self._object.do_handshake()
+                self._check_pin()
+                self._text = self._decrypt()
+                self._sock.sendall(self._outgoing.read())
+                self._ready = True
+            except ssl.SSLWantReadError:
+                self._sock.sendall(self._outgoing.read())
+                data = self._sock.recv(RECV_BYTES)
+                if not data:
+                    raise ConnectionError("it ended the connection; perhaps it does not speak TLS") from None
+                if data.startswith(b"ERROR :"):  # refused at the door
+                    raise ConnectionError(data[7:].decode(errors="replace").strip()) from None
+                self._incoming.write(data)
+            except ssl.SSLError:
+                with contextlib.suppress(OSError):
+                    self._sock.sendall(self._outgoing.read())  # an alert, which tells the peer why
+                raise
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """The next text; b"" once the peer has ended its side; raises OSError, also where the connection was cut.
+
+        Raises BlockingIOError if what came is no text yet, even on a blocking socket. So that afterwards select sees
+        what is left, it returns all there is: up to a record, 16 KiB, more than `size`. Call it after the handshake
+        before the first select. MSG_PEEK shows what is encrypted.
+        """
+        if flags & socket.MSG_PEEK:
+            return self._sock.recv(size, flags)
+        if not self._ready:
+            raise OSError(errno.ENOTCONN, "TLS is not set up")
+        text, self._text = self._text, b""
+        if text or self._ended:
+            return text
+        data = self._sock.recv(size)
+        if not data:
+            raise ConnectionError("the connection was cut")
+        with self._lock:
+            self._incoming.write(data)
+            try:
+                text = self._decrypt()
+            finally:
+                with contextlib.suppress(OSError):  # what does not fit goes with the next text
+                    self._flush()  # the answer to a key update, or an alert
+        if not text and not self._ended:
+            raise BlockingIOError(errno.EAGAIN, "no text yet")
+        return text
+
+    def send(self, data: Union[bytes, bytearray], flags: int = 0) -> int:
+        """Sends, without waiting, as much as the socket takes; returns how much that was. Raises OSError.
+
+        Raises BlockingIOError if nothing more fits; the next call must begin with the same bytes.
+        """
+        with self._lock:
+            if not self._ready or self._closed:
+                raise OSError(errno.ENOTCONN, "TLS is not set up, or has ended")
+            if not self._encrypted:
+                self._encrypted = self._object.write(memoryview(data)[:CRYPT_BYTES])
+            self._flush()
+            sent, self._encrypted = self._encrypted, 0
+        return sent
+
+    def shutdown(self, how: int) -> None:
+        """Ends our side, which the peer is told, or both. Raises OSError.
+
+        If no room is left to tell it, SHUT_WR puts that off to SHUT_RDWR.
+        """
+        import ssl
+
+        with self._lock:
+            if self._ready and not self._closed:
+                self._closed = True
+                with contextlib.suppress(ssl.SSLError):  # it always wants to hear the same from the peer
+                    self._object.unwrap()
+            with contextlib.suppress(OSError):
+                self._flush()
+            if how == socket.SHUT_RDWR or not self._unsent:
+                self._sock.shutdown(how)
+
+    def _decrypt(self) -> bytes:
+        """What has arrived, as far as records are complete."""
+        import ssl
+
+        found = []
+        with contextlib.suppress(ssl.SSLWantReadError):
+            try:
+                while not self._ended:
+                    found.append(self._object.read(RECV_BYTES))
+                    self._ended = not found[-1]
+            except ssl.SSLZeroReturnError:
+                self._ended = True
+        return b"".join(found)
+
+    def _flush(self) -> None:
+        """Sends what is encrypted; raises BlockingIOError as long as that is not all sent."""
+        self._unsent += self._outgoing.read()
+        while self._unsent:
+            self._unsent = self._unsent[self._sock.send(self._unsent, DONTWAIT) :]
+
+    def _check_pin(self) -> None:
+        found = fingerprint_of(self._object.getpeercert(True) or b"") if self._pin else ""
+        if not hmac.compare_digest(found, self._pin):
+            raise UntrustedPeer(f"its fingerprint is {found}, not {self._pin}: somebody else may be listening there")
+
+
 def fingerprint_of(certificate: bytes) -> str:
     """The SHA-256 of a certificate in DER, as openssl writes it: AB:01:..."""
     return hashlib.sha256(certificate).digest().hex(":").upper()
@@ -3997,13 +4139,34 @@ def client_context(pinned: bool) -> ssl.SSLContext:
     return context
 
 
+class Wakeup:
+    """Lets any thread end another one's select, in which this is registered for reading."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self.fileno = self._reader.fileno
+
+    def wake(self) -> None:
+        """Makes this readable. Any thread, and signal handlers; also after `close`."""
+        with contextlib.suppress(OSError):  # full: it is readable
+            self._writer.send(b"!")
+
+    def clear(self) -> None:
+        """Makes this unreadable again."""
+        self._reader.recv(4096)
+
+    def close(self) -> None:
+        """Closes the sockets."""
+        self._reader.close()
+        self._writer.close()
+
+
 # -----------------------------------------------------------------------------
 # server
 # -----------------------------------------------------------------------------
 
-# POSIX makes one call non-blocking on a blocking socket. Where that is missing (Windows) the socket itself is
-# non-blocking, and readers wait in short steps, which they must there anyway: shutdown does not wake them.
-DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 MAX_WATCHED = 500 if sys.platform == "win32" else 1 << 20  # select there takes 512 sockets
 BIND_ATTEMPTS = 10  # for a port that is free on all addresses of a name
 TLS_ONLY = "This server speaks TLS only"
@@ -4062,30 +4225,6 @@ class Connection:
             return len(self.sock.recv(FLOOD_BYTES, socket.MSG_PEEK | DONTWAIT))
         except OSError:
             return 0
-
-
-class Wakeup:
-    """Lets any thread end another one's select, in which this is registered for reading."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-        self.fileno = self._reader.fileno
-
-    def wake(self) -> None:
-        """Makes this readable. Any thread, and signal handlers; also after `close`."""
-        with contextlib.suppress(OSError):  # full: it is readable
-            self._writer.send(b"!")
-
-    def clear(self) -> None:
-        """Makes this unreadable again."""
-        self._reader.recv(4096)
-
-    def close(self) -> None:
-        """Closes the sockets."""
-        self._reader.close()
-        self._writer.close()
 
 
 class Poller:
@@ -6448,78 +6587,122 @@ def completions(client: Client, head: str) -> Tuple[int, List[str]]:
 # -----------------------------------------------------------------------------
 # operator
 # -----------------------------------------------------------------------------
-# What is typed at the server's own terminal; each function gets the words, and returns what there is to say.
-
-Operate = Callable[[Server, List[str]], Iterable[str]]
 
 
-class Operation(NamedTuple):
-    """A row of the table."""
+class OperatorCommands(cmd.Cmd):
+    """Commands of the operator, with or without a slash: /help and help. The docstring of a command is its grammar and
+    what it does; a word in brackets may be left out."""
 
-    run: Operate
-    least: int  # words
-    grammar: str
-    help: str
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.server = server
+        self.answers: List[str] = []  # to one line; only collected, because commands hold the hub's lock
+        docs = {name: getattr(self, f"do_{name}").__doc__ or "" for name in self.completenames("")}
+        self.help = {name: doc.partition(": ") for name, doc in docs.items()}  # grammar, colon, text
+
+    def run(self, line: str) -> List[str]:
+        """Runs a line, if it follows its command's grammar; returns the answer, a line each."""
+        name, arg, line = self.parseline(line)
+        grammar = self.help.get(name, ("",))[0]
+        params = grammar.partition(" ")[2]
+        self.answers = []
+        if grammar and (arg and not params or not arg and params[:1].isalpha()):
+            self.answers.append(f"Error: it is {grammar}")
+        elif line:  # for an empty one, cmd repeats the last command
+            self.onecmd(line)
+        return self.answers
+
+    def parseline(self, line: str) -> Tuple[str, str, str]:
+        """The command, its argument, and both; cmd's own makes commands of ?, ! and EOF."""
+        name, _, arg = line.strip().partition(" ")
+        return name[name.startswith("/") :].lower(), arg.strip(), line.strip()
+
+    def default(self, line: str) -> None:
+        """Answers to what is not a command."""
+        self.answers.append("Error: these are commands of the server: /help lists them; to talk, join with a client")
+
+    def do_help(self, arg: str) -> None:
+        """/help [COMMAND]: shows this, or one"""
+        asked = arg.lstrip("/").lower()
+        if asked and asked not in self.help:
+            self.default(arg)
+        for name, (grammar, _, text) in self.help.items():
+            if asked in ("", name):
+                self.answers.append(f"{grammar:24}{text}")
+
+    def do_who(self, arg: str) -> None:
+        """/who: shows who is here, and from where"""
+        now = time.time()
+        with self.server.hub as hub:
+            for session in [session for session in hub.sessions if session.registered]:
+                where = " ".join(channel.name for channel in session.channels) or "in no channel"
+                lost = session.stage == Stage.DISCONNECTED
+                kind = "lost its connection" if lost else type(session.dialect).__name__
+                silent = format_duration(now - session.last_spoke)
+                self.answers.append(f"{session.description()}, {kind}, silent for {silent}: {where}")
+        self.answers = self.answers or ["nobody is here"]
+
+    def do_kick(self, arg: str) -> None:
+        """/kick NAME [REASON]: throws somebody out"""
+        nick, _, reason = arg.partition(" ")
+        with self.server.hub as hub:
+            session = hub.nicks.get(fold(nick))
+            if session:
+                kill_session(hub, session, reason.strip() or "by the operator")
+            else:
+                self.answers.append(f"Error: nobody here is called {nick}")
+
+    def do_ban(self, arg: str) -> None:
+        """/ban [NAME or ADDRESS]: shuts an address out, or no more; alone: shows which"""
+        with self.server.hub as hub:
+            shown = f"banned: {', '.join(hub.access.banned.values()) or 'nobody'}"
+            self.answers.append(toggle_ban(hub, arg.partition(" ")[0]) if arg else shown)
+
+    def do_say(self, arg: str) -> None:
+        """/say TEXT: tells everybody"""
+        with self.server.hub as hub:
+            people = [session for session in hub.sessions if session.registered]
+            pieces = split_text(escape_controls(arg), TOPIC_BYTES)
+            for session in people:
+                call = Call(hub, session)
+                call.replies += [Message("NOTICE", ("*", f"From the operator: {piece}"), hub.name) for piece in pieces]
+                hub.append(call)
+        self.answers.append(f"told {len(people)} people")
+
+    def do_stats(self, arg: str) -> None:
+        """/stats: shows what the server has done"""
+        with self.server.hub as hub:
+            people = sum(session.registered for session in hub.sessions)
+            self.answers += [
+                f"{people} people in {len(hub.channels)} channels, {len(self.server.mailer)} connections",
+                f"{hub.messages} messages, {self.server.mailer.delivered} deliveries",
+            ]
+        self.answers.append(f"{memory_used()}, up for {format_duration(time.time() - hub.started)}")
+
+    def do_stop(self, arg: str) -> None:
+        """/stop: ends the chat"""
+        self.server.stop()
 
 
-OPERATIONS: Dict[str, Operation] = {}
-
-
-def operation(name: str, grammar: str, least: int, text: str) -> Callable[[Operate], Operate]:
-    """Enters a function in the table."""
-
-    def enter(run: Operate) -> Operate:
-        OPERATIONS[name] = Operation(run, least, grammar, text)
-        return run
-
-    return enter
-
-
-def operate(server: Server, line: str) -> List[str]:
-    """Does what the operator typed; returns what there is to say to that."""
-    name, _, rest = line.strip().partition(" ")
-    row = OPERATIONS.get(name[1:].lower()) if name.startswith("/") else None
-    if not name:
-        return []
-    if row is None:
-        return ["Error: these are commands of the server: /help lists them; to talk, join with a client"]
-    words = rest.split(None, 1)
-    if len(words) < row.least:
-        return [f"Error: it is {name} {row.grammar}"]
-    return list(row.run(server, words))
-
-
-@operation("help", "", 0, "shows this")
-def list_operations(server: Server, words: List[str]) -> Iterable[str]:
-    """/help"""
-    for name, row in OPERATIONS.items():
-        yield f"/{name} {row.grammar}".ljust(24) + row.help
-
-
-@operation("who", "", 0, "shows who is here, and from where")
-def list_people(server: Server, words: List[str]) -> Iterable[str]:
-    """/who"""
-    now = time.time()
-    with server.hub as hub:
-        people = [session for session in hub.sessions if session.registered]
-        lines = []
-        for session in people:
-            where = " ".join(channel.name for channel in session.channels) or "in no channel"
-            lost = session.stage == Stage.DISCONNECTED
-            kind = "lost its connection" if lost else type(session.dialect).__name__
-            lines.append(f"{session.description()}, {kind}, silent for {length(now - session.last_spoke)}: {where}")
-    return lines or ["nobody is here"]
-
-
-@operation("kick", "NAME [REASON]", 1, "throws somebody out")
-def kick_out(server: Server, words: List[str]) -> Iterable[str]:
-    """/kick NAME [REASON]"""
-    with server.hub as hub:
-        session = hub.nicks.get(fold(words[0]))
-        if session is None:
-            return [f"Error: nobody here is called {words[0]}"]
-        kill_session(hub, session, words[1] if len(words) > 1 else "by the operator")
-    return []
+def toggle_ban(hub: Hub, who: str) -> str:
+    """Bans everybody from the address of a name or the address given, or no longer; returns the answer. Where addresses
+    tell nothing, on loopback, the name is banned. With the lock held."""
+    banned = hub.access.banned
+    session = hub.nicks.get(fold(who))
+    try:
+        address = session.address if session and session.host != "localhost" else hub.access.address(who)
+        key = address.key
+    except ValueError:
+        try:
+            key = fold(check_nick(who))
+        except CommandError:
+            return f"Error: {who} is neither a name nor an address"
+    if banned.pop(key, None):
+        return f"{who} may come back"
+    banned[key] = f"{who} ({key})" if session and key == session.address.key else who
+    for other in [other for other in hub.sessions if key in (other.address.key, fold(other.nick))]:
+        kill_session(hub, other, "banned")
+    return f"{banned[key]} is banned, until the server ends; the same again lets them back"
 
 
 def kill_session(hub: Hub, session: Session, why: str) -> None:
@@ -6531,64 +6714,7 @@ def kill_session(hub: Hub, session: Session, why: str) -> None:
     hub.append(call)
 
 
-@operation("ban", "[NAME or ADDRESS]", 0, "shuts an address out, or no more; alone: shows which")
-def ban(server: Server, words: List[str]) -> Iterable[str]:
-    """/ban [NAME or ADDRESS]: everybody from there, or on loopback, where addresses tell nothing, that name"""
-    with server.hub as hub:
-        banned = hub.access.banned
-        if not words:
-            return [f"banned: {', '.join(banned.values()) or 'nobody'}"]
-        session = hub.nicks.get(fold(words[0]))
-        try:
-            address = session.address if session and session.host != "localhost" else hub.access.address(words[0])
-            key = address.key
-        except ValueError:
-            try:
-                key = fold(check_nick(words[0]))
-            except CommandError:
-                return [f"Error: {words[0]} is neither a name nor an address"]
-        if banned.pop(key, None):
-            return [f"{words[0]} may come back"]
-        label = f"{words[0]} ({key})" if session and key == session.address.key else words[0]
-        banned[key] = label
-        for other in [other for other in hub.sessions if key in (other.address.key, fold(other.nick))]:
-            kill_session(hub, other, "banned")
-    return [f"{label} is banned, until the server ends; the same again lets them back"]
-
-
-@operation("say", "TEXT", 1, "tells everybody")
-def tell_all(server: Server, words: List[str]) -> Iterable[str]:
-    """/say TEXT"""
-    with server.hub as hub:
-        people = [session for session in hub.sessions if session.registered]
-        pieces = split_text(escape_controls(" ".join(words)), TOPIC_BYTES)
-        for session in people:
-            call = Call(hub, session)
-            call.replies += [Message("NOTICE", ("*", f"From the operator: {piece}"), hub.name) for piece in pieces]
-            hub.append(call)
-    return [f"told {len(people)} people"]
-
-
-@operation("stats", "", 0, "shows what the server has done")
-def statistics(server: Server, words: List[str]) -> Iterable[str]:
-    """/stats"""
-    with server.hub as hub:
-        people = sum(session.registered for session in hub.sessions)
-        return [
-            f"{people} people in {len(hub.channels)} channels, {len(server.mailer)} connections",
-            f"{hub.messages} messages, {server.mailer.delivered} deliveries",
-            f"{memory()}, up for {length(time.time() - hub.started)}",
-        ]
-
-
-@operation("stop", "", 0, "ends the chat")
-def stop(server: Server, words: List[str]) -> Iterable[str]:
-    """/stop"""
-    server.stop()
-    return []
-
-
-def length(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A length of time: 5 s, 3 min, 2 h 5 min, 3 d 4 h."""
     minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
     if minutes < 1:
@@ -6598,14 +6724,14 @@ def length(seconds: float) -> str:
     return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"
 
 
-def memory() -> str:
+def memory_used() -> str:
     """How much of it this process has."""
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
         return f"{int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6:.0f} MB"
     return f"{threading.active_count()} threads"
 
 
-class Console:
+class OperatorConsole:
     """The operator's terminal: the log and the answers scroll above the line that is typed. Of the main thread.
 
     Other threads only put into `events`, in which ("line", text) is something to be shown.
@@ -6614,7 +6740,7 @@ class Console:
     def __init__(self, server: Server) -> None:
         self.events: Events[Tuple[str, str]] = queue.Queue(LOG_QUEUE)
         self.stopping = False  # as soon as possible; the terminal is the shell's meanwhile
-        self._server = server
+        self._server, self._commands = server, OperatorCommands(server)
         self._keys = KeyParser()
         self._editor = LineEditor(self._complete)
 
@@ -6647,14 +6773,14 @@ class Console:
                 self._server.stop()
             for line in (self._editor.handle_key(key) or Submission([])).lines:
                 screen.print(screen.paint(f"server> {escape_controls(line)}", DIM))
-                for answer in operate(self._server, line):
+                for answer in self._commands.run(line):
                     screen.print(escape_controls(answer))
 
     def _complete(self, head: str) -> Tuple[int, List[str]]:
         start = head.rfind(" ") + 1
         word = head[start:]
         if not start:
-            return 0, [f"/{name} " for name in OPERATIONS if f"/{name}".startswith(word)]
+            return 0, [f"/{name} " for name in self._commands.completenames(word.lstrip("/"))]
         with self._server.hub as hub:
             return start, [session.nick for key, session in hub.nicks.items() if key.startswith(fold(word))]
 
@@ -6672,14 +6798,14 @@ def run_server(args: argparse.Namespace) -> int:
     if hasattr(gc, "set_threshold"):  # not PyPy; with the default, a third of the time in which 9,000 join
         gc.set_threshold(50_000, 20, 20)
     history = SqliteHistory(args.history, args.fsync, args.keep) if args.history else MemoryHistory()
-    hub = Hub(args.server_name, history, args.replay, chosen_limits(args))
+    hub = Hub(args.server_name, history, args.replay, limits_from_args(args))
     password = read_password(args.password_file)
     check_password(password)
     try:
         hub.access = AccessControl(args.exempt, password)
     except ValueError as error:
         raise Failed(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
-    certificate, context = encryption(args)
+    certificate, context = tls_from_args(args)
     # Before others can connect.
     log_file = logging.handlers.WatchedFileHandler(args.log, encoding="utf-8") if args.log else None
     try:
@@ -6689,13 +6815,13 @@ def run_server(args: argparse.Namespace) -> int:
             raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise Failed(f"cannot listen on {args.host}:{args.port}: {reason}") from None
-    greeting = invitation(server.listener.hosts, server.listener.port, certificate, args.tls_only)
-    return attend(server, greeting, args.verbose, log_file)
+    greeting = join_instructions(server.listener.hosts, server.listener.port, certificate, args.tls_only)
+    return serve_until_stopped(server, greeting, args.verbose, log_file)
 
 
-def attend(server: Server, greeting: str, verbose: bool, log_file: Optional[logging.Handler]) -> int:
+def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: Optional[logging.Handler]) -> int:
     """Lets a server serve, with its log and its terminal; returns the exit code."""
-    console = Console(server) if at_terminal() else None
+    console = OperatorConsole(server) if is_interactive() else None
     handle_signals(server, console, log_file)
     end_log = begin_log(verbose, log_file, console)
     host, port = server.address
@@ -6722,7 +6848,7 @@ def attend(server: Server, greeting: str, verbose: bool, log_file: Optional[logg
     return status
 
 
-def handle_signals(server: Server, console: Optional[Console], log_file: Optional[logging.Handler]) -> None:
+def handle_signals(server: Server, console: Optional[OperatorConsole], log_file: Optional[logging.Handler]) -> None:
     """Lets signals end the server; but SIGHUP only when it tells that the operator's terminal is gone."""
 
     def hang_up(*_: Any) -> None:
@@ -6744,13 +6870,13 @@ def serve_and_end(server: Server) -> None:
     end.start()
 
 
-def at_terminal() -> bool:
+def is_interactive() -> bool:
     """Whether there is a person who could type here."""
     there = sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty() and can_draw()
     return bool(there) and in_foreground()
 
 
-def encryption(args: argparse.Namespace) -> Tuple[str, Optional[ssl.SSLContext]]:
+def tls_from_args(args: argparse.Namespace) -> Tuple[str, Optional[ssl.SSLContext]]:
     """The fingerprint of the server's certificate, and what it encrypts with; ('', None) for no TLS."""
     if not (args.tls or args.tls_only or args.tls_cert):
         if args.tls_key:
@@ -6794,26 +6920,28 @@ def self_signed(name: str) -> str:
     return str(path)
 
 
-def chosen_limits(args: argparse.Namespace) -> Limits:
+def limits_from_args(args: argparse.Namespace) -> Limits:
     """The limits that the command line tells."""
     limits = NO_LIMITS if args.no_limits else Limits()
     chosen = {name: getattr(args, name) for name in Limits._fields if getattr(args, name) is not None}
     return limits._replace(**chosen)
 
 
-def begin_log(verbose: bool, log_file: Optional[logging.Handler], console: Optional[Console]) -> Callable[[], bool]:
+def begin_log(
+    verbose: bool, log_file: Optional[logging.Handler], console: Optional[OperatorConsole]
+) -> Callable[[], bool]:
     """Has the log written by a thread, because a terminal or a pipe may take nothing for as long as it likes.
 
     Returns what ends that; it tells whether all is written.
     """
     handler = log_file or logging.StreamHandler()
     if console and not log_file and sys.stderr.isatty():
-        handler = ToConsole()
+        handler = ConsoleHandler()
         handler.console = console
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     records: queue.Queue[Any] = queue.Queue(LOG_QUEUE)
     source = LogQueue(records)
-    source.addFilter(Calm())
+    source.addFilter(RateLimitFilter())
     log.addHandler(source)
     logging.raiseExceptions = False  # a log that cannot be written is no reason to write that down each time
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -6834,10 +6962,10 @@ def begin_log(verbose: bool, log_file: Optional[logging.Handler], console: Optio
     return end
 
 
-class ToConsole(logging.Handler):
+class ConsoleHandler(logging.Handler):
     """Shows the log at the operator's terminal."""
 
-    console: Console
+    console: OperatorConsole
 
     def emit(self, record: logging.LogRecord) -> None:
         for line in self.format(record).splitlines():
@@ -6852,7 +6980,7 @@ class LogQueue(logging.handlers.QueueHandler):
             self.queue.put_nowait(record)
 
 
-class Calm(logging.Filter):
+class RateLimitFilter(logging.Filter):
     """Lets through so many records of a kind at a time, and tells later how many were left out."""
 
     def __init__(self) -> None:
@@ -6869,7 +6997,7 @@ class Calm(logging.Filter):
         return True
 
 
-def invitation(hosts: List[str], port: int, fingerprint: str, tls_only: bool) -> str:
+def join_instructions(hosts: List[str], port: int, fingerprint: str, tls_only: bool) -> str:
     """How to join, ready to paste."""
     lines = []
     addresses = own_addresses() if {"0.0.0.0", "::"} & set(hosts) else hosts
@@ -6898,7 +7026,7 @@ def own_addresses() -> List[str]:
 def run_client(args: argparse.Namespace) -> int:
     """chat.py client"""
     vars(args).update(args.url or {})
-    nick, channel, key = chosen_names(args)
+    nick, channel, key = names_from_args(args)
     password, secured = read_password(args.password_file), ends_of_tls(args)
     for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
         if hasattr(signal, name):
@@ -6931,7 +7059,7 @@ def ends_of_tls(args: argparse.Namespace) -> Callable[[], Optional[Tls]]:
     return functools.partial(Tls, context, False, args.host, args.fingerprint or "")
 
 
-def chosen_names(args: argparse.Namespace) -> Tuple[str, str, str]:
+def names_from_args(args: argparse.Namespace) -> Tuple[str, str, str]:
     """Our name, the channel and its key ('' for none), all fit to be sent; raises Failed."""
     channel, _, key = args.channel.partition(" ")
     try:
@@ -7006,7 +7134,7 @@ def irc_url(text: str) -> Dict[str, Any]:
     if scheme.lower() == "ircs":
         found.update(port=IRC_TLS_PORT, tls=True)
     if port:
-        found["port"] = whole(1, 65535)(port)
+        found["port"] = int_between(1, 65535)(port)
     if user:
         found["name"] = user
     if channel:
@@ -7029,7 +7157,7 @@ def run_history(args: argparse.Namespace) -> int:
     return 0
 
 
-def moment(text: str) -> float:
+def parse_local_time(text: str) -> float:
     """The type of an argument that is a local time."""
     return datetime.datetime.fromisoformat(text).timestamp()
 
@@ -7064,7 +7192,7 @@ def fingerprint(text: str) -> str:
     return ":".join(digits[start : start + 2] for start in range(0, 64, 2))
 
 
-def above_zero(text: str) -> float:
+def positive(text: str) -> float:
     """The type of an argument that is a number."""
     number = float(text)
     if not number >= 0.01:
@@ -7072,7 +7200,7 @@ def above_zero(text: str) -> float:
     return number
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+def int_between(low: int, high: int) -> Callable[[str], int]:
     """The type of an argument that is a whole number from `low` to `high`."""
 
     def convert(text: str) -> int:
@@ -7089,7 +7217,8 @@ def parser() -> argparse.ArgumentParser:
     modes = top.add_subparsers(metavar="server | client | history", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--host", default="127.0.0.1", help="address (default %(default)s)")
-    shared.add_argument("--port", type=whole(0, 65535), default=DEFAULT_PORT, help="TCP port (default %(default)s)")
+    port = int_between(0, 65535)
+    shared.add_argument("--port", type=port, default=DEFAULT_PORT, help="TCP port (default %(default)s)")
     add_server(modes, shared)
     add_client(modes, shared)
     add_history(modes)
@@ -7103,8 +7232,9 @@ def add_server(modes: Any, shared: argparse.ArgumentParser) -> None:
     add("--server-name", default=SERVER_NAME, metavar="NAME", help="in IRC replies (%(default)s)")
     add("--history", metavar="FILE", help="keep what is said in this SQLite file (default: in memory)")
     add("--fsync", action="store_true", help="keep it also when the machine loses its power")
-    add("--keep", type=whole(1, 36500), default=math.inf, metavar="DAYS", help="(default: for ever)")
-    add("--replay", type=whole(0, PAGE_LINES), default=REPLAY_LINES, metavar="N", help="for newcomers (%(default)s)")
+    add("--keep", type=int_between(1, 36500), default=math.inf, metavar="DAYS", help="(default: for ever)")
+    text = "for newcomers (%(default)s)"
+    add("--replay", type=int_between(0, PAGE_LINES), default=REPLAY_LINES, metavar="N", help=text)
     add("--password-file", metavar="FILE", help="whose first line clients must know; - asks (or set CHAT_PASSWORD)")
     add("--log", metavar="FILE", help="log to FILE instead of standard error")
     add("-v", "--verbose", action="store_true", help="log more")
@@ -7120,9 +7250,7 @@ def add_limits(group: Any) -> None:
     """A flag for each limit."""
     defaults = Limits()
     for name, (flag, unit, text) in LIMIT_FLAGS.items():
-        group.add_argument(
-            flag, dest=name, type=above_zero, metavar=unit, help=f"{text} ({getattr(defaults, name):.0f})"
-        )
+        group.add_argument(flag, dest=name, type=positive, metavar=unit, help=f"{text} ({getattr(defaults, name):.0f})")
     group.add_argument("--no-limits", action="store_true", help="none but those that are given")
     text = "from where neither --max-per-address nor --rate counts (%(default)s)"
     group.add_argument("--exempt", default=LOOPBACK, metavar="NETWORK,...", help=text)
@@ -7142,9 +7270,8 @@ def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
     text = "encrypt; the server must have the certificate with this SHA-256"
     add("--fingerprint", type=fingerprint, metavar="HEX", help=text)
     add("-m", "--message", action="append", metavar="TEXT", help="send this and leave")
-    add(
-        "--replay", type=whole(0, PAGE_LINES), metavar="N", help=f"shown of what was said ({REPLAY_LINES}; in a pipe 0)"
-    )
+    text = f"shown of what was said ({REPLAY_LINES}; in a pipe 0)"
+    add("--replay", type=int_between(0, PAGE_LINES), metavar="N", help=text)
     add("--json", action="store_true", help="print events as JSON objects, one a line")
     add("--no-reconnect", dest="reconnect", action="store_false", help="end when the connection is lost")
     client.set_defaults(run=run_client)
@@ -7155,7 +7282,7 @@ def add_history(modes: Any) -> None:
     history = modes.add_parser("history", help="print what was said", description="Prints what was said.")
     add = history.add_argument
     add("file", help="the server's --history")
-    add("--since", type=moment, default=0.0, metavar="TIME", help="2026-01-31, 2026-01-31T12:00, local")
+    add("--since", type=parse_local_time, default=0.0, metavar="TIME", help="2026-01-31, 2026-01-31T12:00, local")
     add("--channel", help="only this one")
     add("--json", action="store_true", help="JSON objects, one a line")
     history.set_defaults(run=run_history)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import cmd
 import codecs
 import concurrent.futures
 import contextlib
@@ -1945,7 +1946,7 @@ class Leaving(ServerCase):
 
     def test_what_the_server_says_of_a_leave_and_what_the_leaver_says_differ_in_every_dialect(self) -> None:
         self.irc("eve")
-        chat.operate(self.server, "/kick eve")
+        chat.OperatorCommands(self.server).run("/kick eve")
         real = self.leave("eve")
         text = "*** eve left (Thrown out: by the operator)"
         self.assertEqual(real, (text, text, ":eve!eve@localhost QUIT :Thrown out: by the operator"))
@@ -3164,8 +3165,8 @@ def make_certificate(path: str) -> None:
 
 
 @unittest.skipUnless(ssl and shutil.which("openssl"), "needs openssl")
-class Encrypted(ServerCase):
-    """TLS and clear text on one port."""
+class CertificateCase(Waiting):
+    """One certificate for all tests of a class."""
 
     folder: tempfile.TemporaryDirectory[str]
 
@@ -3175,12 +3176,197 @@ class Encrypted(ServerCase):
         cls.addClassCleanup(cls.folder.cleanup)
         make_certificate(f"{cls.folder.name}/tls.pem")
 
+    def server_context(self) -> ssl.SSLContext:
+        return chat.server_context(f"{self.folder.name}/tls.pem", "")
+
+
+class TlsSockets(CertificateCase):
+    """TlsSocket as a server and as a client, opposite another one or Python's own."""
+
+    def pair(self) -> Tuple[socket.socket, socket.socket]:
+        """Two connected sockets with little room."""
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            client = socket.create_connection(listening.getsockname(), PATIENCE)
+            server, _ = listening.accept()
+        for sock in (server, client):
+            sock.settimeout(PATIENCE)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NARROW)
+            self.addCleanup(sock.close)
+        return server, client
+
+    def ends(self) -> Tuple[chat.TlsSocket, chat.TlsSocket]:
+        """A server and a client after the handshake, non-blocking."""
+        below = self.pair()
+        server = chat.TlsSocket(below[0], self.server_context(), True)
+        client = chat.TlsSocket(below[1], chat.client_context(True))
+        self.both(server.handshake, client.handshake)
+        server.setblocking(False)
+        client.setblocking(False)
+        return server, client
+
+    def both(self, *calls: Callable[[], object]) -> None:
+        """Runs one call in a thread, the other one here."""
+        thread = threading.Thread(target=calls[0])
+        thread.start()
+        try:
+            calls[1]()
+        finally:
+            thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive())
+
+    def receive(self, sock: chat.TlsSocket, size: int) -> bytes:
+        """At least `size` bytes, or all up to the end, as a program with one thread receives."""
+        data = b""
+        while len(data) < size:
+            try:
+                piece = sock.recv(4096)
+            except BlockingIOError:
+                self.assertTrue(select.select([sock], [], [], PATIENCE)[0], "nothing comes")
+                continue
+            if not piece:
+                break
+            data += piece
+        return data
+
+    def test_much_both_ways_at_once(self) -> None:
+        ends = self.ends()
+        sizes = {ends[0]: 5_000_000, ends[1]: 3_000_000}
+        texts = {sock: random.Random(size).getrandbits(8 * size).to_bytes(size, "big") for sock, size in sizes.items()}
+        found: Dict[chat.TlsSocket, bytes] = {}
+
+        def send(sock: chat.TlsSocket) -> None:
+            rest = memoryview(texts[sock])
+            while rest:
+                try:
+                    rest = rest[sock.send(bytes(rest[:200_000]), 0) :]
+                except BlockingIOError:
+                    select.select([], [sock], [], PATIENCE)
+
+        def receive(sock: chat.TlsSocket, size: int) -> None:
+            found[sock] = self.receive(sock, size)
+
+        threads = [threading.Thread(target=send, args=(sock,)) for sock in ends]
+        threads += [threading.Thread(target=receive, args=(a, sizes[b])) for a, b in (ends, ends[::-1])]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        for sock, other in (ends, ends[::-1]):
+            self.assertTrue(found.get(sock) == texts[other], "it is not the same")
+
+    def test_it_talks_with_another_tls(self) -> None:
+        below = self.pair()
+        other: List[ssl.SSLSocket] = []
+        sock = chat.TlsSocket(below[0], self.server_context(), True)
+        self.both(sock.handshake, lambda: other.append(chat.client_context(True).wrap_socket(below[1])))
+        self.addCleanup(other[0].close)
+        other[0].sendall(b"there")
+        self.assertEqual(self.receive(sock, 5), b"there")
+        sock.send(b"and back")
+        self.assertEqual(other[0].recv(100), b"and back")
+        self.both(lambda: sock.shutdown(socket.SHUT_WR), lambda: self.assertEqual(other[0].recv(100), b""))
+        other[0].sendall(b"still")
+        self.assertEqual(self.receive(sock, 5), b"still")
+        self.assertRaises(OSError, sock.send, b"in clear text")
+        other[0].unwrap()
+        self.assertEqual(self.receive(sock, 5), b"")
+
+    def test_text_that_comes_with_the_end_of_the_handshake(self) -> None:
+        below = self.pair()
+        server = chat.TlsSocket(below[0], self.server_context(), True)
+        client = chat.TlsSocket(below[1], chat.client_context(True))
+
+        def greet() -> None:
+            client.handshake()
+            client.send(b"ann")
+
+        greeted = threading.Thread(target=greet)
+        greeted.start()
+        server.setblocking(False)
+        select.select([below[0]], [], [], PATIENCE)
+        self.assertRaises(BlockingIOError, server.handshake)
+        greeted.join(PATIENCE)
+        server.handshake()
+        self.assertEqual(self.receive(server, 3), b"ann")
+
+    def test_what_is_no_text_does_not_keep_a_reader(self) -> None:
+        server, client = self.ends()
+        server.settimeout(PATIENCE)
+        client.send(b"cut in two")
+        self.assertRaises(BlockingIOError, server.recv, 20)
+        self.assertEqual(server.recv(100), b"cut in two")
+
+    def test_a_cut_is_no_end(self) -> None:
+        for ends_well in (False, True):
+            with self.subTest(ends_well):
+                server, client = self.ends()
+                self.assertRaises(BlockingIOError, client.recv, 4096)  # session tickets; unread, they make a reset
+                client.send(b"last")
+                if ends_well:
+                    client.shutdown(socket.SHUT_WR)
+                client.close()
+                self.assertEqual(self.receive(server, 4), b"last")
+                if ends_well:
+                    self.assertEqual(self.receive(server, 1), b"")
+                else:
+                    self.assertRaisesRegex(ConnectionError, "cut", self.receive, server, 1)
+
+    def test_an_end_for_which_there_is_no_room_is_told_later(self) -> None:
+        server, client = self.ends()
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += server.send(b"x" * 1000)
+        server.shutdown(socket.SHUT_WR)
+        got = self.receive(client, sent)
+        server.shutdown(socket.SHUT_RDWR)
+        self.assertEqual(set(got + self.receive(client, 2000)), set(b"x"))
+        self.assertEqual(client.recv(100), b"")
+
+    def test_nothing_goes_before_the_handshake(self) -> None:
+        below, other = self.pair()
+        sock = chat.TlsSocket(below, self.server_context(), True)
+        self.assertRaises(OSError, sock.send, b"secret")
+        self.assertRaises(OSError, sock.recv, 100)
+        sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(other.recv(100), b"")
+
+    def test_why_there_is_no_handshake(self) -> None:
+        for answer, error, text in (
+            (b"ERROR :full\r\n", ConnectionError, "^full$"),
+            (b"", ConnectionError, "ended the connection; perhaps it does not speak TLS"),
+            (b"*** hello\r\n", ssl.SSLError, "(?i)wrong.version"),
+        ):
+            with self.subTest(answer):
+                other, below = self.pair()
+                other.sendall(answer)
+                other.shutdown(socket.SHUT_WR)
+                client = chat.TlsSocket(below, chat.client_context(True))
+                self.assertRaisesRegex(error, text, client.handshake)
+                self.assertRaises(OSError, client.send, b"secret")
+
+    def test_nothing_goes_to_who_has_not_the_pin(self) -> None:
+        below = self.pair()
+        server = chat.TlsSocket(below[0], self.server_context(), True)
+        client = chat.TlsSocket(below[1], chat.client_context(True), pin="00")
+
+        def find_out() -> None:
+            self.assertRaisesRegex(chat.UntrustedPeer, "its fingerprint is .*, not 00", client.handshake)
+            self.assertRaises(OSError, client.send, b"secret")
+            client.close()
+
+        self.both(find_out, lambda: self.assertRaises(OSError, server.handshake))
+
+
+class Encrypted(ServerCase, CertificateCase):
+    """TLS and clear text on one port."""
+
     def setUp(self) -> None:
         self.start(False)
 
     def start(self, tls_only: bool) -> None:
-        context = chat.server_context(f"{self.folder.name}/tls.pem", "")
-        self.serve(chat.Server("127.0.0.1", 0, None, context, tls_only))
+        self.serve(chat.Server("127.0.0.1", 0, None, self.server_context(), tls_only))
 
     def secret(self, data: str = "") -> Peer:
         """A peer that speaks TLS."""
@@ -5843,7 +6029,7 @@ class ServerLog(ProgramCase):
         self.assertEqual(lines[:3], [*joined, "eve from 127.0.0.1 left: Quit: gone\\x1b[2J"])
 
     def test_nobody_fills_the_log(self) -> None:
-        calm, clock = chat.Calm(), 1000.0
+        calm, clock = chat.RateLimitFilter(), 1000.0
         records = [chat.log.makeRecord("chat", 20, "", 0, "%s left", (str(n),), None) for n in range(1000)]
         other = chat.log.makeRecord("chat", 20, "", 0, "another", (), None)
         with mock.patch.object(time, "monotonic", lambda: clock):
@@ -6018,11 +6204,11 @@ class Listening(ServerCase):
             self.assertEqual(self.server.listener.hosts, ["127.0.0.1", "::1"])
 
     def test_joining_is_told_for_each_address(self) -> None:
-        text = chat.invitation(["::1", "127.0.0.1"], 9090, "", False)
+        text = chat.join_instructions(["::1", "127.0.0.1"], 9090, "", False)
         self.assertIn("only this machine can join", text)
         for host in ("127.0.0.1", "::1"):
             self.assertIn(f"  nc {host} 9090\n", text)
-        self.assertNotIn("only this machine", chat.invitation(["127.0.1.1", "192.0.2.1"], 9090, "", False))
+        self.assertNotIn("only this machine", chat.join_instructions(["127.0.1.1", "192.0.2.1"], 9090, "", False))
 
 
 class Usage(NamedTuple):
@@ -7186,11 +7372,71 @@ class Operator(SeatCase):
         self.assertEqual(seat.wait(), 0)
 
 
+class OperatorsCommands(ServerCase):
+    """What the operator types, without a terminal."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.commands = chat.OperatorCommands(self.server)
+
+    def test_with_and_without_a_slash_in_either_case(self) -> None:
+        for line in ("/who", "who", " WHO ", "/Who "):
+            self.assertEqual(self.commands.run(line), ["nobody is here"], line)
+
+    def test_wrong_grammar(self) -> None:
+        wrong = {"say": "/say TEXT", "/kick  ": "/kick NAME [REASON]", "stop shouting": "/stop", "who is it?": "/who"}
+        with mock.patch.object(self.server, "stop") as stop:
+            for line, grammar in wrong.items():
+                self.assertEqual(self.commands.run(line), [f"Error: it is {grammar}"], line)
+        stop.assert_not_called()
+
+    def test_help(self) -> None:
+        shown = self.commands.run("/help")
+        self.assertEqual([line.split()[0] for line in shown], sorted(f"/{name}" for name in self.commands.help))
+        kick = "/kick NAME [REASON]     throws somebody out"
+        for line in ("help kick", "/help /KICK"):
+            self.assertEqual(self.commands.run(line), [kick])
+        self.assertIn(kick, shown)
+
+    def test_only_a_name_of_a_command_is_one(self) -> None:
+        self.commands.run("/stats")
+        for line in ("", " ", "/who"):  # none of them repeats another
+            self.assertEqual(self.commands.run(line), ["nobody is here"] if line == "/who" else [])
+        for line in ("?", "? who", "?who", "!who", "! who", "EOF", "/", "//who", "help ?", "shell", "/kickeve", "exit"):
+            self.assertIn("/help lists them", *self.commands.run(line))
+
+    def test_whatever_is_typed_nothing_is_raised(self) -> None:
+        rng = random.Random(4)
+        self.plain("eve")
+        words = [*self.commands.help, *dir(cmd.Cmd), "eve", "::1", "1.2.3.4", "fe80::1%x"]
+        words += [*"/?!.\0\t\x1b\u2028\U0001f600 [{%"]
+        with mock.patch.object(self.server, "stop"):
+            for _ in range(2000):
+                line = rng.choice(["", "/"]) + rng.choice(["", " "]).join(rng.choices(words, k=rng.randint(0, 4)))
+                try:
+                    self.assertTrue(all("\n" not in answer for answer in self.commands.run(line)))
+                except Exception as error:
+                    self.fail(f"{line!r}: {error!r}")
+
+    def test_commands_and_names_are_completed(self) -> None:
+        self.plain("eve")
+        self.plain("Eva")
+        complete = chat.OperatorConsole(self.server)._complete
+        for head, start, found in (
+            ("/s", 0, ["/say ", "/stats ", "/stop "]),
+            ("k", 0, ["/kick "]),
+            ("/kick ev", 6, ["eve", "Eva"]),
+            ("say x e", 6, ["eve", "Eva"]),
+            ("x", 0, []),
+        ):
+            self.assertEqual(complete(head), (start, found), head)
+
+
 class Bans(ServerCase):
     def test_an_address_is_shut_out(self) -> None:
         with mock.patch.object(chat, "shown_host", lambda key, secret: "10.0.0.1"):
             ann, bob = self.plain("ann"), self.irc("bob")
-            answer = chat.operate(self.server, "/ban bob")
+            answer = chat.OperatorCommands(self.server).run("/ban bob")
             self.assertEqual(
                 answer, ["bob (127.0.0.1) is banned, until the server ends; the same again lets them back"]
             )
@@ -7198,12 +7444,12 @@ class Bans(ServerCase):
                 self.assertIn("Thrown out: banned", peer.rest()[-1])
             with self.assertLogs("chat", "WARNING"):
                 self.assertEqual(self.peer("eve\n").rest(), ["ERROR :You are banned from this server"])
-            chat.operate(self.server, "/ban 127.0.0.1")
+            chat.OperatorCommands(self.server).run("/ban 127.0.0.1")
             self.plain("eve")
 
     def test_lengths(self) -> None:
         for seconds, text in ((0.4, "0 s"), (59, "59 s"), (60, "1 min"), (7500, "2 h 5 min"), (100_000, "1 d 3 h")):
-            self.assertEqual(chat.length(seconds), text)
+            self.assertEqual(chat.format_duration(seconds), text)
 
 
 @unittest.skipUnless(shutil.which("tmux"), "needs tmux")
