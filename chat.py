@@ -29,7 +29,8 @@ Threads of the server. A reader per connection receives, splits into lines and r
 a Call, which changes the state and is appended to the hub's log, both under the hub's lock. The mailer alone writes to
 sockets: it takes the whole log, stores what is to be stored, encodes each message once per dialect, and makes one send
 per recipient. The thread that serves accepts, and lets Hub.tick prompt, ping and time out: the main thread, unless that
-has the operator's terminal to look after. One more thread writes the diagnostics (module logging).
+has the operator's terminal to look after. One more thread writes the program's log, in which all put records by
+log_later.
 
 The order of the log is the order in which everybody sees everything. It is a queue: readers append at one end, the
 mailer takes from the other. Joins and leaves are in it, too: `Channel.members` are those at the readers' end, under the
@@ -81,6 +82,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 import urllib.parse
 import zlib
@@ -108,7 +110,6 @@ if TYPE_CHECKING:  # imported where it is needed: Python can be built without it
     import ssl
 
 VERSION = "chat.py-0.1"
-log = logging.getLogger("chat")
 
 # -----------------------------------------------------------------------------
 # limits and numerics
@@ -213,7 +214,7 @@ SWITCH_S, SWITCH_CLIENT_S = 0.005, 5e-6
 # The log.
 LOG_QUEUE = 1000  # that wait to be written: a terminal that is stopped with Ctrl-S must not stop the chat
 END_S = 1.5  # for a terminal to take the last lines
-LOG_END_S = 0.5  # for the rest of them at the end, twice
+LOG_END_S = 1.0  # for the rest of them at the end
 LOG_BURST, LOG_INTERVAL_S = 200, 0.125  # of one kind, at once and then one each: nobody fills our disk with complaints
 
 # The client.
@@ -1670,6 +1671,16 @@ class SqliteHistory(MemoryHistory):
 # chat state
 # -----------------------------------------------------------------------------
 
+# The program's log: time, level, text with %s, values; None ends it.
+log_records: queue.SimpleQueue[Optional[Tuple[float, int, str, Tuple[str, ...]]]] = queue.SimpleQueue()
+
+
+def log_later(level: int, text: str, *values: object) -> None:
+    """Has a thread write to the program's log, unless too much waits. Takes no lock and never waits, so that it can be
+    called under any lock and in a signal handler; with logging itself, each reader's stack would grow."""
+    if log_records.qsize() < LOG_QUEUE:
+        log_records.put((time.time(), level, text, tuple(map(str, values))))  # an exception would keep its frames
+
 
 class TokenBucket:
     """Rate limiting: `burst` tokens at once, then one every `interval` seconds."""
@@ -2226,7 +2237,7 @@ class Call:
             return
         reason = reason or farewell or CONNECTION_CLOSED
         level = logging.INFO if session.registered else logging.DEBUG
-        self.hub.log_later(level, "%s left: %s", session.description(), escape_controls(reason).rstrip(": "))
+        log_later(level, "%s left: %s", session.description(), escape_controls(reason).rstrip(": "))
         channels = tuple(session.channels)
         if channels:
             self.leave(session, *channels)
@@ -2357,14 +2368,13 @@ class Hub:
         self.closed = False  # nobody takes the log any more
         self._mailer_waits = False
         self._log: List[Call] = []
-        self._log_records: List[Tuple[int, str, Tuple[object, ...]]] = []  # for the program's log
 
     def __enter__(self) -> Hub:
         self._lock.acquire()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        wake = self._mailer_waits and bool(self._log or self._log_records)
+        wake = self._mailer_waits and bool(self._log)
         if wake:
             self._mailer_waits = False
         self._lock.release()
@@ -2435,14 +2445,11 @@ class Hub:
         """The whole log. When it is empty, the next entry wakes the mailer. Mailer only."""
         with self._lock:
             calls, self._log = self._log, []
-            records, self._log_records = self._log_records, []
             self.log_broadcasts = self.log_length = self.log_queries = 0
             self.not_full.wake()
             self.idle.wake()
-            self._mailer_waits = not (calls or records)
-        for level, text, values in records:
-            log.log(level, text, *values)
-        return calls
+            self._mailer_waits = not calls
+            return calls
 
     # With the lock held.
 
@@ -2459,10 +2466,6 @@ class Hub:
         self.__enter__()
         self.idle.wait()
         self.log_queries += 1
-
-    def log_later(self, level: int, text: str, *values: object) -> None:
-        """Has the mailer write to the program's log: a reader's stack would grow by what that takes."""
-        self._log_records.append((level, text, values))
 
 
 def check_timeouts(call: Call, now: float) -> float:
@@ -2816,7 +2819,7 @@ def pass_(call: Call) -> None:
     session.authenticated = hub.access.check_password(session.address, call.params[0])
     if not session.authenticated:
         session.wrong_password = True
-        hub.log_later(logging.WARNING, "wrong password from %s", session.address.key)
+        log_later(logging.WARNING, "wrong password from %s", session.address.key)
         reject_password(call)
     elif isinstance(session.dialect, PlainPassword):
         call.set_dialect(plain(session.dialect.end))
@@ -2932,7 +2935,7 @@ def register(call: Call) -> None:
     hub.nicks[fold(session.nick)] = session
     session.stage = Stage.REGISTERED
     session.signon = session.last_spoke = time.time()
-    hub.log_later(logging.INFO, "%s joined", session.description())
+    log_later(logging.INFO, "%s joined", session.description())
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(hub.started))
     call.reply(RPL_WELCOME, f"Welcome to the chat, {session.prefix}")
     call.reply(RPL_YOURHOST, f"Your host is {hub.name}, running {VERSION}")
@@ -3709,12 +3712,12 @@ def store_batch(hub: Hub, items: List[StoredMessage], states: List[ChannelState]
                 messages.append((item.log_name, message))
         hub.history.append(messages, list(hub.unsaved.values()))
         if hub.storage_error:
-            log.warning("what is said can be stored again")
+            log_later(logging.WARNING, "what is said can be stored again")
         hub.storage_error = ""
         hub.unsaved.clear()
     except StorageError as error:
         if not hub.storage_error:
-            log.error("cannot store what is said: %s", error)
+            log_later(logging.ERROR, "cannot store what is said: %s", error)
         hub.storage_error = str(error)
     for item in items:
         item.stored = not hub.storage_error
@@ -4339,7 +4342,7 @@ class Mailer:
         try:
             self._work()
         except Exception:
-            log.exception("the mailer failed")
+            log_later(logging.ERROR, "the mailer failed\n%s", traceback.format_exc().rstrip())
             self.failed = True
             self._on_failure()
         self._hub.closed = True
@@ -4430,7 +4433,7 @@ class Mailer:
         if not connection.sendq and len(self._poller) < MAX_WATCHED:
             self._poller.watch(connection)
         elif not connection.sendq or len(connection.sendq) + len(data) > self._hub.limits.outbox:
-            log.warning("%s reads too slowly and is dropped", connection.session.description())
+            log_later(logging.WARNING, "%s reads too slowly and is dropped", connection.session.description())
             self._hub.disconnect(connection.session, "Reads too slowly")  # before its reader can say otherwise
             self._move_on(connection, ConnectionState.CLOSED)
             return
@@ -4549,7 +4552,7 @@ class Server:
             why = why or (FULL if len(self.mailer) >= limits.clients else address.admit(limits.per_address))
             buckets = None if why else address.buckets(limits)
         if why:
-            log.warning("refused %s: %s", address.key, why)
+            log_later(logging.WARNING, "refused %s: %s", address.key, why)
             reject(sock, why)
             return False
         with contextlib.suppress(OSError):  # it has gone already, as its reader will find out
@@ -4564,7 +4567,7 @@ class Server:
             # Less than threading.Thread: 9,000 of those took 20 MB more, and 3 s more to join.
             _thread.start_new_thread(self._read, (connection,))
         except RuntimeError as error:  # can't start new thread
-            log.warning("refused %s: %s", address.key, error)
+            log_later(logging.WARNING, "refused %s: %s", address.key, error)
             self.hub.disconnect(session, "", FULL)
             self.mailer.post(self.mailer.reader_done, connection)
         return True
@@ -4588,9 +4591,9 @@ class Server:
                 handle_line(self.hub, session, rest)
         except OSError as error:  # reset, timed out
             reason = "Connection lost"
-            log.debug("%s: %s", session.description(), error)
+            log_later(logging.DEBUG, "%s: %s", session.description(), error)
         except Exception:  # a defect of ours must end one connection only
-            log.exception("a reader failed")
+            log_later(logging.ERROR, "a reader failed\n%s", traceback.format_exc().rstrip())
             reason = "Internal error"
         finally:
             self.hub.disconnect(session, reason)
@@ -4606,7 +4609,9 @@ class Server:
                 self.hub.disconnect(connection.session, "", TLS_ONLY)
             return data
         if not self._context:
-            log.warning("refused %s: it speaks TLS, which is not set up here", connection.session.address.key)
+            log_later(
+                logging.WARNING, "refused %s: it speaks TLS, which is not set up here", connection.session.address.key
+            )
             return b""
         connection.tls = connection.tls or Tls(self._context, True)
         self.hub.set_stage(connection.session, Stage.HANDSHAKING, Stage.NEW)
@@ -4699,7 +4704,7 @@ class Listener:
 
     def refuse_without_descriptor(self, listening: socket.socket) -> None:
         """Accepts one client with the descriptor kept in reserve, tells it and lets it go."""
-        log.warning("refused a client: out of descriptors (ulimit -n)")
+        log_later(logging.WARNING, "refused a client: out of descriptors (ulimit -n)")
         with contextlib.suppress(OSError):
             os.close(self._reserve)
             reject(listening.accept()[0], FULL)
@@ -6823,12 +6828,16 @@ def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: 
     """Lets a server serve, with its log and its terminal; returns the exit code."""
     console = OperatorConsole(server) if is_interactive() else None
     handle_signals(server, console, log_file)
-    end_log = begin_log(verbose, log_file, console)
+    handler = log_file or logging.StreamHandler()
+    if console and not log_file and sys.stderr.isatty():
+        handler = ConsoleHandler(console)
+    end_log = begin_log(handler, verbose)
     host, port = server.address
     print(f"listening on {host}:{port}\n{greeting}", flush=True)
     reachable = [host for host in server.listener.hosts if not plain_address(host).is_loopback]
     if reachable and not server.hub.access.password_required:
-        log.warning("there is no password: whoever reaches %s can join (--password-file sets one)", reachable[0])
+        text = "there is no password: whoever reaches %s can join (--password-file sets one)"
+        log_later(logging.WARNING, text, reachable[0])
     if console:
         if hasattr(signal, "SIGTSTP"):
             signal.signal(signal.SIGTSTP, lambda *_: setattr(console, "stopping", True))
@@ -6854,8 +6863,8 @@ def handle_signals(server: Server, console: Optional[OperatorConsole], log_file:
     def hang_up(*_: Any) -> None:
         if console and not sys.stdin.isatty():
             server.stop()
-        elif log_file:  # which opens its file anew for a record; not in this thread, which may hold a lock of the log's
-            _thread.start_new_thread(log.info, ("SIGHUP: the log file is opened anew",))
+        elif log_file:  # which opens its file anew for a record
+            log_later(logging.INFO, "SIGHUP: the log file is opened anew")
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
@@ -6927,33 +6936,26 @@ def limits_from_args(args: argparse.Namespace) -> Limits:
     return limits._replace(**chosen)
 
 
-def begin_log(
-    verbose: bool, log_file: Optional[logging.Handler], console: Optional[OperatorConsole]
-) -> Callable[[], bool]:
+def begin_log(handler: logging.Handler, verbose: bool) -> Callable[[], bool]:
     """Has the log written by a thread, because a terminal or a pipe may take nothing for as long as it likes.
 
     Returns what ends that; it tells whether all is written.
     """
-    handler = log_file or logging.StreamHandler()
-    if console and not log_file and sys.stderr.isatty():
-        handler = ConsoleHandler()
-        handler.console = console
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    records: queue.Queue[Any] = queue.Queue(LOG_QUEUE)
-    source = LogQueue(records)
-    source.addFilter(RateLimitFilter())
-    log.addHandler(source)
+    handler.addFilter(RateLimitFilter())
     logging.raiseExceptions = False  # a log that cannot be written is no reason to write that down each time
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    least = logging.DEBUG if verbose else logging.INFO
 
     def write() -> None:
-        for record in iter(records.get, None):
-            with contextlib.suppress(OSError):  # its file cannot be opened anew: perhaps for the next one
-                handler.handle(record)
+        for when, level, text, values in iter(log_records.get, None):
+            fields = {"created": when, "msecs": when % 1 * 1000, "levelname": logging.getLevelName(level)}
+            record = logging.makeLogRecord({**fields, "msg": text, "args": values})
+            if level >= least:
+                with contextlib.suppress(OSError):  # its file cannot be opened anew: perhaps for the next one
+                    handler.handle(record)
 
     def end() -> bool:
-        with contextlib.suppress(queue.Full):
-            records.put(None, timeout=LOG_END_S)
+        log_records.put(None)
         writer.join(LOG_END_S)
         return not writer.is_alive()
 
@@ -6965,19 +6967,13 @@ def begin_log(
 class ConsoleHandler(logging.Handler):
     """Shows the log at the operator's terminal."""
 
-    console: OperatorConsole
+    def __init__(self, console: OperatorConsole) -> None:
+        super().__init__()
+        self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
         for line in self.format(record).splitlines():
             self.console.events.put(("line", line))
-
-
-class LogQueue(logging.handlers.QueueHandler):
-    """Loses what the queue has no room for."""
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(queue.Full):
-            self.queue.put_nowait(record)
 
 
 class RateLimitFilter(logging.Filter):
