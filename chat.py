@@ -51,6 +51,7 @@ import cmd
 import codecs
 import collections
 import contextlib
+import dataclasses
 import datetime
 import errno
 import functools
@@ -244,22 +245,30 @@ BOLD, DIM, REVERSE, RED, MAGENTA = 1, 2, 7, 31, 35
 NAME_COLOURS = (32, 33, 34, 35, 36, 91, 92, 94, 95, 96)
 
 
-class Limits(NamedTuple):
+def limit(default: float, flag: str, unit: str, text: str) -> float:
+    """A field of Limits: its default, its flag, and what the help of that says."""
+    found: float = dataclasses.field(default=default, metadata={"flag": flag, "unit": unit, "help": text})
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
     """What clients may ask of a server, each with a flag; math.inf lifts one. Meant for a LAN and for loopback."""
 
-    clients: float = 10_000  # connections, a thread each: 9,000 were measured in under 300 MB
-    per_address: float = 16  # of them: a classroom behind one router needs more
-    register_s: float = 20.0  # to give a name: a person types it, and an attacker holds a thread no longer
-    ping_s: float = 90.0  # silence before we ask
-    pong_s: float = 60.0  # and then before we give up
-    burst: float = 10  # lines at once: enough for a client that joins
-    rate: float = 2.0  # lines/s afterwards; more of them wait
-    outbox: float = 1 << 20  # bytes that one recipient may owe us beyond its socket's buffer, before it is dropped
-    channels: float = 50  # that one client is in: nobody follows more
-    all_channels: float = 10_000  # of the server
-
-
-NO_LIMITS = Limits(*[math.inf] * len(Limits._fields))
+    # A thread each: 9,000 were measured in under 300 MB.
+    clients: float = limit(10_000, "--max-clients", "N", "connections")
+    # A classroom behind one router needs more.
+    per_address: float = limit(16, "--max-per-address", "N", "of them from one address")
+    # A person types it, and an attacker holds a thread no longer.
+    register_s: float = limit(20.0, "--register-time", "SECONDS", "to give a name")
+    ping_s: float = limit(90.0, "--ping-time", "SECONDS", "silence before a client is asked whether it is there")
+    pong_s: float = limit(60.0, "--pong-time", "SECONDS", "before one that does not answer is dropped")
+    burst: float = limit(10, "--burst", "LINES", "at once from one client")  # enough for one that joins
+    rate: float = limit(2.0, "--rate", "LINES", "each second after that; more of them wait")
+    # Beyond its socket's buffer.
+    outbox: float = limit(1 << 20, "--max-outbox", "BYTES", "that a client may leave unread before it is dropped")
+    channels: float = limit(50, "--max-channels", "N", "that a client may be in")  # nobody follows more
+    all_channels: float = limit(10_000, "--max-all-channels", "N", "channels in all")
 
 
 class Numeric(NamedTuple):
@@ -6931,9 +6940,9 @@ def self_signed(name: str) -> str:
 
 def limits_from_args(args: argparse.Namespace) -> Limits:
     """The limits that the command line tells."""
-    limits = NO_LIMITS if args.no_limits else Limits()
-    chosen = {name: getattr(args, name) for name in Limits._fields if getattr(args, name) is not None}
-    return limits._replace(**chosen)
+    names = [field.name for field in dataclasses.fields(Limits)]
+    chosen = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    return Limits(**{**dict.fromkeys(names if args.no_limits else (), math.inf), **chosen})
 
 
 def begin_log(handler: logging.Handler, verbose: bool) -> Callable[[], bool]:
@@ -7166,20 +7175,6 @@ def login_name() -> str:
         return "guest"
 
 
-LIMIT_FLAGS = {  # of each of the Limits: flag, unit, what it bounds
-    "clients": ("--max-clients", "N", "connections"),
-    "per_address": ("--max-per-address", "N", "of them from one address"),
-    "register_s": ("--register-time", "SECONDS", "to give a name"),
-    "ping_s": ("--ping-time", "SECONDS", "silence before a client is asked whether it is there"),
-    "pong_s": ("--pong-time", "SECONDS", "before one that does not answer is dropped"),
-    "burst": ("--burst", "LINES", "at once from one client"),
-    "rate": ("--rate", "LINES", "each second after that; more of them wait"),
-    "outbox": ("--max-outbox", "BYTES", "that a client may leave unread before it is dropped"),
-    "channels": ("--max-channels", "N", "that a client may be in"),
-    "all_channels": ("--max-all-channels", "N", "channels in all"),
-}
-
-
 def fingerprint(text: str) -> str:
     """The type of an argument that is a SHA-256."""
     digits = text.replace(":", "").upper()
@@ -7244,9 +7239,9 @@ def add_server(modes: Any, shared: argparse.ArgumentParser) -> None:
 
 def add_limits(group: Any) -> None:
     """A flag for each limit."""
-    defaults = Limits()
-    for name, (flag, unit, text) in LIMIT_FLAGS.items():
-        group.add_argument(flag, dest=name, type=positive, metavar=unit, help=f"{text} ({getattr(defaults, name):.0f})")
+    for field in dataclasses.fields(Limits):
+        flag, unit, text = (field.metadata[key] for key in ("flag", "unit", "help"))
+        group.add_argument(flag, dest=field.name, type=positive, metavar=unit, help=f"{text} ({field.default:.0f})")
     group.add_argument("--no-limits", action="store_true", help="none but those that are given")
     text = "from where neither --max-per-address nor --rate counts (%(default)s)"
     group.add_argument("--exempt", default=LOOPBACK, metavar="NETWORK,...", help=text)

@@ -22,6 +22,7 @@ import concurrent.futures
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import errno
 import functools
 import gc
@@ -1404,7 +1405,7 @@ class ServerCase(Waiting):
 
     def limit(self, **limits: float) -> None:
         """Sets limits for those who come from now on."""
-        self.server.hub.limits = self.server.hub.limits._replace(**limits)
+        self.server.hub.limits = dataclasses.replace(self.server.hub.limits, **limits)
 
     def exempt(self, networks: str) -> None:
         """Says from where those who come may do what they like."""
@@ -5950,6 +5951,16 @@ class ServerProgram(ProgramCase):
             _, err = program.communicate(timeout=PATIENCE)
             self.assertEqual(program.returncode, 2)
             self.assertTrue(err.startswith("usage:"), err)
+
+    def test_each_limit_has_a_flag_that_the_readme_tells(self) -> None:
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        fields = dataclasses.fields(chat.Limits)
+        for number, field in enumerate(fields, 1):
+            flag = field.metadata["flag"]
+            for more, others in ([], chat.Limits()), (["--no-limits"], chat.Limits(*[math.inf] * len(fields))):
+                limits = chat.limits_from_args(chat.parser().parse_args(["server", flag, str(number), *more]))
+                self.assertEqual(limits, dataclasses.replace(others, **{field.name: number}))
+            self.assertRegex(readme, rf"\n\| .*`{flag}`.* \|")
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs ulimit")
     def test_out_of_descriptors(self) -> None:
