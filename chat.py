@@ -190,6 +190,7 @@ MAX_SEQUENCE = 1 << 62  # above every message's number
 
 # Time, in seconds.
 PROMPT_S = 1.0  # of silence before a person is asked for a name; IRC clients speak first
+TLS_PROMPT_S = 5.0  # the same where TLS may come as well: clear text breaks a handshake that is slow to begin
 FLOOD_S, FLOOD_BYTES = 10.0, 32 << 10  # who leaves so much unread for so long, while its lines wait, is dropped
 WRONG_PASSWORDS, WRONG_S = 5, 60.0  # at once from one address, and how long until there may be as many again
 WRONG_PAUSE_S = 1.0  # until the next line of somebody who was wrong is read
@@ -205,6 +206,7 @@ MAX_RESUMABLE = 1000  # sessions whose connection is lost; then the address that
 RESUME_GRACE_S = 30.0  # for a client to come back before the others are told that it left
 GHOST_PING_S = 10.0  # for the holder of a name that somebody else asks for: a ghost does not answer
 TICK_S = 0.5  # longest sleep of the timers
+HANDSHAKE_S = 20.0  # for the next piece of a TLS handshake; the registration timeout ends it sooner
 DRAIN_S = 3.0  # without progress, for the send queue of a connection that is closed
 CLOSE_GRACE_S = 0.5  # for the peer to close, too, once it has got the last line
 STOP_S = 3.0  # for the last lines to be delivered when the server stops; it is gone within 5
@@ -1855,7 +1857,7 @@ class Stage:
     """How far a session has come. Not an Enum: each message asks several times, which CPython 3.11 takes 0.2 us for."""
 
     NEW = 0  # nothing was received
-    HANDSHAKING = 1  # TLS is being set up
+    HANDSHAKING = 1  # TLS is being set up, or waited for; nothing is sent
     PROMPTED = 2  # has been asked for a name, and has not sent a line
     REGISTERING = 3  # has sent something
     REGISTERED = 4
@@ -2176,7 +2178,9 @@ class Call:
     # What others get.
 
     def send_to(self, session: Session, message: Message) -> None:
-        """Sends a message to one session."""
+        """Sends a message to one session, unless that would break its TLS handshake."""
+        if session.stage == Stage.HANDSHAKING:
+            return
         if session is self.session:
             self.replies.append(message)
         else:
@@ -2402,17 +2406,19 @@ class Hub:
 
     # For the server's threads, without the lock.
 
-    def add(self, session: Session) -> None:
-        """A client has connected."""
+    def add(self, session: Session, silence: float) -> None:
+        """A client has connected; it is prompted after so many seconds of silence."""
         with self:
             self.sessions[session] = None
-            self.deadlines.set(session, session.connected_at + PROMPT_S)
+            self.deadlines.set(session, session.connected_at + silence)
 
     def set_stage(self, session: Session, stage: int, *before: int) -> None:
         """Changes a session's stage, if it is one of those before."""
         with self:
             if session.stage in before:
                 session.stage = stage
+                if stage == Stage.NEW:
+                    self.deadlines.set(session, time.monotonic() + PROMPT_S)
 
     def disconnect(self, session: Session, reason: str, farewell: str = "") -> None:
         """A connection has ended. A client that may resume is gone only later; without a `farewell`, which says why."""
@@ -2487,8 +2493,6 @@ def check_timeouts(call: Call, now: float) -> float:
         if now >= session.connected_at + limits.register_s:
             lacking = "password" if isinstance(session.dialect, PlainPassword) else "name"
             call.quit(session, "", f"No {lacking} within {limits.register_s:.0f} seconds")
-        elif session.stage == Stage.HANDSHAKING:  # a prompt would come before the answer to what follows it at once
-            return now + PROMPT_S
         elif session.stage == Stage.NEW:
             session.stage = Stage.PROMPTED
             call.send_to(session, PROMPT)
@@ -4123,6 +4127,9 @@ class TlsSocket:
             raise UntrustedPeer(f"its fingerprint is {found}, not {self._pin}: somebody else may be listening there")
 
 
+Transport = Union[socket.socket, TlsSocket]
+
+
 def fingerprint_of(certificate: bytes) -> str:
     """The SHA-256 of a certificate in DER, as openssl writes it: AB:01:..."""
     return hashlib.sha256(certificate).digest().hex(":").upper()
@@ -4200,13 +4207,11 @@ class Connection:
 
     __slots__ = (
         "deadline", "flooding_since", "in_flight", "reader_done", "recv_size", "sendq", "session", "sock", "state",
-        "tls",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, session: Session) -> None:
-        self.sock = sock
+        self.sock: Transport = sock  # changed by the reader, before anything that is secret
         self.session = session
-        self.tls: Optional[Tls] = None  # set by the reader, before anything that is secret
         # The mailer's:
         self.sendq = bytearray()  # what the socket did not take
         self.state = ConnectionState.OPEN
@@ -4217,14 +4222,21 @@ class Connection:
         self.recv_size = IDLE_RECV_BYTES
         self.flooding_since = 0.0  # monotonic: since when too much is unread
 
-    def receive(self) -> bytes:
-        """The next bytes as they came; b'' at the end; raises OSError. Reader only."""
-        while not DONTWAIT and not select.select([self.sock], [], [], TICK_S)[0]:
-            if self.state == ConnectionState.CLOSED:
-                return b""
-        data = self.sock.recv(self.recv_size)
-        self.recv_size = RECV_BYTES if len(data) == self.recv_size else IDLE_RECV_BYTES
-        return data
+    def receive(self, flags: int = 0) -> bytes:
+        """The next bytes; b'' at the end. Reader only. Raises OSError, BlockingIOError if what came is no text yet."""
+        readable = bool(DONTWAIT)
+        while self.state != ConnectionState.CLOSED:
+            try:
+                data = self.sock.recv(self.recv_size, flags)
+            except BlockingIOError:
+                if readable:
+                    self.recv_size = RECV_BYTES  # it may be part of a large TLS record
+                    raise
+                readable = bool(select.select([self.sock], [], [], TICK_S)[0])
+            else:
+                self.recv_size = RECV_BYTES if len(data) > self.recv_size // 2 else IDLE_RECV_BYTES
+                return data
+        return b""
 
     def is_progressing(self) -> bool:
         """Whether the peer has taken some of what is in flight since this was last asked, and not all."""
@@ -4312,27 +4324,6 @@ class Mailer:
         self._connections[connection.session] = connection
         self._bind(connection)
 
-    def flush(self, connection: Connection) -> None:
-        """Sends what waits: in the send queue, or in TLS. To be posted."""
-        if not connection.sendq:
-            self._write(connection, b"")
-        if not connection.sendq:
-            return
-        try:
-            sent = connection.sock.send(connection.sendq, DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._move_on(connection, ConnectionState.CLOSED)
-            return
-        del connection.sendq[:sent]
-        if connection.state == ConnectionState.DRAINING:
-            connection.deadline = time.monotonic() + DRAIN_S
-        if not connection.sendq:
-            self._poller.unwatch(connection)
-            if connection.state == ConnectionState.DRAINING:
-                self._move_on(connection, ConnectionState.HALF_CLOSED)
-
     def reader_done(self, connection: Connection) -> None:
         """The reader has returned: the peer has ended its side, or the connection is lost. To be posted."""
         connection.reader_done = True
@@ -4385,7 +4376,7 @@ class Mailer:
                 return
             timeout = TICK_S / 5 if self._closing or self._stop_at else PRUNE_S
             for connection in self._poller.wait(0 if batch or posted else timeout):
-                self.flush(connection)
+                self._flush(connection)
 
     def _deliver(self, effects: List[Effect]) -> None:
         for data, sessions, count in FanOut(effects).payloads():
@@ -4408,11 +4399,11 @@ class Mailer:
                 self._write(self._connections[session], data[sent:])
 
     def _bind(self, connection: Connection) -> None:
-        """Sets `session.send`: the socket's own, once it is certain that nothing is queued or encrypted."""
+        """Sets `session.send`: the socket's own, once it is certain that nothing is queued."""
         session = connection.session
         if connection.state != ConnectionState.OPEN:
             session.send = discard
-        elif connection.sendq or connection.tls or session.output is UNDECIDED:
+        elif connection.sendq or session.output is UNDECIDED:
             session.send = functools.partial(self._write, connection)
         else:
             session.send = connection.sock.send
@@ -4423,10 +4414,7 @@ class Mailer:
         if connection.state != ConnectionState.OPEN:
             return size
         try:
-            tls = connection.tls  # which its reader may take away, where there is only clear text
-            if tls:
-                data = tls.send(data)
-            sent = connection.sock.send(data, flags) if data and not connection.sendq else 0
+            sent = 0 if connection.sendq else connection.sock.send(data, flags)
         except BlockingIOError:
             sent = 0
         except OSError:  # its reader finds out, too
@@ -4448,16 +4436,27 @@ class Mailer:
             return
         connection.sendq += data
 
+    def _flush(self, connection: Connection) -> None:
+        """Sends of what is queued as much as the socket takes."""
+        try:
+            sent = connection.sock.send(connection.sendq, DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._move_on(connection, ConnectionState.CLOSED)
+            return
+        del connection.sendq[:sent]
+        if connection.state == ConnectionState.DRAINING:
+            connection.deadline = time.monotonic() + DRAIN_S
+        if not connection.sendq:
+            self._poller.unwatch(connection)
+            if connection.state == ConnectionState.DRAINING:
+                self._move_on(connection, ConnectionState.HALF_CLOSED)
+
     def _move_on(self, connection: Connection, state: int) -> None:
         """Moves a connection to a later state, and does what that means."""
         if state <= connection.state:
             return
-        tls = connection.tls  # which its reader may take away
-        if state == ConnectionState.DRAINING and tls:
-            tls.close()
-            self._write(connection, b"")
-            if connection.state != ConnectionState.OPEN:  # that has failed
-                return
         connection.state = state
         self._bind(connection)
         self._closing.add(connection)
@@ -4567,11 +4566,11 @@ class Server:
         with contextlib.suppress(OSError):  # it has gone already, as its reader will find out
             prepare(sock, limits)
         session = Session(shown_host(address.key, self._secret), time.monotonic(), address, buckets)
+        if self._tls_only:  # nothing is sent in clear text
+            session.stage = Stage.HANDSHAKING
         connection = Connection(sock, session)
-        if self._context and self._tls_only:  # from now on nothing is sent in clear text
-            connection.tls = Tls(self._context, True)
         self.mailer.add(connection)
-        self.hub.add(session)
+        self.hub.add(session, TLS_PROMPT_S if self._context else PROMPT_S)
         try:
             # Less than threading.Thread: 9,000 of those took 20 MB more, and 3 s more to join.
             _thread.start_new_thread(self._read, (connection,))
@@ -4586,7 +4585,7 @@ class Server:
         session, lines = connection.session, TelnetBuffer(CLIENT_INPUT_BYTES)
         reason = ""
         try:
-            data = self._detect_tls(connection)
+            data = self._receive(connection) if self._detect_transport(connection) else b""
             while data and connection.state != ConnectionState.CLOSED:
                 session.last_received = time.monotonic()
                 if session.dialect is UNDECIDED:  # as what the rest is to be read, the first line decides
@@ -4596,7 +4595,7 @@ class Server:
                     self._handle_data(connection, lines, data)
                 data = self._receive(connection)
             rest = lines.end()
-            if rest and session.dialect.unended and (connection.tls is None or connection.tls.ended):
+            if rest and session.dialect.unended:
                 handle_line(self.hub, session, rest)
         except OSError as error:  # reset, timed out
             reason = "Connection lost"
@@ -4608,43 +4607,34 @@ class Server:
             self.hub.disconnect(session, reason)
             self.mailer.post(self.mailer.reader_done, connection)
 
-    def _detect_tls(self, connection: Connection) -> bytes:
-        """The first bytes, which tell TLS from clear text."""
-        data = connection.receive()
-        if data[:1] != bytes([TLS_HANDSHAKE]):
-            if data and self._tls_only:
-                connection.tls = None
-                begin(self.hub, connection.session, data.partition(b"\n")[0])
-                self.hub.disconnect(connection.session, "", TLS_ONLY)
-            return data
+    def _detect_transport(self, connection: Connection) -> bool:
+        """Finds out by the first byte whether a client speaks TLS, and sets that up. False where it cannot be."""
+        session, sock = connection.session, connection.sock
+        first = connection.receive(socket.MSG_PEEK)
+        if first[:1] != bytes([TLS_HANDSHAKE]):
+            if first and self._tls_only:
+                begin(self.hub, session, first.partition(b"\n")[0])
+                self.hub.disconnect(session, "", TLS_ONLY)
+            return True
         if not self._context:
-            log_later(
-                logging.WARNING, "refused %s: it speaks TLS, which is not set up here", connection.session.address.key
-            )
-            return b""
-        connection.tls = connection.tls or Tls(self._context, True)
-        self.hub.set_stage(connection.session, Stage.HANDSHAKING, Stage.NEW)
-        return self._receive(connection, data)
+            log_later(logging.WARNING, "refused %s: it speaks TLS, which is not set up here", session.address.key)
+            return False
+        self.hub.set_stage(session, Stage.HANDSHAKING, Stage.NEW)
+        assert isinstance(sock, socket.socket)
+        tls = connection.sock = TlsSocket(sock, self._context, True)
+        tls.settimeout(HANDSHAKE_S)
+        tls.handshake()
+        tls.setblocking(bool(DONTWAIT))
+        self.hub.set_stage(session, Stage.NEW, Stage.HANDSHAKING)
+        return True
 
-    def _receive(self, connection: Connection, data: bytes = b"") -> bytes:
-        """What comes next, decrypted; of `data`, if that has been received."""
+    def _receive(self, connection: Connection) -> bytes:
+        """What comes next."""
         while True:
-            data = data or connection.receive()
-            tls = connection.tls
-            if not tls or not data:
-                return data
             try:
-                text = tls.feed(data)
-            except OSError as error:
-                raise ConnectionError(f"TLS failed: {error}") from None
-            if tls.urgent:
-                self.mailer.post(self.mailer.flush, connection)
-            if tls.ready and connection.session.stage == Stage.HANDSHAKING:
-                self.hub.set_stage(connection.session, Stage.NEW, Stage.HANDSHAKING)
-            if text or tls.ended:
-                return text
-            data = b""
-            throttle(self.hub, connection)  # what is no text costs as much
+                return connection.receive()
+            except BlockingIOError:
+                throttle(self.hub, connection)  # what is no text costs as much
 
     def _handle_data(self, connection: Connection, buffer: TelnetBuffer, data: bytes) -> None:
         """Runs commands as they came. Bytes that are no line count as some, for the rate limit."""
@@ -4784,7 +4774,7 @@ def prepare(sock: socket.socket, limits: Limits) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), int(value))
 
 
-def unacknowledged(sock: socket.socket) -> int:
+def unacknowledged(sock: Transport) -> int:
     """How many bytes the peer's system has not acknowledged; 1 where that cannot be known (Windows)."""
     try:
         import fcntl

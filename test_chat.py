@@ -3180,8 +3180,8 @@ def make_certificate(path: str) -> None:
 
 
 @unittest.skipUnless(ssl and shutil.which("openssl"), "needs openssl")
-class CertificateCase(Waiting):
-    """One certificate for all tests of a class."""
+class TlsCase(Waiting):
+    """One certificate for all tests of a class, and a peer with one thread."""
 
     folder: tempfile.TemporaryDirectory[str]
 
@@ -3194,8 +3194,49 @@ class CertificateCase(Waiting):
     def server_context(self) -> ssl.SSLContext:
         return chat.server_context(f"{self.folder.name}/tls.pem", "")
 
+    def receive(self, sock: chat.TlsSocket, size: int) -> bytes:
+        """At least `size` bytes, or all up to the end, as a program with one thread receives."""
+        data = b""
+        while len(data) < size:
+            try:
+                piece = sock.recv(4096)
+            except BlockingIOError:
+                self.assertTrue(select.select([sock], [], [], PATIENCE)[0], "nothing comes")
+                continue
+            if not piece:
+                break
+            data += piece
+        return data
 
-class TlsSockets(CertificateCase):
+
+class ByteByByte(socket.socket):
+    """Sends and receives single bytes."""
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        return super().recv(1, flags)
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        return super().send(data[:1], flags)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        for byte in data:
+            super().sendall(bytes([byte]), flags)
+
+
+class SlowStart(socket.socket):
+    """Waits after the first bytes that it sends."""
+
+    first = 0
+    wait: Callable[[], object] = bool
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        super().sendall(data[: self.first], flags)
+        self.wait()
+        self.wait = bool
+        super().sendall(data[self.first :], flags)
+
+
+class TlsSockets(TlsCase):
     """TlsSocket as a server and as a client, opposite another one or Python's own."""
 
     def pair(self) -> Tuple[socket.socket, socket.socket]:
@@ -3229,20 +3270,6 @@ class TlsSockets(CertificateCase):
         finally:
             thread.join(PATIENCE)
         self.assertFalse(thread.is_alive())
-
-    def receive(self, sock: chat.TlsSocket, size: int) -> bytes:
-        """At least `size` bytes, or all up to the end, as a program with one thread receives."""
-        data = b""
-        while len(data) < size:
-            try:
-                piece = sock.recv(4096)
-            except BlockingIOError:
-                self.assertTrue(select.select([sock], [], [], PATIENCE)[0], "nothing comes")
-                continue
-            if not piece:
-                break
-            data += piece
-        return data
 
     def test_much_both_ways_at_once(self) -> None:
         ends = self.ends()
@@ -3374,7 +3401,7 @@ class TlsSockets(CertificateCase):
         self.both(find_out, lambda: self.assertRaises(OSError, server.handshake))
 
 
-class Encrypted(ServerCase, CertificateCase):
+class Encrypted(ServerCase, TlsCase):
     """TLS and clear text on one port."""
 
     def setUp(self) -> None:
@@ -3411,45 +3438,38 @@ class Encrypted(ServerCase, CertificateCase):
         self.assertEqual(bob.rest()[-1], "*** Goodbye")
 
     def test_whatever_way_the_bytes_are_cut(self) -> None:
-        tls = chat.Tls(chat.client_context(True), False)
-        sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
-        self.addCleanup(sock.close)
-        tls.send(b"ann\nexit\n")  # kept until the handshake is done
-        text = tls.feed(b"")
-        while not tls.ended:
-            for byte in tls.send(b""):
-                sock.sendall(bytes([byte]))
-            text += tls.feed(sock.recv(1))
-        self.assertEqual(text, b"*** ann joined (1 here)\n*** Goodbye\n")
+        sock = ByteByByte()
+        sock.connect(("127.0.0.1", self.port))
+        sock.settimeout(PATIENCE)
+        tls = chat.TlsSocket(sock, chat.client_context(True))
+        self.addCleanup(tls.close)
+        tls.handshake()
+        tls.send(b"ann\nexit\n")
+        self.assertEqual(self.receive(tls, 1000), b"*** ann joined (1 here)\n*** Goodbye\n")
 
     def test_a_prompt_waits_for_the_handshake(self) -> None:
-        with mock.patch.object(chat, "PROMPT_S", 0.1):
-            self.start(True)
-            sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
-            self.addCleanup(sock.close)
-            (session,) = self.sessions(1)
-            self.eventually(lambda: session.stage is not chat.Stage.NEW, "no prompt")
-            secret = Peer(self.port, sock=chat.client_context(True).wrap_socket(sock))
-            self.addCleanup(secret.close)
-            self.assertEqual(secret.sock.recv(100), b"Enter your name: ")
+        for tls_only, first in ((True, 0), (True, 1), (False, 1)):
+            with self.subTest(tls_only=tls_only, first=first):
+                self.start(tls_only)
+                sock = SlowStart()
+                sock.connect(("127.0.0.1", self.port))
+                sock.settimeout(PATIENCE)
+                tls = chat.TlsSocket(sock, chat.client_context(True))
+                self.addCleanup(tls.close)
+                (session,) = self.sessions(1)
+                with self.server.hub:
+                    self.assertEqual(session.deadline, session.connected_at + chat.TLS_PROMPT_S)
 
-    def test_a_slow_handshake_is_not_prompted_into(self) -> None:
-        tls = chat.Tls(chat.client_context(True), False)
-        tls.feed(b"")
-        with mock.patch.object(chat, "PROMPT_S", 0.05):
-            sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
-            self.addCleanup(sock.close)
-            sock.sendall(tls.send(b""))
-            (session,) = self.sessions(1)
-            self.eventually(lambda: session.stage is chat.Stage.HANDSHAKING, "the handshake has not begun")
-            due = session.deadline
-            self.eventually(lambda: session.deadline > due, "nobody looks at it")  # when it would have been prompted
-            tls.feed(sock.recv(1 << 16))
-            sock.sendall(tls.send(b"CAP LS\r\n"))
-            text = b""
-            while not text:
-                text = tls.feed(sock.recv(1 << 16))
-        self.assertTrue(text.startswith(b":chat.local CAP * LS"), text)
+                def outlast_the_prompt(session: chat.Session = session) -> None:
+                    self.eventually(lambda: session.stage is chat.Stage.HANDSHAKING, "nobody sees that it is TLS")
+                    with self.server.hub as hub:
+                        hub.deadlines.set(session, 0.0)
+                    self.eventually(lambda: session.deadline > 0, "nobody looks whether it should be prompted")
+
+                sock.first, sock.wait = first, outlast_the_prompt
+                with mock.patch.object(chat, "PROMPT_S", 0.05):
+                    tls.handshake()
+                    self.assertEqual(self.receive(tls, 17), b"Enter your name: ")
 
     def sessions(self, count: int) -> List[chat.Session]:
         self.eventually(lambda: len(self.server.hub.sessions) == count, "not all are there")
@@ -3478,6 +3498,36 @@ class Encrypted(ServerCase, CertificateCase):
         self.eventually(lambda: threading.active_count() <= before, "threads were left")
         ann.send("/who\n")
         ann.until("In #chat: @ann")
+
+    def test_nothing_in_clear_text_to_who_says_nothing(self) -> None:
+        self.start(True)
+        self.limit(register_s=0.2)
+        self.assertEqual(self.peer().rest(), [])
+        self.limit(register_s=PATIENCE)
+        late = self.peer()
+        self.sessions(1)
+        self.server.stop()
+        self.assertEqual(late.rest(), [])
+
+    def test_a_peer_that_goes_on_to_talk_is_told_that_it_is_over(self) -> None:
+        with mock.patch.multiple(chat, CLOSE_GRACE_S=PATIENCE, DROPPED_PAUSE_S=0):
+            for talk in (False, True):
+                sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+                tls = chat.TlsSocket(sock, chat.client_context(True))
+                self.addCleanup(tls.close)
+                tls.handshake()
+                tls.send(b"ann\nexit\n")
+                self.eventually(lambda: not self.server.hub.sessions, "ann has not gone")
+                for _ in range(200 if talk else 0):  # more than sockets hold
+                    rest = b"x" * 50_000
+                    while rest:
+                        with contextlib.suppress(BlockingIOError):
+                            rest = rest[tls.send(rest) :]
+                            continue
+                        self.assertTrue(select.select([], [tls], [], PATIENCE)[1], "nobody reads that")
+                self.assertEqual(self.receive(tls, 1000), b"*** ann joined (1 here)\n*** Goodbye\n")
+                tls.close()
+                self.eventually(lambda: not self.connections(), "it is not closed")
 
     def test_what_is_cut_off_does_not_count(self) -> None:
         ann = self.plain("ann")
