@@ -19,9 +19,9 @@ Sections, from pure to effectful; each uses only those above it:
     transports             TLS round a socket; fingerprints; wakeups
     server                 Server accepts, and its reader threads hold back who sends too fast; Mailer sends
     terminal               line editor and screen, for people
-    client                 connection to a server, and what is known of the chat there
-    arrivals and entries   what a message, or a typed line, means to the client: a function each, in two tables
-    views                  what a person at a terminal sees and types, or what goes through a pipe
+    client                 Client, a loop over its Uplink (the connection), its Rooms and its SendQueue
+    handlers               what a message, or a typed command, means to the client: a function each, in two tables
+    user interfaces        what a person at a terminal sees and types, or what goes through a pipe
     operator               commands of whoever runs the server, typed at its own terminal
     command line           argparse, main
 
@@ -221,27 +221,33 @@ LOG_END_S = 1.0  # for the rest of them at the end
 LOG_BURST, LOG_INTERVAL_S = 200, 0.125  # of one kind, at once and then one each: nobody fills our disk with complaints
 
 # The client.
-LINGER_S = 3.0  # for a server to say goodbye
-CONNECT_S = 10.0  # for a connection, and then for being let in
+CONNECT_S = 10.0  # for a connection, and then for the server's first word
 ENTER_S = 120.0  # for being let in, by a server that is not silent meanwhile
 ASK_S = 30.0  # of silence before the client asks whether the server is there, and again before it gives up
+JOIN_S = HISTORY_S = 10.0  # for an answer to JOIN, and to CHATHISTORY
+GOODBYE_S = 3.0  # for the server to say goodbye
+CLOSE_S = 0.5  # for a socket to take the last lines
+CLIENT_TICK_S = 0.2  # between two looks at what is due, while something is waited for
 RETRY_S, RETRY_MAX_S = 0.5, 30.0  # pause before we first connect again, and the longest; each at random less
 GIVE_UP_S = 60.0  # without connection, for a pipe that ended: whoever waits for it wants an answer
 FRAME_S = 0.05  # between two drawings while much arrives
 MIN_PIECE = 100  # bytes of text that must fit beside a target's name
-QUEUED_LINES = 10_000  # that a server may leave unread
+CLIENT_SENDQ = 1 << 20  # bytes that a server may leave unread
 SAME_NAMES = 20  # names that we try when they are taken
 OLD_NICK_CHARS = 9  # which every server allows: RFC 1459, section 1.2
 # Other servers throw out who speaks faster, or is further ahead of what they have read: InspIRCd reads a line each
 # second, and keeps 8 KiB of others.
-SPOKEN_LINES, SPOKEN_S, UNREAD_LINES = 5, 0.5, 8  # at once, then one each so many seconds; not yet read
-PEOPLE, NAME_CHARS = 100_000, 100  # names that are remembered, so that no server fills our memory
-UNECHOED_LINES = 50  # a pipe sends so many ahead of their echo: fills no buffer, hides the round trip
+FLOOD_BURST, FLOOD_INTERVAL_S, UNREAD_WINDOW = 5, 0.5, 8  # lines at once, then one each so many seconds; not yet read
+# What no server can make us keep or do more of: rooms, names in all of them, characters of a name or a msgid, msgids,
+# messages that are held back, pages of the past.
+MAX_ROOMS, MAX_MEMBERS, NAME_CHARS, SEEN_IDS, HELD_MESSAGES, HISTORY_PAGES = 50, 100_000, 100, 10_000, 1_000, 1_000
+PIPE_WINDOW = 50  # lines that a pipe sends ahead of their echo: fills no buffer, hides the round trip
+NAMES_SHOWN = 20  # on entering a channel
+UNREAD_KEYS = 100  # reads of keys that wait for the loop
 HISTORY_LINES = 500  # typed lines that can be called back
 PASTE_CHARS = 1 << 16  # at most, of one paste
 ANSWER_CHARS = 1000  # of an answer of the terminal; one without an end, Alt-], does not swallow more of what is typed
 WAITING_ROWS = 5  # shown of our lines that are not confirmed
-GREETED = 20  # names that are told on entering a channel
 # Looks: parameters of Select Graphic Rendition (ECMA-48, 8.3.117); names in colours seen on dark and light ground.
 BOLD, DIM, REVERSE, RED, MAGENTA = 1, 2, 7, 31, 35
 NAME_COLOURS = (32, 33, 34, 35, 36, 91, 92, 94, 95, 96)
@@ -564,7 +570,6 @@ ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msg
 BY_TAG = "chat.py/by"  # only in the history: who used that id
 REPLAYED_TAG = "chat.py/replayed"  # on what was said before, for clients that did not ask
 COUNT_TAG = "chat.py/here"  # on JOIN: how many are in the channel now
-ELSEWHERE_TAG = "chat.py/elsewhere"  # only in the client: on what is about a channel that is not ours
 FOR_TAG = "chat.py/for"  # only in the log: the capability without which an IRC client is not told
 
 
@@ -886,12 +891,12 @@ def reason_form(message: Message) -> str:
     return f": {reason}" if reason else ""
 
 
-def text_form(message: Message, name: Callable[[str], str] = escape_controls) -> str:
+def text_form(message: Message, name: Callable[[str], str] = escape_controls, elsewhere: bool = False) -> str:
     """The line in which a person reads a message, '' for none. What the network sent is escaped.
 
-    `name` makes the sender's name so, and may colour it.
+    `name` makes the sender's name so, and may colour it. `elsewhere`: the channel is named, as it is not the reader's.
     """
-    place = f"[{escape_controls(message.param(0))}] " if ELSEWHERE_TAG in message.tags else ""
+    place = f"[{escape_controls(message.param(0))}] " if elsewhere else ""
     if is_system(message):
         text = event_of(message)[1]
         return text and f"*** {place}{text}"
@@ -927,7 +932,10 @@ SLASH_COMMANDS = {
     "who": SlashCommand("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
     "whois": SlashCommand("NAME", "tells more about somebody", 1, 2, lambda here, words: Message("WHOIS", words[:1])),
     "join": SlashCommand(
-        "#NAME [KEY]", "goes to another channel", 1, 3, lambda here, words: Message("JOIN", words[:2])
+        "#NAME [KEY]", "speaks in another channel", 1, 3, lambda here, words: Message("JOIN", words[:2])
+    ),
+    "part": SlashCommand(
+        "[#NAME]", "leaves a channel", 0, 2, lambda here, words: Message("PART", words[:1] or (here,)), True
     ),
     "topic": SlashCommand(
         "[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))
@@ -3926,71 +3934,6 @@ class UntrustedPeer(OSError):
     """The other end is not who it should be."""
 
 
-class Tls:
-    """One end of a TLS connection (RFC 8446, RFC 5246), without its socket.
-
-    One thread feeds what it received, another one takes what is to be sent. OpenSSL lets only one of them in at a
-    time, hence a lock, under which nothing waits. What is given to `send` is kept until the handshake has succeeded.
-    """
-
-    def __init__(self, context: ssl.SSLContext, server_side: bool, host: str = "", pin: str = "") -> None:
-        import ssl
-
-        self.ready = False  # the handshake is done, and we know who is there
-        self.ended = False  # the other end has said so; without that, somebody may have cut off the rest
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side, host or None)
-        self._pin = pin  # the fingerprint that its certificate must have
-        self._wants_more, self._is_over, self._error = ssl.SSLWantReadError, ssl.SSLZeroReturnError, ssl.SSLError
-        self._early = b""  # to be sent after the handshake
-        self._closed = False  # nothing more is to be sent
-        self._lock = threading.Lock()
-
-    def feed(self, data: bytes) -> bytes:
-        """What received bytes say, as far as that is complete; raises OSError."""
-        found = []
-        with self._lock, contextlib.suppress(self._wants_more):
-            self._incoming.write(data)
-            try:
-                self._meet()
-                while not self.ended:
-                    found.append(self._object.read(1 << 14))
-                    self.ended = not found[-1]
-            except self._is_over:
-                self.ended = True
-        return b"".join(found)
-
-    def send(self, data: bytes) -> bytes:
-        """What has to go over the wire so that `data` arrives, and what the handshake needs."""
-        with self._lock:
-            rest = memoryview(self._early + data)
-            while self.ready and rest:
-                rest = rest[self._object.write(rest) :]
-            self._early = bytes(rest)
-            return self._outgoing.read()
-
-    def close(self) -> None:
-        """Nothing more will be sent, which the next `send` tells the other end."""
-        with self._lock, contextlib.suppress(self._error):  # it always wants to hear the same from the other end
-            if self.ready:
-                self.ready, self._closed = False, True
-                self._object.unwrap()
-
-    @property
-    def urgent(self) -> bool:
-        """Whether something has to be sent although nobody said anything. Any thread."""
-        return self._outgoing.pending > 0
-
-    def _meet(self) -> None:
-        if self.ready or self._closed:
-            return
-        self._object.do_handshake()
-        found = fingerprint_of(self._object.getpeercert(True) or b"") if self._pin else ""
-        if not hmac.compare_digest(found, self._pin):
-            raise UntrustedPeer(f"its fingerprint is {found}, not {self._pin}: somebody else may be listening there")
-        self.ready = True
-
-
 class TlsSocket:
     """A TLS connection (RFC 8446, RFC 5246) that looks like a socket: after `handshake`, it receives and sends text.
 
@@ -4175,6 +4118,10 @@ class Wakeup:
     def clear(self) -> None:
         """Makes this unreadable again."""
         self._reader.recv(4096)
+
+    def wake_on_signals(self) -> None:
+        """Signals wake, too: Python runs their handlers only when a select has ended. For the main thread."""
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def close(self) -> None:
         """Closes the sockets."""
@@ -5126,91 +5073,6 @@ def viewport(prompts: List[str], text: str, cursor: int, columns: int) -> Tuple[
     return prompt, "".join(shown[first:cursor]), "".join(shown[cursor:last])
 
 
-class Screen:
-    """A terminal. Its bottom rows are ours and drawn again and again; what is printed scrolls away above them.
-
-    Used by one thread. Within `with`, keys come singly and are not echoed.
-    """
-
-    def __init__(self) -> None:
-        self.colours = not os.environ.get("NO_COLOR")
-        self._printed: List[str] = []  # since the last draw
-        self._rows = [""]  # ours, as drawn, the last one up to the character under the cursor
-        self._last = ""  # the last row, whole
-        self._shown: Any = None  # what was drawn last
-        self._modes: Any = None
-
-    def __enter__(self) -> Screen:
-        self._modes = raw_mode()
-        self._write("\x1b[?2004h")
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._write(f"{self._erased()}{''.join(self._printed)}\x1b[?2004l")
-        self._rows, self._last, self._shown, self._printed = [""], "", None, []
-        restore_mode(self._modes)
-
-    def suspend(self) -> None:
-        """Lets the shell have the terminal until it lets us go on."""
-        self.__exit__()
-        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(0, signal.SIGTSTP)  # without a shell that could let us go on, this does nothing
-        signal.signal(signal.SIGTSTP, handler)
-        while not in_foreground():
-            time.sleep(TICK_S)
-        self.__enter__()
-
-    def paint(self, text: str, *codes: int) -> str:
-        """`text` in a look (ECMA-48, Select Graphic Rendition), if colours are wanted."""
-        return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self.colours and text else text
-
-    def print(self, line: str) -> None:
-        """Prints a line above our rows at the next draw. A terminal that gets narrower may break its rows once more."""
-        self._printed.append(wrap(line, self._size().columns - 1) + "\n")
-
-    def bell(self) -> None:
-        """Rings the bell at the next draw."""
-        if "\a" not in self._printed:
-            self._printed.append("\a")
-
-    def clear(self) -> None:
-        """Clears the screen at the next draw."""
-        self._printed = ["\x1b[H\x1b[2J"]
-
-    def draw(self, waiting: List[str], prompts: List[str], text: str, cursor: int) -> None:
-        """Draws our rows anew where something changed: lines that wait, cut to a row each, and the line being typed."""
-        size = self._size()
-        shown = (waiting, prompts, text, cursor, size)
-        if shown == self._shown and not self._printed:
-            return
-        columns = max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
-        rows = [truncate(line, columns) for line in waiting[: max(min(size.lines - 2, WAITING_ROWS), 0)]]
-        prompt, before, after = viewport(prompts, text, cursor, columns)
-        dim = [self.paint(line, DIM) + "\n" for line in rows]
-        typing = self.paint(prompt, BOLD) + before + (f"\x1b7{after}\x1b8" if after else "")
-        self._write("".join([self._erased(), *self._printed, *dim, typing]))
-        self._rows, self._last = [*rows, prompt + before + after[:1]], prompt + before + after
-        self._shown, self._printed = shown, []
-
-    def _erased(self) -> str:
-        """The sequence that erases our rows, of which a terminal that became narrower has made several each."""
-        columns = self._size().columns
-        above = sum(row_count(row, columns) for row in self._rows) - 1
-        if above or row_count(self._last, columns) > 1:
-            return f"\r\x1b[{above}A\x1b[J" if above else "\r\x1b[J"
-        return "\r\x1b[K"  # of one row, because tmux keeps what is cleared with the whole screen
-
-    @staticmethod
-    def _size() -> os.terminal_size:
-        size = os.get_terminal_size(sys.stdout.fileno())
-        return os.terminal_size((size.columns or 80, size.lines or 24))  # a terminal may not know its own
-
-    @staticmethod
-    def _write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
 if sys.platform == "win32":
     import ctypes
     import msvcrt
@@ -5273,8 +5135,8 @@ else:
         return saved
 
     def restore_mode(modes: Any) -> None:
-        """Gives the terminal back as it was."""
-        termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, modes)
+        """Gives the terminal back as it was, also one that takes no output."""
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, modes)
 
     def read_keys() -> str:
         """Waits for keys; '' when there will be no more."""
@@ -5293,123 +5155,179 @@ else:
         return text
 
 
+class Terminal:
+    """A person's terminal: a line is typed at its bottom, and what is printed scrolls away above that.
+
+    Used by one thread. Within `with`, keys come singly and are not echoed. A thread reads them, and wakes `wakeup`:
+    Windows cannot select on a console. For `complete`, see the editor.
+    """
+
+    def __init__(self, wakeup: Wakeup, complete: Callable[[str], Tuple[int, List[str]]]) -> None:
+        self.hung_up = False
+        self.colours = not os.environ.get("NO_COLOR")
+        self._wakeup = wakeup
+        self._input: queue.Queue[str] = queue.Queue(UNREAD_KEYS)
+        self._parser = KeyParser()
+        self._editor = LineEditor(complete)
+        self._suspending = False  # as soon as possible; the terminal is the shell's meanwhile
+        self._printed: List[str] = []  # since the last draw
+        self._rows = [""]  # ours, as drawn, the last one up to the character under the cursor
+        self._last = ""  # the last row, whole
+        self._shown: Any = None  # what was drawn last
+        self._modes: Any = None
+
+    def __enter__(self) -> Terminal:
+        self._modes = raw_mode()
+        self._write("\x1b[?2004h")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._write(f"{self._erased()}{''.join(self._printed)}\x1b[?2004l")
+            self._rows, self._last, self._shown, self._printed = [""], "", None, []
+        finally:
+            self.restore()
+
+    def restore(self) -> None:
+        """Gives the terminal back as it was. Any thread."""
+        if self._modes is not None:
+            restore_mode(self._modes)
+
+    def handle_signals(self) -> None:
+        """Lets signals wake us: the shell wants to have the terminal, or its size has changed. For the main thread."""
+        self._wakeup.wake_on_signals()
+        if hasattr(signal, "SIGTSTP"):
+            signal.signal(signal.SIGTSTP, lambda *_: setattr(self, "_suspending", True))
+            signal.signal(signal.SIGWINCH, lambda *_: None)
+
+    def start(self) -> None:
+        """Begins to read keys."""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def submissions(self) -> Iterator[Submission]:
+        """What has been entered meanwhile. Raises KeyboardInterrupt for Ctrl-C that the terminal makes no signal of."""
+        if self._suspending:
+            self._suspend()
+        while not self._input.empty():
+            text = self._input.get()
+            self.hung_up = not text
+            for key in self._parser.feed(text):
+                if key == "\x03":
+                    raise KeyboardInterrupt
+                if key == PASTE_BEGIN:
+                    self.print(f"*** Error: a paste of more than {PASTE_CHARS} characters is not taken")
+                submission = self._editor.handle_key(key)
+                if submission:
+                    yield submission
+
+    def paint(self, text: str, *codes: int) -> str:
+        """`text` in a look (ECMA-48, Select Graphic Rendition), if colours are wanted."""
+        return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self.colours and text else text
+
+    def print(self, line: str) -> None:
+        """Prints a line above our rows at the next draw. A terminal that gets narrower may break its rows once more."""
+        self._printed.append(wrap(line, self._size().columns - 1) + "\n")
+
+    def bell(self) -> None:
+        """Rings the bell at the next draw."""
+        if "\a" not in self._printed:
+            self._printed.append("\a")
+
+    def clear(self) -> None:
+        """Clears the screen at the next draw."""
+        self._printed = ["\x1b[H\x1b[2J"]
+
+    def draw(self, waiting: List[str], prompts: List[str]) -> None:
+        """Draws our rows anew where something changed: lines that wait, cut to a row each, and the line being typed,
+        behind the first prompt that fits."""
+        size, (question, text, cursor) = self._size(), self._editor.view()
+        prompts = [question] if question else prompts
+        shown = (waiting, prompts, text, cursor, size)
+        if shown == self._shown and not self._printed:
+            return
+        columns = max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
+        rows = [truncate(line, columns) for line in waiting[: max(min(size.lines - 2, WAITING_ROWS), 0)]]
+        prompt, before, after = viewport(prompts, text, cursor, columns)
+        dim = [self.paint(line, DIM) + "\n" for line in rows]
+        typing = self.paint(prompt, BOLD) + before + (f"\x1b7{after}\x1b8" if after else "")
+        self._write("".join([self._erased(), *self._printed, *dim, typing]))
+        self._rows, self._last = [*rows, prompt + before + after[:1]], prompt + before + after
+        self._shown, self._printed = shown, []
+
+    def _read(self) -> None:
+        """A thread: ends when the terminal is gone."""
+        text = "?"
+        while text:
+            text = read_keys()
+            self._input.put(text)
+            self._wakeup.wake()
+
+    def _suspend(self) -> None:
+        """Lets the shell have the terminal until it lets us go on."""
+        self._suspending = False
+        self.__exit__()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(0, signal.SIGTSTP)  # without a shell that could let us go on, this does nothing
+        signal.signal(signal.SIGTSTP, handler)
+        while not in_foreground():
+            time.sleep(TICK_S)
+        self.__enter__()
+
+    def _erased(self) -> str:
+        """The sequence that erases our rows, of which a terminal that became narrower has made several each."""
+        columns = self._size().columns
+        above = sum(row_count(row, columns) for row in self._rows) - 1
+        if above or row_count(self._last, columns) > 1:
+            return f"\r\x1b[{above}A\x1b[J" if above else "\r\x1b[J"
+        return "\r\x1b[K"  # of one row, because tmux keeps what is cleared with the whole screen
+
+    @staticmethod
+    def _size() -> os.terminal_size:
+        size = os.get_terminal_size(sys.stdout.fileno())
+        return os.terminal_size((size.columns or 80, size.lines or 24))  # a terminal may not know its own
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
 # -----------------------------------------------------------------------------
 # client
 # -----------------------------------------------------------------------------
 
 
-class Failed(Exception):
+class FatalError(Exception):
     """Something that ends the program with exit code 1; its text says what and what to do."""
 
 
-class PasswordWanted(Failed):
+class PasswordRequired(FatalError):
     """The server asks for a password that was not given."""
 
 
-Events = queue.Queue  # of (kind, item); Client has a method _on_<kind> for each
+class Phase:
+    """How far a connection to a server has come; later ones are greater."""
+
+    OFFLINE, DIALING, REGISTERING, JOINING, IN, LEAVING = range(6)
 
 
-class Link:
-    """A connection to a server. One thread connects and writes what was given to `send`, another one reads.
-
-    `events` gets ("messages", (link, messages)), and once ("closed", (link, whether it was open, reason)).
-    """
-
-    def __init__(self, host: str, port: int, events: Events[Tuple[str, Any]], tls: Optional[Tls] = None) -> None:
-        self._address = host, port
-        self._events = events
-        self._tls = tls
-        self._lines: queue.Queue[bytes] = queue.Queue(QUEUED_LINES)
-        self.stuck = False  # the server does not read what it is sent
-        self._sock: Optional[socket.socket] = None
-        self._writer = threading.Thread(target=self._write, daemon=True)
-        self._writer.start()
-
-    def send(self, message: Message) -> None:
-        """Sends a message, in its turn. That it could not be sent shows when what had arrived has been read."""
-        try:
-            self._lines.put_nowait(f"{format_tagged(message)}\r\n".encode(errors="surrogateescape"))
-        except queue.Full:
-            self.stuck = True
-
-    def close(self, patience: float = 0) -> None:
-        """Ends the connection after what was sent; waits for that at most `patience` seconds."""
-        with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(b"")
-        self._writer.join(patience)
-        if self._sock:
-            with contextlib.suppress(OSError):  # it has ended; otherwise this ends a send that hangs
-                self._sock.shutdown(socket.SHUT_RDWR)
-
-    def _write(self) -> None:
-        try:
-            sock = self._sock = connect(*self._address)
-        except (OSError, UnicodeError) as error:
-            self._events.put(("closed", (self, False, getattr(error, "strerror", None) or str(error))))
-            return
-        with sock:
-            first = self._shake_hands(sock)
-            if first is None:
-                return
-            reader = threading.Thread(target=self._read, args=(sock, first), daemon=True)
-            with contextlib.suppress(OSError):
-                sock.settimeout(None)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                reader.start()
-                for data in iter(self._lines.get, b""):
-                    sock.sendall(self._tls.send(data) if self._tls else data)
-                if self._tls:
-                    self._tls.close()
-                    sock.sendall(self._tls.send(b""))
-                sock.shutdown(socket.SHUT_RDWR)
-            reader.join()  # what has arrived is read before the socket is closed
-
-    def _shake_hands(self, sock: socket.socket) -> Optional[bytes]:
-        """Begins TLS, if it is wanted. Returns what came right after it; None when that cannot be."""
-        tls, found = self._tls, b""
-        try:
-            if tls:
-                tls.feed(b"")
-                sock.sendall(tls.send(b""))
-            while tls and not tls.ready:
-                data = sock.recv(RECV_BYTES)
-                if not data:
-                    raise ConnectionError("it ended the connection; perhaps it does not speak TLS")
-                if data.startswith(b"ERROR :"):  # refused at the door
-                    raise ConnectionError(data[7:].decode(errors="replace").strip())
-                found = tls.feed(data)
-                sock.sendall(tls.send(b""))
-            return found
-        except OSError as error:
-            distrust = str(error) if isinstance(error, UntrustedPeer) else getattr(error, "verify_message", "")
-            reason = f"TLS failed: {getattr(error, 'strerror', None) or error}"
-            self._events.put(("distrusted", distrust) if distrust else ("closed", (self, False, reason)))
-        return None
-
-    def _read(self, sock: socket.socket, first: bytes) -> None:
-        lines, data, reason = LineBuffer(SERVER_INPUT_BYTES), b"\n" + first, ""
-        try:
-            while data:
-                found = [parse(line.decode(errors="replace")) for line in lines.feed(data) if line is not None]
-                if found:
-                    self._events.put(("messages", (self, found)))
-                data = self._receive(sock)
-        except queue.Full:
-            reason = "it makes us say more than it reads"
-        except OSError as error:
-            reason = error.strerror or ""
-        self._events.put(("closed", (self, True, reason)))
-
-    def _receive(self, sock: socket.socket) -> bytes:
-        while True:
-            data = sock.recv(1 << 16)
-            if not self._tls or not data:
-                return data
-            data = self._tls.feed(data)
-            if self._tls.urgent:
-                self._lines.put_nowait(b"\n")  # the writer sends it along with this; no server minds an empty line
-            if data or self._tls.ended:
-                return data
+def dial(
+    host: str, port: int, context: Optional[ssl.SSLContext] = None, pin: str = ""
+) -> Union[socket.socket, TlsSocket]:
+    """Connects, and shakes hands where there is a `context` for TLS; raises OSError or UnicodeError."""
+    plain = connect(host, port)
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock = TlsSocket(plain, context, False, host, pin) if context else plain
+    try:
+        if isinstance(sock, TlsSocket):
+            sock.handshake()
+    except OSError as error:
+        sock.close()
+        if isinstance(error, UntrustedPeer) or not getattr(error, "verify_message", ""):
+            raise
+        raise UntrustedPeer(error.verify_message) from None  # type: ignore[attr-defined]
+    sock.setblocking(False)
+    return sock
 
 
 def connect(host: str, port: int) -> socket.socket:
@@ -5423,414 +5341,586 @@ def connect(host: str, port: int) -> socket.socket:
         raise
 
 
-class Line(NamedTuple):
-    """A message of ours, as long as nothing tells that it arrived."""
+class Uplink:
+    """One connection to a server, and what is known of that server; made anew for each connection.
 
-    id: str
-    target: str
-    text: str
-
-
-class Outgoing:
-    """Our messages on their way: what waits, the first `sent` of which this server has; what cannot be known.
-
-    A server with echo-message confirms each. Of one without, we only know that what was sent before an answered
-    PING has arrived.
+    A thread of its own dials. All else is done by the client's thread, and nothing waits.
     """
 
-    def __init__(self) -> None:
-        self.waiting: List[Line] = []
-        self.sent = 0
-        self.again = False  # some of what waits was sent over a connection that is lost
-        self.unsure: List[Line] = []
-        self.moved = time.monotonic()  # when something was added, or turned out to have arrived
-
-    def add(self, target: str, text: str) -> None:
-        """One more."""
-        self.moved = time.monotonic()
-        self.waiting.append(Line(secrets.token_hex(8), target, text))  # which nobody can guess
+    def __init__(self, nick: str) -> None:
+        self.phase = Phase.OFFLINE
+        self.sock: Any = None
+        self.dialed: Any = None  # what dialing came to: a socket, or an exception
+        self.drained = True  # the last read found nothing
+        self.nick = nick  # the one we have, or have asked for
+        self.names_tried = 0  # which were taken
+        self.userhost = ""  # user@host of ours, as others see it, as far as it is known
+        self.caps: Set[str] = set()  # granted; until then, wanted of those that are offered
+        self.negotiated = False  # they are granted
+        self.isupport: Dict[str, str] = {}
+        self.fold: Callable[[str], str] = fold  # as the server compares names
+        self.error_text = ""  # the server's last words
+        self.unread = 0  # lines since the last answered PING, for a server that is not ours
+        self._bucket = TokenBucket(FLOOD_BURST, FLOOD_INTERVAL_S)
+        # Monotonic seconds: connected or in; something heard; PING sent; when to give up a JOIN or leaving.
+        self.since = self.heard = self.ping_sent = self.deadline = 0.0
+        self._lines = LineBuffer(SERVER_INPUT_BYTES)
+        self.sendq = bytearray()  # what the socket did not take yet
 
     @property
-    def unsent(self) -> bool:
-        """Whether there is a next one."""
-        return self.sent < len(self.waiting)
+    def ours(self) -> bool:
+        """Whether the server is a chat.py, which knows us again, and slows us down itself."""
+        return RESUME_CAP in self.caps
 
-    def next(self, echoed: bool) -> Line:
-        """The next one to send to a server that echoes, or does not."""
-        line = self.waiting[self.sent]
-        if echoed:
-            self.sent += 1
-        else:
-            del self.waiting[self.sent]
-            self.unsure.append(line)
-        return line
+    def dial(self, connect: Callable[[], Any], wakeup: Wakeup) -> None:
+        """Begins to connect; `wakeup` tells when `dialed` is there."""
 
-    def redirect(self, old: str, new: str) -> None:
-        """What has not been sent to one channel is for another one."""
-        for index, line in enumerate(self.waiting[self.sent :], self.sent):
-            if line.target == old:
-                self.waiting[index] = line._replace(target=new)
+        def run() -> None:
+            try:
+                self.dialed = connect()
+            except (OSError, UnicodeError) as error:
+                self.dialed = error
+            wakeup.wake()
 
-    def settle(self, target: str, line_id: str = "", fold: Callable[[str], str] = fold) -> bool:
-        """Something came of a line: of the one with this id; without, of the first to the target or to anybody."""
-        for index, line in enumerate(self.waiting if line_id else self.waiting[: self.sent]):
-            if (
-                line.id == line_id
-                if line_id
-                else fold(target) in (fold(line.target), fold(safe_param(line.target)), "")
-            ):
-                del self.waiting[index]
-                self.sent -= index < self.sent
-                self.moved = time.monotonic()
-                return True
-        return False
+        self.phase, self.since = Phase.DIALING, time.monotonic()
+        threading.Thread(target=run, daemon=True).start()
 
-    def doubt(self) -> List[Line]:
-        """No more echoes will come; returns the lines that now wait for an answered PING."""
-        doubted = self.waiting[: self.sent]
-        del self.waiting[: self.sent]
-        self.sent = 0
-        self.unsure += doubted
-        return doubted
+    def register(self, sock: Any, password: str, granted: Set[str], token: str) -> None:
+        """Begins to register, on a new connection. A server that knows us by a token grants what it has granted before;
+        it is told the token before it can find that our nick is taken."""
+        self.sock, self.phase = sock, Phase.REGISTERING
+        self.since = self.heard = time.monotonic()
+        self.send("CAP", *(("REQ", " ".join(sorted(granted))) if granted else ("LS", "302")))
+        if password:
+            self.send("PASS", password)
+        if granted:
+            self.send("RESUME", token)
+        self.send("NICK", self.nick)
+        self.send("USER", re.sub("[^A-Za-z0-9._-]", "", self.nick)[:USER_CHARS] or "user", "0", "*", self.nick)
+        if granted:
+            self.send("CAP", "END")
 
-    def answered(self, token: str) -> bool:
-        """A PING with the id of a line was answered; whether it was."""
-        for index, line in enumerate(self.unsure):
-            if line.id == token:
-                del self.unsure[: index + 1]
-                self.moved = time.monotonic()
-                return True
-        return False
+    def wait(self, seconds: float, wakeup: Wakeup) -> None:
+        """Waits until something can be received or sent, or another thread wakes us."""
+        readers = [wakeup, self.sock] if self.sock else [wakeup]
+        ready, _, _ = select.select(readers, [self.sock] if self.sendq else [], [], max(seconds, 0))
+        if wakeup in ready:
+            wakeup.clear()
 
-    def __len__(self) -> int:
-        return len(self.waiting) + len(self.unsure)
+    def receive(self) -> List[Message]:
+        """What has arrived; raises OSError when the connection has ended."""
+        try:
+            data = self.sock.recv(RECV_BYTES)
+        except BlockingIOError:
+            self.drained = True
+            return []
+        if not data:
+            raise ConnectionError
+        self.drained = False
+        return [parse(line.decode(errors="replace")) for line in self._lines.feed(data) if line is not None]
 
+    def send(self, command: str, *params: str, tags: Mapping[str, str] = NO_TAGS) -> None:
+        """Queues a message, if there is a connection."""
+        if self.sock:
+            self.sendq += f"{format_tagged(Message(command, params, '', tags))}\r\n".encode(errors="surrogateescape")
 
-class Pace:
-    """How fast we speak. Our own server slows us down itself; others throw us out."""
+    def flush(self) -> None:
+        """Sends what the socket takes. That nothing can be sent any more shows when all that arrived has been read."""
+        try:
+            while self.sendq:
+                del self.sendq[: self.sock.send(self.sendq)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.sendq.clear()
 
-    def __init__(self, free: bool) -> None:
-        self.free = free
-        self.unread = 0  # lines since the last answered PING; at UNREAD_LINES the next one is due
-        self._bucket = TokenBucket(SPOKEN_LINES, SPOKEN_S)
-
-    def take(self, now: float) -> bool:
-        """Whether a line may go at the monotonic time `now`; if so, it is counted."""
-        if self.free:
+    def allow(self, now: float) -> bool:
+        """Whether one more line may go at the monotonic time `now`. Other servers throw out who speaks too fast."""
+        if self.ours:
             return True
-        if self.unread == UNREAD_LINES or not self._bucket.allow(now):
+        if self.unread == UNREAD_WINDOW or not self._bucket.allow(now):
             return False
         self.unread += 1
         return True
 
+    def limit(self, token: str, default: int, most: int) -> int:
+        """A number that the server's RPL_ISUPPORT gives, at most `most`."""
+        value = self.isupport.get(token, "")
+        return min(int(value), most) if re.fullmatch("[1-9][0-9]{0,4}", value) else default
 
-class Past:
-    """What a client has seen of a channel: so that it shows each message once, and asks for what it missed."""
+    def close(self) -> None:
+        """Ends the connection; waits a moment for the socket to take what was sent."""
+        self.phase = Phase.OFFLINE
+        if self.sock is None:
+            return
+        self.flush()
+        if self.sendq:
+            select.select([], [self.sock], [], CLOSE_S)
+            self.flush()
+        with contextlib.suppress(OSError):  # the peer was faster
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+        self.sock = None
+        self.sendq.clear()
+
+
+class SendState:
+    """What is known of a message of ours, as long as it has not been acknowledged."""
+
+    QUEUED = 0  # not sent over this connection
+    SENT = 1  # its echo will acknowledge it
+    UNCONFIRMED = 2  # sent to a server that does not echo: a PING, once answered, acknowledges it
+
+
+@dataclasses.dataclass
+class Pending:
+    """A message of ours that has not been acknowledged."""
+
+    target: str
+    text: str
+    state: int = SendState.QUEUED
+    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))  # which nobody can guess
+
+
+class SendQueue:
+    """Our unacknowledged messages, in order. With echo-message each echo is an ack; without it, an answered PING acks
+    everything sent before it."""
 
     def __init__(self) -> None:
-        self.last = ""  # a reference to the last message, or to when we came (draft/chathistory)
-        self.asked = 0.0  # monotonic: since when we wait for an answer
-        self.channel = ""  # which it is about
-        self.missed = False  # it is about what we missed, not what was before we came
-        self.most = PAGE_LINES  # messages that it may have
-        self.batch = ""  # the answer's reference
-        self.page: List[Message] = []  # the answer
+        self.messages: List[Pending] = []
+        self.resent = False  # some of them were sent over a connection that is lost
+        self.last_progress = time.monotonic()  # something was added, or acknowledged
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def add(self, target: str, text: str) -> None:
+        """Queues a message."""
+        self.last_progress = time.monotonic()
+        self.messages.append(Pending(target, text))
+
+    def having(self, state: int) -> List[Pending]:
+        """Those in a state."""
+        return [pending for pending in self.messages if pending.state == state]
+
+    def redirect(self, old: str, new: str) -> None:
+        """What has not been sent to one channel goes to another one."""
+        for pending in self.messages:
+            if pending.state == SendState.QUEUED and pending.target == old:
+                pending.target = new
+
+    def acknowledge(self, line_id: str) -> None:
+        """The message with this id has arrived."""
+        self._remove(lambda pending: pending.id == line_id)
+
+    def acknowledge_first(self, target: str, fold: Callable[[str], str]) -> bool:
+        """Something came of the first sent message to `target`, or to anybody where that is ''; False for none."""
+        key = fold(target)
+        return self._remove(
+            lambda pending: (
+                pending.state == SendState.SENT
+                and (not target or key in (fold(pending.target), fold(safe_param(pending.target))))
+            )
+        )
+
+    def acknowledge_until(self, line_id: str) -> bool:
+        """A PING with the id of an unconfirmed message was answered: it and all before it have arrived."""
+        return self._remove(lambda pending: (pending.id, pending.state) == (line_id, SendState.UNCONFIRMED), True)
+
+    def requeue(self) -> int:
+        """The connection is lost: what was not echoed will be sent again. Returns how many messages may be lost."""
+        lost = len(self.having(SendState.UNCONFIRMED))
+        self.messages = [pending for pending in self.messages if pending.state != SendState.UNCONFIRMED]
+        for pending in self.having(SendState.SENT):
+            pending.state, self.resent = SendState.QUEUED, True
+        return lost
+
+    def _remove(self, concerned: Callable[[Pending], bool], and_before: bool = False) -> bool:
+        for index, pending in enumerate(self.messages):
+            if concerned(pending):
+                del self.messages[0 if and_before else index : index + 1]
+                self.last_progress = time.monotonic()
+                return True
+        return False
+
+
+class HistorySync:
+    """A CHATHISTORY request for a room (draft/chathistory), until the last page of its answer is there."""
+
+    def __init__(self, missed: bool, most: int) -> None:
+        self.missed = missed  # asks for what we missed, page by page; otherwise for the last lines before we came
+        self.most = most  # messages of a page
+        self.asked = time.monotonic()
+        self.pages = 0
+        self.batch = ""  # the page's reference
+        self.page: List[Message] = []
         self.held: List[Message] = []  # what was said meanwhile
-        self._seen: Dict[str, None] = {}  # msgids
 
-    def is_new(self, message: Message) -> bool:
-        """Whether a message has not been seen yet; from now on it has."""
-        msgid = message.tags.get("msgid", "")
-        if msgid in self._seen:
+
+class Room:
+    """A channel that we are in."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.members: Dict[str, str] = {}  # folded nick -> nick; who spoke last, last
+        self.unread = 0  # messages since we last spoke here
+        self.last = ""  # a reference to the last message, or to when we came (draft/chathistory)
+        self.sync: Optional[HistorySync] = None
+
+
+class Rooms:
+    """Our rooms, and where we speak. We were put out of the room `active` if it is not one of `joined`."""
+
+    def __init__(self, channel: str, fold: Callable[[str], str]) -> None:
+        self.active = channel  # where we speak
+        self.pending = channel  # the channel that we have asked to join, to speak there; '' for none
+        self.joined: Dict[str, Room] = {}  # folded name -> room
+        self.rejoin: Dict[str, Room] = {}  # the same for those of the last connection, until we are in again
+        self.fold = fold  # as the server compares names
+
+    def get(self, name: str) -> Optional[Room]:
+        """The room of this name, if we are in it."""
+        return self.joined.get(self.fold(name))
+
+    def others(self) -> List[Room]:
+        """The rooms in which we do not speak."""
+        here = self.fold(self.active)
+        return [room for key, room in self.joined.items() if key != here]
+
+    def is_elsewhere(self, message: Message) -> bool:
+        """Whether a message is about a channel in which we do not speak."""
+        target = message.param(0)
+        return message.command != "QUIT" and is_channel(target) and self.fold(target) != self.fold(self.active)
+
+    def syncing(self) -> List[Room]:
+        """The rooms for which an answer about the past is waited for."""
+        return [room for room in self.joined.values() if room.sync]
+
+    def meet(self, room: Room, nick: str) -> None:
+        """Somebody is in a room."""
+        if len(nick) < NAME_CHARS and sum(len(one.members) for one in self.joined.values()) < MAX_MEMBERS:
+            room.members.setdefault(self.fold(nick), nick)
+
+    def switch(self, room: Room) -> None:
+        """Speaks in a room from now on."""
+        self.active, self.pending, room.unread = room.name, "", 0
+
+    def refold(self) -> None:
+        """`fold` has changed."""
+        self.joined = {self.fold(room.name): room for room in self.joined.values()}
+        self.rejoin = {self.fold(room.name): room for room in self.rejoin.values()}
+
+    def lose(self) -> None:
+        """The connection is lost: all rooms are to be joined again."""
+        self.rejoin = dict([*self.rejoin.items(), *self.joined.items()][-MAX_ROOMS:])
+        self.joined = {}
+        for room in self.rejoin.values():
+            room.members, room.sync = {}, None
+        if not self.pending and self.fold(self.active) in self.rejoin:
+            self.pending = self.active
+
+
+class SeenIds:
+    """The last msgids, so that a message is shown once."""
+
+    def __init__(self) -> None:
+        self._ids: Dict[str, None] = {}
+
+    def add(self, msgid: str) -> bool:
+        """Whether the id is new, as one that is empty or too long always is."""
+        if msgid in self._ids:
             return False
-        if msgid:
-            self._seen[msgid] = None
-            if len(self._seen) > DEDUP_IDS:
-                del self._seen[next(iter(self._seen))]
+        if 0 < len(msgid) < NAME_CHARS:
+            self._ids[msgid] = None
+            if len(self._ids) > SEEN_IDS:
+                del self._ids[next(iter(self._ids))]
         return True
 
-    def holds(self, message: Message) -> bool:
-        """Takes a message that belongs to an answer, or has to wait for its end."""
-        if self.batch and message.tags.get("batch") == self.batch:
-            self.page.append(message)
-        elif self.asked and not is_system(message) and is_channel(message.param(0)):
-            self.held.append(message)
-        else:
-            return False
-        return True
 
-    def ask(self, channel: str, replay: int, most: int = PAGE_LINES) -> List[str]:
-        """The command that asks for the last lines, or with 0 for those that we missed; for `most` at a time."""
-        self.asked, self.missed, self.batch, self.page = time.monotonic(), not replay, "", []
-        self.channel, self.most = channel, most
-        if self.last and not replay:
-            return ["CHATHISTORY", "AFTER", channel, self.last, str(most)]
-        return ["CHATHISTORY", "LATEST", channel, "*", str(min(replay or most, most))]
+class UserInterface:
+    """What a client shows, and where its lines come from: to be overridden. Called by the client's thread."""
 
-    def answered(self) -> Tuple[List[Message], bool]:
-        """The answer, and whether there may be more."""
-        page, self.page, self.batch = self.page, [], ""
-        return page, self.missed and len(page) >= self.most and bool(self.last)
-
-    def end(self) -> List[Message]:
-        """No answer is waited for any more; returns what was held."""
-        held, self.held, self.asked, self.batch = self.held, [], 0.0, ""
-        return held
-
-
-class View:
-    """What a client shows, and where it gets its lines from: to be overridden; called by the client's thread."""
-
-    pause = TICK_S  # seconds that may pass until update is called again
-    patient = True  # goes on when a line is refused
+    patient = True  # goes on when a message is refused
     ended = False  # no more lines will come
 
-    def start(self, client: Client) -> None:
-        """Begins to feed client.events with ("input", item); once, after a server has welcomed us."""
+    def start(self) -> None:
+        """We are in the chat, for the first time: lines may come. Whoever reads them wakes client.wakeup."""
 
-    def input(self, client: Client, item: Any) -> None:
-        """Takes what came from there."""
+    def update(self) -> None:
+        """Takes the lines that have come, and shows what has changed."""
 
     def show(self, message: Message, mine: bool) -> None:
-        """A message that arrived; `mine`: a receipt, from ourselves."""
+        """Shows a message that arrived; `mine`: an acknowledged one of ours."""
 
-    def remark(self, text: str) -> None:
-        """Something that the client itself has to say."""
+    def show_status(self, text: str) -> None:
+        """Shows something that the client itself has to say."""
 
-    def update(self, client: Client) -> None:
-        """Something may have happened."""
-
-    def greet(self, client: Client) -> None:
-        """We are in a channel, and know who is there."""
+    def on_names(self) -> None:
+        """We are in a room, and know who is there."""
 
     def clear(self) -> None:
         """Empties the screen."""
 
 
-ABOUT_CHANNELS = ("404", "442", "470", "482")  # errors that do not say that we cannot join: 470 sends us on
-READ = "read"  # a PING with this is answered when the server has read what was sent before
-# In the last words of a server that we should not come back to.
-EXPELLED = re.compile(r"\bkilled\b|\b[dgkqz]-?lined?\b|\bbanned\b", re.IGNORECASE)
-
-Arrival = Callable[["Client", Message], bool]
-ARRIVALS: Dict[str, Arrival] = {}  # by the command of a message that arrived; True: there is nothing to show
-Entry = Callable[["Client", Message], None]
-ENTRIES: Dict[str, Entry] = {}  # by the command that a typed line stands for; '' for all that the server does
-
-
 class Client:
-    """One person's, or one pipe's, place in a chat.
+    """One person's, or one pipe's, place in a chat. `run` is a loop of one thread, which owns all state."""
 
-    `run` owns all state. The threads of a Link and of a View feed its queue, which is bounded: who is not read waits.
-    """
-
-    def __init__(self, host: str, port: int, nick: str, channel: str, view: View) -> None:
-        self.address, self.where = (host, port), f"{host}:{port}"
-        self.nick = self.wanted = nick
-        self.channel = channel
-        self.view = view
+    def __init__(self, host: str, port: int, nick: str, channel: str) -> None:
+        self.where = f"{host}:{port}"
+        self.dial: Callable[[], Any] = functools.partial(dial, host, port)
+        self.desired_nick = nick
         self.password = ""
-        self.secured: Callable[[], Optional[Tls]] = lambda: None  # for each connection
         self.reconnects = True
-        self.events: Events[Tuple[str, Any]] = queue.Queue(100)
-        self.status: Optional[int] = None  # exit code, once known
-        self.outgoing = Outgoing()
-        self.people: Dict[str, str] = {}  # folded name -> name of who is in the channel; who spoke last, last
         self.replay = 0  # lines that are shown of what was said before we came
-        self.past = Past()
-        self.token = secrets.token_hex(16)  # by which a chat.py server knows us again
-        self.ignored: Dict[str, str] = {}  # the same for those whose messages are not shown
-        self.partner = ""  # who spoke to us alone
-        self.asking = False  # for names, because we were told to
-        self.going = ""  # the channel that we have asked to join, instead
-        self.out = False  # of our channel: put out of it, and not in one again
-        self.others: Set[str] = set()  # folded names of channels that a server has put us in, too
-        self.welcomed = self.entered = self.leaving = False  # by a server; has been in the chat; wants to leave it
-        self.link: Optional[Link] = None
-        self.joined = False  # over this link
-        self.source = ""  # our own prefix, as the server writes it
-        self.caps: List[str] = []  # granted; before that, offered
-        self.why = ""  # the server's last words
-        self.negotiated = False  # what may be used over this link
-        self.isupport: Dict[str, str] = {}  # what the server says of itself, as far as we care
-        self.fold: Callable[[str], str] = fold  # as the server compares names
-        self.pace = Pace(True)
         self.keys: Dict[str, str] = {}  # folded name -> key of a channel that wants one
-        self.attempts = self.tries = 0  # to connect, in vain; names that were taken
-        # Monotonic seconds: link begun, joined or lost; something heard; PING sent; when to connect or to leave.
-        self.since = self.heard = self.asked = self.deadline = 0.0
+        self.ui = UserInterface()
+        self.wakeup = Wakeup()
+        self.interrupted = False  # set by any thread or signal handler, which then wakes us
+        self.uplink = Uplink(nick)
+        self.rooms = Rooms(channel, self.fold)
+        self.queue = SendQueue()
+        self.seen = SeenIds()
+        self.token = secrets.token_hex(16)  # by which a chat.py server knows us again
+        self.granted: Set[str] = set()  # the capabilities that one has granted: asked for at once the next time
+        self.ignored: Dict[str, str] = {}  # folded nick -> nick of those whose messages are not shown
+        self.last_private_sender = ""
+        self.names_requested = False  # somebody wants to see the next RPL_NAMREPLY
+        self.entered = False  # has been in the chat
+        self.attempts = 0  # to connect, in vain
+        self.retry_at = 0.0  # monotonic
+        self.status: Optional[int] = None  # exit code, once known
 
     def run(self) -> int:
-        """Talks until one side ends; returns the exit code, raises Failed."""
-        self.connect()
+        """Talks until one side ends; returns the exit code, raises FatalError."""
         try:
             while self.status is None:
-                with contextlib.suppress(queue.Empty):
-                    kind, item = self.events.get(timeout=self.view.pause)  # in steps: Windows interrupts no wait
-                    getattr(self, f"_on_{kind}")(item)
-                tick(self, time.monotonic())
-                if self.status is None:
-                    self.view.update(self)
+                self.uplink.wait(self.pause(time.monotonic()), self.wakeup)
+                self.turn(time.monotonic())
             return self.status
         except KeyboardInterrupt:
-            self.send("QUIT")
+            self.uplink.send("QUIT")
             return 130
         finally:
-            if self.link:
-                with contextlib.suppress(KeyboardInterrupt):  # of somebody who cannot wait
-                    self.link.close(TICK_S)
+            self.uplink.close()
+
+    def pause(self, now: float) -> float:
+        """Seconds until something is due, if nothing happens before."""
+        uplink = self.uplink
+        if uplink.sock and not uplink.drained:
+            return 0
+        if uplink.phase == Phase.OFFLINE:
+            return math.modf(self.retry_at - now)[0]  # for each second that is shown
+        if uplink.phase == Phase.IN and not (self.queue or self.rooms.pending or self.ui.ended or self.rooms.syncing()):
+            return max(uplink.heard, uplink.ping_sent) + ASK_S - now
+        return CLIENT_TICK_S
+
+    def turn(self, now: float) -> None:
+        """Does what can be done now, without waiting."""
+        uplink = self.uplink
+        if self.interrupted:
+            raise KeyboardInterrupt
+        if uplink.phase == Phase.DIALING and uplink.dialed is not None:
+            self.on_dialed(uplink.dialed)
+        if uplink.sock:
+            try:
+                messages = uplink.receive()
+            except OSError as error:
+                self.on_closed(error)
+            else:
+                uplink.heard = time.monotonic() if messages else uplink.heard
+                for message in messages:
+                    if uplink.sock and not hold_back(self, message):  # one may make us give up the connection
+                        self.handle(message)
+        if self.status is None:
+            check_deadlines(self, now)
+        if self.status is None:
+            self.flush_queue()
+            self.ui.update()
+        self.uplink.flush()
 
     def connect(self) -> None:
         """Begins a new connection."""
-        self.link = Link(*self.address, self.events, self.secured())
-        self.caps, self.negotiated, self.why, self.nick, self.tries, self.others = [], False, "", self.wanted, 0, set()
-        self.since = self.heard = time.monotonic()
-        self.send("CAP", "LS", "302")
-        if self.password:
-            self.send("PASS", self.password)
-        self.send("NICK", self.nick)
-        self.send("USER", re.sub("[^A-Za-z0-9._-]", "", self.nick)[:USER_CHARS] or "user", "0", "*", self.nick)
+        self.uplink = Uplink(self.desired_nick)
+        self.uplink.dial(self.dial, self.wakeup)
 
-    def meet(self, nick: str) -> None:
-        """Somebody is in the channel."""
-        if len(self.people) < PEOPLE and len(nick) < NAME_CHARS:
-            self.people.setdefault(self.fold(nick), nick)
+    def on_dialed(self, result: Any) -> None:
+        """Dialing has come to a socket, or to an exception."""
+        if isinstance(result, UntrustedPeer):
+            hint = "" if "fingerprint" in str(result) else "; its own terminal may show one to give as --fingerprint"
+            raise FatalError(f"{self.where} cannot be trusted, so nothing was sent: {result}{hint}")
+        if isinstance(result, Exception):
+            hint = "is the server running, and there? (python chat.py server)"
+            reason = getattr(result, "strerror", None) or result
+            self.lose(f"cannot connect to {self.where}: {reason}; {hint}")
+        else:
+            self.uplink.register(result, self.password, self.granted, self.token)
 
-    def send(self, command: str, *params: str) -> None:
-        """Sends a message, if there is a connection."""
-        if self.link:
-            self.link.send(Message(command, params))
+    def handle(self, message: Message) -> None:
+        """Does what a message means, and shows it if that does not say that it need not be seen."""
+        handler = on_join_error if is_join_error(self, message) else HANDLERS.get(message.command)
+        if not (handler and handler(self, message)):
+            self.ui.show(message, False)
 
-    def say(self, message: Message) -> None:
-        """Sends a PRIVMSG, as several if need be, now or when the connection is back."""
-        for target in filter(None, message.params[0].split(",")):
-            pieces = pieces_of(self, target, message)
-            if not pieces:
-                self.view.remark("Error: that name is too long")
-            for piece in pieces:
-                self.outgoing.add(target, piece)
-        self.flush()
+    def on_closed(self, error: OSError) -> None:
+        """The connection has ended."""
+        text, reason = self.uplink.error_text, error.strerror or str(error)
+        if self.entered:
+            self.lose(f"the connection to {self.where} was lost: {text or reason or 'it was closed'}")
+        else:
+            self.lose(f"{self.where} closed the connection: {text or (reason or 'at once') + '; is it a chat server?'}")
 
-    def flush(self) -> None:
-        """Sends what waits, once we are in the chat, as fast as the server allows."""
-        echoed, tagged = "echo-message" in self.caps, "message-tags" in self.caps
-        while self.link and self.joined and not self.past.asked and not self.going:
-            if not self.outgoing.unsent or not self.pace.take(time.monotonic()):
-                return
-            line = self.outgoing.next(echoed)
-            self.link.send(Message("PRIVMSG", line[1:], "", {ID_TAG: line.id} if tagged else NO_TAGS))
-            if not echoed:
-                if len(self.outgoing.unsure) == 1:
-                    self.send("PING", line.id)
-                self.view.show(placed(self, Message("PRIVMSG", line[1:], self.source)), True)
-            if self.pace.unread == UNREAD_LINES:
-                self.send("PING", READ)
+    def lose(self, reason: str) -> None:
+        """Goes offline, to connect again later; or ends, where that makes no sense."""
+        phase, hopeless = self.uplink.phase, not self.entered or not self.reconnects or is_banned(self.uplink)
+        self.uplink.close()
+        if phase == Phase.LEAVING:
+            self.end()
+            return
+        if hopeless:
+            raise FatalError(reason)
+        now = time.monotonic()
+        if phase == Phase.IN:
+            self.ui.show_status(f"{reason}; trying again")
+            if now > self.uplink.since + RETRY_MAX_S:
+                self.attempts = 0
+        self.rooms.lose()
+        lost = self.queue.requeue()
+        if lost:
+            self.ui.show_status(f"your last {lost} line(s) may be lost: this server confirms nothing")
+            if not self.ui.patient:
+                raise FatalError("it is not known whether all lines were delivered")
+        self.retry_at = now + min(RETRY_S * 2**self.attempts, RETRY_MAX_S) * random.uniform(0.7, 1)
+        self.attempts = min(self.attempts + 1, 10)
 
     def leave(self, reason: str = "") -> None:
         """Ends the chat, as soon as the server has said goodbye."""
-        self.leaving, self.deadline = True, time.monotonic() + LINGER_S
-        self.send("QUIT", *([reason] if reason else []))
-        if not self.joined:
+        uplink = self.uplink
+        uplink.send("QUIT", *([reason] if reason else []))
+        if uplink.phase == Phase.IN:
+            uplink.phase, uplink.deadline = Phase.LEAVING, time.monotonic() + GOODBYE_S
+        elif uplink.phase != Phase.LEAVING:
             self.end()
 
     def end(self) -> None:
         """Leaves at once."""
-        if self.outgoing:
-            raise Failed(f"not delivered: {len(self.outgoing)} line(s)")
+        if self.queue:
+            raise FatalError(f"not delivered: {len(self.queue)} line(s)")
         self.status = 0
 
-    def lose(self, reason: str) -> None:
-        """The connection is no more."""
-        if self.link:
-            self.link.close()
-        hopeless = not self.entered or not self.reconnects or is_expelled(self)
-        joined, self.link, self.joined = self.joined, None, False
-        self.channel, self.going, self.out = self.going or self.channel, "", self.out and not self.going
-        self.past.end()
-        if self.leaving:
-            self.end()
-            return
-        if hopeless:
-            raise Failed(reason)
-        now = time.monotonic()
-        if joined:
-            self.view.remark(f"{reason}; trying again")
-            if now > self.since + RETRY_MAX_S:
-                self.attempts = 0
-            self.since = now
-        self.outgoing.again = self.outgoing.again or self.outgoing.sent > 0
-        self.outgoing.sent = 0
-        if self.outgoing.unsure:
-            self.view.remark(f"your last {len(self.outgoing.unsure)} line(s) may be lost: this server confirms nothing")
-            self.outgoing.unsure = []
-            if not self.view.patient:
-                raise Failed("it is not known whether all lines were delivered")
-        self.deadline = now + min(RETRY_S * 2**self.attempts, RETRY_MAX_S) * random.uniform(0.7, 1)
-        self.attempts = min(self.attempts + 1, 10)
-
-    # What happens: a method for each kind of event.
-
-    def _on_closed(self, item: Tuple[Link, bool, str]) -> None:
-        link, opened, reason = item
-        if link is not self.link:
-            return
-        if not opened:
-            hint = "is the server running, and there? (python chat.py server)"
-            self.lose(f"cannot connect to {self.where}: {reason}; {hint}")
-        elif self.entered:
-            self.lose(f"the connection to {self.where} was lost: {self.why or reason or 'it was closed'}")
-        else:
-            why = self.why or f"{reason or 'at once'}; is it a chat server?"
-            self.lose(f"{self.where} closed the connection: {why}")
-
-    def _on_distrusted(self, why: str) -> None:
-        hint = "" if "fingerprint" in why else "; if its own terminal shows a fingerprint, give that as --fingerprint"
-        raise Failed(f"{self.where} cannot be trusted, so nothing was sent: {why}{hint}")
-
-    def _on_messages(self, item: Tuple[Link, List[Message]]) -> None:
-        link, messages = item
-        for message in messages if link is self.link else ():
-            self.heard = time.monotonic()
-            early = RESUME_CAP in self.caps and not self.joined and is_channel(message.param(0))
-            early = early and not is_system(message)
-            if not early and not self.past.holds(message):  # what comes before our JOIN, we ask for after it
-                self.take(message)
-
-    def take(self, message: Message) -> None:
-        """A message, in its turn."""
-        handler = refusal_arrived if is_refusal(self, message) else ARRIVALS.get(message.command)
-        if not (handler and handler(self, message)):
-            self.view.show(placed(self, message), False)
-
-    def _on_input(self, item: Any) -> None:
-        self.view.input(self, item)
+    # What is said.
 
     def enter(self, text: str, commands: bool) -> None:
-        """A line of input, in which slash commands may be meant as such."""
+        """Takes a line of input, in which slash commands may be meant as such."""
         text = re.sub("[\0\r\n]", " ", text)
         try:
-            here = self.going or self.channel
+            here = self.rooms.pending or self.rooms.active
             message = parse_input(text, here, True) if commands else Message("PRIVMSG", (here, text))
-        except CommandError as refused:
-            self.view.remark(f"Error: {refused.params[0]}")
+        except CommandError as error:
+            self.ui.show_status(f"Error: {error.params[0]}")
             return
-        ENTRIES.get(message.command, ENTRIES[""])(self, message)
+        LOCAL_COMMANDS.get(message.command, send_command)(self, message)
+
+    def say(self, message: Message) -> None:
+        """Queues a PRIVMSG, as several if need be; it goes now, or when the connection is back."""
+        for target in filter(None, message.params[0].split(",")):
+            pieces = split_message(self.uplink, target, message)
+            if not pieces:
+                self.ui.show_status("Error: that name is too long")
+            for piece in pieces:
+                self.queue.add(target, piece)
+        self.flush_queue()
+
+    def flush_queue(self) -> None:
+        """Sends what is queued, once we are in the chat and know what was said there, as fast as the server allows."""
+        uplink = self.uplink
+        if not self.queue or uplink.phase != Phase.IN or self.rooms.pending or self.rooms.syncing():
+            return
+        for pending in self.queue.having(SendState.QUEUED):
+            if not uplink.allow(time.monotonic()):
+                return
+            tags = {ID_TAG: pending.id} if "message-tags" in uplink.caps else NO_TAGS
+            uplink.send("PRIVMSG", pending.target, pending.text, tags=tags)
+            pending.state = SendState.SENT
+            if "echo-message" not in uplink.caps:
+                self.await_pong(pending)
+            if uplink.unread == UNREAD_WINDOW:
+                uplink.send("PING", READ)
+
+    def await_pong(self, pending: Pending) -> None:
+        """Shows a message of which no echo will come, and asks the server by PING whether it has arrived."""
+        if not self.queue.having(SendState.UNCONFIRMED):
+            self.uplink.send("PING", pending.id)
+        pending.state = SendState.UNCONFIRMED
+        self.ui.show(Message("PRIVMSG", (pending.target, pending.text), self.uplink.nick), True)
+
+    # Where we are.
+
+    def fold(self, name: str) -> str:
+        """A name as the server compares it."""
+        return self.uplink.fold(name)
+
+    def is_me(self, nick: str) -> bool:
+        """Whether a nick is ours."""
+        return self.fold(nick) == self.fold(self.uplink.nick)
 
 
-def placed(client: Client, message: Message) -> Message:
-    """A message as it is shown: marked where it is about a channel that is not ours."""
-    target = message.param(0)
-    if message.command == "QUIT" or not is_channel(target) or client.fold(target) == client.fold(client.channel):
-        return message
-    return message._replace(tags={**message.tags, ELSEWHERE_TAG: ""})
+def check_deadlines(client: Client, now: float) -> None:
+    """Gives up what has taken too long; connects again when it is time."""
+    uplink = client.uplink
+    if uplink.phase == Phase.LEAVING:
+        if now > uplink.deadline:
+            client.end()
+    elif client.ui.ended and now > client.queue.last_progress + GIVE_UP_S:
+        raise FatalError(f"not delivered: {len(client.queue)} line(s); {client.where} does not confirm them")
+    elif uplink.phase == Phase.OFFLINE:
+        if now > client.retry_at:
+            client.connect()
+    elif len(uplink.sendq) > CLIENT_SENDQ:
+        client.lose(f"{client.where} does not read what it is sent")
+    elif uplink.phase < Phase.IN:
+        check_registration(client, now)
+    else:
+        check_liveness(client, now)
 
 
-def pieces_of(client: Client, target: str, message: Message) -> List[str]:
-    """What a message says, in pieces that fit in a line with our prefix; none where the target is too long."""
-    nick = client.nick.ljust(number_of(client, "NICKLEN", NICK_CHARS, NICK_BYTES))  # it may change on the way
-    rest = client.source.partition("!")[2] or f"~{'u' * USER_CHARS}@{'h' * 64}"
-    size = max(number_of(client, "LINELEN", LINE_BYTES, SERVER_INPUT_BYTES - TAG_BYTES), LINE_BYTES)
-    room = size - 2 - len(f":{nick}!{rest} PRIVMSG {target} :".encode())
+def check_liveness(client: Client, now: float) -> None:
+    """Asks a silent server whether it is there; gives up answers that do not come."""
+    uplink, rooms = client.uplink, client.rooms
+    if now > max(uplink.heard, uplink.ping_sent) + ASK_S:
+        if uplink.ping_sent > uplink.heard:
+            client.lose(f"{client.where} does not answer any more")
+        else:
+            uplink.send("PING", "are-you-there")
+            uplink.ping_sent = now
+    if rooms.pending and now > uplink.deadline:
+        abort_switch(client)
+    for room in rooms.syncing():
+        if room.sync and now > room.sync.asked + HISTORY_S:
+            end_page(client, room)
+
+
+def check_registration(client: Client, now: float) -> None:
+    """Gives up a server that does not let us in."""
+    uplink = client.uplink
+    if uplink.phase > Phase.DIALING and uplink.heard == uplink.since and now > uplink.since + CONNECT_S:
+        client.lose(f"{client.where} does not answer as a chat or IRC server does; is --port right?")
+    elif now > uplink.since + ENTER_S or uplink.phase > Phase.DIALING and now > uplink.heard + ASK_S:
+        client.lose(f"{client.where} does not let you in")  # it may look for our name and host first
+
+
+def is_banned(uplink: Uplink) -> bool:
+    """Whether the server has said that it does not want us, rather than only gone away."""
+    if uplink.ours or not uplink.error_text:
+        return False
+    return uplink.phase < Phase.IN or bool(BANNED_RE.search(uplink.error_text))
+
+
+def split_message(uplink: Uplink, target: str, message: Message) -> List[str]:
+    """The text of a message in pieces that fit in a line with our prefix; none where the target is too long."""
+    nick = uplink.nick.ljust(uplink.limit("NICKLEN", NICK_CHARS, NICK_BYTES))  # it may change on the way
+    userhost = uplink.userhost or "~" + "u" * USER_CHARS + "@" + "h" * 64
+    size = max(uplink.limit("LINELEN", LINE_BYTES, SERVER_INPUT_BYTES - TAG_BYTES), LINE_BYTES)
+    room = size - len(f":{nick}!{userhost} PRIVMSG {target} :\r\n".encode())
     if room < MIN_PIECE:
         return []
     doing = message.action
@@ -5839,572 +5929,646 @@ def pieces_of(client: Client, target: str, message: Message) -> List[str]:
     return [action(piece) for piece in split_text(doing, room - len(action("")))]
 
 
-def number_of(client: Client, token: str, default: int, most: int) -> int:
-    """What the server says in 005 of a limit."""
-    value = client.isupport.get(token, "")
-    return min(int(value), most) if re.fullmatch("[1-9][0-9]{0,4}", value) else default
+# Rooms.
 
 
-def is_expelled(client: Client) -> bool:
-    """Whether the server has said that it does not want us, rather than only gone away."""
-    if client.pace.free or not client.why:
-        return False
-    return not client.joined or bool(EXPELLED.search(client.why))
+def request_join(client: Client, channel: str) -> None:
+    """Sends JOIN, with the key that we know."""
+    key = client.keys.get(fold(channel))
+    client.uplink.send("JOIN", channel, *([key] if key else []))
 
 
-def is_refusal(client: Client, message: Message) -> bool:
-    """Whether an error can only be about our JOIN: there are more of them than anybody has listed."""
-    asked = client.going or ("" if client.joined else client.channel)
-    if not asked or message.command in ABOUT_CHANNELS or not re.fullmatch("[45][0-9][0-9]", message.command):
-        return False
-    return client.fold(message.param(1)) == client.fold(asked)
+def switch_channel(client: Client, channel: str) -> None:
+    """Speaks in a channel from now on if we are in it, else once we have been let in."""
+    room = client.rooms.get(channel)
+    if room:
+        client.rooms.switch(room)
+        client.ui.on_names()
+    else:
+        client.rooms.pending, client.uplink.deadline = channel, time.monotonic() + JOIN_S
 
 
-def tick(client: Client, now: float) -> None:
-    """Does what is due."""
-    if client.leaving:
-        if now > client.deadline and client.status is None:
-            client.end()
-    elif client.view.ended and now > client.outgoing.moved + GIVE_UP_S:
-        raise Failed(f"not delivered: {len(client.outgoing)} line(s); {client.where} does not confirm them")
-    elif client.link:
-        client.flush()
-        watch(client, now)
-    elif now > client.deadline:
-        client.connect()
+def abort_switch(client: Client) -> None:
+    """Speaks where we have spoken: the channel that we have asked to join does not let us in."""
+    client.rooms.pending = ""
+    if client.uplink.phase == Phase.JOINING:
+        client.uplink.phase, client.uplink.since = Phase.IN, time.monotonic()
 
 
-def watch(client: Client, now: float) -> None:
-    """Finds out whether the server is still there."""
-    if client.link and client.link.stuck:
-        client.lose(f"{client.where} does not read what it is sent")
-    elif not client.joined:
-        if client.heard == client.since and now > client.since + CONNECT_S:
-            client.lose(f"{client.where} does not answer as a chat or IRC server does; is --port right?")
-        elif now > min(client.heard + ASK_S, client.since + ENTER_S):  # a server may look for our name and host first
-            client.lose(f"{client.where} does not let you in")
-    elif client.past.asked and now > client.past.asked + CONNECT_S:
-        catch_up(client)
-    elif client.going and now > client.deadline:
-        stay(client)
-    elif now > max(client.heard, client.asked) + ASK_S:
-        if client.asked > client.heard:
-            client.lose(f"{client.where} does not answer any more")
-        else:
-            client.send("PING", "are-you-there")
-            client.asked = now
+def set_casemapping(client: Client) -> None:
+    """Compares names as the server does, from now on. Ours knows more than a CASEMAPPING can say."""
+    uplink = client.uplink
+    uplink.fold = fold if uplink.ours else folding(uplink.isupport.get("CASEMAPPING", "rfc1459"))
+    client.ignored = {uplink.fold(nick): nick for nick in client.ignored.values()}
+    client.rooms.refold()
 
 
-def seek(client: Client, channel: str) -> None:
-    """We have asked to join a channel, or are sent on to it."""
-    if client.fold(channel) == client.fold(client.channel) and not client.out:
-        stay(client)
-        return
-    client.going, client.deadline = channel, time.monotonic() + CONNECT_S
-    if client.fold(channel) in client.others:  # so the server has nothing to answer
-        client.take(Message("JOIN", (channel,), client.source))
-        client.send("NAMES", channel)
+# The past of a room (draft/chathistory).
 
 
-def stay(client: Client) -> None:
-    """The channel that we wanted to go to does not let us in."""
-    client.going = ""
-    client.flush()
+def has_history(uplink: Uplink) -> bool:
+    """Whether the server can be asked for the past."""
+    return {"batch", "draft/chathistory"} <= uplink.caps
 
 
-def catch_up(client: Client, more: bool = False) -> None:
-    """Shows what was missed, asks for more of it, or goes on with what was said meanwhile."""
-    page, full = client.past.answered()
-    before = len(page) if not client.past.missed else 0
-    if before:
-        client.view.remark(f"the last {before} line(s), said before you came:")
-    for message in page:
-        client.take(message._replace(tags={**message.tags, REPLAYED_TAG: ""}) if before else message)
-    if before:
-        client.view.remark("end of what was said before you came")
-    if full and more:
-        recall(client, 0)
-        return
-    for message in client.past.end():
-        client.take(message)
-    client.flush()
+def request_history(client: Client, room: Room, replay: int = 0) -> None:
+    """Asks for the last lines of a room, or with 0 for those that we missed, a page at a time."""
+    most = client.uplink.limit("CHATHISTORY", PAGE_LINES, PAGE_LINES)
+    room.sync = room.sync or HistorySync(not replay, min(replay or most, most))
+    room.sync.asked = time.monotonic()
+    since = ("AFTER", room.name, room.last) if room.last and not replay else ("LATEST", room.name, "*")
+    client.uplink.send("CHATHISTORY", *since, str(room.sync.most))
 
 
-def recall(client: Client, replay: int) -> None:
-    """Asks for the last lines of our channel, or with 0 for those that we missed."""
-    most = number_of(client, "CHATHISTORY", PAGE_LINES, PAGE_LINES)
-    client.send(*client.past.ask(client.channel, replay, most))
-
-
-def reference(client: Client, tags: Mapping[str, str]) -> str:
+def reference(uplink: Uplink, tags: Mapping[str, str]) -> str:
     """How this server is told where in the past a message with these tags is; '' where there is no way."""
-    known = (client.isupport.get("MSGREFTYPES") or "msgid,timestamp").split(",")
+    known = (uplink.isupport.get("MSGREFTYPES") or "msgid,timestamp").split(",")
     found = [f"{kind}={tags[tag]}" for kind, tag in REFERENCES.items() if kind in known and tag in tags]
-    return found[0] if found else ""
+    return found[0] if found and len(found[0]) < NAME_CHARS else ""
+
+
+def hold_back(client: Client, message: Message) -> bool:
+    """Keeps a message that belongs to a page of the past, or that came after it and so is to be shown after it."""
+    batch = message.tags.get("batch")
+    for room in client.rooms.joined.values():
+        sync = room.sync
+        if sync and batch and batch == sync.batch:
+            if len(sync.page) < sync.most:  # more of them, we have not asked for
+                sync.page.append(message)
+            return True
+    said_in = client.rooms.get(message.param(0)) if not is_system(message) else None
+    if not said_in or not said_in.sync:
+        return False
+    said_in.sync.held.append(message)
+    if len(said_in.sync.held) >= HELD_MESSAGES:
+        end_sync(client, said_in)
+    return True
+
+
+def end_page(client: Client, room: Room) -> None:
+    """Shows a page of the past; asks for the next one, as long as they are full and bring something new."""
+    sync = room.sync
+    if sync is None:
+        return
+    page, last = sync.page, room.last
+    sync.page, sync.batch, sync.pages = [], "", sync.pages + 1
+    if page and not sync.missed:
+        client.ui.show_status(f"the last {len(page)} line(s), said before you came:")
+    for message in page:
+        client.handle(message if sync.missed else message._replace(tags={**message.tags, REPLAYED_TAG: ""}))
+    if page and not sync.missed:
+        client.ui.show_status("end of what was said before you came")
+    if room.sync is sync:
+        more = sync.missed and len(page) >= sync.most and room.last != last and sync.pages < HISTORY_PAGES
+        (request_history if more else end_sync)(client, room)
+
+
+def end_sync(client: Client, room: Room) -> None:
+    """Waits no longer for the past: shows what was said meanwhile."""
+    sync, room.sync = room.sync, None
+    for message in sync.held if sync else ():
+        client.handle(message)
 
 
 # -----------------------------------------------------------------------------
-# arrivals and entries
+# handlers
 # -----------------------------------------------------------------------------
 # What a message means to the client, a function by its command; True: there is nothing to show.
 
-WANTED = {
+MessageHandler = Callable[[Client, Message], bool]
+HANDLERS: Dict[str, MessageHandler] = {}
+
+WANTED_CAPS = {
     "batch", "chghost", "draft/chathistory", "echo-message", "message-tags", "server-time", "standard-replies",
     RESUME_CAP,
 }  # fmt: skip
-
-
-HONOURED = ("CASEMAPPING", "CHATHISTORY", "LINELEN", "MSGREFTYPES", "NICKLEN", "PREFIX")  # of what servers say in 005
+ISUPPORT_KEYS = ("CASEMAPPING", "CHATHISTORY", "LINELEN", "MSGREFTYPES", "NICKLEN", "PREFIX")
 REFERENCES = {"msgid": "msgid", "timestamp": "time"}  # kinds of them in CHATHISTORY, best first, and their tags
+NOT_JOIN_ERRORS = ("404", "442", "470", "482")  # about a channel, but not that we cannot join: 470 sends us on
+READ = "read"  # a PING with this is answered when the server has read what was sent before
+# In the last words of a server that we should not come back to.
+BANNED_RE = re.compile(r"\bkilled\b|\b[dgkqz]-?lined?\b|\bbanned\b", re.IGNORECASE)
 
 
-def arrival(*commands: str) -> Callable[[Arrival], Arrival]:
+def handles(*commands: str) -> Callable[[MessageHandler], MessageHandler]:
     """Enters a function in the table."""
 
-    def enter(arrived: Arrival) -> Arrival:
-        ARRIVALS.update(dict.fromkeys(commands, arrived))
-        return arrived
+    def enter(function: MessageHandler) -> MessageHandler:
+        HANDLERS.update(dict.fromkeys(commands, function))
+        return function
 
     return enter
 
 
-@arrival("CAP")
-def cap_arrived(client: Client, message: Message) -> bool:
+# Registration.
+
+
+@handles("CAP")
+def on_cap(client: Client, message: Message) -> bool:
     """CAP <name> LS [*] :<capabilities> | ACK, NAK, NEW or DEL :<capabilities>"""
+    uplink = client.uplink
     verb, names = message.param(1), {item.partition("=")[0] for item in message.text.split()}
-    wanted = sorted(names & WANTED - set(client.caps))
-    if client.negotiated:
-        caps_changed(client, verb, names, wanted)
+    if uplink.negotiated:
+        on_cap_change(client, verb, names)
     elif verb == "LS":
-        client.caps += wanted
+        uplink.caps |= names & WANTED_CAPS
         if message.param(2) != "*":  # the last line of the list
-            client.negotiated = not client.caps
-            client.send(*(("CAP", "REQ", " ".join(client.caps)) if client.caps else ("CAP", "END")))
+            uplink.negotiated = not uplink.caps
+            uplink.send("CAP", *(("REQ", " ".join(sorted(uplink.caps))) if uplink.caps else ("END",)))
     elif verb in ("ACK", "NAK"):
-        client.caps, client.negotiated = message.text.split() if verb == "ACK" else [], True
-        if RESUME_CAP in client.caps:  # our name may be held by our last connection
-            client.send("RESUME", client.token)
-            if client.entered:
-                client.nick = client.wanted
-                client.send("NICK", client.nick)
-        client.send("CAP", "END")
+        uplink.caps, uplink.negotiated = names & WANTED_CAPS if verb == "ACK" else set(), True
+        known, client.granted = client.granted, uplink.caps if uplink.ours else set()
+        if known and not uplink.ours:
+            client.ui.show_status(f"{client.where} has become another server; trying again")
+            client.lose("it does not grant what it has granted before")
+        elif not known:
+            if uplink.ours:
+                uplink.send("RESUME", client.token)
+            uplink.send("CAP", "END")
     return True
 
 
-def caps_changed(client: Client, verb: str, names: Set[str], wanted: List[str]) -> None:
+def on_cap_change(client: Client, verb: str, names: Set[str]) -> None:
     """CAP NEW, DEL, or the answer to what we asked for then."""
+    uplink = client.uplink
+    wanted = names & WANTED_CAPS - uplink.caps
     if verb == "NEW" and wanted:
-        client.send("CAP", "REQ", " ".join(wanted))
+        uplink.send("CAP", "REQ", " ".join(sorted(wanted)))
     elif verb == "ACK":
-        client.caps += wanted
+        uplink.caps |= wanted
     elif verb == "DEL":
-        client.caps = [name for name in client.caps if name not in names]
-    for line in client.outgoing.doubt() if "echo-message" not in client.caps else ():
-        client.send("PING", line.id)
-        client.view.show(placed(client, Message("PRIVMSG", line[1:], client.source)), True)
+        uplink.caps -= names
+    for pending in client.queue.having(SendState.SENT) if "echo-message" not in uplink.caps else ():
+        client.await_pong(pending)  # no echo will come
 
 
-@arrival("PING")
-def ping_arrived(client: Client, message: Message) -> bool:
-    """PING <token>"""
-    client.send("PONG", *message.params)
-    return True
-
-
-@arrival("PONG")
-def pong_arrived(client: Client, message: Message) -> bool:
-    """PONG <server> <token>: what was sent before the PING has arrived"""
-    if client.outgoing.answered(message.text) and client.outgoing.unsure:
-        client.send("PING", client.outgoing.unsure[-1].id)
-    if message.text == READ:
-        client.pace.unread = 0
-        client.flush()
-    return True
-
-
-@arrival("001")
-def welcome_arrived(client: Client, message: Message) -> bool:
+@handles("001")
+def on_welcome(client: Client, message: Message) -> bool:
     """001 <name> :<welcome>"""
-    client.nick = message.param(0) or client.nick
-    if client.nick != client.wanted:
-        why = "taken" if client.tries else "not possible here"
-        client.view.remark(f"{client.wanted} is {why}; you are {client.nick}")
-    client.wanted = client.nick
-    if not client.welcomed:
-        client.view.start(client)
-    client.welcomed = True
-    client.pace = Pace(RESUME_CAP in client.caps)
-    client.fold = fold if client.pace.free else folding(client.isupport.get("CASEMAPPING", "rfc1459"))
-    if client.out:
-        client.joined, client.since, client.people = True, time.monotonic(), {}
-        client.source = f"{client.nick}!{client.source.partition('!')[2]}"
-        client.view.remark(f"connected again, not in {client.channel}; /join {client.channel} may bring you back")
+    uplink = client.uplink
+    if uplink.phase != Phase.REGISTERING:
         return True
-    key = client.keys.get(fold(client.channel))
-    client.send("JOIN", client.channel, *([key] if key else []))
+    uplink.phase = Phase.JOINING
+    uplink.nick = message.param(0) or uplink.nick
+    if uplink.nick != client.desired_nick:
+        why = "taken" if uplink.names_tried else "not possible here"
+        client.ui.show_status(f"{client.desired_nick} is {why}; you are {uplink.nick}")
+    client.desired_nick = uplink.nick
+    set_casemapping(client)
+    for room in client.rooms.rejoin.values():
+        request_join(client, room.name)
+        if uplink.ours and has_history(uplink):  # others have not told yet how they are to be asked
+            request_history(client, room)
+    if client.rooms.pending and client.fold(client.rooms.pending) not in client.rooms.rejoin:
+        request_join(client, client.rooms.pending)
+    elif not client.rooms.pending:  # we were put out of our channel
+        uplink.phase, uplink.since = Phase.IN, time.monotonic()
+        client.ui.show_status(
+            f"connected again, not in {client.rooms.active}; /join {client.rooms.active} may bring you back"
+        )
     return True
 
 
-@arrival("005")
-def isupport_arrived(client: Client, message: Message) -> bool:
+@handles("005")
+def on_isupport(client: Client, message: Message) -> bool:
     """005 <name> {<token>[=<value>]} :<text>"""
     for item in message.params[1:]:
         token, _, value = item.partition("=")
-        if token in HONOURED:
-            client.isupport[token] = value
-    if not client.pace.free:  # ours knows more than a CASEMAPPING can say
-        client.fold = folding(client.isupport.get("CASEMAPPING", "rfc1459"))
+        if token in ISUPPORT_KEYS:
+            client.uplink.isupport[token] = value
+    set_casemapping(client)
     return True
 
 
-@arrival("433", "436", "437")
-def taken_arrived(client: Client, message: Message) -> bool:
+@handles("433", "436", "437")
+def on_nick_taken(client: Client, message: Message) -> bool:
     """433 <name> <wanted> :<text>; 437 is about a channel, too"""
-    refused = message.param(1)
+    uplink, refused = client.uplink, message.param(1)
     if is_channel(refused):
-        return refusal_arrived(client, message)
-    if client.joined:
+        return on_join_error(client, message)
+    if uplink.phase >= Phase.IN:
         return False
-    if fold(refused) != fold(client.nick):
-        if RESUME_CAP in client.caps or len(refused) < OLD_NICK_CHARS or not client.nick.startswith(refused):
+    if fold(refused) != fold(uplink.nick):
+        if uplink.ours or len(refused) < OLD_NICK_CHARS or not uplink.nick.startswith(refused):
             return True  # about a name that we have given up meanwhile
-        client.isupport["NICKLEN"] = str(len(refused))  # it cuts names itself
-    client.tries += 1
-    if client.tries > SAME_NAMES:
-        raise Failed(f"the name {client.wanted} is taken, and so are others like it; choose another with --name")
-    client.nick = next_nick(client.nick, number_of(client, "NICKLEN", NICK_CHARS, NICK_CHARS))
-    client.send("NICK", client.nick)
+        uplink.isupport["NICKLEN"] = str(len(refused))  # it cuts names itself
+    uplink.names_tried += 1
+    if uplink.names_tried > SAME_NAMES:
+        raise FatalError(
+            f"the name {client.desired_nick} is taken, and so are others like it; choose another with --name"
+        )
+    uplink.nick = next_nick(uplink.nick, uplink.limit("NICKLEN", NICK_CHARS, NICK_CHARS))
+    uplink.send("NICK", uplink.nick)
     return True
 
 
-@arrival("431", "432")
-def unfit_arrived(client: Client, message: Message) -> bool:
+@handles("431", "432")
+def on_bad_nick(client: Client, message: Message) -> bool:
     """432 <name> <wanted> :<text>"""
-    if client.joined:
+    uplink = client.uplink
+    if uplink.phase >= Phase.IN:
         return False
-    simpler = simpler_nick(client.nick)
-    if simpler in ("", client.nick):
-        raise Failed(f"the server refuses the name {client.nick}: {message.text}; choose another with --name")
-    if client.nick.isascii():
-        client.isupport["NICKLEN"] = str(OLD_NICK_CHARS)
-    client.nick = simpler
-    client.send("NICK", client.nick)
+    simpler = simpler_nick(uplink.nick)
+    if simpler in ("", uplink.nick):
+        raise FatalError(f"the server refuses the name {uplink.nick}: {message.text}; choose another with --name")
+    if uplink.nick.isascii():
+        uplink.isupport["NICKLEN"] = str(OLD_NICK_CHARS)
+    uplink.nick = simpler
+    uplink.send("NICK", uplink.nick)
     return True
 
 
-@arrival("464", "465", "403", "405", "471", "473", "474", "475", "476", "477")
-def refusal_arrived(client: Client, message: Message) -> bool:
-    """<numeric> <name> ... :<text>, which ends all hope unless we are in"""
-    if client.joined:
-        if is_refusal(client, message):
-            stay(client)
-        return refused_arrived(client, message)
-    text, code = message.text, message.command
-    if code == "464" and not client.password and not client.entered:
-        raise PasswordWanted(f"{client.where} wants a password: give it in CHAT_PASSWORD or with --password-file")
-    if code == "464":
-        raise Failed(f"{client.where} does not accept this password")
-    if code == "465":
-        raise Failed(f"{client.where} does not let you in: {text}")
-    hint = (
-        f"its key goes behind it: --channel '{client.channel} KEY'"
-        if code == "475"
-        else "choose another with --channel"
-    )
-    raise Failed(f"cannot join {client.channel}: {text}; {hint}")
-
-
-@arrival("470")
-def forwarded_arrived(client: Client, message: Message) -> bool:
-    """470 <name> <channel> <other channel> :<text>: we are sent on to that one"""
-    asked, other = client.going or client.channel, message.param(2)
-    if client.fold(message.param(1)) != client.fold(asked) or not is_channel(other):
-        return False
-    if client.going:
-        client.outgoing.redirect(asked, other)
-        seek(client, other)
-    elif not client.joined:
-        client.channel = other
-    return False
-
-
-@arrival("401", "402", "404", "407", "411", "412", "417", "FAIL")
-def refused_arrived(client: Client, message: Message) -> bool:
-    """<numeric> <name> [<target>] :<text>, or FAIL <command> <code> :<text>: about a line of ours, perhaps"""
-    if message.command == "FAIL" and message.param(0) not in ("*", "PRIVMSG"):
-        if message.param(0) == "CHATHISTORY":
-            catch_up(client)
-        return False
-    nobodys = message.command in ("411", "412", "417", "FAIL")  # does not tell whom the line was for
-    target = "" if nobodys else message.param(1) or "?"
-    if client.outgoing.settle(target, "", client.fold) and not client.view.patient:
-        raise Failed(f"a line was not delivered: {message.text}")
-    return False
-
-
-@arrival("JOIN")
-def join_arrived(client: Client, message: Message) -> bool:
-    """JOIN <channel>"""
-    place = client.fold(message.param(0))
-    if message.nick != client.nick:
-        if place == client.fold(client.channel):
-            client.meet(message.nick)
-    elif place == client.fold(client.going or client.channel):
-        return let_in(client, message)
-    elif len(client.others) < PEOPLE and len(place) < NAME_CHARS:  # a server or a bouncer has put us there, too
-        client.others.add(place)
-    return False
-
-
-def let_in(client: Client, message: Message) -> bool:
-    """We are in the channel that we have asked to join."""
-    place = client.fold(message.param(0))
-    again = client.entered and not client.joined
-    if client.joined and not client.out and place != client.fold(client.channel):
-        client.send("PART", client.channel)
-    client.others.discard(place)
-    client.channel, client.source, client.people = message.param(0), message.source, {}
-    client.going, client.out = "", False
-    if not client.joined:
-        client.joined = client.entered = True
-        client.since = time.monotonic()
-    if not again:
-        ours = RESUME_CAP in client.caps  # elsewhere the past has no JOIN, and does not know its msgid
-        client.past.last = reference(client, {tag: message.tags[tag] for tag in message.tags if ours or tag == "time"})
-    recalls = {"batch", "draft/chathistory"} <= set(client.caps)
-    if recalls and (again or client.replay):
-        recall(client, 0 if again else client.replay)
-    if again:
-        gap = "" if recalls else "; what was said meanwhile is not known here"
-        client.view.remark(f"connected again{gap}")
-    if again and client.outgoing.again and RESUME_CAP not in client.caps:
-        client.view.remark("sent again, so perhaps twice: what this server has not confirmed")
-    client.outgoing.again = False
-    client.flush()
-    return again
-
-
-@arrival("BATCH")
-def batch_arrived(client: Client, message: Message) -> bool:
-    """BATCH +<reference> chathistory <channel> | BATCH -<reference>"""
-    reference = message.param(0)
-    ours = message.param(1) == "chathistory" and client.fold(message.param(2)) == client.fold(client.past.channel)
-    if reference.startswith("+") and client.past.asked and ours:
-        client.past.batch = reference[1:]
-    elif reference == f"-{client.past.batch}":
-        catch_up(client, True)
-    return True
-
-
-@arrival("PART", "KICK", "QUIT")
-def gone_arrived(client: Client, message: Message) -> bool:
-    """PART <channel> [:<reason>] | KICK <channel> <name> [:<reason>] | QUIT [:<reason>]"""
-    nick = message.param(1) if message.command == "KICK" else message.nick
-    if message.command == "QUIT" or client.fold(message.param(0)) == client.fold(client.channel):
-        client.people.pop(client.fold(nick), None)
-        if client.fold(nick) == client.fold(client.nick) and message.command != "QUIT":
-            client.out = client.joined
-            client.view.show(message, False)
-            client.view.remark(f"you are no longer in {client.channel}; /join {client.channel} may bring you back")
-            return True
-        return False
-    if nick != client.nick:
-        return False
-    client.others.discard(client.fold(message.param(0)))
-    return message.command == "PART"  # perhaps of the channel that we come from
-
-
-@arrival("MODE")
-def mode_arrived(client: Client, message: Message) -> bool:
-    """MODE <channel> <modes>{ <parameter>} | <name> <modes>"""
-    return fold(message.param(0)) != fold(client.channel)
-
-
-@arrival("NICK")
-def nick_arrived(client: Client, message: Message) -> bool:
-    """NICK <new name>"""
-    for names in (client.people, client.ignored):
-        if names.pop(client.fold(message.nick), None):
-            names[client.fold(message.param(0))] = message.param(0)
-    if message.nick == client.nick:
-        client.nick = client.wanted = message.param(0)
-        client.source = f"{client.nick}!{message.source.partition('!')[2]}"
-    return False
-
-
-@arrival("353")
-def names_arrived(client: Client, message: Message) -> bool:
-    """353 <name> = <channel> :[@+]<name>{ [@+]<name>}"""
-    if client.fold(message.param(2)) == client.fold(client.channel):
-        ranks = client.isupport.get("PREFIX", "(qaohv)~&@%+").partition(")")[2]
-        for name in message.text.split():
-            client.meet(name.lstrip(ranks).partition("!")[0])
-    return not client.asking
-
-
-@arrival("366")
-def names_end_arrived(client: Client, message: Message) -> bool:
-    """366 <name> <channel> :<text>"""
-    if not client.asking and client.fold(message.param(1)) == client.fold(client.channel):
-        client.view.greet(client)
-    client.asking = False
-    return True
-
-
-@arrival("PRIVMSG", "NOTICE")
-def said_arrived(client: Client, message: Message) -> bool:
-    """PRIVMSG <target> :<text>; our own is a receipt"""
-    if is_system(message):
-        return False
-    mine, key = message.nick == client.nick, client.fold(message.nick)
-    if mine and (ID_TAG in message.tags or "batch" not in message.tags):  # the past has many lines of ours
-        client.outgoing.settle(message.param(0), message.tags.get(ID_TAG, ""), client.fold)
-    if not client.past.is_new(message):
-        return True
-    if client.fold(message.param(0)) == client.fold(client.channel):
-        client.past.last = reference(client, message.tags) or client.past.last
-    if mine:
-        client.source = message.source
-        client.view.show(placed(client, message), True)
-        return True
-    if message.text.startswith("\x01") and message.action is None:
-        return True  # a CTCP request, or an answer to one that we have not made
-    if key in client.people:
-        client.people[key] = client.people.pop(key)
-    if key not in client.ignored and client.fold(message.param(0)) == client.fold(client.nick):
-        client.partner = message.nick
-    return key in client.ignored
-
-
-@arrival("KILL")
-def kill_arrived(client: Client, message: Message) -> bool:
-    """KILL <name> :<reason>: an operator does not want us here"""
-    if client.fold(message.param(0)) == client.fold(client.nick):
-        raise Failed(f"{client.where} has ended the connection: {message.text}")
-    return False
-
-
-@arrival("ERROR")
-def error_arrived(client: Client, message: Message) -> bool:
-    """ERROR :<text>: the server's last words"""
-    client.why = message.text
-    first = not client.entered and not client.password
-    if first and re.search("password|denied by config", message.text, re.IGNORECASE):  # ngircd, InspIRCd
-        how = "if it wants a password, give it in CHAT_PASSWORD or with --password-file"
-        raise PasswordWanted(f"{client.where} does not let you in: {message.text}; {how}")
-    return True
-
-
-@arrival("311", "396", "CHGHOST")
-def host_arrived(client: Client, message: Message) -> bool:
-    """311 <name> <nick> <user> <host> * :<real name> | 396 <name> [<user>@]<host> :<text> | CHGHOST <user> <host>"""
-    command, (who, user, host) = message.command, [*message.params[1:], "", "", ""][:3]
-    if command == "CHGHOST":
-        who, user, host = message.nick, message.param(0), message.param(1)
-    elif command == "396":
-        who, (user, _, host) = message.param(0), message.param(1).rpartition("@")
-    if client.source and client.fold(who) == client.fold(client.nick):
-        user = user or client.source.partition("!")[2].partition("@")[0]
-        client.source = f"{client.nick}!{user}@{host}"
-    return command != "311"
-
-
-@arrival("421", "451")
-def unknown_arrived(client: Client, message: Message) -> bool:
+@handles("421", "451")
+def on_unknown_command(client: Client, message: Message) -> bool:
     """421 <name> <command> :<text>"""
     return message.param(1) == "CAP"  # an old server, where nothing is lacking
 
 
-ARRIVALS["422"] = lambda client, message: True  # no message of the day
+HANDLERS["422"] = lambda client, message: True  # no message of the day
 
 
-# What a line that was typed does, by the command it stands for.
+@handles("PING")
+def on_ping(client: Client, message: Message) -> bool:
+    """PING <token>"""
+    client.uplink.send("PONG", *message.params)
+    return True
 
 
-def forward(client: Client, message: Message) -> None:
+@handles("PONG")
+def on_pong(client: Client, message: Message) -> bool:
+    """PONG <server> <token>: what was sent before the PING has arrived"""
+    if client.queue.acknowledge_until(message.text):
+        for pending in client.queue.having(SendState.UNCONFIRMED)[-1:]:
+            client.uplink.send("PING", pending.id)
+    if message.text == READ:
+        client.uplink.unread = 0
+    return True
+
+
+@handles("KILL")
+def on_kill(client: Client, message: Message) -> bool:
+    """KILL <name> :<reason>: an operator does not want us here"""
+    if client.is_me(message.param(0)):
+        raise FatalError(f"{client.where} has ended the connection: {message.text}")
+    return False
+
+
+@handles("ERROR")
+def on_error(client: Client, message: Message) -> bool:
+    """ERROR :<text>: the server's last words"""
+    client.uplink.error_text = message.text
+    first = not client.entered and not client.password
+    if first and re.search("password|denied by config", message.text, re.IGNORECASE):  # ngircd, InspIRCd
+        how = "if it wants a password, give it in CHAT_PASSWORD or with --password-file"
+        raise PasswordRequired(f"{client.where} does not let you in: {message.text}; {how}")
+    return True
+
+
+@handles("396", "CHGHOST")
+def on_host(client: Client, message: Message) -> bool:
+    """396 <name> [<user>@]<host> :<text> | CHGHOST <user> <host>: somebody is seen by another host, perhaps we"""
+    client.uplink.userhost = ""  # until something of ours comes back
+    return True
+
+
+# Rooms.
+
+
+@handles("JOIN")
+def on_join(client: Client, message: Message) -> bool:
+    """JOIN <channel>; ours may be one that we have not asked for: a server or a bouncer puts us there"""
+    name, key = message.param(0), client.fold(message.param(0))
+    room = client.rooms.joined.get(key)
+    if not client.is_me(message.nick):
+        if room:
+            client.rooms.meet(room, message.nick)
+        return False
+    rejoined, pending = key in client.rooms.rejoin, key == client.fold(client.rooms.pending)
+    if not pending and (len(client.rooms.joined) >= MAX_ROOMS or len(name) >= NAME_CHARS):
+        return False
+    room = client.rooms.rejoin.pop(key, room) or Room(name)
+    client.rooms.joined[key], room.name, room.members = room, name, {}
+    client.uplink.userhost = message.source.partition("!")[2]
+    if not rejoined:
+        # Elsewhere the past has no JOIN, and does not know its msgid.
+        tags = message.tags if client.uplink.ours else {tag: message.tags[tag] for tag in message.tags if tag == "time"}
+        room.last = reference(client.uplink, tags)
+        if pending and client.replay and has_history(client.uplink):
+            request_history(client, room, client.replay)
+    elif has_history(client.uplink) and not client.uplink.ours:
+        request_history(client, room)
+    if pending:
+        enter_room(client, room)
+    return rejoined
+
+
+def enter_room(client: Client, room: Room) -> None:
+    """We are in the channel that we have asked to join."""
+    uplink, again = client.uplink, client.entered and client.uplink.phase < Phase.IN
+    client.rooms.switch(room)
+    if uplink.phase < Phase.IN:
+        uplink.phase, uplink.since = Phase.IN, time.monotonic()
+    if not client.entered:
+        client.entered = True
+        client.ui.start()
+    if again:
+        gap = "" if has_history(uplink) else "; what was said meanwhile is not known here"
+        client.ui.show_status(f"connected again{gap}")
+        if client.queue.resent and not uplink.ours:
+            client.ui.show_status("sent again, so perhaps twice: what this server has not confirmed")
+    client.queue.resent = False
+
+
+def is_join_error(client: Client, message: Message) -> bool:
+    """Whether an error can only be about a JOIN of ours: there are more of them than anybody has listed."""
+    if not (client.rooms.pending or client.rooms.rejoin) or message.command in NOT_JOIN_ERRORS:
+        return False
+    key = client.fold(message.param(1))
+    return key in (client.fold(client.rooms.pending), *client.rooms.rejoin) and bool(
+        re.fullmatch("[45][0-9][0-9]", message.command)
+    )
+
+
+@handles("464", "465", "403", "405", "471", "473", "474", "475", "476", "477")
+def on_join_error(client: Client, message: Message) -> bool:
+    """<numeric> <name> ... :<text>, which ends all hope as long as we are nowhere"""
+    uplink, text, code = client.uplink, message.text, message.command
+    if is_join_error(client, message):
+        key = client.fold(message.param(1))
+        client.rooms.rejoin.pop(key, None)
+        elsewhere = key != client.fold(client.rooms.pending)
+        if elsewhere or uplink.phase >= Phase.IN or client.rooms.joined or client.rooms.rejoin:
+            if not elsewhere:
+                abort_switch(client)
+            return on_message_error(client, message)
+    if uplink.phase >= Phase.IN:
+        return on_message_error(client, message)
+    if code == "464" and not client.password and not client.entered:
+        raise PasswordRequired(f"{client.where} wants a password: give it in CHAT_PASSWORD or with --password-file")
+    if code == "464":
+        raise FatalError(f"{client.where} does not accept this password")
+    if code == "465":
+        raise FatalError(f"{client.where} does not let you in: {text}")
+    key_hint = f"its key goes behind it: --channel '{client.rooms.pending} KEY'"
+    hint = key_hint if code == "475" else "choose another with --channel"
+    raise FatalError(f"cannot join {client.rooms.pending}: {text}; {hint}")
+
+
+@handles("470")
+def on_forwarded(client: Client, message: Message) -> bool:
+    """470 <name> <channel> <other channel> :<text>: we are sent on to that one"""
+    asked, other = client.rooms.pending, message.param(2)
+    if asked and client.fold(message.param(1)) == client.fold(asked) and is_channel(other):
+        client.queue.redirect(asked, other)
+        room = client.rooms.get(other)
+        if room:
+            enter_room(client, room)
+        else:
+            switch_channel(client, other)
+    return False
+
+
+@handles("PART", "KICK")
+def on_part(client: Client, message: Message) -> bool:
+    """PART <channel> [:<reason>] | KICK <channel> <name> [:<reason>]"""
+    room = client.rooms.get(message.param(0))
+    nick = message.param(1) if message.command == "KICK" else message.nick
+    if room:
+        room.members.pop(client.fold(nick), None)
+    if not room or not client.is_me(nick):
+        return False
+    del client.rooms.joined[client.fold(room.name)]
+    client.ui.show(message, False)
+    if not client.rooms.is_elsewhere(message):
+        client.ui.show_status(f"you are no longer in {room.name}; /join {room.name} may bring you back")
+    return True
+
+
+@handles("QUIT")
+def on_quit(client: Client, message: Message) -> bool:
+    """QUIT [:<reason>]"""
+    for room in client.rooms.joined.values():
+        room.members.pop(client.fold(message.nick), None)
+    return False
+
+
+@handles("NICK")
+def on_nick(client: Client, message: Message) -> bool:
+    """NICK <new name>"""
+    uplink, old, new = client.uplink, client.fold(message.nick), message.param(0)
+    for names in (client.ignored, *(room.members for room in client.rooms.joined.values())):
+        if names.pop(old, None):
+            names[client.fold(new)] = new
+    if client.is_me(message.nick):
+        uplink.nick = client.desired_nick = new
+    return False
+
+
+@handles("MODE")
+def on_mode(client: Client, message: Message) -> bool:
+    """MODE <channel> <modes>{ <parameter>} | <name> <modes>"""
+    return client.rooms.get(message.param(0)) is None
+
+
+@handles("353")
+def on_names(client: Client, message: Message) -> bool:
+    """353 <name> = <channel> :[@+]<name>{ [@+]<name>}"""
+    room = client.rooms.get(message.param(2))
+    ranks = client.uplink.isupport.get("PREFIX", "(qaohv)~&@%+").partition(")")[2]
+    if room:
+        for name in message.text.split():
+            client.rooms.meet(room, name.lstrip(ranks).partition("!")[0])
+    return not client.names_requested
+
+
+@handles("366")
+def on_names_end(client: Client, message: Message) -> bool:
+    """366 <name> <channel> :<text>"""
+    room = client.rooms.get(message.param(1))
+    if room and not client.names_requested and client.fold(client.rooms.active) == client.fold(room.name):
+        client.ui.on_names()
+    client.names_requested = False
+    return True
+
+
+# Messages.
+
+
+@handles("PRIVMSG", "NOTICE")
+def on_message(client: Client, message: Message) -> bool:
+    """PRIVMSG <target> :<text>; our own is an acknowledgement"""
+    if is_system(message):
+        return False
+    mine = client.is_me(message.nick)
+    if mine:
+        on_echo(client, message)
+    if not client.seen.add(message.tags.get("msgid", "")):
+        return True
+    room = client.rooms.get(message.param(0))
+    if room:
+        room.last = reference(client.uplink, message.tags) or room.last
+    if mine:
+        client.ui.show(message, True)
+        return True
+    key, ctcp = client.fold(message.nick), message.text.startswith("\x01") and message.action is None
+    if key in client.ignored or ctcp:
+        return True  # a CTCP request, or an answer to one that we have not made
+    if room:
+        room.unread += client.rooms.is_elsewhere(message)
+        if key in room.members:
+            room.members[key] = room.members.pop(key)
+    elif client.is_me(message.param(0)):
+        client.last_private_sender = message.nick
+    return False
+
+
+def on_echo(client: Client, message: Message) -> None:
+    """A message of ours has come back. In the past there are many of them, perhaps of another host."""
+    if ID_TAG in message.tags:
+        client.queue.acknowledge(message.tags[ID_TAG])
+    elif "batch" not in message.tags:
+        client.queue.acknowledge_first(message.param(0), client.fold)
+    if "batch" not in message.tags:
+        client.uplink.userhost = message.source.partition("!")[2]
+
+
+@handles("401", "402", "404", "407", "411", "412", "417", "FAIL")
+def on_message_error(client: Client, message: Message) -> bool:
+    """<numeric> <name> [<target>] :<text>, or FAIL <command> <code> :<text>: about a message of ours, perhaps"""
+    if message.command == "FAIL" and message.param(0) not in ("*", "PRIVMSG"):
+        if message.param(0) == "CHATHISTORY":
+            named = [client.fold(param) for param in message.params if is_channel(param)]
+            for room in client.rooms.syncing():
+                if not named or client.fold(room.name) in named:
+                    end_page(client, room)
+        return False
+    nobodys = message.command in ("411", "412", "417", "FAIL")  # does not tell whom the message was for
+    target = "" if nobodys else message.param(1) or "?"
+    if client.queue.acknowledge_first(target, client.fold) and not client.ui.patient:
+        raise FatalError(f"a line was not delivered: {message.text}")
+    return False
+
+
+@handles("BATCH")
+def on_batch(client: Client, message: Message) -> bool:
+    """BATCH +<reference> chathistory <channel> | BATCH -<reference>"""
+    mark, reference = message.param(0)[:1], message.param(0)[1:]
+    if mark == "+" and message.param(1) == "chathistory":
+        room = client.rooms.get(message.param(2))
+        if room and room.sync:
+            room.sync.batch = reference
+    elif mark == "-" and reference:
+        for room in client.rooms.syncing():
+            if room.sync and room.sync.batch == reference:
+                end_page(client, room)
+    return True
+
+
+# What a line that was typed does, by the command that it stands for.
+
+
+def send_command(client: Client, message: Message) -> None:
     """A command for the server."""
-    if not client.joined:
-        client.view.remark("Error: not connected; only messages wait until we are")
+    if client.uplink.phase != Phase.IN:
+        client.ui.show_status("Error: not connected; only messages wait until we are")
         return
-    client.asking = client.asking or message.command == "NAMES"
+    client.names_requested = client.names_requested or message.command == "NAMES"
+    client.uplink.send(message.command, *message.params)
+
+
+def enter_join(client: Client, message: Message) -> None:
+    """/join #NAME [KEY]: speaks there from now on"""
     channel = message.param(0)
-    if message.command == "JOIN" and (client.going or "," in channel):
-        client.view.remark("Error: one channel at a time")
-        return
-    client.send(message.command, *message.params)
-    if message.command == "JOIN":
+    if client.uplink.phase != Phase.IN:
+        send_command(client, message)
+    elif client.rooms.pending or "," in channel:
+        client.ui.show_status("Error: one channel at a time")
+    else:
         if message.param(1):
             client.keys[fold(channel)] = message.param(1)
-        seek(client, channel)
+        if not client.rooms.get(channel):
+            request_join(client, channel)
+        switch_channel(client, channel)
+
+
+def enter_part(client: Client, message: Message) -> None:
+    """/part [#NAME]: speaks in another room, if there is one"""
+    send_command(client, message)
+    others = client.rooms.others()
+    if client.uplink.phase == Phase.IN and others and not client.rooms.is_elsewhere(message):
+        switch_channel(client, others[-1].name)
 
 
 def enter_reply(client: Client, message: Message) -> None:
     """/reply TEXT"""
-    if client.partner:
-        client.say(Message("PRIVMSG", (client.partner, message.text)))
+    if client.last_private_sender:
+        client.say(Message("PRIVMSG", (client.last_private_sender, message.text)))
     else:
-        client.view.remark("Error: nobody has spoken to you alone yet; it is /msg NAME TEXT")
+        client.ui.show_status("Error: nobody has spoken to you alone yet; it is /msg NAME TEXT")
 
 
 def enter_ignore(client: Client, message: Message) -> None:
     """/ignore [NAME]"""
     name, key = message.text, client.fold(message.text)
     if not name:
-        client.view.remark(f"ignored: {', '.join(client.ignored.values()) or 'nobody'}")
+        client.ui.show_status(f"ignored: {', '.join(client.ignored.values()) or 'nobody'}")
     elif client.ignored.pop(key, None):
-        client.view.remark(f"{name} is shown again")
+        client.ui.show_status(f"{name} is shown again")
     else:
-        client.ignored[key] = client.people.get(key, name)
-        client.view.remark(f"{name} is ignored; the same again shows their messages")
+        client.ignored[key] = next(
+            (room.members[key] for room in client.rooms.joined.values() if key in room.members), name
+        )
+        client.ui.show_status(f"{name} is ignored; the same again shows their messages")
 
 
 def enter_help(client: Client, message: Message) -> None:
     """/help"""
     for line in help_lines(True):
-        client.view.remark(line)
+        client.ui.show_status(line)
 
 
-ENTRIES.update(
-    {
-        "": forward,
-        "PRIVMSG": Client.say,
-        "QUIT": lambda client, message: client.leave(message.text),
-        "REPLY": enter_reply,
-        "IGNORE": enter_ignore,
-        "HELP": enter_help,
-        "CLEAR": lambda client, message: client.view.clear(),
-    }
-)
+LOCAL_COMMANDS: Dict[str, Callable[[Client, Message], None]] = {
+    "PRIVMSG": Client.say,
+    "QUIT": lambda client, message: client.leave(message.text),
+    "JOIN": enter_join,
+    "PART": enter_part,
+    "REPLY": enter_reply,
+    "IGNORE": enter_ignore,
+    "HELP": enter_help,
+    "CLEAR": lambda client, message: client.ui.clear(),
+}
 
 
 # -----------------------------------------------------------------------------
-# views
+# user interfaces
 # -----------------------------------------------------------------------------
 
 
-class Pipe(View):
-    """Lines in from `source`; lines, or JSON objects, on standard output. Remarks go to standard error.
+class PipeUI(UserInterface):
+    """Lines in from `source`; lines, or JSON objects, on standard output. What the client says goes to standard error.
 
     Leaves when all lines are delivered. Where `commands` are looked for, there is a person, at a simple terminal.
     """
 
-    def __init__(self, source: Any, commands: bool = False, as_json: bool = False, quiet: bool = False) -> None:
+    def __init__(
+        self, client: Client, source: Any, commands: bool = False, as_json: bool = False, quiet: bool = False
+    ) -> None:
         self.patient = self._commands = commands
+        self._client = client
         self._source = source
         self._json = as_json
         self._quiet = quiet
-        self._window = threading.Semaphore(0)  # lines that may be read
-        self._asked = False  # for one that has not come yet
+        self._lines: queue.Queue[Union[bytes, FatalError, None]] = queue.Queue(PIPE_WINDOW)  # None: no more
 
-    def start(self, client: Client) -> None:
-        threading.Thread(target=self._read, args=(client.events,), daemon=True).start()
+    def start(self) -> None:
+        threading.Thread(target=self._read, daemon=True).start()
 
-    def _read(self, events: Events[Tuple[str, Any]]) -> None:
-        """A thread: each line that the window admits, and b"" at the end.
+    def _read(self) -> None:
+        """A thread: queues each line of the input, without the byte-order mark of a file.
 
         Reads below the buffer, whose lock a thread that is still there when the program ends must not hold.
         """
-        lines, data = LineBuffer(SERVER_INPUT_BYTES), b"\n"
+        lines, data, mark = LineBuffer(SERVER_INPUT_BYTES), b"\n", codecs.BOM_UTF8
         while data and self._source:
             try:
                 data = self._source.read(RECV_BYTES)
@@ -6413,155 +6577,151 @@ class Pipe(View):
                     data = b"\n"
                     continue
             except OSError as error:
-                events.put(("input", error))
+                self._put(FatalError(f"cannot read the input: {error.strerror}"))
                 return
             for line in lines.feed(data or b"\n"):
-                self._window.acquire()
-                events.put(("input", line))
-        self._window.acquire()
-        events.put(("input", b""))
+                if line is None:
+                    self._put(FatalError("a line of the input is too long"))
+                    return
+                self._put(line[len(mark) :] if line.startswith(mark) else line)
+                mark = b""
+        self._put(None)
 
-    def input(self, client: Client, item: Any) -> None:
-        self._asked = False
-        if isinstance(item, OSError):
-            raise Failed(f"cannot read the input: {item.strerror}")
-        if item is None:
-            raise Failed("a line of the input is too long")
-        self.ended = not item
-        if item:
-            client.enter(item.decode(errors="replace"), self._commands)
+    def _put(self, item: Union[bytes, FatalError, None]) -> None:
+        self._lines.put(item)  # waits while there is no room
+        self._client.wakeup.wake()
+
+    def update(self) -> None:
+        """Takes lines as long as not too many wait for their acknowledgement; leaves after the last."""
+        client = self._client
+        while not self.ended and client.entered and len(client.queue) < PIPE_WINDOW:
+            try:
+                item = self._lines.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(item, FatalError):
+                raise item
+            self.ended = item is None
+            if item:
+                client.enter(item.decode(errors="replace"), self._commands)
+        if self.ended and (self.patient or not client.queue) and client.uplink.phase != Phase.LEAVING:
+            client.leave()
 
     def show(self, message: Message, mine: bool) -> None:
         if self._json:
             shown = JSON.encode(message._replace(command="ACK") if mine else message).decode()
         else:
             hidden = mine and fold(message.param(0)) != fold(message.nick)
-            shown = "" if hidden or self._quiet else text_form(message) + "\n"
+            elsewhere = self._client.rooms.is_elsewhere(message)
+            shown = "" if hidden or self._quiet else text_form(message, elsewhere=elsewhere) + "\n"
         if shown.strip():
             print(shown, end="", flush=True)
 
-    def remark(self, text: str) -> None:
+    def show_status(self, text: str) -> None:
         print(f"*** {escape_controls(text)}", file=sys.stderr, flush=True)
 
-    def update(self, client: Client) -> None:
-        """Asks for the next line, or leaves after the last, as soon as enough is confirmed."""
-        if self.ended:
-            if not client.leaving and (self.patient or not client.outgoing):
-                client.leave()
-        elif client.entered and not self._asked and len(client.outgoing) < UNECHOED_LINES:
-            self._asked = True
-            self._window.release()
 
-
-class Person(View):
+class TerminalUI(UserInterface):
     """Somebody at a terminal."""
 
-    pause = 0.1
-
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
-        self._keys = KeyParser()
-        self._editor = LineEditor(lambda head: (0, []))
-        self._nick = ""
-        self._greeted = ""  # the channel
+    def __init__(self, client: Client, terminal: Terminal) -> None:
+        self._client = client
+        self._terminal = terminal
+        self._greeted = ""  # the channel of which we last told who is there
         self._day = time.localtime()[:3]  # of what was shown last
         self._drawn = 0.0  # monotonic
-        self.stopping = False  # as soon as possible; the terminal is the shell's meanwhile
 
-    def start(self, client: Client) -> None:
-        self._editor = LineEditor(functools.partial(completions, client))
-        threading.Thread(target=self._read, args=(client.events,), daemon=True).start()
+    def start(self) -> None:
+        self._terminal.start()
 
-    @staticmethod
-    def _read(events: Events[Tuple[str, Any]]) -> None:
-        """A thread: what is typed, and '' when the terminal is gone."""
-        text = "?"
-        while text:
-            text = read_keys()
-            events.put(("input", text))
-
-    def input(self, client: Client, item: str) -> None:
-        if not item:
+    def update(self) -> None:
+        """Takes what was typed, and draws what changes, at most every FRAME_S while much is happening."""
+        client, terminal = self._client, self._terminal
+        for submission in terminal.submissions():
+            for line in submission.lines:
+                client.enter(line, not submission.pasted)
+        if terminal.hung_up and client.uplink.phase != Phase.LEAVING:
             client.leave()
-        for key in self._keys.feed(item):
-            if key == "\x03":  # where the terminal does not make a signal of it
-                raise KeyboardInterrupt
-            if key == PASTE_BEGIN:
-                self.remark(f"Error: a paste of more than {PASTE_CHARS} characters is not taken")
-            entered = self._editor.handle_key(key) or Submission([])
-            for line in entered.lines:
-                client.enter(line, not entered.pasted)
+        now = time.monotonic()
+        if client.uplink.drained or now > self._drawn + FRAME_S:
+            self._drawn = now
+            self._draw(now)
+
+    def _draw(self, now: float) -> None:
+        client = self._client
+        self._print("", time.localtime())
+        waiting = []
+        for pending in client.queue.messages[-WAITING_ROWS:]:
+            if pending.state != SendState.UNCONFIRMED:  # those are shown as sent
+                message = Message("PRIVMSG", (pending.target, pending.text), client.uplink.nick)
+                waiting.append(f"  ... {self._own_form(message)}")
+        nick, state = escape_controls(client.uplink.nick), self._state(now)
+        prompts = [f"[{state}] {nick}> ", f"[{state.partition(' | ')[0]}] ", "> "]
+        self._terminal.draw(waiting, prompts)
+
+    def _state(self, now: float) -> str:
+        """What the prompt says: where we are and how many, and what is unread elsewhere."""
+        client, phase = self._client, self._client.uplink.phase
+        if phase == Phase.OFFLINE:
+            return f"offline, next try in {max(math.ceil(client.retry_at - now), 0)} s"
+        if phase < Phase.IN:
+            return "connecting"
+        room = client.rooms.get(client.rooms.active)
+        here = f"{escape_controls(client.rooms.active)} {len(room.members) if room else 0}"
+        unread = [f"{escape_controls(other.name)} +{other.unread}" for other in client.rooms.others() if other.unread]
+        return " | ".join([here, *unread])
 
     def show(self, message: Message, mine: bool) -> None:
-        system, paint = is_system(message), self._screen.paint
+        system, paint = is_system(message), self._terminal.paint
         private = not system and not is_channel(message.param(0))
-        mentioned = not (system or mine) and mentions(message.text, self._nick)
-        text = text_form(message, functools.partial(self._name, mentioned) if not system else escape_controls)
+        mentioned = not (system or mine) and mentions(message.text, self._client.uplink.nick)
+        name = escape_controls if system else functools.partial(self._name, mentioned)
+        text = text_form(message, name, self._client.rooms.is_elsewhere(message))
         if not text:
             return
         if system:
             text = paint(text, RED if text.startswith("*** Error: ") else DIM)
         elif private:
-            start = own_form(message).partition("]")[0] if mine else "[private"
+            start = self._own_form(message).partition("]")[0] if mine else "[private"
             text = paint(f"{start}]", MAGENTA) + text[len("[private]") :]
-        if (mentioned or (private and not mine)) and REPLAYED_TAG not in message.tags:
-            self._screen.bell()
-        self._print(text, local_time(message.tags.get("time", "")), REPLAYED_TAG in message.tags)
+        past = REPLAYED_TAG in message.tags
+        if (mentioned or (private and not mine)) and not past:
+            self._terminal.bell()
+        self._print(text, local_time(message.tags.get("time", "")), past)
+
+    def _own_form(self, message: Message) -> str:
+        """How we read a message of our own, which may be private."""
+        text = text_form(message, elsewhere=self._client.rooms.is_elsewhere(message))
+        return f"[private to {escape_controls(message.param(0))}]{text[9:]}" if text.startswith("[private] ") else text
 
     def _name(self, mentioned: bool, nick: str) -> str:
         """A sender's name, in the colour that it always has."""
         colour = NAME_COLOURS[zlib.crc32(fold(nick).encode()) % len(NAME_COLOURS)]
-        return self._screen.paint(escape_controls(nick), *((BOLD, REVERSE) if mentioned else ()), colour)
+        return self._terminal.paint(escape_controls(nick), *((BOLD, REVERSE) if mentioned else ()), colour)
 
     def _print(self, text: str, moment: time.struct_time, past: bool = False) -> None:
         if moment[:3] > self._day or past and moment[:3] != self._day:
             self._day = moment[:3]
-            self._screen.print(self._screen.paint(time.strftime("--- %A, %d %B %Y ---", moment), DIM))
+            self._terminal.print(self._terminal.paint(time.strftime("--- %A, %d %B %Y ---", moment), DIM))
         if text:
-            self._screen.print(f"{self._screen.paint(time.strftime('%H:%M', moment), DIM)} {text}")
+            self._terminal.print(f"{self._terminal.paint(time.strftime('%H:%M', moment), DIM)} {text}")
 
-    def remark(self, text: str) -> None:
+    def show_status(self, text: str) -> None:
         look = RED if text.startswith("Error: ") else DIM
-        self._print(self._screen.paint(f"*** {escape_controls(text)}", look), time.localtime())
+        self._print(self._terminal.paint(f"*** {escape_controls(text)}", look), time.localtime())
 
-    def greet(self, client: Client) -> None:
-        others = [nick for nick in client.people.values() if nick != client.nick]
-        if self._greeted == client.channel:
-            return
-        who = f"{len(others)} others" if len(others) > GREETED else ", ".join(others) or "nobody else yet"
+    def on_names(self) -> None:
+        client = self._client
+        room = client.rooms.get(client.rooms.active)
+        others = [nick for nick in room.members.values() if not client.is_me(nick)] if room else []
+        who = f"{len(others)} others" if len(others) > NAMES_SHOWN else ", ".join(others) or "nobody else yet"
         hint = "" if self._greeted else "; /help tells what you can do, /quit leaves"
-        self.remark(f"here: {who}{hint}")
-        self._greeted = client.channel
+        if self._greeted != client.rooms.active:
+            self.show_status(f"here: {who}{hint}")
+        self._greeted = client.rooms.active
 
     def clear(self) -> None:
-        self._screen.clear()
-
-    def update(self, client: Client) -> None:
-        """Draws what changes, at most every FRAME_S while much is happening."""
-        self._nick = client.nick
-        if self.stopping:
-            self.stopping = False
-            self._screen.suspend()
-        now = time.monotonic()
-        if not client.events.empty() and now < self._drawn + FRAME_S:
-            return
-        self._drawn = now
-        self._print("", time.localtime())
-        if client.joined:
-            state = f"{escape_controls(client.channel)} {len(client.people)}"
-        else:
-            state = "connecting" if client.link else f"offline, next try in {math.ceil(client.deadline - now)} s"
-        lines = [Message("PRIVMSG", line[1:], client.nick) for line in client.outgoing.waiting[-WAITING_ROWS:]]
-        waiting = [f"  ... {own_form(placed(client, line))}" for line in lines]
-        question, text, cursor = self._editor.view()
-        prompts = [question] if question else [f"[{state}] {escape_controls(client.nick)}> ", f"[{state}] ", "> "]
-        self._screen.draw(waiting, prompts, text, cursor)
-
-
-def own_form(message: Message) -> str:
-    """How we read a message of our own, which may be private."""
-    text = text_form(message)
-    return f"[private to {escape_controls(message.param(0))}]{text[9:]}" if text.startswith("[private] ") else text
+        self._terminal.clear()
 
 
 def mentions(text: str, nick: str) -> bool:
@@ -6579,13 +6739,16 @@ def local_time(stamp: str) -> time.struct_time:
 
 
 def completions(client: Client, head: str) -> Tuple[int, List[str]]:
-    """Where the word at the end of `head` begins, and what it may become: a slash command, or whom we heard last."""
+    """Where the word at the end of `head` begins, and what it may become: a slash command, a room, or whom we heard
+    last."""
     start = head.rfind(" ") + 1
-    word = head[start:]
+    word, room = client.fold(head[start:]), client.rooms.get(client.rooms.active)
     if start == 0 and word.startswith("/"):
         return 0, [f"/{name} " for name in SLASH_COMMANDS if name.startswith(word[1:].lower())]
-    names = [nick for key, nick in reversed(list(client.people.items())) if key.startswith(client.fold(word))]
-    return start, [nick + (" " if start else ": ") for nick in names if nick != client.nick]
+    if start and is_channel(word):
+        return start, [f"{other.name} " for key, other in client.rooms.joined.items() if key.startswith(word)]
+    names = [nick for key, nick in reversed(list(room.members.items())) if key.startswith(word)] if room else []
+    return start, [nick + (" " if start else ": ") for nick in names if not client.is_me(nick)]
 
 
 # -----------------------------------------------------------------------------
@@ -6736,49 +6899,48 @@ def memory_used() -> str:
 
 
 class OperatorConsole:
-    """The operator's terminal: the log and the answers scroll above the line that is typed. Of the main thread.
-
-    Other threads only put into `events`, in which ("line", text) is something to be shown.
-    """
+    """The operator's terminal: the log and the answers scroll above the line that is typed. Of the main thread."""
 
     def __init__(self, server: Server) -> None:
-        self.events: Events[Tuple[str, str]] = queue.Queue(LOG_QUEUE)
-        self.stopping = False  # as soon as possible; the terminal is the shell's meanwhile
+        self.wakeup = Wakeup()
+        self.terminal = Terminal(self.wakeup, self._complete)
         self._server, self._commands = server, OperatorCommands(server)
-        self._keys = KeyParser()
-        self._editor = LineEditor(self._complete)
+        self._lines: queue.Queue[str] = queue.Queue(LOG_QUEUE)  # of the log
+
+    def show(self, line: str) -> None:
+        """Shows a line; waits while too many have not been shown. Any thread but the main one."""
+        self._lines.put(line)
+        self.wakeup.wake()
 
     def run(self, serving: threading.Thread) -> None:
-        """Until the server ends; raises one of TERMINAL_ERRORS when the terminal is gone."""
-        threading.Thread(target=self._read, daemon=True).start()
-        with Screen() as screen:
-            while serving.is_alive():
-                with contextlib.suppress(queue.Empty):
-                    kind, text = self.events.get(timeout=0.1)
-                    self._take(kind, text, screen)
-                if self.stopping:
-                    self.stopping = False
-                    screen.suspend()
-                if self.events.empty():
-                    question, text, cursor = self._editor.view()
-                    screen.draw([], [question or "server> "], text, cursor)
+        """Until the server ends, or the terminal is gone: then it may raise one of TERMINAL_ERRORS."""
+        with self.terminal as terminal:
+            terminal.start()
+            while serving.is_alive() and not terminal.hung_up:
+                terminal.draw([], ["server> "])
+                select.select([self.wakeup], [], [])
+                self.wakeup.clear()
+                for line in self.lines():
+                    terminal.print(line)
+                self._obey()
 
-    def _read(self) -> None:
-        """A thread: what is typed, until the terminal is gone."""
-        for text in iter(read_keys, ""):
-            self.events.put(("keys", text))
+    def lines(self) -> Iterator[str]:
+        """The lines that have not been shown yet."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield self._lines.get_nowait()
 
-    def _take(self, kind: str, text: str, screen: Screen) -> None:
-        if kind == "line":
-            screen.print(text)
-            return
-        for key in self._keys.feed(text):
-            if key == "\x03":  # where the terminal does not make a signal of it
-                self._server.stop()
-            for line in (self._editor.handle_key(key) or Submission([])).lines:
-                screen.print(screen.paint(f"server> {escape_controls(line)}", DIM))
-                for answer in self._commands.run(line):
-                    screen.print(escape_controls(answer))
+    def _obey(self) -> None:
+        """Runs the commands that have been entered."""
+        terminal = self.terminal
+        try:
+            for submission in terminal.submissions():
+                for line in submission.lines:
+                    terminal.print(terminal.paint(f"server> {escape_controls(line)}", DIM))
+                    for answer in self._commands.run(line):
+                        terminal.print(escape_controls(answer))
+        except KeyboardInterrupt:
+            self._server.stop()
 
     def _complete(self, head: str) -> Tuple[int, List[str]]:
         start = head.rfind(" ") + 1
@@ -6797,7 +6959,7 @@ class OperatorConsole:
 def run_server(args: argparse.Namespace) -> int:
     """chat.py server"""
     if not re.fullmatch(r"[A-Za-z0-9.-]{1,63}", args.server_name):
-        raise Failed("a --server-name is up to 63 letters, digits, dots and hyphens")
+        raise FatalError("a --server-name is up to 63 letters, digits, dots and hyphens")
     raise_descriptor_limit()
     if hasattr(gc, "set_threshold"):  # not PyPy; with the default, a third of the time in which 9,000 join
         gc.set_threshold(50_000, 20, 20)
@@ -6808,7 +6970,7 @@ def run_server(args: argparse.Namespace) -> int:
     try:
         hub.access = AccessControl(args.exempt, password)
     except ValueError as error:
-        raise Failed(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
+        raise FatalError(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
     certificate, context = tls_from_args(args)
     # Before others can connect.
     log_file = logging.handlers.WatchedFileHandler(args.log, encoding="utf-8") if args.log else None
@@ -6816,9 +6978,9 @@ def run_server(args: argparse.Namespace) -> int:
         server = Server(args.host, args.port, hub, context, args.tls_only)
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise Failed(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
+            raise FatalError(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
         reason = getattr(error, "strerror", None) or str(error)
-        raise Failed(f"cannot listen on {args.host}:{args.port}: {reason}") from None
+        raise FatalError(f"cannot listen on {args.host}:{args.port}: {reason}") from None
     greeting = join_instructions(server.listener.hosts, server.listener.port, certificate, args.tls_only)
     return serve_until_stopped(server, greeting, args.verbose, log_file)
 
@@ -6838,9 +7000,8 @@ def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: 
         text = "there is no password: whoever reaches %s can join (--password-file sets one)"
         log_later(logging.WARNING, text, reachable[0])
     if console:
-        if hasattr(signal, "SIGTSTP"):
-            signal.signal(signal.SIGTSTP, lambda *_: setattr(console, "stopping", True))
-        serving = threading.Thread(target=serve_and_end, args=(server,), daemon=True)
+        console.terminal.handle_signals()
+        serving = threading.Thread(target=serve_and_end, args=(server, console), daemon=True)
         serving.start()
         with contextlib.suppress(*TERMINAL_ERRORS):
             console.run(serving)
@@ -6849,8 +7010,8 @@ def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: 
         server.serve()
     status, ended = int(server.mailer.failed), end_log()
     with contextlib.suppress(OSError):
-        while console and not console.events.empty():
-            print(console.events.get()[1], flush=True)
+        for line in console.lines() if console else ():
+            print(line, flush=True)
     if not ended:  # its thread holds the stream's lock, without which Python does not end
         os._exit(status)
     return status
@@ -6870,12 +7031,11 @@ def handle_signals(server: Server, console: Optional[OperatorConsole], log_file:
             signal.signal(getattr(signal, name), hang_up if name == "SIGHUP" else lambda *_: server.stop())
 
 
-def serve_and_end(server: Server) -> None:
+def serve_and_end(server: Server, console: OperatorConsole) -> None:
     """Lets a server serve; afterwards the program ends soon, even if its terminal takes nothing."""
     server.serve()
-    end = threading.Timer(END_S, os._exit, [int(server.mailer.failed)])
-    end.daemon = True
-    end.start()
+    _thread.start_new_thread(end_soon, (int(server.mailer.failed), console.terminal))
+    console.wakeup.wake()
 
 
 def is_interactive() -> bool:
@@ -6888,18 +7048,18 @@ def tls_from_args(args: argparse.Namespace) -> Tuple[str, Optional[ssl.SSLContex
     """The fingerprint of the server's certificate, and what it encrypts with; ('', None) for no TLS."""
     if not (args.tls or args.tls_only or args.tls_cert):
         if args.tls_key:
-            raise Failed("--tls-key needs --tls-cert")
+            raise FatalError("--tls-key needs --tls-cert")
         return "", None
     path = args.tls_cert or self_signed(args.server_name)
     try:
         context = server_context(path, args.tls_key)
         found = re.search("-----BEGIN CERTIFICATE-----.*?-----END", pathlib.Path(path).read_text("latin-1"), re.DOTALL)
     except ImportError as error:
-        raise Failed(f"this Python has no TLS: {error}") from None
+        raise FatalError(f"this Python has no TLS: {error}") from None
     except OSError as error:
-        raise Failed(f"cannot use {path} for TLS: {error}") from None
+        raise FatalError(f"cannot use {path} for TLS: {error}") from None
     if not found:
-        raise Failed(f"cannot use {path} for TLS: there is no BEGIN CERTIFICATE in it")
+        raise FatalError(f"cannot use {path} for TLS: there is no BEGIN CERTIFICATE in it")
     body = found[0].partition("\n")[2].rpartition("\n")[0]
     return fingerprint_of(binascii.a2b_base64(body)), context
 
@@ -6912,18 +7072,20 @@ def self_signed(name: str) -> str:
         return str(path)
     openssl = shutil.which("openssl")
     if not openssl:
-        raise Failed("--tls needs the openssl program to make a certificate; otherwise give --tls-cert and --tls-key")
+        raise FatalError(
+            "--tls needs the openssl program to make a certificate; otherwise give --tls-cert and --tls-key"
+        )
     try:
         folder.mkdir(0o700, exist_ok=True)
         new.touch(0o600)
     except OSError as error:
-        raise Failed(f"cannot keep a certificate: {error}; otherwise give --tls-cert and --tls-key") from None
+        raise FatalError(f"cannot keep a certificate: {error}; otherwise give --tls-cert and --tls-key") from None
     kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650"]
     command = [openssl, "req", "-x509", *kind, "-subj", f"/CN={name}", "-keyout", str(new), "-out", str(new)]
     made = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if made.returncode:
         new.unlink()
-        raise Failed(f"openssl cannot make a certificate: {made.stderr.strip().rpartition(chr(10))[2]}")
+        raise FatalError(f"openssl cannot make a certificate: {made.stderr.strip().rpartition(chr(10))[2]}")
     os.replace(new, path)
     return str(path)
 
@@ -6972,7 +7134,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         for line in self.format(record).splitlines():
-            self.console.events.put(("line", line))
+            self.console.show(line)
 
 
 class RateLimitFilter(logging.Filter):
@@ -7018,44 +7180,86 @@ def own_addresses() -> List[str]:
     return found or ["127.0.0.1"]
 
 
+class Interrupts:
+    """What SIGINT, SIGTERM, SIGHUP and SIGQUIT do to a client: within `with`, they end its loop, which restores the
+    terminal, and raise nothing; outside, they raise KeyboardInterrupt. All but the first do nothing."""
+
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
+    )
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._looping = False
+        self.terminal: Optional[Terminal] = None
+        for number in self.SIGNALS:
+            signal.signal(number, self._interrupt)
+
+    def __enter__(self) -> None:
+        self._looping = True
+        self._client.wakeup.wake_on_signals()
+
+    def __exit__(self, *exc: object) -> None:
+        self._looping = False
+
+    def ignore(self) -> None:
+        """No signal does anything any more."""
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _interrupt(self, *_: object) -> None:
+        if self._client.interrupted:
+            return
+        self._client.interrupted = True
+        if not self._looping:
+            raise KeyboardInterrupt
+        with contextlib.suppress(RuntimeError):  # no more threads
+            _thread.start_new_thread(end_soon, (130, self.terminal))
+
+
+def end_soon(status: int, terminal: Optional[Terminal]) -> None:
+    """Ends the program after END_S: perhaps a terminal or a pipe takes nothing, and holds up what would end it."""
+    time.sleep(END_S)
+    if terminal:
+        terminal.restore()
+    os._exit(status)
+
+
 def run_client(args: argparse.Namespace) -> int:
     """chat.py client"""
     vars(args).update(args.url or {})
     nick, channel, key = names_from_args(args)
-    password, secured = read_password(args.password_file), ends_of_tls(args)
-    for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
-    with contextlib.ExitStack() as stack:
-        while True:
-            client = Client(args.host, args.port, nick, channel, view_of(args, stack))
-            client.password, client.reconnects, client.keys = password, args.reconnect, {fold(channel): key}
-            client.secured = secured
-            client.replay = REPLAY_LINES if isinstance(client.view, Person) else 0
-            if args.replay is not None:
-                client.replay = args.replay
-            try:
-                return client.run()
-            except PasswordWanted:
-                stack.close()
-                if not sys.stdin.isatty():
-                    raise
-                password = normalize_password(getpass.getpass(f"password for {client.where}: "))
-
-
-def ends_of_tls(args: argparse.Namespace) -> Callable[[], Optional[Tls]]:
-    """What makes our end of each TLS connection, or None where none is wanted."""
-    if not (args.tls or args.fingerprint):
-        return lambda: None
+    password, context = read_password(args.password_file), tls_context(args)
+    client = Client(args.host, args.port, nick, channel)
+    client.dial = functools.partial(dial, args.host, args.port, context, args.fingerprint or "")
+    client.password, client.reconnects, client.keys = password, args.reconnect, {fold(channel): key}
+    interrupts = Interrupts(client)
     try:
-        context = client_context(bool(args.fingerprint))
+        while True:
+            try:
+                with interrupts, contextlib.ExitStack() as stack:
+                    client.ui = ui_from_args(args, client, interrupts, stack)
+                    return client.run()
+            except PasswordRequired:
+                if client.interrupted or not (sys.stdin and sys.stdin.isatty()):
+                    raise
+            client.password = normalize_password(getpass.getpass(f"password for {client.where}: "))
+    finally:
+        interrupts.ignore()
+
+
+def tls_context(args: argparse.Namespace) -> Optional[ssl.SSLContext]:
+    """What our end of each connection encrypts with; None for clear text."""
+    if not (args.tls or args.fingerprint):
+        return None
+    try:
+        return client_context(bool(args.fingerprint))
     except ImportError as error:
-        raise Failed(f"this Python has no TLS: {error}") from None
-    return functools.partial(Tls, context, False, args.host, args.fingerprint or "")
+        raise FatalError(f"this Python has no TLS: {error}") from None
 
 
 def names_from_args(args: argparse.Namespace) -> Tuple[str, str, str]:
-    """Our name, the channel and its key ('' for none), all fit to be sent; raises Failed."""
+    """Our name, the channel and its key ('' for none), all fit to be sent; raises FatalError."""
     channel, _, key = args.channel.partition(" ")
     try:
         nick = check_nick(args.name)
@@ -7064,25 +7268,30 @@ def names_from_args(args: argparse.Namespace) -> Tuple[str, str, str]:
         else:
             check_channel(channel)
     except CommandError as refused:
-        raise Failed(refused.numeric.text.format().replace("; send another", "")) from None
+        raise FatalError(refused.numeric.text.format().replace("; send another", "")) from None
     key = key.strip()
     if key and not is_word(key, LINE_BYTES // 2):
-        raise Failed("a channel's key is one word without a comma")
+        raise FatalError("a channel's key is one word without a comma")
     return nick, channel, key
 
 
-def view_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> View:
+def ui_from_args(
+    args: argparse.Namespace, client: Client, interrupts: Interrupts, stack: contextlib.ExitStack
+) -> UserInterface:
     """A line editor for a person at a terminal; otherwise lines."""
+    client.replay = args.replay or 0
     if args.message is not None:
-        return Pipe(io.BytesIO(os.fsencode("\n".join(args.message))), as_json=args.json, quiet=True)
+        return PipeUI(client, io.BytesIO(os.fsencode("\n".join(args.message))), as_json=args.json, quiet=True)
     person = bool(sys.stdin) and sys.stdin.isatty()
     if not (person and sys.stdout and sys.stdout.isatty() and can_draw()) or args.json:
         source = sys.stdin and getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
-        return Pipe(source, commands=person, as_json=args.json)
-    view = Person(stack.enter_context(Screen()))
-    if hasattr(signal, "SIGTSTP"):
-        signal.signal(signal.SIGTSTP, lambda *_: setattr(view, "stopping", True))
-    return view
+        return PipeUI(client, source, commands=person, as_json=args.json)
+    client.replay = REPLAY_LINES if args.replay is None else args.replay
+    terminal = interrupts.terminal = stack.enter_context(
+        Terminal(client.wakeup, functools.partial(completions, client))
+    )
+    terminal.handle_signals()
+    return TerminalUI(client, terminal)
 
 
 def read_password(path: Optional[str]) -> str:
@@ -7096,21 +7305,21 @@ def read_password(path: Optional[str]) -> str:
             password = file.readline().rstrip("\r\n")
     password = normalize_password(password)
     if not password:
-        raise Failed(f"there is no password in {path}")
+        raise FatalError(f"there is no password in {path}")
     return password
 
 
 def check_password(password: str) -> None:
-    """Raises Failed for a password that clients of some dialect could not give."""
+    """Raises FatalError for a password that clients of some dialect could not give."""
     categories = set(map(unicodedata.category, password))
     if "Cs" in categories:  # bytes of the environment that could not be decoded
-        raise Failed("the password cannot be used: it is not UTF-8 text")
+        raise FatalError("the password cannot be used: it is not UTF-8 text")
     if "Cc" in categories:
-        raise Failed("the password cannot be used: there is a control character in it, which cannot be typed")
+        raise FatalError("the password cannot be used: there is a control character in it, which cannot be typed")
     if len(password.encode()) > PASSWORD_BYTES:
-        raise Failed(f"the password cannot be used: an IRC line has room for {PASSWORD_BYTES} bytes of it")
+        raise FatalError(f"the password cannot be used: an IRC line has room for {PASSWORD_BYTES} bytes of it")
     if password.strip() == "exit":
-        raise Failed("the password cannot be used: whoever types exit leaves")
+        raise FatalError("the password cannot be used: whoever types exit leaves")
 
 
 def irc_url(text: str) -> Dict[str, Any]:
@@ -7141,7 +7350,7 @@ def irc_url(text: str) -> Dict[str, Any]:
 def run_history(args: argparse.Namespace) -> int:
     """chat.py history"""
     if not os.path.exists(args.file):
-        raise Failed(f"there is no {args.file}")
+        raise FatalError(f"there is no {args.file}")
     history = SqliteHistory(args.file, readonly=True)
     for message in history.transcript(args.since, fold(args.channel or "")):
         if args.json:
@@ -7282,7 +7491,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 1
     except (KeyboardInterrupt, EOFError):  # while a password was asked for
         return 130
-    except (Failed, StorageError, OSError, UnicodeError) as failed:
+    except (FatalError, StorageError, OSError, UnicodeError) as failed:
         print(f"chat.py: {escape_controls(str(failed))}", file=sys.stderr)
         return 1
 

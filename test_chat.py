@@ -5068,12 +5068,19 @@ class Rows(unittest.TestCase):
                 self.assertTrue(before or not cursor or not chat.char_width(text[cursor - 1]), (text, cursor, room))
 
 
-class FakeScreen(chat.Screen):
-    """A screen that writes into a string."""
+class FakeTerminal(chat.Terminal):
+    """A terminal that writes into a string, and of which nobody reads keys."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = ""
+    def __init__(self, client: chat.Client) -> None:
+        super().__init__(client.wakeup, functools.partial(chat.completions, client))
+        self.written = self.prompt = ""
+
+    def draw(self, waiting: List[str], prompts: List[str]) -> None:
+        self.prompt = prompts[0]
+        super().draw(waiting, prompts)
+
+    def _read(self) -> None:
+        pass
 
     def _write(self, text: str) -> None:  # type: ignore[override]
         self.written += text
@@ -5082,30 +5089,151 @@ class FakeScreen(chat.Screen):
         return os.terminal_size((80, 24))
 
 
+class Dialed:
+    """The other end of a client's connection: what it sent, and what it receives. The client's loop is run by hand."""
+
+    def __init__(self, client: chat.Client) -> None:
+        self.client = client
+        self.sent: List[str] = []
+        self.sock: Any = None
+        self._sockets: List[socket.socket] = []  # of all connections
+        self._lines = chat.LineBuffer(1 << 20)
+        client.dial = self._dial
+
+    def _dial(self) -> socket.socket:
+        ours, self.sock = socket.socketpair()
+        for sock in (ours, self.sock):
+            sock.setblocking(False)
+            self._sockets.append(sock)
+        return ours
+
+    def connect(self) -> None:
+        """Lets the client connect, as it does when it is time."""
+        self.client.turn(self.client.retry_at + 1)
+        self._await_dialed()
+        self.turn()
+
+    def arrive(self, *lines: str) -> None:
+        """Lets the client receive lines."""
+        with contextlib.suppress(OSError):
+            self.sock.sendall("".join(f"{line}\r\n" for line in lines).encode(errors="surrogateescape"))
+        self.turn()
+        while not self.client.uplink.drained and self.client.uplink.sock and self.client.status is None:
+            self.turn()
+
+    def turn(self) -> None:
+        """One turn of the loop; takes what was sent."""
+        self.client.turn(time.monotonic())
+        self.take()
+
+    def take(self) -> None:
+        """Takes what the client has sent."""
+        self.client.uplink.flush()
+        with contextlib.suppress(OSError):
+            while True:
+                data = self.sock.recv(1 << 20)
+                self.sent += [line.decode(errors="replace") for line in self._lines.feed(data) if line is not None]
+                if not data:
+                    break
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self.sock.close()
+        self.turn()
+
+    def clean_up(self) -> None:
+        """Closes all sockets."""
+        self._await_dialed()
+        self.client.wakeup.close()
+        for sock in self._sockets:
+            sock.close()
+
+    def _await_dialed(self) -> None:
+        while self.client.uplink.phase == chat.Phase.DIALING and self.client.uplink.dialed is None:
+            self.client.uplink.wait(1, self.client.wakeup)
+
+
 class PersonCase(unittest.TestCase):
-    """A client with a view and no server."""
+    """A client with a user interface, at a server that is played by the test. It is bob, in #chat with ann."""
+
+    CAPS = ""
+    IN = (":bob!b@h JOIN #chat", ":s 353 bob = #chat :bob ann", ":s 366 bob #chat :End")
 
     def setUp(self) -> None:
-        self.screen = FakeScreen()
-        self.view = chat.Person(self.screen)
-        self.client = chat.Client("host", 1, "bob", "#chat", self.view)
-        self.client.joined = self.client.entered = self.client.welcomed = True
-        self.client.people = {"bob": "bob", "ann": "ann"}
-        self.lines: List[str] = []
-        self.client.send = lambda *words: self.lines.append(" ".join(words))  # type: ignore[method-assign]
-        self.view.update(self.client)
+        self.enter(self.CAPS)
+
+    def start(self, nick: str = "bob") -> None:
+        """Makes a new client, which is not connected."""
+        self.client = chat.Client("host", 1, nick, "#chat")
+        self.screen = FakeTerminal(self.client)
+        self.client.ui = chat.TerminalUI(self.client, self.screen)
+        self.server = Dialed(self.client)
+        self.addCleanup(self.server.clean_up)
+
+    def connect(self, caps: str = "", isupport: str = "", nick: str = "bob") -> str:
+        """Connects, up to the welcome; returns what is shown, and `lines` are what is sent, from then on."""
+        self.server.connect()
+        offer = [] if self.client.granted else [f":s CAP * LS :{caps}"]
+        self.server.arrive(*offer, *([f":s CAP * ACK :{caps}"] if caps else []))
+        self.lines.clear()
+        tokens = [f":s 005 {nick} {isupport} :are supported"] if isupport else []
+        return self.arrive(f":s 001 {nick} :Welcome", *tokens)
+
+    def enter(self, caps: str = "", isupport: str = "") -> None:
+        """Makes a new client, which connects and is let in."""
+        self.start()
+        self.connect(caps, isupport)
+        self.arrive(*self.IN)
+        self.lines.clear()
+
+    def lose(self) -> str:
+        """Loses the connection."""
+        self.screen.written = ""
+        self.server.close()
+        return self.screen.written
+
+    def reconnect(self, caps: str = "", isupport: str = "", nick: str = "bob") -> str:
+        """Loses the connection, and connects again, up to the welcome."""
+        self.lose()
+        return self.connect(caps, isupport, nick)
 
     def arrive(self, *lines: str) -> str:
+        """Returns what is shown of lines from the server."""
         self.screen.written = ""
-        self.client._on_messages((None, [chat.parse(line) for line in lines]))  # type: ignore[arg-type]
-        self.view.update(self.client)
+        self.server.arrive(*lines)
         return self.screen.written
 
-    def type(self, line: str) -> str:
+    def type(self, *lines: str) -> str:
+        """Returns what is shown when lines are typed."""
         self.screen.written = ""
-        self.client.enter(line, True)
-        self.view.update(self.client)
+        for line in lines:
+            self.client.enter(line, True)
+        self.server.turn()
         return self.screen.written
+
+    @property
+    def lines(self) -> List[str]:
+        """What the client sent."""
+        self.server.take()
+        return self.server.sent
+
+    @property
+    def said(self) -> List[Message]:
+        """What it said."""
+        return [message for message in map(chat.parse, self.lines) if message.command == "PRIVMSG"]
+
+    @property
+    def prompt(self) -> str:
+        return self.screen.prompt
+
+    @property
+    def members(self) -> List[str]:
+        room = self.client.rooms.get(self.client.rooms.active)
+        return list(room.members.values()) if room else []
+
+    @property
+    def queued(self) -> List[Tuple[str, str]]:
+        return [(pending.target, pending.text) for pending in self.client.queue.messages]
 
 
 class ForPeople(PersonCase):
@@ -5151,29 +5279,32 @@ class ForPeople(PersonCase):
         self.screen.written = ""
         with mock.patch.object(chat.time, "localtime", lambda *_: tomorrow):  # type: ignore[attr-defined]
             for _ in range(3):
-                self.view.update(self.client)
+                self.server.turn()
         self.assertEqual(self.screen.written.count(time.strftime("--- %A, %d %B %Y ---", tomorrow)), 1)
 
     def test_lines_wait_for_their_echo(self) -> None:
-        self.client.caps = ["echo-message", "message-tags"]
-        self.client.link = mock.Mock()
-        written = self.type("hello")
-        self.assertIn("\x1b[2m  ... bob: hello\x1b[0m\n", written)
-        line = self.client.link.send.call_args[0][0]
+        self.enter("echo-message message-tags")
+        self.assertIn("\x1b[2m  ... bob: hello\x1b[0m\n", self.type("hello"))
+        (line,) = self.said
         self.assertEqual(line.params, ("#chat", "hello"))
-        echo = f"@{chat.ID_TAG}={line.tags[chat.ID_TAG]} :bob!b@h PRIVMSG #chat :hello"
-        self.client.link = None
-        written = self.arrive(echo)
+        written = self.arrive(f"@{chat.ID_TAG}={line.tags[chat.ID_TAG]} :bob!b@h PRIVMSG #chat :hello")
         self.assertNotIn("...", written)
         self.assertRegex(written, "m\\d\\d:\\d\\d\x1b\\[0m \x1b\\[\\d+mbob\x1b\\[0m: hello\n")
+
+    def test_a_paste_that_is_too_long_is_refused(self) -> None:
+        for _ in range(2):  # reads; it is told once
+            self.screen._input.put("\x1b[200~" + "x" * chat.PASTE_CHARS)
+        self.screen.written = ""
+        self.server.turn()
+        told = f"*** Error: a paste of more than {chat.PASTE_CHARS} characters is not taken\n"
+        self.assertEqual(self.screen.written.count(told), 1)
 
 
 class WhatItMeans(PersonCase):
     """What a client makes of messages, and of what is typed."""
 
     def test_completions(self) -> None:
-        self.client.people = {"abe": "Abe", "ann": "ann", "amy": "amy", "bob": "bob"}
-        self.arrive(":ann!a@b PRIVMSG #chat :hi")
+        self.arrive(":s 353 bob = #chat :Abe amy", ":ann!a@b PRIVMSG #chat :hi", ":bob!b@h JOIN #Tea")
         for head, found in (
             ("a", (0, ["ann: ", "amy: ", "Abe: "])),
             ("AB", (0, ["Abe: "])),
@@ -5183,6 +5314,8 @@ class WhatItMeans(PersonCase):
             ("/w", (0, ["/who ", "/whois "])),
             ("/msg an", (5, ["ann "])),
             ("/zzz", (0, [])),
+            ("/part #", (6, ["#chat ", "#Tea "])),
+            ("/join #t", (6, ["#Tea "])),
         ):
             self.assertEqual(chat.completions(self.client, head), found)
 
@@ -5194,16 +5327,18 @@ class WhatItMeans(PersonCase):
             (":ann!a@b NICK amy", "bob cat dan amy"),
             (":cat!a@b PART #chat :bye", "bob dan amy"),
             (":dan!a@b QUIT :bye", "bob amy"),
-            (":amy!a@b KICK #chat bob :out", "amy"),
+            (":amy!a@b KICK #chat bob :out", ""),
         ):
             self.arrive(line)
-            self.assertEqual(list(self.client.people.values()), people.split(), line)
+            self.assertEqual(self.members, people.split(), line)
+            self.assertEqual(self.prompt, f"[#chat {len(people.split())}] bob> ")
 
     def test_commands_of_the_client_itself(self) -> None:
         self.assertIn("Error: nobody has spoken to you alone yet", self.type("/reply hi"))
         self.arrive(":ann!a@b PRIVMSG bob :psst")
         self.type("/reply hi there")
-        self.assertEqual(self.client.outgoing.waiting[-1][1:], ("ann", "hi there"))
+        self.assertEqual(self.said[-1].params, ("ann", "hi there"))
+        self.lines.clear()
         self.assertIn("ignored: nobody", self.type("/ignore"))
         self.assertIn("ANN is ignored", self.type("/ignore ANN"))
         self.assertNotIn("spam", self.arrive(":ann!a@b PRIVMSG #chat :spam"))
@@ -5217,27 +5352,25 @@ class WhatItMeans(PersonCase):
         for name in chat.SLASH_COMMANDS:
             self.assertIn(f"*** /{name}", self.type("/help"))
         self.assertIn("\x1b[H\x1b[2J", self.type("/clear"))
-        self.type("/whois ann")
-        self.type("/who")
+        self.type("/whois ann", "/who")
         self.assertEqual(self.lines, ["WHOIS ann", "NAMES #chat"])
         self.assertIn("In #chat: ann bob", self.arrive(":s 353 bob = #chat :ann bob", ":s 366 bob #chat :end"))
-        self.client.joined = False
+        self.lose()
         self.assertIn("Error: not connected", self.type("/nick rob"))
 
     def test_long_lines_are_sent_as_several(self) -> None:
-        self.client.caps = ["echo-message"]
-        self.client.link = mock.Mock()
+        self.enter(f"{chat.RESUME_CAP} echo-message")
+        self.arrive(":bob JOIN #tea")  # so our host is not known
         words = " ".join(f"wörd{number}" for number in range(200))
         for line, shown in ((words, words), (f"/me {words}", words), ("é" * 700, "é" * 700)):
-            self.client.link.send.reset_mock()
-            self.client.enter(line, True)
-            sent = [call[0][0] for call in self.client.link.send.call_args_list]
-            self.assertGreater(len(sent), 2)
-            source = f"bob!{'u' * 10}@{'h' * 63}"
-            for message in sent:
+            self.lines.clear()
+            self.type(line)
+            self.assertGreater(len(self.said), 2)
+            source = f"{'b' * chat.NICK_CHARS}!~{'u' * 10}@{'h' * 64}"
+            for message in self.said:
                 self.assertLessEqual(len(chat.format_line(message._replace(source=source)).encode()) + 2, 512)
             joint = " " if " " in words and line != "é" * 700 else ""
-            self.assertEqual(joint.join(message.action or message.text for message in sent), shown)
+            self.assertEqual(joint.join(message.action or message.text for message in self.said), shown)
 
     def test_what_is_refused_does_not_wait(self) -> None:
         for error, left in (
@@ -5247,72 +5380,66 @@ class WhatItMeans(PersonCase):
             (":s 417 bob :too long", ["two", "psst"]),
             ("FAIL PRIVMSG INVALID_UTF8 :no", ["two", "psst"]),
         ):
-            self.client.outgoing = chat.Outgoing()
-            for target, text in (("#chat", "one"), ("#chat", "two"), ("cat", "psst")):
-                self.client.outgoing.add(target, text)
-                self.client.outgoing.next(True)
+            self.enter("echo-message")
+            self.type("one", "two", "/msg cat psst")
             self.arrive(error)
-            self.assertEqual([line.text for line in self.client.outgoing.waiting], left, error)
+            self.assertEqual([text for _, text in self.queued], left, error)
 
     def test_errors_are_shown_and_settle_what_they_are_about(self) -> None:
-        self.client.outgoing.add("#chat", "one")
-        self.client.outgoing.next(True)
+        self.enter("echo-message")
+        self.type("one")
         for line, shown in (
             (":s 477 bob #other :You need more", "Error: You need more"),
             (":s 432 bob x :Bad name", "Error: Bad name"),
             (":s 473 bob #x :Invite only", "Error: Invite only"),
+            (":s FAIL CHATHISTORY MESSAGE_ERROR :No past", "Error: No past"),
         ):
             self.assertIn(shown, self.arrive(line))
-        self.assertEqual(len(self.client.outgoing), 1)
+        self.assertEqual(self.queued, [("#chat", "one")])
 
     def test_a_name_that_is_taken_later_changes_nothing(self) -> None:
         self.type("/nick ann")
         self.assertIn("*** Error: taken", self.arrive(":s 433 bob ann :taken"))
-        self.assertEqual((self.lines, self.client.nick, self.client.wanted), (["NICK ann"], "bob", "bob"))
         self.arrive(":s 433 bob bob :taken")  # not even then
-        self.assertEqual(self.lines, ["NICK ann"])
+        self.assertEqual((self.lines, self.prompt), (["NICK :ann"], "[#chat 2] bob> "))
+        self.lose()
+        self.server.connect()
+        self.assertIn("NICK :bob", self.lines)
 
     def test_our_own_leaving_comes_back(self) -> None:
         written = self.arrive(":bob!b@h QUIT :Quit: bye")
         self.assertIn("*** bob left: bye", written)
         self.assertNotIn("/join", written)
-        self.assertEqual((list(self.client.people), self.client.out), (["ann"], False))
+        self.assertEqual(self.members, ["ann"])
 
     def test_being_kicked(self) -> None:
-        written = self.arrive(":ann!a@b KICK #chat BOB :go away")
-        self.assertIn("*** BOB was kicked out by ann: go away", written)
-        self.assertIn("you are no longer in #chat; /join #chat may bring you back", written)
-        written = self.arrive(":ann!a@b KICK #chat bob :go away")
-        self.assertIn("*** bob was kicked out by ann: go away", written)
-        self.assertIn("you are no longer in #chat; /join #chat may bring you back", written)
+        for name in ("BOB", "bob"):
+            self.enter()
+            written = self.arrive(f":ann!a@b KICK #chat {name} :go away")
+            self.assertIn(f"*** {name} was kicked out by ann: go away", written)
+            self.assertIn("you are no longer in #chat; /join #chat may bring you back", written)
 
-    def test_modes_of_the_channel_are_shown(self) -> None:
+    def test_modes_of_our_channels_are_shown(self) -> None:
+        self.arrive(":bob!b@h JOIN #tea")
         self.assertIn("*** ann set +o bob", self.arrive(":ann!a@b MODE #chat +o bob"))
-        self.assertNotIn("set", self.arrive(":bob!b@c MODE bob :+i", ":ann!a@b MODE #tea +m"))
-        self.type("/join #tea green")
-        self.assertEqual((self.client.going, self.lines), ("#tea", ["JOIN #tea green"]))
+        self.assertIn("*** [#tea] ann set +m", self.arrive(":ann!a@b MODE #TEA +m").replace("#TEA", "#tea"))
+        self.assertNotIn("set", self.arrive(":bob!b@c MODE bob :+i", ":ann!a@b MODE #den +m"))
 
     def test_who_goes_to_another_channel_speaks_there(self) -> None:
-        self.client.caps = ["echo-message"]
-        self.client.link = mock.Mock(stuck=False)
-        self.type("/join #b ")
-        self.type("secret for b")
-        self.client.link.send.assert_not_called()
-        link, self.client.link = self.client.link, None
+        self.enter("echo-message")
+        self.type("/join #b green ", "secret for b")
+        self.assertEqual(self.lines, ["JOIN #b :green"])
         self.arrive(":bob!b@h JOIN #b")
-        self.client.link = link
-        self.client.flush()
-        self.assertEqual(link.send.call_args[0][0].params, ("#b", "secret for b"))
-        self.assertEqual(self.lines, ["JOIN #b", "PART #chat"])
-        self.type("/join #c")
-        self.client.link = None
+        self.assertEqual(self.lines[1:], ["PRIVMSG #b :secret for b"])  # and #chat is not left
+        self.type("/join #c", "/topic cakes")
         self.assertIn("Error: Invite only", self.arrive(":s 473 bob #c :Invite only"))
-        self.assertEqual(self.client.going, "")
+        self.type("still b")
+        self.assertEqual((self.said[-1].params, self.prompt), (("#b", "still b"), "[#b 0] bob> "))
 
     def test_names_and_targets_that_do_not_fit(self) -> None:
         self.assertIn("Error: that name is too long", self.type(f"/msg {'a' * 600} hello"))
         self.type("/msg ann,,cat, hi")
-        self.assertEqual([line.target for line in self.client.outgoing.waiting], ["ann", "cat"])
+        self.assertEqual([message.params for message in self.said], [("ann", "hi"), ("cat", "hi")])
         self.assertEqual(chat.split_text("ééé", 1), ["é", "é", "é"])
 
 
@@ -5329,97 +5456,86 @@ class AtOtherServers(PersonCase):
         for line in (":ann!a@b PRIVMSG bob :\x01VERSION\x01", ":ann!a@b NOTICE bob :\x01PING 1\x01"):
             self.assertNotIn("ann", self.arrive(line))
         self.assertIn("waves", self.arrive(":ann!a@b PRIVMSG #chat :\x01ACTION waves\x01"))
-        self.assertEqual((self.lines, self.client.partner), ([], ""))
+        self.assertIn("nobody has spoken to you alone yet", self.type("/reply hi"))
+        self.assertEqual(self.lines, [])
 
     def test_what_the_server_says_of_itself(self) -> None:
-        self.client.pace.free = False
-        self.arrive(":s 005 bob CASEMAPPING=rfc1459 PREFIX=(xo)*@ NICKLEN=9 LINELEN=1024 FOO=BAR :are supported")
-        self.assertEqual(sorted(self.client.isupport), ["CASEMAPPING", "LINELEN", "NICKLEN", "PREFIX"])
-        self.client.people = {}
+        self.enter("echo-message", "CASEMAPPING=rfc1459 PREFIX=(xo)*@ NICKLEN=9 LINELEN=1024 FOO=BAR")
+        self.assertEqual(sorted(self.client.uplink.isupport), ["CASEMAPPING", "LINELEN", "NICKLEN", "PREFIX"])
         self.arrive(":s 353 bob = #chat :*@dan[ ~tim @bob", ":DAN{!a@b PRIVMSG #chat :x", ":dan{!a@b PART #CHAT")
-        self.assertEqual(list(self.client.people.values()), ["~tim", "bob"])
-        self.client.outgoing.add("Dan[]", "x")
-        self.client.outgoing.next(True)
+        self.assertEqual(self.members, ["bob", "ann", "~tim"])
+        self.type("/msg Dan[] x")
         self.arrive(":s 401 bob dan{} :nobody")
-        self.assertEqual(len(self.client.outgoing), 0)
-        self.client.source = f"bob!u@{'h' * 30}"
-        line = chat.Message("PRIVMSG", ("#chat", "é" * 1000))
-        room = 1024 - 2 - len(f":123456789!u@{'h' * 30} PRIVMSG #chat :")
-        self.assertEqual([len(piece) for piece in chat.pieces_of(self.client, "#chat", line)][0], room // 2)
+        self.assertEqual(self.queued, [])
+        line = Message("PRIVMSG", ("#chat", "é" * 1000))
+        room = 1024 - 2 - len(":123456789!b@h PRIVMSG #chat :")
+        self.assertEqual(len(chat.split_message(self.client.uplink, "#chat", line)[0]), room // 2)
         self.arrive(":s 005 bob LINELEN=100 :are supported")  # every server takes 512
-        self.assertEqual([len(piece) for piece in chat.pieces_of(self.client, "#chat", line)][0], (room - 512) // 2)
+        self.assertEqual(len(chat.split_message(self.client.uplink, "#chat", line)[0]), (room - 512) // 2)
 
     def test_numbers_that_are_none(self) -> None:
+        uplink = chat.Uplink("bob")
         for value in ("", "0", "-5", "x", "9" * 50, "\u0663"):
-            self.client.isupport["LINELEN"] = value
-            self.assertEqual(chat.number_of(self.client, "LINELEN", 512, 4096), 512, value)
-        self.client.isupport["LINELEN"] = "99999"
-        self.assertEqual(chat.number_of(self.client, "LINELEN", 512, 4096), 4096)
+            uplink.isupport["LINELEN"] = value
+            self.assertEqual(uplink.limit("LINELEN", 512, 4096), 512, value)
+        uplink.isupport["LINELEN"] = "99999"
+        self.assertEqual(uplink.limit("LINELEN", 512, 4096), 4096)
 
-    def test_our_prefix_is_learnt(self) -> None:
-        self.client.source = "bob!b@h"
-        for line, source in (
-            (":s 396 bob cloak.example :is now your displayed host", "bob!b@cloak.example"),
-            (":s 396 bob user@other.example :is now your displayed host", "bob!user@other.example"),
-            (":bob!b@h CHGHOST ident new.example", "bob!ident@new.example"),
-            (":ann!b@h CHGHOST ident else.example", "bob!ident@new.example"),
-            (":s 311 bob bob u h.example * :Bob", "bob!u@h.example"),
-            (":s 311 bob ann u else.example * :Ann", "bob!u@h.example"),
-            (":bob!b@h CHGHOST", "bob!u@"),
+    def test_our_host_is_learnt(self) -> None:
+        unknown, line = f"~{'u' * 10}@{'h' * 64}", Message("PRIVMSG", ("#chat", "x" * 1000))
+        for said, host in (
+            (":bob!u@short JOIN #tea", "u@short"),
+            (":ann!a@somewhere.else PRIVMSG #chat :hi", "u@short"),
+            (":s 396 bob u@cloak :is now your host", unknown),
+            (":bob!u@a.longer.host PRIVMSG #tea :an echo", "u@a.longer.host"),
+            (":bob!u@a.longer.host CHGHOST u new", unknown),
         ):
-            self.arrive(line)
-            self.assertEqual(self.client.source, source, line)
+            self.arrive(said)
+            room = 512 - 2 - len(f":{'b' * 24}!{host} PRIVMSG #chat :")
+            self.assertEqual(len(chat.split_message(self.client.uplink, "#chat", line)[0]), room, said)
+
+    def test_our_host_is_not_learnt_from_the_past(self) -> None:
+        line = Message("PRIVMSG", ("#chat", "x" * 1000))
+        before = chat.split_message(self.client.uplink, "#chat", line)
+        self.arrive("@batch=1 :bob!u@another.host PRIVMSG #chat :hi")
+        self.assertEqual(chat.split_message(self.client.uplink, "#chat", line), before)
+
+    def test_hosts_that_change_are_not_shown(self) -> None:
+        with mock.patch.object(self.client.ui, "show") as show:
+            self.arrive(":s 396 bob u@cloak :is now your host", ":bob!b@h CHGHOST u new", ":ann!b@h CHGHOST u new")
+        show.assert_not_called()
 
     def test_capabilities_come_and_go(self) -> None:
+        self.start()
+        self.server.connect()
         self.arrive(":s CAP * LS * :batch sasl=PLAIN", ":s CAP * LS :echo-message message-tags=x")
-        self.assertEqual(self.lines, ["CAP REQ batch echo-message message-tags"])
+        self.assertEqual(self.lines[-1], "CAP REQ :batch echo-message message-tags")
         self.arrive(":s CAP bob ACK :batch echo-message message-tags")
-        self.assertEqual(self.lines[1:], ["CAP END"])
+        self.assertEqual(self.lines[-1], "CAP END")
+        self.arrive(":s 001 bob :Welcome", *self.IN)
+        self.lines.clear()
         self.arrive(":s CAP bob NEW :server-time=1 sasl batch", ":s CAP bob NEW :sasl")
-        self.assertEqual(self.lines[2:], ["CAP REQ server-time"])
-        self.assertNotIn("server-time", self.client.caps)
+        self.assertEqual(self.lines, ["CAP REQ :server-time"])
+        self.assertNotIn("server-time", self.client.uplink.caps)
         self.arrive(":s CAP bob NAK :server-time", ":s CAP bob ACK :server-time sasl")
-        self.assertEqual(self.lines[3:], [])
-        self.assertEqual(self.client.caps, ["batch", "echo-message", "message-tags", "server-time"])
-        self.client.link, self.client.source = mock.Mock(), "bob!b@h"
+        self.assertEqual(self.lines[1:], [])
+        self.assertEqual(self.client.uplink.caps, {"batch", "echo-message", "message-tags", "server-time"})
         self.type("hello")
-        line_id = self.client.outgoing.waiting[0].id
-        self.client.link = None
+        line_id = self.said[0].tags[chat.ID_TAG]
         self.assertIn("\x1b[0m: hello\n", self.arrive(":s CAP bob DEL :echo-message message-tags"))
-        self.assertEqual(self.client.caps, ["batch", "server-time"])
-        self.assertEqual(self.lines[3:], [f"PING {line_id}"])  # for no echo will come
+        self.assertEqual(self.client.uplink.caps, {"batch", "server-time"})
+        self.assertEqual(self.lines[2:], [f"PING {line_id}"])  # for no echo will come
         self.arrive(f":s PONG s {line_id}")
-        self.assertEqual(len(self.client.outgoing), 0)
-
-    def test_the_past_is_asked_for_as_the_server_allows(self) -> None:
-        said = "@msgid=m{0};time=2026-01-01T00:00:00.{0:03d}Z :ann!a@b PRIVMSG #chat :x"
-        for tokens, asked, more in (
-            ("", "msgid=m1 100", ""),
-            ("CHATHISTORY=0 MSGREFTYPES=timestamp,msgid", "msgid=m1 100", ""),
-            ("CHATHISTORY=500 MSGREFTYPES=msgid", "msgid=m1 100", ""),
-            ("CHATHISTORY=3 MSGREFTYPES=other,msgid", "msgid=m1 3", "msgid=m4 3"),
-            ("CHATHISTORY=3 MSGREFTYPES=timestamp", "timestamp=2026-01-01T00:00:00.001Z 3",
-             "timestamp=2026-01-01T00:00:00.004Z 3"),
-        ):  # fmt: skip
-            with self.subTest(tokens):
-                self.client.past, self.client.isupport, self.client.joined = chat.Past(), {}, True
-                self.client.caps = ["batch", "draft/chathistory"]
-                self.arrive(f":s 005 bob {tokens} :are supported", said.format(1))
-                self.client.joined = False
-                self.lines.clear()
-                self.arrive(":bob!b@h JOIN #chat", "BATCH +1 chathistory #chat")
-                self.arrive(*(f"@batch=1;{said.format(number)[1:]}" for number in (2, 3, 4)), "BATCH -1")
-                wanted = [f"CHATHISTORY AFTER #chat {what}" for what in (asked, more) if what]
-                self.assertEqual(self.lines, wanted)
+        self.assertEqual(self.queued, [])
 
     def test_the_last_lines_are_as_many_as_the_server_gives(self) -> None:
-        self.client.caps, self.client.replay, self.client.going = ["batch", "draft/chathistory"], 20, "#tea"
-        self.arrive(":s 005 bob CHATHISTORY=5 :are supported", ":bob!b@h JOIN #tea")
-        self.assertEqual(self.lines, ["PART #chat", "CHATHISTORY LATEST #tea * 5"])
+        self.enter("batch draft/chathistory", "CHATHISTORY=5")
+        self.client.replay = 20
+        self.type("/join #tea")
+        self.arrive(":bob!b@h JOIN #tea")
+        self.assertEqual(self.lines, ["JOIN #tea", "CHATHISTORY LATEST #tea * :5"])
 
     def test_a_server_may_look_for_our_host_first(self) -> None:
-        self.client.joined = self.client.entered = False
-        self.client.link = mock.Mock(stuck=False)
         for heard, now, text in (
             (0, 11, "is --port right"),
             (5, 34, ""),
@@ -5427,18 +5543,25 @@ class AtOtherServers(PersonCase):
             (100, 119, ""),
             (110, 121, "does not let you in"),  # however often it asks whether we are there
         ):
-            self.client.since, self.client.heard = 1000.0, 1000.0 + heard
+            self.start()
+            self.server.connect()
+            self.client.uplink.since, self.client.uplink.heard = 1000.0, 1000.0 + heard
             with self.subTest(now), contextlib.ExitStack() as stack:
                 if text:
-                    stack.enter_context(self.assertRaisesRegex(chat.Failed, text))
-                chat.tick(self.client, 1000.0 + now)
+                    stack.enter_context(self.assertRaisesRegex(chat.FatalError, text))
+                self.client.turn(1000.0 + now)
+
+    def test_only_the_first_welcome_counts(self) -> None:
+        self.type("/join #tea")
+        self.assertNotIn("***", self.arrive(":s 001 rob :Welcome"))
+        self.assertEqual((self.lines, self.prompt), (["JOIN #tea"], "[#chat 2] bob> "))
 
     def test_channel_keys(self) -> None:
         self.type("/join #b sesame")
         self.arrive(":bob!b@h JOIN #b")
-        self.client.joined = False
-        self.arrive(":s 001 bob :hi")
-        self.assertEqual(self.lines, ["JOIN #b sesame", "PART #chat", "JOIN #b sesame"])
+        self.assertEqual(self.lines, ["JOIN #b :sesame"])
+        self.reconnect()
+        self.assertEqual(self.lines, ["JOIN #chat", "JOIN #b :sesame"])
 
 
 class WhichChannelIsOurs(PersonCase):
@@ -5446,7 +5569,6 @@ class WhichChannelIsOurs(PersonCase):
 
     def test_channels_that_a_server_puts_us_in_are_not_ours(self) -> None:
         self.screen.colours = False
-        self.client.source = "bob!b@h"
         for line, shown in (
             (":bob!b@h JOIN #lobby", "*** [#lobby] bob joined\n"),
             (":s 353 bob = #lobby :bob dan eve", ""),
@@ -5465,146 +5587,417 @@ class WhichChannelIsOurs(PersonCase):
             (":ann!a@h PRIVMSG bob :alone", "[private] ann: alone\n"),
         ):
             with self.subTest(line):
-                written = re.sub(r"\r\x1b\[K|\a|\d\d:\d\d ", "", self.arrive(line))
-                self.assertEqual(written, shown and f"{shown}[#chat 2] bob> ")
-        self.client.link = mock.Mock()
+                prompt = r"\[#chat 2( \| #lobby \+[12])?\] bob> $"
+                self.assertEqual(re.sub(rf"\r\x1b\[K|\a|\d\d:\d\d |{prompt}", "", self.arrive(line)), shown)
         self.assertIn(" [#lobby] bob: not echoed\n", self.type("/msg #lobby not echoed"))
+        self.arrive(":s CAP bob NEW :echo-message", ":s CAP bob ACK :echo-message")
         self.lines.clear()
-        self.client.caps, self.client.negotiated = ["echo-message"], True
         self.assertIn("  ... [#lobby] bob: hi all\n", self.type("/msg #lobby hi all"))
         self.assertIn("  ... bob: hello\n", self.type("hello"))
-        self.assertEqual([line.target for line in self.client.outgoing.waiting], ["#lobby", "#chat"])
-        self.assertEqual(self.lines, [])
-        self.client.link = None
+        self.assertEqual(self.lines, ["PRIVMSG #lobby :hi all", "PRIVMSG #chat :hello"])
         self.assertIn(" [#lobby] bob: hi all\n", self.arrive(":s CAP bob DEL :echo-message"))
 
     def test_a_bouncer_brings_channels_of_its_own(self) -> None:
-        self.client.joined, self.client.people = False, {}
-        self.client.outgoing.add("#chat", "secret")
-        link = mock.Mock(stuck=False)
+        self.start()
+        self.connect()
+        self.type("secret")
         for channel in ("#a", "#chat", "#zebra"):
-            self.assertEqual(self.client.joined, channel == "#zebra")
+            self.assertEqual(bool(self.said), channel == "#zebra")
             self.arrive(f":bob!b@h JOIN {channel}", f":s 353 bob = {channel} :bob ann {channel[1:]}")
-        self.assertEqual((self.client.channel, self.lines), ("#chat", []))
-        self.assertEqual(list(self.client.people), ["bob", "ann", "chat"])
-        self.client.link = link
-        self.client.flush()
-        self.assertEqual(link.send.call_args[0][0].params, ("#chat", "secret"))
+        self.assertEqual([message.params for message in self.said], [("#chat", "secret")])
+        self.assertEqual(self.members, ["bob", "ann", "chat"])
+        self.assertEqual([line for line in self.lines if "JOIN" in line], ["JOIN #chat"])
 
     def test_going_to_a_channel_that_we_are_in(self) -> None:
-        self.client.source = "bob!b@h"
-        self.arrive(":bob!b@h JOIN #Lobby", ":bob!b@h JOIN #tea", ":bob!b@h PART #tea")
-        self.type("/join #lobby")  # no answer will come
-        self.assertEqual((self.client.channel, self.client.going, self.client.people), ("#lobby", "", {}))
-        self.assertEqual(self.lines, ["JOIN #lobby", "PART #chat", "NAMES #lobby"])
-        self.assertNotIn("left", self.arrive(":bob!b@h PART #chat"))
-        self.assertIn("here: dan", self.arrive(":s 353 bob = #Lobby :dan bob", ":s 366 bob #Lobby :End"))
+        self.arrive(":bob!b@h JOIN #Lobby", ":s 353 bob = #Lobby :dan bob", ":bob!b@h JOIN #tea", ":bob!b@h PART #tea")
+        self.assertIn("here: dan", self.type("/join #lobby"))
+        self.assertEqual((self.prompt, self.lines), ("[#Lobby 2] bob> ", []))  # no answer would come
         self.type("/join #tea")  # no longer
-        self.assertEqual((self.client.channel, self.client.going), ("#lobby", "#tea"))
+        self.assertEqual((self.prompt, self.lines), ("[#Lobby 2] bob> ", ["JOIN #tea"]))
 
     def test_a_channel_that_we_were_in_is_joined_anew(self) -> None:
-        self.client.source = "bob!b@h"
-        self.arrive(":bob!b@h JOIN #lobby", ":bob!b@h JOIN #tea")
+        self.arrive(":bob!b@h JOIN #lobby")
         self.type("/join #lobby")
         self.arrive(":ann!a@b KICK #lobby bob :out")
         self.type("/join #lobby")
-        self.assertEqual(self.client.going, "#lobby")
-        self.client.lose("gone")
-        with mock.patch.object(chat, "Link"):
-            self.client.connect()
-        self.client.link = None
-        self.arrive(":s 001 bob :Hi", ":bob!b@h JOIN #lobby")
-        self.type("/join #tea")
-        self.assertEqual(self.client.going, "#tea")
+        self.assertEqual(self.lines, ["JOIN #lobby"])
+        self.reconnect()
+        self.arrive(":bob!b@h JOIN #lobby")
+        self.type("/join #chat")  # of which we do not know yet whether it takes us back
+        self.assertEqual((self.prompt, self.lines), ("[#lobby 0] bob> ", ["JOIN #chat", "JOIN #lobby", "JOIN #chat"]))
+
+    def test_a_room_that_is_lost_does_not_end_the_way_to_another(self) -> None:
+        self.type("/join #lobby")
+        self.reconnect()
+        self.assertIn("Error: gone", self.arrive(":s 403 bob #chat :gone"))
+        self.arrive(":bob!b@h JOIN #lobby")
+        self.assertEqual((self.prompt, self.lines), ("[#lobby 0] bob> ", ["JOIN #chat", "JOIN #lobby"]))
 
     def test_a_server_may_send_us_on(self) -> None:
-        for joined in (True, False):
-            with self.subTest(joined):
-                self.client.channel, self.client.joined, self.client.outgoing = "#chat", joined, chat.Outgoing()
-                self.lines.clear()
-                asked = "#full" if joined else "#chat"
-                if joined:
-                    self.type("/join #full")
-                    self.type("hello, full")
+        for asked in ("#full", "#chat"):  # once we are in, or at the start
+            with self.subTest(asked):
+                self.enter("echo-message")
+                if asked == "#full":
+                    self.type("/join #full", "hello, full")
+                else:
+                    self.start()
+                    self.connect()
+                    self.lines.clear()
                 self.arrive(":s 470 bob #else #wrong :no", ":bob!b@h JOIN #wrong")
                 self.assertIn("Error: on", self.arrive(f":s 470 bob {asked} ##over :on", ":s 470 bob #full :odd"))
                 self.arrive(":bob!b@h JOIN ##over")
-                self.assertEqual((self.client.channel, self.client.going, self.client.joined), ("##over", "", True))
-                self.assertEqual(self.lines, ["JOIN #full", "PART #chat"] if joined else [])
-                self.assertEqual([line.target for line in self.client.outgoing.waiting], ["##over"] if joined else [])
+                self.assertEqual(self.prompt, "[##over 0] bob> ")
+                sent = ["JOIN #full", "PRIVMSG ##over :hello, full"] if asked == "#full" else []
+                self.assertEqual(self.lines, sent)
         self.type("/join #full")
         self.arrive(":s 470 bob #full ##over :Forwarding")  # where we are
-        self.assertEqual((self.client.channel, self.client.going), ("##over", ""))
+        self.type("/join #full")
+        self.assertEqual((self.prompt, self.lines), ("[##over 0] bob> ", ["JOIN #full"] * 2))
+
+    def test_a_server_may_send_us_on_to_where_it_has_put_us(self) -> None:
+        self.start()
+        self.connect()
+        self.arrive(":bob!b@h JOIN ##over", ":s 470 bob #chat ##over :Forwarding")
+        self.assertEqual(self.prompt, "[##over 0] bob> ")
 
     def test_whatever_is_said_of_the_channel_is_a_refusal(self) -> None:
         for code in ("405", "407", "437", "439", "448", "471", "477", "479", "480", "489", "495", "500", "520", "599"):
             with self.subTest(code):
-                self.client.joined = True
+                self.enter()
                 self.type("/join #Tea")
                 for other in (f"{code} bob #else :no", "404 bob #tea :no", "482 bob #tea :no", "332 bob #tea :cakes"):
                     self.arrive(f":s {other}")
-                    self.assertEqual(self.client.going, "#Tea", other)
+                    self.assertEqual(self.client.rooms.pending, "#Tea", other)
                 self.assertIn("Error: not you", self.arrive(f":s {code} bob #tea :not you"))
-                self.assertEqual(self.client.going, "")
-                self.client.joined = False
+                self.assertEqual(self.client.rooms.pending, "")
+                self.start()
+                self.connect()
                 self.arrive(":s 470 bob #chat :on")
-                with self.assertRaisesRegex(chat.Failed, "^cannot join #chat: not you; choose another with --channel$"):
+                with self.assertRaisesRegex(
+                    chat.FatalError, "^cannot join #chat: not you; choose another with --channel$"
+                ):
                     self.arrive(f":s {code} bob #CHAT :not you")
 
     def test_who_was_kicked_comes_back_only_by_join(self) -> None:
-        self.client.source = "bob!b@h"
         self.arrive(":ann!a@b KICK #chat bob :out")
         for name in ("bob", "bob2"):
-            self.client.lose("gone")
             self.assertIn(
-                "*** connected again, not in #chat; /join #chat may bring you back", self.arrive(f":s 001 {name} :Hi")
+                "*** connected again, not in #chat; /join #chat may bring you back", self.reconnect(nick=name)
             )
-            self.assertEqual((self.lines, self.client.people, self.client.source), ([], {}, f"{name}!b@h"))
+            self.assertEqual((self.lines, self.prompt), ([], f"[#chat 0] {name}> "))
         self.type("/join #chat")
-        self.assertEqual((self.client.going, self.lines), ("#chat", ["JOIN #chat"]))
+        self.assertEqual(self.lines, ["JOIN #chat"])
         self.arrive(":s 474 bob2 #chat :banned")
-        self.client.lose("gone")
-        self.arrive(":s 001 bob2 :Hi")
+        self.assertIn("connected again, not in #chat", self.reconnect(nick="bob2"))
         self.type("/join #chat")
         self.assertNotIn("connected again", self.arrive(":bob2!b@h JOIN #chat"))
-        self.client.lose("gone")
-        self.arrive(":s 001 bob2 :Hi")
-        self.assertEqual(self.lines, ["JOIN #chat"] * 3)
+        self.reconnect(nick="bob2")
+        self.assertEqual(self.lines, ["JOIN #chat"])
 
     def test_who_was_kicked_and_goes_elsewhere_does_so_after_a_loss(self) -> None:
         self.arrive(":ann!a@b KICK #chat bob :out")
         self.type("/join #tea")
-        self.client.lose("gone")
-        self.arrive(":s 001 bob :Hi", ":bob!b@h JOIN #tea")
-        self.assertEqual((self.client.channel, self.lines), ("#tea", ["JOIN #tea", "JOIN #tea"]))
-
-    def test_who_was_kicked_does_not_leave_once_more(self) -> None:
-        for reason in (":ann!a@b KICK #chat bob :out", ":bob!b@h PART #chat"):
-            self.arrive(reason)
-            self.type("/join #tea")
-            self.arrive(":bob!b@h JOIN #tea")
-            self.type("/join #chat")
-            self.arrive(":bob!b@h JOIN #chat")
-            self.assertEqual(self.lines, ["JOIN #tea", "JOIN #chat", "PART #tea"])
-            self.lines.clear()
+        self.reconnect()
+        self.arrive(":bob!b@h JOIN #tea")
+        self.assertEqual((self.prompt, self.lines), ("[#tea 0] bob> ", ["JOIN #tea"]))
 
     def test_a_join_that_is_never_answered_ends(self) -> None:
-        self.client.link = mock.Mock(stuck=False)
-        self.client.caps = ["echo-message"]
-        with mock.patch.object(chat, "CONNECT_S", 3.0):
-            self.type("/join #tea")
-            self.type("hello")
-            self.client.heard = self.client.deadline
-            for late, going, sent in ((-1, "#tea", 0), (1, "", 1)):
-                chat.tick(self.client, self.client.deadline + late)
-                self.assertEqual((self.client.going, self.client.link.send.call_count), (going, sent))
-        self.assertEqual((self.client.channel, self.lines), ("#chat", ["JOIN #tea"]))
+        self.enter("echo-message")
+        self.type("/join #tea", "/msg #chat hello")
+        deadline = self.client.uplink.heard = self.client.uplink.deadline
+        for late, sent in ((-1, []), (1, ["PRIVMSG #chat :hello"])):
+            self.client.turn(deadline + late)
+            self.assertEqual(self.lines, ["JOIN #tea", *sent])
+        self.type("/join #tea")
+        self.assertEqual((self.prompt, self.lines[2:]), ("[#chat 2] bob> ", ["JOIN #tea"]))
 
     def test_one_channel_at_a_time(self) -> None:
         self.assertIn("Error: one channel at a time", self.type("/join #a,#b"))
         self.assertNotIn("Error", self.type("/join #a"))
         self.assertIn("Error: one channel at a time", self.type("/join #b"))
-        self.assertEqual((self.client.going, self.lines), ("#a", ["JOIN #a"]))
+        self.assertEqual(self.lines, ["JOIN #a"])
+
+
+class SeveralRooms(PersonCase):
+    """A client that is in two channels."""
+
+    TEA = (":bob!b@h JOIN #tea", ":s 353 bob = #tea :bob cat dan", ":s 366 bob #tea :End")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.screen.colours = False
+        self.arrive(*self.TEA)
+
+    def test_what_is_said_elsewhere_is_counted_until_we_speak_there(self) -> None:
+        self.type("/ignore dan")
+        self.arrive(*(f":{nick}!c@h PRIVMSG #tea :hi" for nick in ("cat", "cat", "dan", "bob")), ":cat!c@h PART #tea")
+        self.assertEqual(self.prompt, "[#chat 2 | #tea +2] bob> ")
+        self.assertIn("*** here: dan\n", self.type("/join #tea"))
+        self.assertEqual((self.prompt, self.lines), ("[#tea 2] bob> ", []))
+        self.assertIn(" [#chat] ann: hey\n", self.arrive(":ann!a@b PRIVMSG #chat :hey"))
+        self.assertEqual(self.prompt, "[#tea 2 | #chat +1] bob> ")
+        self.arrive(":cat!c@h PRIVMSG #tea :here")
+        self.type("tea", "/msg #chat later", "/join #chat")
+        self.assertEqual(self.prompt, "[#chat 2] bob> ")
+        self.assertEqual([message.params for message in self.said], [("#tea", "tea"), ("#chat", "later")])
+
+    def test_leaving_another_room(self) -> None:
+        self.type("/part #tea")
+        written = self.arrive(":bob!b@h PART #tea")
+        self.assertIn("*** [#tea] bob left\n", written)
+        self.assertNotIn("no longer", written)
+        self.type("/join #tea")
+        self.assertEqual((self.prompt, self.lines), ("[#chat 2] bob> ", ["PART #tea", "JOIN #tea"]))
+
+    def test_leaving_the_active_room_goes_to_another(self) -> None:
+        self.type("/part")
+        self.assertNotIn("no longer", self.arrive(":bob!b@h PART #chat"))
+        self.assertEqual(self.prompt, "[#tea 3] bob> ")
+        self.type("/part")
+        self.assertEqual(self.lines, ["PART #chat", "PART #tea"])
+        told = "you are no longer in #tea; /join #tea may bring you back"
+        self.assertIn(told, self.arrive(":bob!b@h PART #tea"))
+
+    def test_who_is_where(self) -> None:
+        self.arrive(":ann!a@b JOIN #tea", ":cat!c@h NICK kit", ":ann!a@b QUIT :bye", ":dan!d@h JOIN #chat")
+        self.assertEqual(self.members, ["bob", "dan"])
+        self.type("/join #tea")
+        self.assertEqual(self.members, ["bob", "dan", "kit"])
+        self.assertNotIn("no longer", self.arrive(":ann!a@b KICK #chat bob :out"))
+        self.assertEqual(chat.completions(self.client, "/join #"), (6, ["#tea "]))
+
+    def test_all_rooms_are_joined_again(self) -> None:
+        self.type("/join #tea")
+        self.arrive(":ann!a@b PRIVMSG #chat :hey")
+        self.lose()
+        self.type("hi")
+        self.connect()
+        self.assertEqual(self.lines, ["JOIN #chat", "JOIN #tea"])
+        self.assertNotIn("***", self.arrive(*self.IN))
+        self.assertEqual((self.prompt, self.said), ("[connecting] bob> ", []))
+        self.assertIn("*** connected again", self.arrive(*self.TEA))
+        self.assertEqual((self.prompt, self.said[0].params), ("[#tea 3 | #chat +1] bob> ", ("#tea", "hi")))
+        self.reconnect()
+        self.assertEqual(self.lines, ["JOIN #chat", "JOIN #tea"])
+
+    def test_a_room_that_does_not_take_us_back(self) -> None:
+        self.reconnect()
+        self.assertIn("*** Error: banned", self.arrive(":s 474 bob #tea :banned"))
+        self.assertIn("*** connected again", self.arrive(*self.IN))
+        self.reconnect()
+        self.assertEqual(self.lines, ["JOIN #chat"])
+
+    def test_the_active_room_does_not_take_us_back(self) -> None:
+        for first, second in ((self.TEA, (":s 474 bob #chat :banned",)), ((":s 474 bob #chat :banned",), self.TEA)):
+            self.enter()
+            self.arrive(*self.TEA)
+            self.reconnect()
+            self.arrive(*first)
+            self.arrive(*second)
+            self.assertEqual(self.prompt, "[#chat 0] bob> ")
+            self.type("/join #tea")
+            self.assertEqual((self.prompt, self.lines), ("[#tea 3] bob> ", ["JOIN #chat", "JOIN #tea"]))
+        self.reconnect()
+        with self.assertRaisesRegex(chat.FatalError, "cannot join #tea: banned"):
+            self.arrive(":s 474 bob #tea :banned")
+
+    def test_kicked_from_the_active_room_before_the_connection_is_lost(self) -> None:
+        self.arrive(":ann!a@b KICK #chat bob :out")
+        self.assertIn("connected again, not in #chat", self.reconnect())
+        self.arrive(*self.TEA)
+        self.assertEqual((self.prompt, self.lines), ("[#chat 0] bob> ", ["JOIN #tea"]))
+
+
+class Reconnected(PersonCase):
+    """What stays of a connection when it is lost, and what does not."""
+
+    CAPS = f"batch {chat.RESUME_CAP} draft/chathistory echo-message message-tags server-time"
+
+    def test_a_server_that_does_not_know_us_any_more(self) -> None:
+        self.lose()
+        self.server.connect()
+        self.arrive(f":s CAP * NAK :{self.CAPS}")
+        self.assertIsNone(self.client.uplink.sock)
+        self.lines.clear()
+        self.server.connect()
+        self.assertEqual(self.lines, ["CAP LS :302", "NICK :bob", "USER bob 0 * :bob"])
+        self.arrive(":s CAP * LS :echo-message", ":s CAP * ACK :echo-message", ":s 001 bob :Welcome")
+        self.assertIn("*** connected again; what was said meanwhile is not known here", self.arrive(*self.IN))
+        self.assertEqual(self.lines[3:], ["CAP REQ :echo-message", "CAP END", "JOIN #chat"])
+
+    def test_another_server_is_told(self) -> None:
+        self.lose()
+        self.server.connect()
+        with mock.patch.object(chat, "FRAME_S", -1):
+            self.assertIn("has become another server", self.arrive(f":s CAP * NAK :{self.CAPS}"))
+
+    def test_nothing_is_done_until_the_next_try(self) -> None:
+        self.server.sock.sendall(b"ERROR :bye\r\n")
+        self.lose()
+        self.server.turn()
+        self.assertIsNone(self.client.uplink.sock)
+        self.assertGreater(self.client.pause(time.monotonic()), 0)
+
+    def test_nothing_of_the_last_connection_stays(self) -> None:
+        self.enter("", "CASEMAPPING=ascii LINELEN=1024 NICKLEN=9 PREFIX=(x)*")
+        line = Message("PRIVMSG", ("#chat", "x" * 1000))
+        self.assertEqual(len(chat.split_message(self.client.uplink, "#chat", line)), 2)
+        self.assertTrue(self.client.is_me("BOB"))
+        self.type(*"12345")
+        self.arrive("ERROR :the last words")
+        self.reconnect()
+        self.arrive(":bob!b@h JOIN #CHAT", ":s 353 bob = #chat :bob x[ X{ *eve", ":s PONG s :read")
+        self.assertEqual(self.members, ["bob", "x[", "*eve"])
+        self.assertEqual(len(chat.split_message(self.client.uplink, "#chat", line)), 3)
+        self.type(*"67890")
+        self.assertEqual([message.text for message in self.said], [*"67890"])
+        self.assertNotIn("the last words", self.lose())
+
+
+class Missed(PersonCase):
+    """What was said while a client was away, at a server that keeps it (draft/chathistory)."""
+
+    CAPS = "batch draft/chathistory"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.come_back()
+
+    def come_back(self, isupport: str = "") -> None:
+        """Connects again, and asks for what was said after message 1."""
+        self.enter(self.CAPS, isupport)
+        self.arrive(self.message(1))
+        self.reconnect(self.CAPS, isupport)
+        self.arrive(":bob!b@h JOIN #chat")
+
+    def message(self, number: int, channel: str = "#chat") -> str:
+        tags = f"msgid=m{number};time=2026-01-01T00:00:00.{number:03d}Z"
+        return f"@{tags} :ann!a@b PRIVMSG {channel} :<{number}>"
+
+    def page(self, *numbers: int, channel: str = "#chat") -> str:
+        """Returns the messages that are shown when a page has arrived."""
+        page = [f"@batch=1;{self.message(number, channel)[1:]}" for number in numbers]
+        return self.shown(f"BATCH +1 chathistory {channel}", *page, "BATCH -1")
+
+    def shown(self, *lines: str) -> str:
+        return " ".join(re.findall(r"<(\w+)>", self.arrive(*lines)))
+
+    def said_live(self) -> str:
+        """Returns what is shown when somebody says "live"."""
+        return self.shown(":cat!c@h PRIVMSG #chat :<live>")
+
+    def asked(self) -> List[str]:
+        """What was asked for: references and numbers."""
+        return [line.split(" ", 3)[3] for line in self.lines if line.startswith("CHATHISTORY")]
+
+    def test_it_is_asked_for_page_by_page(self) -> None:
+        for tokens in ("", "CHATHISTORY=0 MSGREFTYPES=timestamp,msgid", "CHATHISTORY=500 MSGREFTYPES=msgid"):
+            with self.subTest(tokens), mock.patch.object(chat, "PAGE_LINES", 3):
+                self.come_back(tokens)
+                self.assertEqual((self.page(2, 3, 4), self.said_live()), ("2 3 4", ""))
+                self.assertEqual(self.page(5), "5 live")
+                self.assertEqual(self.asked(), ["msgid=m1 :3", "msgid=m4 :3"])
+
+    def test_it_is_asked_for_as_the_server_allows(self) -> None:
+        for tokens, asked in (
+            ("CHATHISTORY=3 MSGREFTYPES=other,msgid", ["msgid=m1 :3", "msgid=m4 :3"]),
+            (
+                "CHATHISTORY=3 MSGREFTYPES=timestamp",
+                ["timestamp=2026-01-01T00:00:00.001Z :3", "timestamp=2026-01-01T00:00:00.004Z :3"],
+            ),
+        ):
+            with self.subTest(tokens):
+                self.come_back(tokens)
+                self.page(2, 3, 4)
+                self.assertEqual(self.asked(), asked)
+
+    def test_the_past_of_another_channel_is_not_ours(self) -> None:
+        self.assertEqual((self.page(7, channel="#b"), self.said_live()), ("7", ""))
+        self.assertEqual(self.page(2), "2 live")
+        self.arrive("@msgid=m8 :ann!a@b PRIVMSG bob :psst")
+        self.reconnect(self.CAPS)
+        self.arrive(":bob!b@h JOIN #chat")
+        self.assertEqual(self.asked(), ["msgid=m2 :100"])
+
+    def test_a_page_that_never_ends(self) -> None:
+        self.assertEqual(self.shown("BATCH +1 chathistory #chat", f"@batch=1;{self.message(2)[1:]}"), "")
+        self.assertEqual(self.said_live(), "")
+        self.screen.written = ""
+        self.client.turn(time.monotonic() + chat.HISTORY_S + 1)
+        self.assertEqual(re.findall(r"<(\w+)>", self.screen.written), ["2", "live"])
+
+    def test_a_page_that_does_not_come_before_the_connection_is_lost(self) -> None:
+        self.assertEqual(self.said_live(), "")
+        self.reconnect()
+        self.arrive(":bob!b@h JOIN #chat")
+        self.assertEqual(self.said_live(), "live")
+
+    def test_a_page_of_more_than_was_asked_for(self) -> None:
+        with mock.patch.object(chat, "PAGE_LINES", 2):
+            self.come_back()
+            self.assertEqual(self.page(2, 3, 4, 5), "2 3")
+            self.assertEqual(self.asked(), ["msgid=m1 :2", "msgid=m3 :2"])
+
+    def test_the_same_page_again_and_again(self) -> None:
+        with mock.patch.object(chat, "PAGE_LINES", 2):
+            self.come_back()
+            self.assertEqual([self.page(2, 3), self.page(2, 3)], ["2 3", ""])
+            self.assertEqual((len(self.asked()), self.said_live()), (2, "live"))
+
+    def test_pages_without_end(self) -> None:
+        with mock.patch.object(chat, "PAGE_LINES", 1), mock.patch.object(chat, "HISTORY_PAGES", 4):
+            self.come_back()
+            for number in range(2, 6):
+                self.assertEqual((len(self.asked()), self.said_live()), (number - 1, ""))
+                self.page(number)
+            self.assertEqual((len(self.asked()), self.said_live()), (4, "live"))
+
+    def test_what_is_held_back_is_bounded(self) -> None:
+        self.type("hi")
+        with mock.patch.object(chat, "HELD_MESSAGES", 3):
+            self.assertEqual([self.said_live(), self.said_live()], ["", ""])
+            self.assertEqual((self.said_live(), len(self.said)), ("live live live", 1))
+        self.assertEqual([self.said_live(), self.page(2)], ["live", "2"])
+
+    def test_a_past_that_cannot_be_read(self) -> None:
+        for about, held in (("AFTER #tea", True), ("AFTER #CHAT", False), ("", False)):
+            with self.subTest(about):
+                self.enter(self.CAPS)
+                self.arrive(":bob!b@h JOIN #tea")
+                self.reconnect(self.CAPS)
+                self.arrive(":bob!b@h JOIN #chat", ":bob!b@h JOIN #tea")
+                self.assertIn("*** Error: no", self.arrive(f":s FAIL CHATHISTORY INVALID_TARGET {about} :no"))
+                self.assertEqual(self.said_live(), "" if held else "live")
+
+    def test_a_room_that_does_not_take_us_back_has_no_past(self) -> None:
+        self.arrive(":bob!b@h JOIN #tea")
+        self.reconnect(self.CAPS)
+        self.arrive(":bob!b@h JOIN #chat", ":s 474 bob #tea :banned")
+        self.arrive(":s FAIL CHATHISTORY INVALID_TARGET AFTER #tea :only members may read what was said there")
+        self.assertEqual([self.said_live(), self.page(2)], ["", "2 live"])
+
+
+class Loop(PersonCase):
+    """When the client does something, and what it sends at once."""
+
+    CAPS = f"batch {chat.RESUME_CAP} draft/chathistory echo-message message-tags server-time"
+
+    def test_nothing_is_done_while_nothing_happens(self) -> None:
+        self.assertGreater(self.client.pause(time.monotonic()), chat.ASK_S - 1)
+
+    def test_our_server_lets_us_in_again_within_two_round_trips(self) -> None:
+        self.arrive("@msgid=m1 :ann!a@b PRIVMSG #chat :one")
+        self.server.close()
+        self.client.enter("two", True)
+        self.server.sent.clear()
+        self.server.connect()
+        first = [line.partition(" ")[0] for line in self.lines]
+        self.assertEqual(first, ["CAP", "RESUME", "NICK", "USER", "CAP"])
+        self.server.sent.clear()
+        self.arrive(f":s CAP * ACK :{self.CAPS}", ":s 001 bob :Welcome", *self.IN)
+        self.assertEqual(self.lines, ["JOIN #chat", "CHATHISTORY AFTER #chat msgid=m1 :100"])
+        self.arrive(":s BATCH +1 chathistory #chat", ":s BATCH -1")
+        self.assertEqual([message.params for message in self.said], [("#chat", "two")])
 
 
 class AtAStrictServer(PersonCase):
@@ -5613,89 +6006,102 @@ class AtAStrictServer(PersonCase):
     THRESHOLD, RECVQ = 10, 8192  # lines at once, then one each second; bytes that may wait
 
     def setUp(self) -> None:
-        super().setUp()
-        self.now = 1000.0
-        self.recvq: List[Message] = []
-        self.read: List[Message] = []
-        self.penalty = 0.0
+        self.now = time.monotonic()
         patch = mock.patch.object(chat.time, "monotonic", lambda: self.now)  # type: ignore[attr-defined]
         patch.start()
         self.addCleanup(patch.stop)
-        self.client.link = mock.Mock(stuck=False)
-        self.client.link.send = self.recvq.append
-        self.client.source = "bob!b@h"
-        del self.client.send
+        super().setUp()
 
-    def second(self) -> None:
-        """Lets the server read, and the client do what is due."""
-        self.penalty = max(self.penalty - 1, 0)
-        while self.recvq and self.penalty < self.THRESHOLD:
-            message = self.recvq.pop(0)
-            self.read.append(message)
-            self.penalty += message.command != "PING"
-            if message.command == "PING":
-                self.client.take(Message("PONG", ("s", *message.params)))
-        self.client.heard = self.now
-        for _ in range(10):
-            self.now += 0.1
-            chat.tick(self.client, self.now)
-        self.assertLessEqual(sum(len(chat.format_tagged(message)) + 2 for message in self.recvq), self.RECVQ)
-
-    def said(self) -> List[str]:
-        return [message.text for message in self.read if message.command == "PRIVMSG"]
+    def texts_read(self, seconds: int) -> List[str]:
+        """Lets the server read, and the client do what is due; returns what was said."""
+        penalty, read = 0.0, []
+        for _ in range(seconds):
+            penalty = max(penalty - 1, 0)
+            while self.lines and penalty < self.THRESHOLD:
+                read.append(chat.parse(self.lines.pop(0)))
+                penalty += read[-1].command != "PING"
+                if read[-1].command == "PING":
+                    self.arrive(f":s PONG s :{read[-1].text}")
+            for _ in range(10):
+                self.now += 0.1
+                self.server.turn()
+            self.assertLessEqual(sum(len(line) + 2 for line in self.lines), self.RECVQ)
+        return [message.text for message in read if message.command == "PRIVMSG"]
 
     def test_a_long_paste_arrives(self) -> None:
-        for caps in ([], ["echo-message", "message-tags"]):
-            self.client.caps, self.client.pace, self.read = caps, chat.Pace(False), []
-            lines = [f"{number} {'x' * 400}" for number in range(100)]
+        for caps in ("", "echo-message message-tags"):
+            self.enter(caps)
+            lines = [f"{number} {'x' * 380}" for number in range(100)]
             for line in lines:
                 self.type(line)
-            self.assertEqual(len([message for message in self.recvq if message.command == "PRIVMSG"]), 5)
-            for _ in range(110):
-                self.second()
-            self.assertEqual(self.said(), lines)
+            self.assertEqual(len(self.said), 5)
+            self.assertEqual(self.texts_read(110), lines)
 
     def test_what_is_urgent_does_not_wait(self) -> None:
-        self.client.pace = chat.Pace(False)
         for number in range(100):
             self.type(f"{number}")
-        self.client.take(Message("PING", ("x",)))
+        self.arrive("PING x")
         self.type("/quit")
-        self.assertEqual([message.command for message in self.recvq[-2:]], ["PONG", "QUIT"])
-        self.assertLess(len(self.recvq), 10)
+        self.assertEqual(self.lines[-2:], ["PONG x", "QUIT"])
+        self.assertLess(len(self.lines), 10)
 
     def test_our_own_server_is_not_spared(self) -> None:
+        self.enter(chat.RESUME_CAP)
         for number in range(100):
             self.type(f"{number}")
-        self.assertEqual(len([message for message in self.recvq if message.command == "PRIVMSG"]), 100)
+        self.assertEqual(len(self.said), 100)
 
 
 class FromAHostileServer(PersonCase):
     def test_hostile_remarks(self) -> None:
-        self.client.joined = False
+        self.start()
+        self.server.connect()
         written = self.arrive(":bob!b@h NICK :\x1b]0;owned\x07", ":s 001 \x1b[2J :hi")
         self.assertNotIn("\x1b]", written)
         self.assertIn("\\x1b", written)
-        for line in (":s 432 * x :no", ":s 403 bob #\x1b :no"):
-            with self.assertRaises(chat.Failed):
+        for line in (":s 432 * x :no", ":s 403 bob #chat :\x1b no"):
+            with self.assertRaises(chat.FatalError):
                 self.arrive(line)
 
     def test_a_hostile_server_fills_no_memory(self) -> None:
-        for _ in range(10):
-            self.arrive("CAP * LS * :echo-message echo-message batch")
-        self.assertEqual(self.client.caps, ["batch", "echo-message"])
-        with mock.patch.object(chat, "PEOPLE", 3):
+        with mock.patch.object(chat, "MAX_MEMBERS", 6), mock.patch.object(chat, "MAX_ROOMS", 3):
             for number in range(5):
                 self.arrive(f":n{number}!a@b JOIN #chat", f":s 353 bob = #chat :m{number} {'x' * 200}")
                 self.arrive(f":bob!b@h JOIN #o{number}", f":bob!b@h JOIN #{'x' * 200}")
-        self.assertEqual((len(self.client.people), self.client.others), (3, {"#o0", "#o1", "#o2"}))
-        self.client.joined = False
-        with self.assertRaises(chat.Failed):
+                self.arrive(f":s 353 bob = #o{number} :ann eve", f":eve!e@h JOIN #o{number}")
+        self.assertEqual(self.members, ["bob", "ann", "n0", "m0"])
+        self.assertEqual([room.name for room in self.client.rooms.others()], ["#o0", "#o1"])
+        self.assertEqual([len(room.members) for room in self.client.rooms.others()], [2, 0])
+        self.start()
+        self.server.connect()
+        for _ in range(10):
+            self.arrive("CAP * LS * :echo-message echo-message batch")
+        self.assertEqual(self.client.uplink.caps, {"batch", "echo-message"})
+        with self.assertRaises(chat.FatalError):
             for _ in range(chat.SAME_NAMES + 1):
-                self.arrive(f":s 433 * {self.client.nick} :taken")
+                self.arrive(f":s 433 * {self.client.uplink.nick} :taken")
+
+    def test_a_server_that_does_not_take_us_back_fills_no_memory(self) -> None:
+        with mock.patch.object(chat, "MAX_ROOMS", 3), mock.patch.object(chat, "MAX_MEMBERS", 6):
+            for number in range(4):
+                self.arrive(*(f":bob!b@h JOIN #{name}{number}" for name in "abcd"))
+                self.arrive(*(f":s 353 bob = #{name}{number} :u1 u2 u3" for name in "abcd"))
+                self.reconnect()
+                self.assertLessEqual(len(self.lines), 3 + 1)  # and where we want to be
+
+    def test_a_server_that_does_not_read_is_left(self) -> None:
+        with mock.patch.object(chat, "CLIENT_SENDQ", 1 << 16):
+            for _ in range(1000):
+                with contextlib.suppress(OSError):
+                    self.server.sock.send(b"PING :x\r\n" * 1000)
+                self.client.turn(time.monotonic())
+                if not self.client.uplink.sock:
+                    break
+                self.assertLess(len(self.client.uplink.sendq), chat.CLIENT_SENDQ)
+            self.assertIsNone(self.client.uplink.sock)
+        self.assertIn("host:1 does not read what it is sent; trying again", self.screen.written)
 
     def test_names_that_are_not_to_be_had(self) -> None:
-        self.client.joined = False
         for first, answers, sent in (
             ("bob", ("433 * bob", "436 * bob2", "437 * bob3"), "bob2 bob3 bob4"),
             ("José", ("432 * José", "433 * Jose"), "Jose Jose2"),
@@ -5703,31 +6109,28 @@ class FromAHostileServer(PersonCase):
             ("abcdefghijkl", ("433 * abcdefghi", "433 * abcdefgh2"), "abcdefgh2 abcdefgh3"),  # it cuts names itself
         ):
             with self.subTest(first):
-                self.client.nick, self.client.tries, self.client.isupport = first, 0, {}
+                self.start(first)
+                self.server.connect()
                 self.lines.clear()
                 self.assertNotIn("***", self.arrive(*(f":s {answer} :no" for answer in answers)))
-                self.assertEqual(self.lines, [f"NICK {name}" for name in sent.split()])
+                self.assertEqual(self.lines, [f"NICK :{name}" for name in sent.split()])
         for first, line in (("Борис", "432 * Борис"), ("bob", "432 * bob"), ("bob", "437 * #chat"), ("bob", "431 *")):
-            self.client.nick = first
-            with self.subTest(line), self.assertRaises(chat.Failed):
+            self.start(first)
+            self.server.connect()
+            with self.subTest(line), self.assertRaises(chat.FatalError):
                 self.arrive(f":s {line} :no")
 
     def test_an_old_answer_about_a_name_counts_for_nothing(self) -> None:
-        self.client.joined = False
-        self.arrive(":s 433 * bob :taken", ":s 433 * bob :taken")
-        self.assertEqual((self.lines, self.client.nick), (["NICK bob2"], "bob2"))
-        self.client.entered = True
-        self.arrive(f":s CAP * LS :{chat.RESUME_CAP}", f":s CAP * ACK :{chat.RESUME_CAP}", ":s 433 * bob :taken")
-        self.assertEqual(self.lines[-2:], ["CAP END", "NICK bob2"])  # this one we had asked for once more
-
-    def test_the_past_of_another_channel_is_not_ours(self) -> None:
-        self.client.past.ask("#chat", 0)
-        self.arrive("BATCH +1 chathistory #b", "@batch=1;msgid=1 :ann!a@b PRIVMSG #b :x", "BATCH -1")
-        self.assertEqual((self.client.past.batch, bool(self.client.past.asked)), ("", True))
-        written = self.arrive("BATCH +2 chathistory #chat", "@batch=2;msgid=2 :ann!a@b PRIVMSG #chat :y", "BATCH -2")
-        self.assertIn("ann\x1b[0m: y", written)
-        self.arrive("@msgid=7 :ann!a@b PRIVMSG bob :psst")
-        self.assertEqual(self.client.past.last, "msgid=2")
+        for caps, nick, answers, sent in (
+            ("", "bob", ("bob", "bob"), ["NICK :bob2"]),
+            (chat.RESUME_CAP, "abcdefghijkl", ("abcdefghi",), []),  # our server does not cut names
+        ):
+            self.start(nick)
+            self.server.connect()
+            self.arrive(f":s CAP * LS :{caps}", *([f":s CAP * ACK :{caps}"] if caps else []))
+            self.lines.clear()
+            self.arrive(*(f":s 433 * {answer} :taken" for answer in answers))
+            self.assertEqual(self.lines, sent)
 
     def test_a_clock_behind_does_not_repeat_the_date(self) -> None:
         yesterday = chat.server_time(time.time() - 86400)
@@ -5735,21 +6138,15 @@ class FromAHostileServer(PersonCase):
             self.assertNotIn("---", self.arrive(f"@time={yesterday} :ann!a@b PRIVMSG #chat :x"))
 
     def test_a_server_without_echo_is_asked_by_ping(self) -> None:
-        self.client.link = mock.Mock()
-        self.client.source = "bob!b@h"
         for text in ("one", "two", "three"):
             self.assertIn(f": {text}\n", self.type(text))  # shown at once
-        ids = [line.id for line in self.client.outgoing.unsure]
-        self.client.link = None
-        self.assertEqual(self.lines, [f"PING {ids[0]}"])
-        self.arrive(f":s PONG s :{ids[0]}")
-        self.assertEqual(self.lines[1:], [f"PING {ids[2]}"])
-        self.arrive(":s PONG s :else")
-        self.assertEqual(len(self.client.outgoing), 2)
-        self.screen.written = ""
-        self.client.lose("gone")
-        self.view.update(self.client)
-        self.assertIn("your last 2 line(s) may be lost: this server confirms nothing", self.screen.written)
+        ids = [pending.id for pending in self.client.queue.messages]
+        self.assertEqual([line for line in self.lines if "PING" in line], [f"PING {ids[0]}"])
+        self.lines.clear()
+        self.arrive(f":s PONG s :{ids[0]}", ":s PONG s :else")
+        self.assertEqual(self.lines, [f"PING {ids[2]}"])
+        self.assertEqual(len(self.queued), 2)
+        self.assertIn("your last 2 line(s) may be lost: this server confirms nothing", self.lose())
 
     def test_windows(self) -> None:
         """The console of Windows, as far as it can be played here."""
@@ -5771,21 +6168,6 @@ class FromAHostileServer(PersonCase):
         self.assertEqual(keys, ["a", LEFT, "\xe0", DELETE, "\x1b[1;5D", "\x03", "\U0001f600"])
 
 
-class FakeLink:
-    """A connection that leads nowhere, and what is sent over it."""
-
-    def __init__(self, *address: Any) -> None:
-        self.stuck = False
-        self.sent: List[str] = []
-
-    def send(self, message: Message) -> None:
-        chat.format_tagged(message).encode()
-        self.sent.append(message.command)
-
-    def close(self, patience: float = 0) -> None:
-        pass
-
-
 class FuzzClient(unittest.TestCase):
     """Whatever a server sends and a person types, the client goes on, or ends with one clear line."""
 
@@ -5795,21 +6177,20 @@ class FuzzClient(unittest.TestCase):
         *chat.BINDINGS, *"ab éß你😀\u0301\u202e/#", "\x1b", "\x1b[", "\x1b[9", "\x1bO", chat.CANCEL, "y", "\x1b[200~",
         "\x1b]", "\x1bP", "\x1b[[", "\x1b[M",
         "\x1b[201~", "\x1b[200~one\rtwo\x1b[201~", "\x1b[200~\x1b[5m\x1b[201~", "\0", "\x7f" * 9, "/ignore ann\r",
-        "/who\r", "/join #a\r", "/msg ann hi\r", "/reply ho\r", "ann: hi\r", "exit\r",
+        "/who\r", "/join #a\r", "/join #b\r", "/part\r", "/msg ann hi\r", "/reply ho\r", "ann: hi\r", "exit\r",
     ]  # fmt: skip
     SERVERS = [
         [],
         [":s CAP * LS :echo-message message-tags", ":s CAP * ACK :echo-message message-tags"],
-        [f":s CAP * LS :{' '.join(chat.CAPABILITIES)}", f":s CAP * ACK :{' '.join(sorted(chat.WANTED))}"],
+        [f":s CAP * LS :{' '.join(chat.CAPABILITIES)}", f":s CAP * ACK :{' '.join(sorted(chat.WANTED_CAPS))}"],
     ]
-    IN = [":s 001 bob :Welcome", ":bob!b@h JOIN #chat", ":s 353 bob = #chat :bob @ann", ":s 366 bob #chat :End"]
+    IN = [
+        ":s 001 bob :Welcome", ":bob!b@h JOIN #a", ":bob!b@h JOIN #chat", ":s 353 bob = #chat :bob @ann",
+        ":s 353 bob = #a :bob ann u1", "BATCH +1 chathistory #a", "@batch=1;msgid=1 :u1!a@b PRIVMSG #a :1", "BATCH -1",
+    ]  # fmt: skip
 
     def setUp(self) -> None:
-        for patch in (
-            mock.patch.object(chat, "Link", FakeLink),
-            mock.patch.object(chat.Person, "_read", staticmethod(lambda events: None)),
-            mock.patch.object(chat.Pipe, "_read", lambda view, events: None),
-        ):
+        for patch in (mock.patch.object(chat.PipeUI, "_read", lambda ui: None),):
             patch.start()
             self.addCleanup(patch.stop)
 
@@ -5833,18 +6214,20 @@ class FuzzClient(unittest.TestCase):
     def test_at_a_terminal(self) -> None:
         for seed in seeds(10000 if LONG else 60):
             with repeatable(seed) as rng:
-                screen = FakeScreen()
-                view = chat.Person(screen)
-                self.live(rng, view, self.keys)
+                client = chat.Client("host", 1, "bob", "#chat")
+                screen = FakeTerminal(client)
+                client.ui = chat.TerminalUI(client, screen)
+                self.live(rng, client, functools.partial(self.press, screen))
                 self.harmless(self.OURS.sub("", screen.written))
 
     def test_in_a_pipe(self) -> None:
         for seed in seeds(10000 if LONG else 60):
             with repeatable(seed) as rng:
                 as_json = seed % 2 == 0
-                view, out, err = chat.Pipe(None, rng.random() < 0.5, as_json), io.StringIO(), io.StringIO()
+                client, out, err = chat.Client("host", 1, "bob", "#chat"), io.StringIO(), io.StringIO()
+                client.ui = ui = chat.PipeUI(client, None, rng.random() < 0.5, as_json)
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                    self.live(rng, view, self.line)
+                    self.live(rng, client, functools.partial(self.pipe, ui))
                 for line in out.getvalue().splitlines() if as_json else ():
                     json.loads(line)
                 self.harmless(("" if as_json else out.getvalue().replace("\n", "")) + err.getvalue().replace("\n", ""))
@@ -5852,38 +6235,40 @@ class FuzzClient(unittest.TestCase):
     def harmless(self, text: str) -> None:
         self.assertEqual([char for char in text if obeyed(char)], [])
 
-    def keys(self, soup: Soup) -> str:
-        return "".join(soup.rng.choices(self.KEYS, k=soup.rng.randrange(1, 6)))
+    def press(self, terminal: chat.Terminal, soup: Soup) -> None:
+        terminal._input.put("".join(soup.rng.choices(self.KEYS, k=soup.rng.randrange(1, 6))))
 
-    def line(self, soup: Soup) -> bytes:
-        return soup.line([soup.plain]) if soup.rng.random() < 0.9 else b""
+    def pipe(self, ui: chat.PipeUI, soup: Soup) -> None:
+        if ui._lines.empty():
+            ui._lines.put(soup.line([soup.plain]) if soup.rng.random() < 0.9 else None)
 
-    def live(self, rng: random.Random, view: chat.View, typed: Callable[[Soup], Any]) -> None:
+    def live(self, rng: random.Random, client: chat.Client, type_some: Callable[[Soup], Any]) -> None:
         """Fifty things that happen to a client."""
-        client, soup = chat.Client("host", 1, "bob", "#chat", view), Soup(rng)
+        soup, server = Soup(rng), Dialed(client)
         client.replay = rng.choice((0, 20))
         welcome = [*rng.choice(self.SERVERS), *self.IN]
-        client.connect()
-        with contextlib.suppress(chat.Failed):
-            self.arrive(client, welcome if rng.random() < 0.8 else [])
+        with contextlib.suppress(chat.FatalError), contextlib.ExitStack() as stack:
+            stack.callback(server.clean_up)
+            server.connect()
+            server.arrive(*(welcome if rng.random() < 0.8 else []))
             for _ in range(50):
                 happens = rng.random()
                 if happens < 0.65:
                     line = soup.line([soup.from_server])
-                    self.arrive(client, [line.decode(errors="replace")])
+                    server.arrive(re.sub("[\r\n]", " ", line.decode(errors="replace")))
                 elif happens < 0.85:
-                    view.input(client, typed(soup))
-                elif happens < 0.9:
-                    chat.tick(client, time.monotonic() + rng.choice((0.1, 5, 40)))
+                    type_some(soup)
+                elif happens < 0.88:
+                    client.turn(time.monotonic() + rng.choice((0.1, 5, 40)))
+                elif happens < 0.93:
+                    server.close()
+                    server.connect()
+                    server.arrive(*(welcome if rng.random() < 0.5 else []))
                 else:
-                    self.arrive(client, rng.sample(welcome, rng.randrange(len(welcome))))
+                    server.arrive(*rng.sample(welcome, rng.randrange(len(welcome))))
                 if client.status is not None:
                     return
-                view.update(client)
-            client._on_closed((client.link, True, ""))  # type: ignore[arg-type]
-
-    def arrive(self, client: chat.Client, lines: List[str]) -> None:
-        client._on_messages((client.link, [chat.parse(line) for line in lines]))  # type: ignore[arg-type]
+                server.turn()
 
 
 def held_port(case: unittest.TestCase) -> int:
@@ -6527,18 +6912,6 @@ class ClientProgram(ProgramCase):
                 self.assertEqual((program.returncode, out), (1, ""), err)
                 self.assertRegex(err, rf"^chat\.py: {re.escape(text)}[^\n]*\n$")
 
-    def test_a_pipe_without_input_or_with_odd_bytes(self) -> None:
-        _, port = self.server()
-        ann = Peer(port, "ann\n")
-        self.addCleanup(ann.close)
-        ann.until("joined")
-        self.assertEqual(self.run_client(port, "10%\r20%\nnext\0\n", "--name", "ci")[0], 0)
-        self.assertEqual([ann.until("ci:") for _ in range(2)], ["ci: 10% 20%", "ci: next "])
-        self.assertEqual(self.run_client(port, "", "--name", "ci")[0], 0)
-        command = f'exec "{sys.executable}" "{HERE / "chat.py"}" client --port {port} --name nobody <&-'
-        if os.name == "posix":
-            subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL, timeout=PATIENCE, check=True)
-
     def test_what_a_strange_server_sends_is_shown_or_ignored(self) -> None:
         fake = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(fake.close)
@@ -6662,6 +7035,44 @@ class ClientProgram(ProgramCase):
         assert client.stdin
         client.stdin.close()
         client.stdin = client.stdout = None
+
+
+class PipedInput(ProgramCase):
+    """What comes through standard input."""
+
+    def test_a_pipe_without_input_or_with_odd_bytes(self) -> None:
+        _, port = self.server()
+        ann = Peer(port, "ann\n")
+        self.addCleanup(ann.close)
+        ann.until("joined")
+        self.assertEqual(self.run_client(port, "10%\r20%\nnext\0\n", "--name", "ci")[0], 0)
+        self.assertEqual([ann.until("ci:") for _ in range(2)], ["ci: 10% 20%", "ci: next "])
+        self.assertEqual(self.run_client(port, "", "--name", "ci")[0], 0)
+        command = f'exec "{sys.executable}" "{HERE / "chat.py"}" client --port {port} --name nobody <&-'
+        if os.name == "posix":
+            subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL, timeout=PATIENCE, check=True)
+
+    @unittest.skipUnless(os.name == "posix", "needs a shell")
+    def test_a_closed_standard_input_at_a_server_with_a_password(self) -> None:
+        _, port = self.server(env={**os.environ, "CHAT_PASSWORD": "sesame"})
+        command = f'exec "{sys.executable}" "{self.CHAT}" client --port {port} <&-'
+        run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=PATIENCE, check=False)
+        how = "give it in CHAT_PASSWORD or with --password-file"
+        self.assertEqual((run.returncode, run.stdout), (1, ""))
+        self.assertEqual(run.stderr, f"chat.py: 127.0.0.1:{port} wants a password: {how}\n")
+
+    def test_a_byte_order_mark_is_no_text(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            password = pathlib.Path(folder, "password")
+            password.write_text("\ufeffsesame\n", encoding="utf-8")
+            _, port = self.server(env={**os.environ, "CHAT_PASSWORD": "sesame"})
+            bob = Peer(port, "bob\nsesame\n")
+            self.addCleanup(bob.close)
+            bob.until("joined")
+            args = ("--name", "ci", "--password-file", str(password))
+            status, _, err = self.run_client(port, "\ufeffone\n\ufefftwo\n", *args)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual([bob.until("ci:") for _ in range(2)], ["ci: one", "ci: <U+FEFF>two"])
 
 
 class Secured(ProgramCase):
@@ -7234,25 +7645,32 @@ class AtTheTerminal(SeatCase):
         self.assertNotIn("bob>", seat.glass.text())
         self.assertEqual(seat.modes(), seat.modes_at_first)
 
-    def test_not_suspended_without_a_shell(self) -> None:
-        _, _, seat = self.both()
-        seat.type("typed")
-        seat.until(lambda: seat.last().endswith("typed"))
-        seat.type("\x1a")  # nobody is there who could let it go on
-        seat.type("!")
-        seat.until(lambda: seat.last() == "[#chat 2] bob> typed!")
+    def test_a_thousand_pasted_lines_are_confirmed_in_order(self) -> None:
+        _, ann, seat = self.both()
+        lines = [f"line {number}" for number in range(1000)]
+        seat.type("\x1b[200~" + "\r".join(lines) + "\x1b[201~")
+        seat.until(lambda: seat.last() == "send 1000 pasted lines? y/n")
+        seat.type("y")
+        said = [ann.until(" PRIVMSG ").rpartition(" :")[2] for _ in lines]
+        self.assertEqual(said, lines)
+        seat.until(lambda: re.search(r"\d bob: line 999\n\[#chat 2\] bob>$", seat.glass.text()))
+        self.assertEqual(re.findall(r"\d\d:\d\d bob: (line \d+)\n", seat.glass.text()), lines)
 
-    def test_suspended(self) -> None:
-        _, ann, seat = self.both(shell="set -m; %s; echo stopped; read x; fg >/dev/null")
-        seat.type("typed")
-        seat.until(lambda: seat.last().endswith("typed"))
-        seat.type("\x1a")
-        seat.until(lambda: "stopped\n" in seat.glass.text())
-        self.assertEqual(seat.modes(), seat.modes_at_first)
-        self.assertNotIn("bob>", seat.glass.text())
-        ann.send("PRIVMSG #chat :meanwhile\n")
-        seat.type("\r")
-        seat.until(lambda: "ann: meanwhile\n" in seat.glass.text() and seat.last() == "[#chat 2] bob> typed")
+    def test_rooms(self) -> None:
+        _, ann, seat = self.both()
+        seat.type("/join #tea\r")
+        seat.until(lambda: seat.last() == "[#tea 1] bob>")
+        ann.send("PRIVMSG #chat :come back\nPRIVMSG #chat :please\n")
+        seat.until(lambda: seat.last() == "[#tea 1 | #chat +2] bob>")
+        self.assertIn(" [#chat] ann: come back\n", seat.glass.text())
+        seat.type("/msg #chat soon\r/join #c\t\r")
+        seat.until(lambda: seat.last() == "[#chat 2] bob>")
+        self.assertTrue(ann.until("PRIVMSG").endswith("PRIVMSG #chat :soon"))
+        seat.type("/part #tea\r")
+        seat.until(lambda: "*** [#tea] bob left\n" in seat.glass.text())
+        seat.type("/part\r")
+        self.assertIn("PART #chat", ann.until("PART"))
+        seat.until(lambda: "you are no longer in #chat; /join #chat may bring you back\n" in seat.glass.text())
 
     def test_a_simple_terminal(self) -> None:
         _, port = self.server()
@@ -7275,6 +7693,62 @@ class AtTheTerminal(SeatCase):
         seat.until(lambda: "ann: bob: hi\n" in seat.glass.text())
         self.assertNotRegex(seat.raw, "\x1b\\[[\\d;]*m")
         self.assertEqual(seat.glass.bells, 1)
+
+
+class SignalsAtTheTerminal(SeatCase):
+    def test_many_signals_leave_the_terminal_as_it_was(self) -> None:
+        _, port = self.server()
+        for _ in range(3):
+            seat = self.sit(port)
+            seat.until(lambda seat=seat: seat.last() == "[#chat 1] bob>")  # type: ignore[misc]
+            for number in range(60):
+                seat.program.send_signal((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)[number % 4])
+                seat.read(0.005)
+            self.assertEqual(seat.wait(), 130)
+            self.assertEqual(seat.modes(), seat.modes_at_first)
+            self.assertNotIn("Traceback", seat.glass.text())
+
+    def test_a_terminal_that_takes_nothing_is_left_as_it_was(self) -> None:
+        _, ann, seat = self.both()
+        for number in range(200):
+            ann.send(f"PRIVMSG #chat :{'x' * 300} {number}\n")
+        ann.sync()
+        seat.program.send_signal(signal.SIGINT)
+        self.assertEqual(seat.program.wait(PATIENCE), 130)
+        self.assertEqual(seat.modes(), seat.modes_at_first)
+
+    def test_a_window_that_changes_its_size_is_drawn_anew(self) -> None:
+        import fcntl
+        import struct
+        import termios
+
+        _, _, seat = self.both()
+        seat.type("x" * 60)
+        seat.until(lambda: seat.last().endswith("x" * 60))
+        shown = len(seat.raw)
+        fcntl.ioctl(seat.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+        seat.until(lambda: len(seat.raw) > shown and seat.last().endswith("x" * 10))
+        self.assertLess(len(seat.last()), 40)
+
+    def test_not_suspended_without_a_shell(self) -> None:
+        _, _, seat = self.both()
+        seat.type("typed")
+        seat.until(lambda: seat.last().endswith("typed"))
+        seat.type("\x1a")  # nobody is there who could let it go on
+        seat.type("!")
+        seat.until(lambda: seat.last() == "[#chat 2] bob> typed!")
+
+    def test_suspended(self) -> None:
+        _, ann, seat = self.both(shell="set -m; %s; echo stopped; read x; fg >/dev/null")
+        seat.type("typed")
+        seat.until(lambda: seat.last().endswith("typed"))
+        seat.type("\x1a")
+        seat.until(lambda: "stopped\n" in seat.glass.text())
+        self.assertEqual(seat.modes(), seat.modes_at_first)
+        self.assertNotIn("bob>", seat.glass.text())
+        ann.send("PRIVMSG #chat :meanwhile\n")
+        seat.type("\r")
+        seat.until(lambda: "ann: meanwhile\n" in seat.glass.text() and seat.last() == "[#chat 2] bob> typed")
 
 
 class AtTheTerminalOfAFake(SeatCase):
@@ -8066,25 +8540,23 @@ class RealClients(ServerCase):
         client.sees("nick", "ann", "Анна")
 
 
-class Recorder(chat.View):
+class Recorder(chat.UserInterface):
     """A person who talks as fast as it is confirmed, and remembers all that is shown."""
 
-    pause = 0.02
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, client: chat.Client) -> None:
         self.name = name
+        self.client = client
         self.shown: List[str] = []  # what was said, in order
         self.confirmed: List[str] = []  # of one's own
-        self.remarks: List[str] = []
-        self.silent = threading.Event()  # to say no more
-        self.done = threading.Event()  # to leave
+        self.statuses: List[str] = []
+        self._silent = True
+        self._done = False
         self._said = 0
 
-    def start(self, client: chat.Client) -> None:
-        pass
-
-    def input(self, client: chat.Client, item: Any) -> None:
-        pass
+    def talk(self, silent: bool = False, done: bool = False) -> None:
+        """Talks from now on, or no more, or leaves. Any thread."""
+        self._silent, self._done = silent, done
+        self.client.wakeup.wake()
 
     def show(self, message: Message, mine: bool) -> None:
         if message.command == "PRIVMSG":
@@ -8092,15 +8564,15 @@ class Recorder(chat.View):
             if mine:
                 self.confirmed.append(message.text)
 
-    def remark(self, text: str) -> None:
-        self.remarks.append(text)
+    def show_status(self, text: str) -> None:
+        self.statuses.append(text)
 
-    def update(self, client: chat.Client) -> None:
-        if self.done.is_set() and not client.leaving:
-            client.leave()
-        while client.entered and not self.silent.is_set() and len(client.outgoing) < 3:
+    def update(self) -> None:
+        if self._done and self.client.uplink.phase != chat.Phase.LEAVING:
+            self.client.leave()
+        while self.client.entered and not self._silent and len(self.client.queue) < 3:
             self._said += 1
-            client.enter(f"{self.name} {self._said}", False)
+            self.client.enter(f"{self.name} {self._said}", False)
 
 
 class Durable(ProgramCase):
@@ -8130,20 +8602,19 @@ class Durable(ProgramCase):
     def run_clients(self, count: int) -> List[Tuple[Recorder, chat.Client, threading.Thread]]:
         crew = []
         for number in range(count):
-            view = Recorder(f"c{number}")
-            view.silent.set()
-            client = chat.Client("127.0.0.1", self.port, view.name, "#chat", view)
+            client = chat.Client("127.0.0.1", self.port, f"c{number}", "#chat")
+            client.ui = view = Recorder(f"c{number}", client)
             thread = threading.Thread(target=self.run_one, args=(client,), daemon=True)
             thread.start()
             crew.append((view, client, thread))
         self.wait(lambda: all(client.entered for _, client, _ in crew))
         for view, _, _ in crew:
-            view.silent.clear()
+            view.talk()
         return crew
 
     @staticmethod
     def run_one(client: chat.Client) -> None:
-        with contextlib.suppress(chat.Failed):  # a line that was not delivered, at a server that is wrong
+        with contextlib.suppress(chat.FatalError):  # a line that was not delivered, at a server that is wrong
             client.run()
 
     def wait(self, condition: Callable[[], Any]) -> None:
@@ -8187,18 +8658,18 @@ class Durable(ProgramCase):
                 server = self.serve()
             else:
                 for _, client, _ in rng.sample(crew, 4):
-                    link = client.link
-                    if link and link._sock:
+                    sock = client.uplink.sock
+                    if sock:
                         with contextlib.suppress(OSError):
-                            link._sock.shutdown(socket.SHUT_RDWR)
+                            sock.shutdown(socket.SHUT_RDWR)
         for view, _, _ in crew:
-            view.silent.set()
+            view.talk(silent=True)
         if not kill_only:  # everybody gets everything; a server that forgets may not let them
-            self.wait(lambda: not any(len(client.outgoing) for _, client, _ in crew))
+            self.wait(lambda: not any(len(client.queue) for _, client, _ in crew))
             everything = {text for view, _, _ in crew for text in view.confirmed}
             self.wait(lambda: all(everything <= set(view.shown) for view, _, _ in crew))
         for view, _, thread in crew:
-            view.done.set()
+            view.talk(silent=True, done=True)
             thread.join(PATIENCE)
         server.send_signal(signal.SIGTERM)
         self.assertEqual(server.wait(PATIENCE), 0)
