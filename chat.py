@@ -5950,9 +5950,15 @@ def switch_channel(client: Client, channel: str) -> None:
 
 def abort_switch(client: Client) -> None:
     """Speaks where we have spoken: the channel that we have asked to join does not let us in."""
-    client.rooms.pending = ""
+    refused, client.rooms.pending = client.rooms.pending, ""
     if client.uplink.phase == Phase.JOINING:
-        client.uplink.phase, client.uplink.since = Phase.IN, time.monotonic()
+        enter_without(client, refused)
+
+
+def enter_without(client: Client, channel: str) -> None:
+    """We are in the chat again, but not in the channel in which we have spoken, or have wanted to."""
+    client.uplink.phase, client.uplink.since = Phase.IN, time.monotonic()
+    client.ui.show_status(f"connected again, not in {channel}; /join {channel} may bring you back")
 
 
 def set_casemapping(client: Client) -> None:
@@ -6122,10 +6128,7 @@ def on_welcome(client: Client, message: Message) -> bool:
     if client.rooms.pending and client.fold(client.rooms.pending) not in client.rooms.rejoin:
         request_join(client, client.rooms.pending)
     elif not client.rooms.pending:  # we were put out of our channel
-        uplink.phase, uplink.since = Phase.IN, time.monotonic()
-        client.ui.show_status(
-            f"connected again, not in {client.rooms.active}; /join {client.rooms.active} may bring you back"
-        )
+        enter_without(client, client.rooms.active)
     return True
 
 
