@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A small chat that is one file.
 
-    python chat.py server                  then join with the line below, nc, a JSON script or any IRC client
-    python chat.py client --name bob
+    python3 chat.py server                 then join with the line below, nc, a JSON script or any IRC client
+    python3 chat.py client --name bob
 
 Sections, from pure to effectful; each uses only those above it:
 
@@ -111,6 +111,7 @@ if TYPE_CHECKING:  # imported where it is needed: Python can be built without it
     import ssl
 
 VERSION = "chat.py-0.1"
+PYTHON = "python" if sys.platform == "win32" else "python3"  # in the commands that we tell people to type
 
 # -----------------------------------------------------------------------------
 # limits and numerics
@@ -920,7 +921,7 @@ class SlashCommand(NamedTuple):
 
 
 SLASH_COMMANDS = {
-    "help": SlashCommand("", "shows this", 0, 1, lambda here, words: Message("HELP")),
+    "help": SlashCommand("", "shows this", 0, 1, lambda here, words: Message("HELP", words)),
     "nick": SlashCommand("NAME", "takes another name", 1, 2, lambda here, words: Message("NICK", words[:1])),
     "msg": SlashCommand("NAME TEXT", "speaks to one person", 2, 2, lambda here, words: Message("PRIVMSG", words)),
     "reply": SlashCommand(
@@ -1290,7 +1291,7 @@ class Http(Dialect):
 
     ANSWER = (
         "HTTP/1.0 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
-        "This is a chat, not a web server. Join it with an IRC client, with nc, or with: python chat.py client\n"
+        f"This is a chat, not a web server. Join it with an IRC client, with nc, or with: {PYTHON} chat.py client\n"
     )
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
@@ -4981,6 +4982,22 @@ BINDINGS: Dict[str, Callable[[LineEditor], Optional[Submission]]] = {
     "\x12": LineEditor._search,
     "\x0c": lambda self: Submission(["/clear"]),
 }
+KEY_HELP = """\
+Left, Right, Ctrl-B, Ctrl-F: move by a character
+Ctrl-Left, Ctrl-Right, Alt-B, Alt-F: move by a word
+Home, End, Ctrl-A, Ctrl-E: go to the beginning, the end
+Backspace, Delete, Ctrl-D: delete before, under the cursor
+Ctrl-U, Ctrl-K: cut all before, after the cursor
+Ctrl-W: cut back to a space
+Alt-Backspace, Alt-D: cut the word before, after it
+Ctrl-Y: insert what was cut
+Up, Down, Ctrl-P, Ctrl-N: older, newer line of yours
+Ctrl-R: search them; again goes to an older
+Ctrl-G: end the search
+Tab, Shift-Tab: complete a name or a command
+Ctrl-L: clear the screen
+Enter: send
+Ctrl-C, Ctrl-D on an empty line: leave"""
 
 # Widths are the largest that terminals have: joined emoji are two columns in kitty and tmux, two each in xterm and VTE;
 # and variation selector 16 makes its base wide in some. A row that is narrower than we think breaks nothing.
@@ -5749,7 +5766,7 @@ class Client:
             hint = "" if "fingerprint" in str(result) else "; its own terminal may show one to give as --fingerprint"
             raise FatalError(f"{self.where} cannot be trusted, so nothing was sent: {result}{hint}")
         if isinstance(result, Exception):
-            hint = "is the server running, and there? (python chat.py server)"
+            hint = f"is the server running, and there? ({PYTHON} chat.py server)"
             reason = getattr(result, "strerror", None) or result
             self.lose(f"cannot connect to {self.where}: {reason}; {hint}")
         else:
@@ -6525,8 +6542,9 @@ def enter_ignore(client: Client, message: Message) -> None:
 
 
 def enter_help(client: Client, message: Message) -> None:
-    """/help"""
-    for line in help_lines(True):
+    """/help [keys]"""
+    lines = [*help_lines(True), f"{'/help keys':18}shows what the keys do"]
+    for line in KEY_HELP.splitlines() if message.param(0) == "keys" else lines:
         client.ui.show_status(line)
 
 
@@ -7165,7 +7183,7 @@ def join_instructions(hosts: List[str], port: int, fingerprint: str, tls_only: b
         lines.append("only this machine can join; --host 0.0.0.0 opens the chat to the network")
     for address in addresses:
         secured = f" --fingerprint {fingerprint}" if fingerprint else ""
-        lines.append(f"  python chat.py client --host {address} --port {port}{secured}")
+        lines.append(f"  {PYTHON} chat.py client --host {address} --port {port}{secured}")
         if not tls_only:
             lines.append(f"  nc {address} {port}")
     how = f"TLS, fingerprint (SHA-256) {fingerprint}" if fingerprint else "no TLS"

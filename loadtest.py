@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Load tester for chat servers: how fast a broadcast reaches everybody, and whether all saw the same, in one order.
 
-    python loadtest.py -n 200                            against a chat.py server of its own
-    python loadtest.py -n 200 --port 6667                against any IRC server
-    python loadtest.py --faults                          what broken and hostile peers do to the others
+    python3 loadtest.py -n 200                           against a chat.py server of its own
+    python3 loadtest.py -n 200 --port 6667               against any IRC server
+    python3 loadtest.py --faults                         what broken and hostile peers do to the others
 
 Sections, from pure to effectful; each uses only those above it:
 
@@ -2088,7 +2088,7 @@ class Latencies:
 
 
 def analyse(run: Run, args: argparse.Namespace, floor: Optional[Dict[str, float]] = None) -> Dict[str, Any]:
-    """The result of a run, in the form that the README documents for --json."""
+    """The result of a run, in the form that JSON_HELP describes."""
     if sys.byteorder == "little":
         for client in run.clients:
             client.order.byteswap()  # the digits on the wire are big-endian
@@ -2520,9 +2520,46 @@ def threshold(text: str) -> str:
     return text
 
 
+JSON_HELP = """\
+--json writes `results`, one for each run, and `sweep`, `versus` and `faults`.
+What is not known is null. A result has
+  loadtest (its version), when, command, machine, target, load
+  join         connects_per_s, all_joined_s, p50 and p99 in ms
+  sent, expected, deliveries, elapsed_s, deliveries_per_s, messages_per_s
+  latency      corrected, uncorrected, complete: each has samples, and p50, p90,
+               p99, p99.9 and max in ms; with --faults also undisturbed,
+               disturbed and newcomers
+  histogram    [upper bound in ms, count]
+  curve        [quantile, ms]
+  over_time    [second, p50, p99, max]
+  fairness     best, worst and ratio of the receivers' medians, slowest receiver
+  clock        how arrival was measured
+  generator    late_p50, late_p99, late_max in ms, cpu_share of one core, floor
+               (of --calibrate), limited, why
+  server       pid, cpu_s, cpu_ms_per_1000 deliveries, rss_mb, threads
+  checks       check, verdict, count, witness
+  thresholds   text, value, exceeded
+  failures, verdict
+  fault        with --faults: name, what, peers, and their fate: connections,
+               stayed, written (bytes), answers, closed (why, count, median
+               seconds), cpu_share of one core
+Each of `faults` is such a fault, with the sums of its rounds: rounds, lost,
+wrong, p99 undisturbed, disturbed and of newcomers, ratio, limited.
+
+exit codes: 0 passed; 1 a check failed, or nothing was received; 2 wrong usage
+or no connection; 3 the load tester was the limit (with --strict); 99 a
+--fail-if threshold was exceeded; 130 interrupted, after a report
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="loadtest.py", description=(__doc__ or "").splitlines()[0])
+    top = argparse.ArgumentParser(
+        prog="loadtest.py",
+        description=textwrap.fill((__doc__ or "").splitlines()[0], WIDTH),
+        epilog=JSON_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     load = top.add_argument_group("load").add_argument
     load("-n", "--clients", type=whole(2, 100_000), metavar="N", default=100, help="a thread each (%(default)s)")
     load("-S", "--senders", type=whole(1, 100_000), metavar="N", default=20, help="of the clients (%(default)s)")
@@ -2543,7 +2580,7 @@ def parser() -> argparse.ArgumentParser:
     out("--calibrate", action="store_true", help="first measure what a bare reflector does")
     out("--fail-if", action="append", default=[], type=threshold, metavar="'p99>50ms'", help="exit 99 then")
     out("--strict", action="store_true", help="exit 3 when the load tester itself was the limit")
-    out("--json", metavar="FILE", help="everything")
+    out("--json", metavar="FILE", help="everything, as told below")
     out("--html", metavar="FILE", help="one page with charts")
     out("-q", "--quiet", action="store_true", help="no progress")
     top.add_argument("--reflect", type=int, help=argparse.SUPPRESS)

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Tests of chat.py and loadtest.py, in their order: pure parts, real sockets, whole programs.
 
-Run: python test_chat.py
+Run: python3 test_chat.py
 
 The tests of several classes are spread over processes; those of one class run in this one, for a debugger.
 
-    CHAT_TEST_LONG=1 python test_chat.py -k Fuzz        a million lines each at the parsers and at a server
-    CHAT_TEST_SEED=n python test_chat.py FuzzServer     what a failure named
-    CHAT_TEST_SOAK=60 python test_chat.py Soak          an hour of people who come, stall and vanish
-    CHAT_TEST_LONG=1 python test_chat.py Durable        100 kills of a server, where the suite has 10
-    CHAT_TEST_LONG=1 python test_chat.py ForeignServers    60 lines where the suite has 12
+    CHAT_TEST_LONG=1 python3 test_chat.py -k Fuzz        a million lines each at the parsers and at a server
+    CHAT_TEST_SEED=n python3 test_chat.py FuzzServer     what a failure named
+    CHAT_TEST_SOAK=60 python3 test_chat.py Soak          an hour of people who come, stall and vanish
+    CHAT_TEST_LONG=1 python3 test_chat.py Durable        100 kills of a server, where the suite has 10
+    CHAT_TEST_LONG=1 python3 test_chat.py ForeignServers    60 lines where the suite has 12
 """
 
 from __future__ import annotations
@@ -531,6 +531,7 @@ class TextForm(unittest.TestCase):
             (" exit ", Message("QUIT")),
             ("exit now", Message("PRIVMSG", ("#x", "exit now"))),
             ("/help", Message("HELP")),
+            ("/help keys", Message("HELP", ("keys",))),
         ):
             with self.subTest(line):
                 self.assertEqual(chat.parse_input(line, "#x"), message)
@@ -4936,6 +4937,23 @@ class LineEditing(unittest.TestCase):
         self.assertEqual(editor.view()[1], "typed")
         self.assertEqual(self.press(editor, "\x15\x04"), ["/quit"])
 
+    def test_help_names_every_key(self) -> None:
+        finals = dict(zip("ABCDHFcdZ", ("Up", "Down", "Right", "Left", "Home", "End", "Right", "Left", "Shift-Tab")))
+        tilde = {"1": "Home", "7": "Home", "4": "End", "8": "End", "3": "Delete"}
+        single = {"\r": "Enter", "\n": "Enter", "\t": "Tab", "\x7f": "Backspace", "\x08": "Backspace"}
+        bound = {"Ctrl-C", "Ctrl-G"}  # a signal; a key of the search
+        for key in chat.BINDINGS:
+            if key[:2] in ("\x1b[", "\x1bO"):
+                ctrl = "Ctrl-" * (key[-1] in "cd" or ";" in key)
+                bound.add(ctrl + (tilde[key[2]] if key.endswith("~") else finals[key[-1]]))
+            elif key.startswith("\x1b"):
+                bound.add("Alt-" + single.get(key[1:], key[1:].upper()))
+            else:
+                bound.add(single.get(key) or f"Ctrl-{chr(ord(key) + 64)}")
+        named = re.findall(r"(?:Ctrl-|Alt-)?[A-Z][A-Za-z-]*", chat.KEY_HELP)
+        self.assertEqual(set(named), bound)
+        self.assertLess(max(map(len, chat.KEY_HELP.splitlines())), 80 - len("10:11 *** "))
+
 
 class Rows(unittest.TestCase):
     """What a row of the screen shows of a text, and how many columns it takes."""
@@ -7571,6 +7589,14 @@ class AtTheTerminal(SeatCase):
         seat.type("\r")
         self.assertIn(text.rstrip(), ann.until(" PRIVMSG "))
 
+    def test_help_about_keys(self) -> None:
+        _, _, seat = self.both()
+        seat.type("/help\r")
+        seat.until(lambda: "*** /help keys        shows what the keys do\n" in seat.glass.text())
+        seat.type("/help keys\r")
+        lines = [f"*** {line}\n" for line in chat.KEY_HELP.splitlines()]
+        seat.until(lambda: all(line in seat.glass.text() for line in lines))
+
     def test_completion_and_paste(self) -> None:
         _, ann, seat = self.both()
         seat.type("a\tlook:\x1b[200~ pasted\x1b[201~\r")
@@ -10135,6 +10161,9 @@ class LoadTest(LoadTestCase):
                     self.whole(found)
                     self.assertGreater(found["latency"]["corrected"]["samples"], found["expected"] * 3 // 4)
                     self.assertGreaterEqual(found["latency"]["corrected"]["p50"], 0)
+                    parts = [found[key] for key in ("join", "latency", "fairness", "generator", "server")]
+                    keys = {key for part in [found, *parts, found["checks"][0]] for key in part or {}}
+                    self.assertLessEqual(keys, set(re.findall(r"\w+(?:\.\d)?", loadtest.JSON_HELP)))
                     self.assertIn("<svg", pathlib.Path(folder, f"{protocol}.html").read_text(encoding="utf-8"))
 
     def test_another_chat_is_compared(self) -> None:
