@@ -41,6 +41,7 @@ import queue
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -78,6 +79,7 @@ PATIENCE = 60.0  # seconds before a test gives up; never a measure of speed
 ERROR = "ERROR :"  # how the last line of a server begins on IRC
 NARROW = 1 << 16  # bytes in a socket
 SLACK = 8  # bytes by which what is pickled differs for the same amount of data
+README = (HERE / "README.md").read_text(encoding="utf-8")
 SOURCES = {module: (HERE / f"{module.__name__}.py").read_text(encoding="utf-8") for module in (chat, loadtest)}
 
 
@@ -137,6 +139,56 @@ class Shape(unittest.TestCase):
         modes = len("+b-b+b-b+imnt-imnt") + chat.MAX_MODES * (1 + max(chat.MASK_BYTES, chat.NICK_BYTES))
         self.assertLessEqual(prefix + len(" MODE ") + chat.CHANNEL_BYTES + 3 + modes + 2, chat.LINE_BYTES)
         self.assertLess(chat.LOG_HIGH_WATER * chat.LINE_BYTES, chat.Limits().outbox)
+
+
+class Readme(unittest.TestCase):
+    """The README is short, and all that it tells to type exists. ReadmeOutput runs what it shows."""
+
+    def test_it_is_short(self) -> None:
+        self.assertLessEqual(len(README.splitlines()), 300)
+
+    def commands(self, program: str) -> List[List[str]]:
+        """The arguments of each command that runs a program, up to a pipe or a redirection."""
+        found = []
+        for match in re.finditer(rf"python3? {program}\.py(?: +([^`\n]*))?", README):
+            words = shlex.shlex(match[1] or "", posix=True, punctuation_chars=True)
+            words.whitespace_split, words.commenters = True, "#"
+            found.append(list(itertools.takewhile(lambda word: word not in ("|", ">"), words)))
+        return found
+
+    def test_commands_are_understood(self) -> None:
+        for module, least in ((chat, 10), (loadtest, 7)):
+            commands = self.commands(module.__name__)
+            self.assertGreaterEqual(len(commands), least)
+            for args in commands:
+                with self.subTest(args):
+                    if "--help" in args:
+                        self.help_of(module, *args)
+                    else:
+                        module.parser().parse_args(args)
+
+    def help_of(self, module: Any, *args: str) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as out, self.assertRaises(SystemExit) as end:
+            module.parser().parse_args(args)
+        self.assertEqual(end.exception.code, 0)
+        return out.getvalue()
+
+    def test_flags_and_tests_exist(self) -> None:
+        known = self.help_of(loadtest, "--help")
+        for mode in ("server", "client", "history"):
+            known += self.help_of(chat, mode, "--help")
+        flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
+        self.assertGreater(len(flags), 15)
+        self.assertLessEqual(flags, set(re.findall(r"--[a-z][\w-]*", known)))
+        for name in ("ForeignServers", "RealClients"):
+            self.assertIn(f"`{name}`", README)
+            self.assertTrue(issubclass(globals()[name], unittest.TestCase))
+
+    def test_slash_commands_exist(self) -> None:
+        known = {*chat.SLASH_COMMANDS, *chat.OperatorCommands(mock.Mock()).help}
+        named = set(re.findall(r"`/([a-z]+)", README))
+        self.assertGreater(len(named), 10)
+        self.assertLessEqual(named, known)
 
 
 class Names(unittest.TestCase):
@@ -6405,15 +6457,13 @@ class ServerProgram(ProgramCase):
             self.assertEqual(program.returncode, 2)
             self.assertTrue(err.startswith("usage:"), err)
 
-    def test_each_limit_has_a_flag_that_the_readme_tells(self) -> None:
-        readme = (HERE / "README.md").read_text(encoding="utf-8")
+    def test_each_limit_has_a_flag(self) -> None:
         fields = dataclasses.fields(chat.Limits)
         for number, field in enumerate(fields, 1):
             flag = field.metadata["flag"]
             for more, others in ([], chat.Limits()), (["--no-limits"], chat.Limits(*[math.inf] * len(fields))):
                 limits = chat.limits_from_args(chat.parser().parse_args(["server", flag, str(number), *more]))
                 self.assertEqual(limits, dataclasses.replace(others, **{field.name: number}))
-            self.assertRegex(readme, rf"\n\| .*`{flag}`.* \|")
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs ulimit")
     def test_out_of_descriptors(self) -> None:
@@ -7857,6 +7907,54 @@ class AtTheTerminalOfAFake(SeatCase):
         self.assertNotIn("sesame", seat.glass.text())
 
 
+class ReadmeOutput(SeatCase):
+    """What the README shows is what the programs print."""
+
+    def block(self, start: str) -> List[str]:
+        """The lines of the README's block of code that begins with `start`."""
+        lines = README.splitlines()
+        at = lines.index(f"    {start}")
+        return [line[4:] for line in itertools.takewhile(lambda line: line.startswith("    "), lines[at:])]
+
+    def test_what_a_newcomer_does_first(self) -> None:
+        program, port = self.server()
+        assert program.stdout
+        server = self.block("$ python3 chat.py server")[2:]  # the command; a line that self.server has read
+        printed = [program.stdout.readline().rstrip("\n").replace(str(port), "9090") for _ in server]
+        self.assertEqual(printed, server)
+        seat = self.sit(port)
+        client = self.block("$ python3 chat.py client --name bob")[1:]
+        seat.until(lambda: seat.last() == client[-1])
+        self.assertEqual(re.sub(r"^\d\d:\d\d", "21:16", seat.glass.text(), flags=re.MULTILINE), "\n".join(client))
+        self.talk(self.block("$ nc 127.0.0.1 9090")[1:], port, seat)
+
+    def talk(self, lines: List[str], port: int, seat: Seat) -> None:
+        """Plays a conversation at nc: what bob does there he types at his seat."""
+        ann = Peer(port)
+        self.addCleanup(ann.close)
+        prompt, _, name = lines.pop(0).rpartition(" ")
+        self.assertEqual(ann.sock.recv(99).decode(), f"{prompt} ")
+        ann.send(f"{name}\n")
+        for line in lines:
+            bobs = re.fullmatch(r"bob: (.*)|\* bob (.*)", line)
+            if bobs:
+                seat.type(f"{bobs[1] or f'/me {bobs[2]}'}\r")
+            if bobs or line.startswith("*** "):
+                self.assertEqual(ann.line(), line)
+            else:
+                ann.send(f"{line}\n")
+
+    def test_what_a_script_sends_and_gets(self) -> None:
+        bot = Peer(self.server()[1])
+        self.addCleanup(bot.close)
+        for line in self.block('> {"type": "join", "user": "bot"}'):
+            if line.startswith("> "):
+                bot.send(f"{line[2:]}\n")
+            else:
+                found, shown = json.loads(bot.line() or ""), json.loads(line[2:])
+                self.assertEqual({**found, "id": 0, "time": 0}, {**shown, "id": 0, "time": 0})
+
+
 class Operator(SeatCase):
     """Whoever runs a server, at its terminal."""
 
@@ -8206,7 +8304,26 @@ class Foreign:
 
 @unittest.skipUnless(shutil.which("ngircd") and shutil.which("inspircd"), "needs ngircd and inspircd")
 class ForeignServers(SeatCase):
-    """The client at other people's servers."""
+    """The client at other people's servers.
+
+    What was seen with those of Debian 12 and their own flood limits; InspIRCd with its modules for echo-message,
+    message-tags and server-time, without which it is like ngircd:
+                                                 ngircd 26.1             InspIRCd 3.15
+    talk, /me, private messages, in UTF-8        yes                     yes
+    channels like #café                          yes                     yes
+    channels like &local                         yes                     it has none
+    a name with accents                          José becomes Jose       José becomes Jose
+    a long name                                  cut to 9 characters     as it is
+    a name that is taken                         bob, bob2, bob3 ...     bob, bob2, bob3 ...
+    long lines                                   in pieces               in pieces
+    60 long lines through a pipe                 all, in half a minute   all, in a minute
+    server password, channel key, kicked, back   yes                     yes
+    killed, banned                               says so and stops       says so and stops
+    the server comes back                        in the channel again;   in the channel again; unconfirmed lines
+                                                 lines may be lost       are sent again, perhaps twice
+    our own line is shown                        when it is sent         when it is echoed
+    what was said before, or while we were away  no                      no
+    """
 
     FLOOD = 60 if os.environ.get("CHAT_TEST_LONG") else 12
 
@@ -8488,7 +8605,17 @@ class Ii(ForeignClient):
 
 
 class RealClients(ServerCase):
-    """People with the clients that they have."""
+    """People with the clients that they have.
+
+    What was seen with those of Debian 12:
+                                                        irssi 1.4.3   weechat 3.8   sic 1.1   ii 1.8
+    joins, talks both ways, privately; all of Unicode   yes           yes           yes       yes
+    topic, away, new names, being kicked, quit          yes           yes           yes       yes
+    shows what was said before, and when                yes           yes           yes       when: in the server's file
+    asks for CHATHISTORY itself                         no            no            no        no
+    sends of its own accord                             WHOX, MODE b  WHOX, MODE
+    Irssi sends a command each 2.5 s.
+    """
 
     def setUp(self) -> None:
         super().setUp()
