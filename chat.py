@@ -27,10 +27,13 @@ Sections, from pure to effectful; each uses only those above it:
 
 Threads of the server. A reader per connection receives, splits into lines and runs commands. Each run of a command is
 a Call, which changes the state and is appended to the hub's log, both under the hub's lock. The mailer alone writes to
-sockets: it takes the whole log, stores what is to be stored, encodes each message once per dialect, and makes one send
-per recipient. The thread that serves accepts, and lets Hub.tick prompt, ping and time out: the main thread, unless that
+sockets, but for the handshake of TLS: it takes the whole log, stores what is to be stored, encodes each message once
+per dialect, and makes one send per recipient. The thread that serves accepts, and lets Hub.tick prompt, ping and time out: the main thread, unless that
 has the operator's terminal to look after. One more thread writes the program's log, in which all put records by
 log_later.
+
+Threads of the client. The main thread runs the loop of Client, which selects over its socket and a Wakeup and owns all
+state. One thread reads keys or lines and puts them into a queue; one, short-lived, dials.
 
 The order of the log is the order in which everybody sees everything. It is a queue: readers append at one end, the
 mailer takes from the other. Joins and leaves are in it, too: `Channel.members` are those at the readers' end, under the
