@@ -28,9 +28,9 @@ Sections, from pure to effectful; each uses only those above it:
 Threads of the server. A reader per connection receives, splits into lines and runs commands. Each run of a command is
 a Call, which changes the state and is appended to the hub's log, both under the hub's lock. The mailer alone writes to
 sockets, but for the handshake of TLS: it takes the whole log, stores what is to be stored, encodes each message once
-per dialect, and makes one send per recipient. The thread that serves accepts, and lets Hub.tick prompt, ping and time out: the main thread, unless that
-has the operator's terminal to look after. One more thread writes the program's log, in which all put records by
-log_later.
+per dialect, and makes one send per recipient. The thread that serves accepts, and lets Hub.tick prompt, ping and time
+out: the main thread, unless that has the operator's terminal to look after. One more thread writes the program's log,
+in which all put records by log_later.
 
 Threads of the client. The main thread runs the loop of Client, which selects over its socket and a Wakeup and owns all
 state. One thread reads keys or lines and puts them into a queue; one, short-lived, dials.
@@ -236,7 +236,7 @@ RETRY_S, RETRY_MAX_S = 0.5, 30.0  # pause before we first connect again, and the
 GIVE_UP_S = 60.0  # without connection, for a pipe that ended: whoever waits for it wants an answer
 FRAME_S = 0.05  # between two drawings while much arrives
 MIN_PIECE = 100  # bytes of text that must fit beside a target's name
-CLIENT_SENDQ = 1 << 20  # bytes that a server may leave unread
+CLIENT_SENDQ, SENDQ_LOW = 1 << 20, 1 << 16  # bytes that a server may leave unread; below which we say more
 SAME_NAMES = 20  # names that we try when they are taken
 OLD_NICK_CHARS = 9  # which every server allows: RFC 1459, section 1.2
 # Other servers throw out who speaks faster, or is further ahead of what they have read: InspIRCd reads a line each
@@ -4099,10 +4099,20 @@ def client_context(pinned: bool) -> ssl.SSLContext:
 
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     if pinned:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def wait_for(readers: Sequence[Any], writers: Sequence[Any], seconds: Optional[float] = None) -> List[Any]:
+    """Waits until something can be read or written; returns what can. select takes only descriptors below 1024."""
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        for sock in {*readers, *writers}:
+            wanted = selectors.EVENT_READ * (sock in readers) | selectors.EVENT_WRITE * (sock in writers)
+            selector.register(sock, wanted)
+        return [key.fileobj for key, _ in selector.select(seconds)]
 
 
 class Wakeup:
@@ -5175,6 +5185,12 @@ else:
         return text
 
 
+def encodable(text: str) -> str:
+    """`text` as standard output will write it: what its encoding lacks is escaped, which takes more columns."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 class Terminal:
     """A person's terminal: a line is typed at its bottom, and what is printed scrolls away above that.
 
@@ -5198,27 +5214,27 @@ class Terminal:
 
     def __enter__(self) -> Terminal:
         self._modes = raw_mode()
+        self._wakeup.wake_on_signals()
+        if hasattr(signal, "SIGTSTP"):
+            signal.signal(signal.SIGTSTP, lambda *_: setattr(self, "_suspending", True))
+            signal.signal(signal.SIGWINCH, lambda *_: None)  # wakes us
         self._write("\x1b[?2004h")
         return self
 
     def __exit__(self, *exc: object) -> None:
-        try:
+        if hasattr(signal, "SIGTSTP"):
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        with contextlib.suppress(*TERMINAL_ERRORS):  # it may be gone
             self._write(f"{self._erased()}{''.join(self._printed)}\x1b[?2004l")
-            self._rows, self._last, self._shown, self._printed = [""], "", None, []
-        finally:
-            self.restore()
+        self._rows, self._last, self._shown, self._printed = [""], "", None, []
+        self.restore()
+        self._modes = None
 
     def restore(self) -> None:
-        """Gives the terminal back as it was. Any thread."""
-        if self._modes is not None:
-            restore_mode(self._modes)
-
-    def handle_signals(self) -> None:
-        """Lets signals wake us: the shell wants to have the terminal, or its size has changed. For the main thread."""
-        self._wakeup.wake_on_signals()
-        if hasattr(signal, "SIGTSTP"):
-            signal.signal(signal.SIGTSTP, lambda *_: setattr(self, "_suspending", True))
-            signal.signal(signal.SIGWINCH, lambda *_: None)
+        """Gives the terminal back as it was, within `with`. Any thread."""
+        with contextlib.suppress(*TERMINAL_ERRORS):
+            if self._modes is not None:
+                restore_mode(self._modes)
 
     def start(self) -> None:
         """Begins to read keys."""
@@ -5246,7 +5262,7 @@ class Terminal:
 
     def print(self, line: str) -> None:
         """Prints a line above our rows at the next draw. A terminal that gets narrower may break its rows once more."""
-        self._printed.append(wrap(line, self._size().columns - 1) + "\n")
+        self._printed.append(wrap(encodable(line), self._size().columns - 1) + "\n")
 
     def bell(self) -> None:
         """Rings the bell at the next draw."""
@@ -5261,7 +5277,7 @@ class Terminal:
         """Draws our rows anew where something changed: lines that wait, cut to a row each, and the line being typed,
         behind the first prompt that fits."""
         size, (question, text, cursor) = self._size(), self._editor.view()
-        prompts = [question] if question else prompts
+        waiting, prompts = list(map(encodable, waiting)), list(map(encodable, [question] if question else prompts))
         shown = (waiting, prompts, text, cursor, size)
         if shown == self._shown and not self._printed:
             return
@@ -5286,10 +5302,8 @@ class Terminal:
         """Lets the shell have the terminal until it lets us go on."""
         self._suspending = False
         self.__exit__()
-        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(0, signal.SIGTSTP)  # without a shell that could let us go on, this does nothing
-        signal.signal(signal.SIGTSTP, handler)
-        while not in_foreground():
+        while not in_foreground() and sys.stdin.isatty():
             time.sleep(TICK_S)
         self.__enter__()
 
@@ -5380,6 +5394,7 @@ class Uplink:
         self.isupport: Dict[str, str] = {}
         self.fold: Callable[[str], str] = fold  # as the server compares names
         self.error_text = ""  # the server's last words
+        self.asked_id = ""  # of a message; the token of a PING
         self.unread = 0  # lines since the last answered PING, for a server that is not ours
         self._bucket = TokenBucket(FLOOD_BURST, FLOOD_INTERVAL_S)
         # Monotonic seconds: connected or in; something heard; PING sent; when to give up a JOIN or leaving.
@@ -5423,8 +5438,7 @@ class Uplink:
     def wait(self, seconds: float, wakeup: Wakeup) -> None:
         """Waits until something can be received or sent, or another thread wakes us."""
         readers = [wakeup, self.sock] if self.sock else [wakeup]
-        ready, _, _ = select.select(readers, [self.sock] if self.sendq else [], [], max(seconds, 0))
-        if wakeup in ready:
+        if wakeup in wait_for(readers, [self.sock] if self.sendq else [], max(seconds, 0)):
             wakeup.clear()
 
     def receive(self) -> List[Message]:
@@ -5444,6 +5458,11 @@ class Uplink:
         if self.sock:
             self.sendq += f"{format_tagged(Message(command, params, '', tags))}\r\n".encode(errors="surrogateescape")
 
+    def ask_pong(self, line_id: str) -> None:
+        """Asks whether what has been sent, up to a message that will not be echoed, has arrived."""
+        self.asked_id = line_id
+        self.send("PING", line_id)
+
     def flush(self) -> None:
         """Sends what the socket takes. That nothing can be sent any more shows when all that arrived has been read."""
         try:
@@ -5452,7 +5471,7 @@ class Uplink:
         except BlockingIOError:
             pass
         except OSError:
-            self.sendq.clear()
+            self.sendq = bytearray()
 
     def allow(self, now: float) -> bool:
         """Whether one more line may go at the monotonic time `now`. Other servers throw out who speaks too fast."""
@@ -5462,6 +5481,15 @@ class Uplink:
             return False
         self.unread += 1
         return True
+
+    def is_me(self, nick: str) -> bool:
+        """Whether a nick is ours."""
+        return self.fold(nick) == self.fold(self.nick)
+
+    def learn_userhost(self, source: str) -> None:
+        """Takes our user and host from a source, if they are not longer than they can be."""
+        userhost = source.partition("!")[2]
+        self.userhost = userhost if len(userhost) < NAME_CHARS else ""
 
     def limit(self, token: str, default: int, most: int) -> int:
         """A number that the server's RPL_ISUPPORT gives, at most `most`."""
@@ -5475,7 +5503,7 @@ class Uplink:
             return
         self.flush()
         if self.sendq:
-            select.select([], [self.sock], [], CLOSE_S)
+            wait_for([], [self.sock], CLOSE_S)
             self.flush()
         with contextlib.suppress(OSError):  # the peer was faster
             self.sock.shutdown(socket.SHUT_RDWR)
@@ -5508,6 +5536,7 @@ class SendQueue:
 
     def __init__(self) -> None:
         self.messages: List[Pending] = []
+        self.sent = 0  # of them are SENT or UNCONFIRMED: the first ones
         self.resent = False  # some of them were sent over a connection that is lost
         self.last_progress = time.monotonic()  # something was added, or acknowledged
 
@@ -5538,7 +5567,7 @@ class SendQueue:
         key = fold(target)
         return self._remove(
             lambda pending: (
-                pending.state == SendState.SENT
+                pending.state != SendState.QUEUED
                 and (not target or key in (fold(pending.target), fold(safe_param(pending.target))))
             )
         )
@@ -5551,6 +5580,7 @@ class SendQueue:
         """The connection is lost: what was not echoed will be sent again. Returns how many messages may be lost."""
         lost = len(self.having(SendState.UNCONFIRMED))
         self.messages = [pending for pending in self.messages if pending.state != SendState.UNCONFIRMED]
+        self.sent = 0
         for pending in self.having(SendState.SENT):
             pending.state, self.resent = SendState.QUEUED, True
         return lost
@@ -5558,7 +5588,9 @@ class SendQueue:
     def _remove(self, concerned: Callable[[Pending], bool], and_before: bool = False) -> bool:
         for index, pending in enumerate(self.messages):
             if concerned(pending):
-                del self.messages[0 if and_before else index : index + 1]
+                first = 0 if and_before else index
+                del self.messages[first : index + 1]
+                self.sent -= max(min(self.sent, index + 1) - first, 0)
                 self.last_progress = time.monotonic()
                 return True
         return False
@@ -5575,6 +5607,7 @@ class HistorySync:
         self.batch = ""  # the page's reference
         self.page: List[Message] = []
         self.held: List[Message] = []  # what was said meanwhile
+        self.overflowed = False  # more was said, which is to be asked for
 
 
 class Room:
@@ -5628,6 +5661,8 @@ class Rooms:
     def refold(self) -> None:
         """`fold` has changed."""
         self.joined = {self.fold(room.name): room for room in self.joined.values()}
+        for room in self.joined.values():
+            room.members = {self.fold(nick): nick for nick in room.members.values()}
         self.rejoin = {self.fold(room.name): room for room in self.rejoin.values()}
 
     def lose(self) -> None:
@@ -5726,7 +5761,7 @@ class Client:
     def pause(self, now: float) -> float:
         """Seconds until something is due, if nothing happens before."""
         uplink = self.uplink
-        if uplink.sock and not uplink.drained:
+        if uplink.sock and not uplink.drained or self.can_send() and uplink.ours and not uplink.sendq:
             return 0
         if uplink.phase == Phase.OFFLINE:
             return math.modf(self.retry_at - now)[0]  # for each second that is shown
@@ -5827,8 +5862,6 @@ class Client:
             raise FatalError(f"not delivered: {len(self.queue)} line(s)")
         self.status = 0
 
-    # What is said.
-
     def enter(self, text: str, commands: bool) -> None:
         """Takes a line of input, in which slash commands may be meant as such."""
         text = re.sub("[\0\r\n]", " ", text)
@@ -5844,6 +5877,8 @@ class Client:
         """Queues a PRIVMSG, as several if need be; it goes now, or when the connection is back."""
         for target in filter(None, message.params[0].split(",")):
             pieces = split_message(self.uplink, target, message)
+            if not pieces and not self.ui.patient:
+                raise FatalError("a line cannot be sent: the channel's name is too long")
             if not pieces:
                 self.ui.show_status("Error: that name is too long")
             for piece in pieces:
@@ -5852,36 +5887,34 @@ class Client:
 
     def flush_queue(self) -> None:
         """Sends what is queued, once we are in the chat and know what was said there, as fast as the server allows."""
-        uplink = self.uplink
-        if not self.queue or uplink.phase != Phase.IN or self.rooms.pending or self.rooms.syncing():
-            return
-        for pending in self.queue.having(SendState.QUEUED):
-            if not uplink.allow(time.monotonic()):
-                return
+        uplink, queue = self.uplink, self.queue
+        while self.can_send() and len(uplink.sendq) < SENDQ_LOW and uplink.allow(time.monotonic()):
+            pending = queue.messages[queue.sent]
+            queue.sent += 1
+            pending.state = SendState.SENT
             tags = {ID_TAG: pending.id} if "message-tags" in uplink.caps else NO_TAGS
             uplink.send("PRIVMSG", pending.target, pending.text, tags=tags)
-            pending.state = SendState.SENT
             if "echo-message" not in uplink.caps:
-                self.await_pong(pending)
+                self.await_pong([pending])
             if uplink.unread == UNREAD_WINDOW:
                 uplink.send("PING", READ)
 
-    def await_pong(self, pending: Pending) -> None:
-        """Shows a message of which no echo will come, and asks the server by PING whether it has arrived."""
-        if not self.queue.having(SendState.UNCONFIRMED):
-            self.uplink.send("PING", pending.id)
-        pending.state = SendState.UNCONFIRMED
-        self.ui.show(Message("PRIVMSG", (pending.target, pending.text), self.uplink.nick), True)
+    def can_send(self) -> bool:
+        """Whether there is a message that may be sent now, as far as the server's pace allows it."""
+        rooms, queue = self.rooms, self.queue
+        return queue.sent < len(queue) and self.uplink.phase == Phase.IN and not (rooms.pending or rooms.syncing())
 
-    # Where we are.
+    def await_pong(self, sent: Sequence[Pending]) -> None:
+        """Shows messages of which no echo will come, and asks the server by PING whether they have arrived."""
+        if sent and not self.queue.having(SendState.UNCONFIRMED):
+            self.uplink.ask_pong(sent[0].id)
+        for pending in sent:
+            pending.state = SendState.UNCONFIRMED
+            self.ui.show(Message("PRIVMSG", (pending.target, pending.text), self.uplink.nick), True)
 
     def fold(self, name: str) -> str:
         """A name as the server compares it."""
         return self.uplink.fold(name)
-
-    def is_me(self, nick: str) -> bool:
-        """Whether a nick is ours."""
-        return self.fold(nick) == self.fold(self.uplink.nick)
 
 
 def check_deadlines(client: Client, now: float) -> None:
@@ -5910,18 +5943,22 @@ def check_liveness(client: Client, now: float) -> None:
         if uplink.ping_sent > uplink.heard:
             client.lose(f"{client.where} does not answer any more")
         else:
-            uplink.send("PING", "are-you-there")
+            uplink.send("PING", "alive")
             uplink.ping_sent = now
     if rooms.pending and now > uplink.deadline:
         abort_switch(client)
     for room in rooms.syncing():
         if room.sync and now > room.sync.asked + HISTORY_S:
+            client.ui.show_status(f"the server does not tell what was said in {room.name} before")
             end_page(client, room)
 
 
 def check_registration(client: Client, now: float) -> None:
-    """Gives up a server that does not let us in."""
+    """Gives up a server that does not let us in, or the channel in which we want to speak if we are in others."""
     uplink = client.uplink
+    if uplink.phase == Phase.JOINING and client.rooms.joined and now > uplink.deadline:
+        abort_switch(client)
+        return
     if uplink.phase > Phase.DIALING and uplink.heard == uplink.since and now > uplink.since + CONNECT_S:
         client.lose(f"{client.where} does not answer as a chat or IRC server does; is --port right?")
     elif now > uplink.since + ENTER_S or uplink.phase > Phase.DIALING and now > uplink.heard + ASK_S:
@@ -5932,7 +5969,9 @@ def is_banned(uplink: Uplink) -> bool:
     """Whether the server has said that it does not want us, rather than only gone away."""
     if uplink.ours or not uplink.error_text:
         return False
-    return uplink.phase < Phase.IN or bool(BANNED_RE.search(uplink.error_text))
+    if uplink.phase < Phase.IN:
+        return not NOT_NOW_RE.search(uplink.error_text)
+    return bool(BANNED_RE.search(uplink.error_text))
 
 
 def split_message(uplink: Uplink, target: str, message: Message) -> List[str]:
@@ -5950,6 +5989,11 @@ def split_message(uplink: Uplink, target: str, message: Message) -> List[str]:
 
 
 # Rooms.
+
+
+def can_join(name: str) -> bool:
+    """Whether this can be the name of a channel, and a parameter."""
+    return name.startswith(tuple(CHANNEL_TYPES)) and not set(name) & set(" ,")
 
 
 def request_join(client: Client, channel: str) -> None:
@@ -5977,8 +6021,17 @@ def abort_switch(client: Client) -> None:
 
 def enter_without(client: Client, channel: str) -> None:
     """We are in the chat again, but not in the channel in which we have spoken, or have wanted to."""
+    enter_chat(client, f"connected again, not in {channel}; /join {channel} may bring you back")
+
+
+def enter_chat(client: Client, status: str) -> None:
+    """We are in the chat; `status` says so, if we are again."""
     client.uplink.phase, client.uplink.since = Phase.IN, time.monotonic()
-    client.ui.show_status(f"connected again, not in {channel}; /join {channel} may bring you back")
+    if status:
+        client.ui.show_status(status)
+        if client.queue.resent and not client.uplink.ours:
+            client.ui.show_status("sent again, so perhaps twice: what this server has not confirmed")
+    client.queue.resent = False
 
 
 def set_casemapping(client: Client) -> None:
@@ -6025,9 +6078,10 @@ def hold_back(client: Client, message: Message) -> bool:
     said_in = client.rooms.get(message.param(0)) if not is_system(message) else None
     if not said_in or not said_in.sync:
         return False
-    said_in.sync.held.append(message)
-    if len(said_in.sync.held) >= HELD_MESSAGES:
-        end_sync(client, said_in)
+    if len(said_in.sync.held) < HELD_MESSAGES:
+        said_in.sync.held.append(message)
+    else:
+        said_in.sync.overflowed = True
     return True
 
 
@@ -6050,10 +6104,14 @@ def end_page(client: Client, room: Room) -> None:
 
 
 def end_sync(client: Client, room: Room) -> None:
-    """Waits no longer for the past: shows what was said meanwhile."""
+    """Waits no longer for the past: shows what has come of it, and what was said meanwhile."""
     sync, room.sync = room.sync, None
-    for message in sync.held if sync else ():
+    if sync is None:
+        return
+    for message in (*sync.page, *sync.held):
         client.handle(message)
+    if sync.overflowed and client.rooms.get(room.name) is room:
+        request_history(client, room)
 
 
 # -----------------------------------------------------------------------------
@@ -6074,6 +6132,7 @@ NOT_JOIN_ERRORS = ("404", "442", "470", "482")  # about a channel, but not that 
 READ = "read"  # a PING with this is answered when the server has read what was sent before
 # In the last words of a server that we should not come back to.
 BANNED_RE = re.compile(r"\bkilled\b|\b[dgkqz]-?lined?\b|\bbanned\b", re.IGNORECASE)
+NOT_NOW_RE = re.compile(r"throttl|too fast|too many|try again|\bfull\b", re.IGNORECASE)  # of one that lets us in later
 
 
 def handles(*commands: str) -> Callable[[MessageHandler], MessageHandler]:
@@ -6124,8 +6183,8 @@ def on_cap_change(client: Client, verb: str, names: Set[str]) -> None:
         uplink.caps |= wanted
     elif verb == "DEL":
         uplink.caps -= names
-    for pending in client.queue.having(SendState.SENT) if "echo-message" not in uplink.caps else ():
-        client.await_pong(pending)  # no echo will come
+    if "echo-message" not in uplink.caps:  # no echo will come
+        client.await_pong(client.queue.having(SendState.SENT))
 
 
 @handles("001")
@@ -6134,7 +6193,7 @@ def on_welcome(client: Client, message: Message) -> bool:
     uplink = client.uplink
     if uplink.phase != Phase.REGISTERING:
         return True
-    uplink.phase = Phase.JOINING
+    uplink.phase, uplink.deadline = Phase.JOINING, time.monotonic() + JOIN_S
     uplink.nick = message.param(0) or uplink.nick
     if uplink.nick != client.desired_nick:
         why = "taken" if uplink.names_tried else "not possible here"
@@ -6220,18 +6279,19 @@ def on_ping(client: Client, message: Message) -> bool:
 @handles("PONG")
 def on_pong(client: Client, message: Message) -> bool:
     """PONG <server> <token>: what was sent before the PING has arrived"""
-    if client.queue.acknowledge_until(message.text):
-        for pending in client.queue.having(SendState.UNCONFIRMED)[-1:]:
-            client.uplink.send("PING", pending.id)
     if message.text == READ:
         client.uplink.unread = 0
+    elif message.text == client.uplink.asked_id:
+        client.queue.acknowledge_until(message.text)
+        for pending in client.queue.having(SendState.UNCONFIRMED)[-1:]:
+            client.uplink.ask_pong(pending.id)
     return True
 
 
 @handles("KILL")
 def on_kill(client: Client, message: Message) -> bool:
     """KILL <name> :<reason>: an operator does not want us here"""
-    if client.is_me(message.param(0)):
+    if client.uplink.is_me(message.param(0)):
         raise FatalError(f"{client.where} has ended the connection: {message.text}")
     return False
 
@@ -6262,7 +6322,9 @@ def on_join(client: Client, message: Message) -> bool:
     """JOIN <channel>; ours may be one that we have not asked for: a server or a bouncer puts us there"""
     name, key = message.param(0), client.fold(message.param(0))
     room = client.rooms.joined.get(key)
-    if not client.is_me(message.nick):
+    if client.uplink.phase < Phase.JOINING or not can_join(name):
+        return False
+    if not client.uplink.is_me(message.nick):
         if room:
             client.rooms.meet(room, message.nick)
         return False
@@ -6271,7 +6333,7 @@ def on_join(client: Client, message: Message) -> bool:
         return False
     room = client.rooms.rejoin.pop(key, room) or Room(name)
     client.rooms.joined[key], room.name, room.members = room, name, {}
-    client.uplink.userhost = message.source.partition("!")[2]
+    client.uplink.learn_userhost(message.source)
     if not rejoined:
         # Elsewhere the past has no JOIN, and does not know its msgid.
         tags = message.tags if client.uplink.ours else {tag: message.tags[tag] for tag in message.tags if tag == "time"}
@@ -6287,19 +6349,14 @@ def on_join(client: Client, message: Message) -> bool:
 
 def enter_room(client: Client, room: Room) -> None:
     """We are in the channel that we have asked to join."""
-    uplink, again = client.uplink, client.entered and client.uplink.phase < Phase.IN
+    uplink = client.uplink
     client.rooms.switch(room)
     if uplink.phase < Phase.IN:
-        uplink.phase, uplink.since = Phase.IN, time.monotonic()
+        gap = "" if has_history(uplink) else "; what was said meanwhile is not known here"
+        enter_chat(client, f"connected again{gap}" if client.entered else "")
     if not client.entered:
         client.entered = True
         client.ui.start()
-    if again:
-        gap = "" if has_history(uplink) else "; what was said meanwhile is not known here"
-        client.ui.show_status(f"connected again{gap}")
-        if client.queue.resent and not uplink.ours:
-            client.ui.show_status("sent again, so perhaps twice: what this server has not confirmed")
-    client.queue.resent = False
 
 
 def is_join_error(client: Client, message: Message) -> bool:
@@ -6307,8 +6364,10 @@ def is_join_error(client: Client, message: Message) -> bool:
     if not (client.rooms.pending or client.rooms.rejoin) or message.command in NOT_JOIN_ERRORS:
         return False
     key = client.fold(message.param(1))
-    return key in (client.fold(client.rooms.pending), *client.rooms.rejoin) and bool(
-        re.fullmatch("[45][0-9][0-9]", message.command)
+    return (
+        key != ""
+        and key in (client.fold(client.rooms.pending), *client.rooms.rejoin)
+        and bool(re.fullmatch("[45][0-9][0-9]", message.command))
     )
 
 
@@ -6341,7 +6400,7 @@ def on_join_error(client: Client, message: Message) -> bool:
 def on_forwarded(client: Client, message: Message) -> bool:
     """470 <name> <channel> <other channel> :<text>: we are sent on to that one"""
     asked, other = client.rooms.pending, message.param(2)
-    if asked and client.fold(message.param(1)) == client.fold(asked) and is_channel(other):
+    if asked and client.fold(message.param(1)) == client.fold(asked) and can_join(other):
         client.queue.redirect(asked, other)
         room = client.rooms.get(other)
         if room:
@@ -6358,9 +6417,10 @@ def on_part(client: Client, message: Message) -> bool:
     nick = message.param(1) if message.command == "KICK" else message.nick
     if room:
         room.members.pop(client.fold(nick), None)
-    if not room or not client.is_me(nick):
+    if not room or not client.uplink.is_me(nick):
         return False
-    del client.rooms.joined[client.fold(room.name)]
+    end_sync(client, room)
+    client.rooms.joined.pop(client.fold(room.name), None)
     client.ui.show(message, False)
     if not client.rooms.is_elsewhere(message):
         client.ui.show_status(f"you are no longer in {room.name}; /join {room.name} may bring you back")
@@ -6380,9 +6440,9 @@ def on_nick(client: Client, message: Message) -> bool:
     """NICK <new name>"""
     uplink, old, new = client.uplink, client.fold(message.nick), message.param(0)
     for names in (client.ignored, *(room.members for room in client.rooms.joined.values())):
-        if names.pop(old, None):
+        if names.pop(old, None) and len(new) < NAME_CHARS:
             names[client.fold(new)] = new
-    if client.is_me(message.nick):
+    if client.uplink.is_me(message.nick):
         uplink.nick = client.desired_nick = new
     return False
 
@@ -6422,7 +6482,7 @@ def on_message(client: Client, message: Message) -> bool:
     """PRIVMSG <target> :<text>; our own is an acknowledgement"""
     if is_system(message):
         return False
-    mine = client.is_me(message.nick)
+    mine = client.uplink.is_me(message.nick)
     if mine:
         on_echo(client, message)
     if not client.seen.add(message.tags.get("msgid", "")):
@@ -6440,7 +6500,7 @@ def on_message(client: Client, message: Message) -> bool:
         room.unread += client.rooms.is_elsewhere(message)
         if key in room.members:
             room.members[key] = room.members.pop(key)
-    elif client.is_me(message.param(0)):
+    elif client.uplink.is_me(message.param(0)):
         client.last_private_sender = message.nick
     return False
 
@@ -6452,7 +6512,7 @@ def on_echo(client: Client, message: Message) -> None:
     elif "batch" not in message.tags:
         client.queue.acknowledge_first(message.param(0), client.fold)
     if "batch" not in message.tags:
-        client.uplink.userhost = message.source.partition("!")[2]
+        client.uplink.learn_userhost(message.source)
 
 
 @handles("401", "402", "404", "407", "411", "412", "417", "FAIL")
@@ -6502,9 +6562,10 @@ def send_command(client: Client, message: Message) -> None:
 def enter_join(client: Client, message: Message) -> None:
     """/join #NAME [KEY]: speaks there from now on"""
     channel = message.param(0)
+    channel = channel if channel.startswith(tuple(CHANNEL_TYPES)) else f"#{channel}"
     if client.uplink.phase != Phase.IN:
         send_command(client, message)
-    elif client.rooms.pending or "," in channel:
+    elif client.rooms.pending or not can_join(channel):
         client.ui.show_status("Error: one channel at a time")
     else:
         if message.param(1):
@@ -6597,7 +6658,7 @@ class PipeUI(UserInterface):
             try:
                 data = self._source.read(RECV_BYTES)
                 if data is None:  # not yet: somebody has made it non-blocking
-                    select.select([self._source], [], [])
+                    wait_for([self._source], [])
                     data = b"\n"
                     continue
             except OSError as error:
@@ -6642,7 +6703,8 @@ class PipeUI(UserInterface):
             print(shown, end="", flush=True)
 
     def show_status(self, text: str) -> None:
-        print(f"*** {escape_controls(text)}", file=sys.stderr, flush=True)
+        if sys.stderr:
+            print(f"*** {escape_controls(text)}", file=sys.stderr, flush=True)
 
 
 class TerminalUI(UserInterface):
@@ -6737,7 +6799,7 @@ class TerminalUI(UserInterface):
     def on_names(self) -> None:
         client = self._client
         room = client.rooms.get(client.rooms.active)
-        others = [nick for nick in room.members.values() if not client.is_me(nick)] if room else []
+        others = [nick for nick in room.members.values() if not client.uplink.is_me(nick)] if room else []
         who = f"{len(others)} others" if len(others) > NAMES_SHOWN else ", ".join(others) or "nobody else yet"
         hint = "" if self._greeted else "; /help tells what you can do, /quit leaves"
         if self._greeted != client.rooms.active:
@@ -6772,7 +6834,7 @@ def completions(client: Client, head: str) -> Tuple[int, List[str]]:
     if start and is_channel(word):
         return start, [f"{other.name} " for key, other in client.rooms.joined.items() if key.startswith(word)]
     names = [nick for key, nick in reversed(list(room.members.items())) if key.startswith(word)] if room else []
-    return start, [nick + (" " if start else ": ") for nick in names if not client.is_me(nick)]
+    return start, [nick + (" " if start else ": ") for nick in names if not client.uplink.is_me(nick)]
 
 
 # -----------------------------------------------------------------------------
@@ -6942,7 +7004,7 @@ class OperatorConsole:
             terminal.start()
             while serving.is_alive() and not terminal.hung_up:
                 terminal.draw([], ["server> "])
-                select.select([self.wakeup], [], [])
+                wait_for([self.wakeup], [])
                 self.wakeup.clear()
                 for line in self.lines():
                     terminal.print(line)
@@ -7024,7 +7086,6 @@ def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: 
         text = "there is no password: whoever reaches %s can join (--password-file sets one)"
         log_later(logging.WARNING, text, reachable[0])
     if console:
-        console.terminal.handle_signals()
         serving = threading.Thread(target=serve_and_end, args=(server, console), daemon=True)
         serving.start()
         with contextlib.suppress(*TERMINAL_ERRORS):
@@ -7217,7 +7278,8 @@ class Interrupts:
         self._looping = False
         self.terminal: Optional[Terminal] = None
         for number in self.SIGNALS:
-            signal.signal(number, self._interrupt)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._interrupt)
 
     def __enter__(self) -> None:
         self._looping = True
@@ -7244,9 +7306,11 @@ class Interrupts:
 def end_soon(status: int, terminal: Optional[Terminal]) -> None:
     """Ends the program after END_S: perhaps a terminal or a pipe takes nothing, and holds up what would end it."""
     time.sleep(END_S)
-    if terminal:
-        terminal.restore()
-    os._exit(status)
+    try:
+        if terminal:
+            terminal.restore()
+    finally:
+        os._exit(status)
 
 
 def run_client(args: argparse.Namespace) -> int:
@@ -7314,7 +7378,6 @@ def ui_from_args(
     terminal = interrupts.terminal = stack.enter_context(
         Terminal(client.wakeup, functools.partial(completions, client))
     )
-    terminal.handle_signals()
     return TerminalUI(client, terminal)
 
 
@@ -7515,7 +7578,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 1
     except (KeyboardInterrupt, EOFError):  # while a password was asked for
         return 130
-    except (FatalError, StorageError, OSError, UnicodeError) as failed:
+    except (FatalError, StorageError, UnicodeError, *TERMINAL_ERRORS) as failed:
         print(f"chat.py: {escape_controls(str(failed))}", file=sys.stderr)
         return 1
 

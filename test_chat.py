@@ -5124,6 +5124,10 @@ class Rows(unittest.TestCase):
         ):
             self.assertEqual(chat.row_count(text, room), rows)
 
+    def test_what_the_terminal_cannot_show_is_counted_as_it_is_written(self) -> None:
+        with mock.patch.object(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1")):
+            self.assertEqual(chat.encodable("é 中"), "é \\u4e2d")
+
     def test_the_cursor_is_always_in_what_is_shown(self) -> None:
         rng = random.Random(4)
         for _ in range(500):
@@ -5857,6 +5861,24 @@ class SeveralRooms(PersonCase):
         self.reconnect()
         self.assertEqual(self.lines, ["JOIN #chat"])
 
+    def test_what_is_sent_again_is_told_wherever_we_are_then(self) -> None:
+        self.enter("echo-message")
+        self.arrive(*self.TEA)
+        self.type("/msg dan psst")
+        self.reconnect("echo-message")
+        again = "sent again, so perhaps twice"
+        self.assertIn(again, self.arrive(":s 474 bob #chat :banned"))
+        self.assertIn(again, self.reconnect("echo-message"))
+        self.assertEqual(self.prompt, "[#chat 0] bob> ")
+
+    def test_a_join_that_is_not_answered_after_a_reconnect_ends(self) -> None:
+        self.type("/join #full")
+        self.reconnect()
+        self.arrive(*self.IN)
+        self.assertEqual(self.prompt, "[connecting] bob> ")
+        self.client.turn(self.client.uplink.deadline + 1)
+        self.assertEqual(self.prompt, "[#chat 2] bob> ")
+
     def test_the_active_room_does_not_take_us_back(self) -> None:
         for first, second in ((self.TEA, (":s 474 bob #chat :banned",)), ((":s 474 bob #chat :banned",), self.TEA)):
             self.enter()
@@ -5912,7 +5934,7 @@ class Reconnected(PersonCase):
         self.enter("", "CASEMAPPING=ascii LINELEN=1024 NICKLEN=9 PREFIX=(x)*")
         line = Message("PRIVMSG", ("#chat", "x" * 1000))
         self.assertEqual(len(chat.split_message(self.client.uplink, "#chat", line)), 2)
-        self.assertTrue(self.client.is_me("BOB"))
+        self.assertTrue(self.client.uplink.is_me("BOB"))
         self.type(*"12345")
         self.arrive("ERROR :the last words")
         self.reconnect()
@@ -6024,10 +6046,16 @@ class Missed(PersonCase):
 
     def test_what_is_held_back_is_bounded(self) -> None:
         self.type("hi")
-        with mock.patch.object(chat, "HELD_MESSAGES", 3):
-            self.assertEqual([self.said_live(), self.said_live()], ["", ""])
-            self.assertEqual((self.said_live(), len(self.said)), ("live live live", 1))
-        self.assertEqual([self.said_live(), self.page(2)], ["live", "2"])
+        with mock.patch.object(chat, "HELD_MESSAGES", 2):
+            self.assertEqual([self.said_live() for _ in range(3)], ["", "", ""])
+            self.assertEqual((self.page(2), len(self.said)), ("2 live live", 0))
+        self.assertEqual(self.asked(), ["msgid=m1 :100", "msgid=m2 :100"])  # for the rest
+        self.assertEqual((self.page(3), len(self.said)), ("3", 1))
+
+    def test_who_is_kicked_meanwhile_sees_what_has_come(self) -> None:
+        self.arrive("BATCH +1 chathistory #chat", f"@batch=1;{self.message(2)[1:]}")
+        self.assertEqual(self.said_live(), "")
+        self.assertEqual(self.shown(":ann!a@b KICK #chat bob :out"), "2 live")
 
     def test_a_past_that_cannot_be_read(self) -> None:
         for about, held in (("AFTER #tea", True), ("AFTER #CHAT", False), ("", False)):
@@ -6054,6 +6082,21 @@ class Loop(PersonCase):
 
     def test_nothing_is_done_while_nothing_happens(self) -> None:
         self.assertGreater(self.client.pause(time.monotonic()), chat.ASK_S - 1)
+
+    def test_a_long_queue_does_not_pass_for_a_server_that_does_not_read(self) -> None:
+        self.server.close()
+        lines = [f"{number:4} {'x' * 300}" for number in range(6 if sys.platform == "win32" else 5000)]
+        for line in lines:
+            self.client.enter(line, False)
+        self.server.connect()
+        self.arrive(
+            f":s CAP * ACK :{self.CAPS}", ":s 001 bob :Welcome", *self.IN, "BATCH +1 chathistory #chat", "BATCH -1"
+        )
+        while len(self.said) < len(lines):
+            self.assertEqual(self.client.uplink.phase, chat.Phase.IN)
+            self.server.turn()
+            self.assertLess(len(self.client.uplink.sendq), 2 * chat.SENDQ_LOW)
+        self.assertEqual([message.text for message in self.said], lines)
 
     def test_our_server_lets_us_in_again_within_two_round_trips(self) -> None:
         self.arrive("@msgid=m1 :ann!a@b PRIVMSG #chat :one")
@@ -6158,6 +6201,25 @@ class FromAHostileServer(PersonCase):
                 self.arrive(*(f":s 353 bob = #{name}{number} :u1 u2 u3" for name in "abcd"))
                 self.reconnect()
                 self.assertLessEqual(len(self.lines), 3 + 1)  # and where we want to be
+
+    def test_what_is_no_name_of_a_channel(self) -> None:
+        for line in (":bob!b@h JOIN :", ":bob!b@h JOIN :#b eve", ":bob!b@h JOIN :#b,eve", ":s 470 bob #chat :#b eve"):
+            self.arrive(line)
+            self.assertEqual((self.prompt, self.client.rooms.pending), ("[#chat 2] bob> ", ""), line)
+        self.type("/join tea")
+        self.assertEqual(self.lines, ["JOIN #tea"])
+
+    def test_before_the_welcome_nobody_is_in_a_channel(self) -> None:
+        self.lose()
+        self.server.connect()
+        self.arrive(":bob!b@h JOIN #chat", ":s CAP * LS :")
+        self.lines.clear()
+        self.arrive(":s 001 bob :Welcome")
+        self.assertEqual((self.lines, self.prompt), (["JOIN #chat"], "[connecting] bob> "))
+
+    def test_a_nick_that_is_too_long_is_not_kept(self) -> None:
+        self.arrive(f":ann!a@b NICK {'a' * 1000}")
+        self.assertEqual(self.members, ["bob"])
 
     def test_a_server_that_does_not_read_is_left(self) -> None:
         with mock.patch.object(chat, "CLIENT_SENDQ", 1 << 16):
@@ -7278,7 +7340,7 @@ class AFakeServer(ProgramCase):
         for line, entered in (
             ("ERROR :Closing Link: bob (Killed (ann (go away)))", True),
             ("ERROR :Closing link: (bob@h) [K-lined: spam]", True),
-            ("ERROR :Closing Link: h (Trying to reconnect too fast.)", False),
+            ("ERROR :Closing Link: h (You are not welcome.)", False),
         ):
             with self.subTest(line):
                 fake = FakeServer(self)
@@ -7296,6 +7358,27 @@ class AFakeServer(ProgramCase):
                 last = f"the connection to 127.0.0.1:{fake.port} was lost: {line[len('ERROR :') :]}\n"
                 self.assertEqual(err.splitlines(True)[-1], f"chat.py: {last}")
                 self.assertEqual(err.count("\n"), 1 if entered else 2)
+
+    def test_a_server_that_lets_us_in_later_is_tried_again(self) -> None:
+        fake = FakeServer(self)
+        client = self.start("client", "--port", str(fake.port), "--name", "bob", stdin=subprocess.PIPE)
+        fake.welcome()
+        fake.drop()
+        fake.until("USER")
+        fake.send("ERROR :Closing Link: h (Trying to reconnect too fast.)")
+        fake.drop()
+        fake.welcome()
+        client.terminate()
+        client.communicate(timeout=PATIENCE)
+
+    def test_a_line_that_is_refused_by_a_server_that_confirms_nothing(self) -> None:
+        fake = FakeServer(self)
+        client = self.start("client", "--port", str(fake.port), "--name", "bob", "-m", "one")
+        fake.welcome("")
+        token = fake.until("PING").partition(" ")[2]
+        fake.send(":s 404 bob #chat :No", f":s PONG s {token}")
+        _, err = client.communicate(timeout=PATIENCE)
+        self.assertEqual((client.returncode, err), (1, "chat.py: a line was not delivered: No\n"))
 
     def test_a_server_from_long_ago(self) -> None:
         fake = FakeServer(self)
@@ -7805,6 +7888,25 @@ class SignalsAtTheTerminal(SeatCase):
         fcntl.ioctl(seat.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
         seat.until(lambda: len(seat.raw) > shown and seat.last().endswith("x" * 10))
         self.assertLess(len(seat.last()), 40)
+
+    def test_a_terminal_that_is_closed_ends_the_client(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            _, port = self.server()
+            seat = self.sit(port, shell=f"exec %s 2>'{folder}/err'")
+            seat.until(lambda: seat.last() == "[#chat 1] bob>")
+            os.close(seat.master)
+            os.close(seat._slave)
+            self.assertIn(seat.program.wait(PATIENCE), (0, 1, 130))
+            self.assertNotIn("Traceback", pathlib.Path(folder, "err").read_text(encoding="utf-8"))
+        seat.master, seat._slave = os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_RDONLY)
+
+    def test_an_ignored_signal_stays_so(self) -> None:
+        _, port = self.server()
+        seat = self.sit(port, shell="trap '' INT; exec %s")
+        seat.until(lambda: seat.last() == "[#chat 1] bob>")
+        seat.program.send_signal(signal.SIGINT)
+        seat.type("still here")
+        seat.until(lambda: seat.last() == "[#chat 1] bob> still here")
 
     def test_not_suspended_without_a_shell(self) -> None:
         _, _, seat = self.both()
