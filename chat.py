@@ -1341,11 +1341,6 @@ class MessageIds:
         return {"time": server_time(now), "msgid": f"{self.last:x}"}
 
 
-def id_tags(message: Message) -> Dict[str, str]:
-    """The tags that MessageIds gave to a message."""
-    return {"time": message.tags["time"], "msgid": message.tags["msgid"]}
-
-
 def sequence(message: Message) -> int:
     """The sequence number of a message with an id."""
     return int(message.tags["msgid"], 16)
@@ -1501,28 +1496,6 @@ def parse_rows(rows: List[Any]) -> List[Message]:
     return [item for item, number in lines if item.tags.get("msgid") == number and "time" in item.tags]
 
 
-class OpenedFiles:
-    """A file and its write-ahead log: whether they are still those that were opened, and have only grown."""
-
-    def __init__(self, file: pathlib.Path, wal: pathlib.Path, has_lost_pages: Callable[[], bool]) -> None:
-        self._files, self._has_lost_pages = (file, wal), has_lost_pages
-        self._before = [file.stat() for file in self._files]
-
-    def check(self) -> None:
-        """Raises StorageError if they are not."""
-        name = self._files[0]
-        try:
-            now = [file.stat() for file in self._files]
-        except OSError:
-            raise StorageError(f"{name} is gone; start the server again") from None
-        if [(item.st_dev, item.st_ino) for item in now] != [(item.st_dev, item.st_ino) for item in self._before]:
-            raise StorageError(f"{name} is another file now; start the server again")
-        shrunk = [item.st_size < before.st_size for item, before in zip(now, self._before)]
-        if shrunk[0] or (shrunk[1] and self._has_lost_pages()):
-            raise StorageError(f"{name} was truncated; start the server again")
-        self._before = now
-
-
 class SqliteHistory(MemoryHistory):
     """The same in an SQLite file, without bound or for so many days. A message is stored as its IRC line with tags.
 
@@ -1590,7 +1563,7 @@ class SqliteHistory(MemoryHistory):
                 rows = self._rows("SELECT channel, number, line FROM said ORDER BY number DESC LIMIT ?", MIGRATED_LINES)
                 keyed = [(index_key(dedup_key(parse(row[2]))), *row[:2]) for row in rows]
                 self._db.executemany("UPDATE said SET key = ? WHERE channel = ? AND number = ?", keyed)
-        self._check_files = OpenedFiles(self._file, self._wal, self._has_lost_pages).check
+        self._opened_files = [file.stat() for file in (self._file, self._wal)]
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -1605,21 +1578,27 @@ class SqliteHistory(MemoryHistory):
                 self._rows("ROLLBACK")
 
     def _rows(self, query: str, *values: object) -> List[Any]:
-        rows: List[Any] = self._db.execute(query, values).fetchall()
-        return rows
-
-    def _asked(self, query: str, *values: object) -> List[Any]:
         try:
-            return self._rows(query, *values)
+            return list(self._db.execute(query, values))
         except self._errors as error:
             raise StorageError(str(error)) from None
 
-    def _has_lost_pages(self) -> bool:
-        """Whether the write-ahead log was cut off, and not emptied into the file by another program, as it may be."""
+    def _check_files(self) -> None:
+        """Raises StorageError if the file and its write-ahead log are not those that were opened, or were cut off."""
         try:
-            return bool(self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0])
-        except self._errors:
-            return True
+            now = [file.stat() for file in (self._file, self._wal)]
+        except OSError:
+            raise StorageError(f"{self._file} is gone; start the server again") from None
+        file_shrunk, wal_shrunk = (new.st_size < old.st_size for new, old in zip(now, self._opened_files))
+        if any((new.st_dev, new.st_ino) != (old.st_dev, old.st_ino) for new, old in zip(now, self._opened_files)):
+            raise StorageError(f"{self._file} is another file now; start the server again")
+        is_cut = file_shrunk or wal_shrunk
+        if is_cut and not file_shrunk:  # another program may have emptied the log into the file: nothing is lost then
+            with contextlib.suppress(StorageError):
+                is_cut = bool(self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0])
+        if is_cut:
+            raise StorageError(f"{self._file} was truncated; start the server again")
+        self._opened_files = now
 
     def append(self, messages: List[Tuple[str, Message]], states: Sequence[ChannelState] = ()) -> None:
         rows = [
@@ -1640,7 +1619,7 @@ class SqliteHistory(MemoryHistory):
         if since:  # the time is each line's first tag
             query = f"SELECT line, number FROM ({query} LIMIT {SCANNED_LINES}) WHERE substr(line, 7, 24) >= '{since}'"
             query += f" ORDER BY number {order}"
-        found = parse_rows(self._asked(f"{query} LIMIT ?", channel, low, high, limit))
+        found = parse_rows(self._rows(f"{query} LIMIT ?", channel, low, high, limit))
         return found[::-1] if newest else found
 
     def find(self, keys: Sequence[DedupKey]) -> Dict[DedupKey, Message]:
@@ -1648,7 +1627,7 @@ class SqliteHistory(MemoryHistory):
         for start in range(0, len(keys), PAGE_LINES):
             hashes = [index_key(key) for key in keys[start : start + PAGE_LINES]]
             query = f"SELECT line, number FROM said WHERE key IN ({', '.join('?' * len(hashes))})"
-            found += parse_rows(self._asked(query, *hashes))
+            found += parse_rows(self._rows(query, *hashes))
         return {key: item for item in found for key in [dedup_key(item)] if key}
 
     def transcript(self, since: float, channel: str = "") -> Iterator[Message]:
@@ -1657,17 +1636,17 @@ class SqliteHistory(MemoryHistory):
         condition = "number > ? AND (channel = ? OR channel > ? || ' ' AND channel < ? || '!')"  # see Channel.logs
         condition = condition if channel else "number > ? AND '' IN (?, ?, ?)"
         query = f"SELECT line, number FROM said WHERE {condition} ORDER BY number LIMIT ?"
-        rows = self._asked("SELECT 1 FROM sqlite_master")  # there is nothing in an empty file
+        rows = self._rows("SELECT 1 FROM sqlite_master")  # there is nothing in an empty file
         while rows:  # page by page: while a query runs, the server cannot use the write-ahead log's space again
-            rows = self._asked(query, low, channel, channel, channel, SCANNED_LINES)
+            rows = self._rows(query, low, channel, channel, channel, SCANNED_LINES)
             yield from (strip_private_tags(item) for item in parse_rows(rows) if item.tags["time"] >= first)
             low = rows[-1][1] if rows else low
 
     def last_sequence(self) -> int:
-        return int(self._asked("SELECT ifnull(max(number), 0) FROM said")[0][0])
+        return int(self._rows("SELECT ifnull(max(number), 0) FROM said")[0][0])
 
     def states(self) -> Dict[str, str]:
-        rows = self._asked("SELECT channel, state, id FROM state ORDER BY id DESC LIMIT ?", SAVED_CHANNELS)
+        rows = self._rows("SELECT channel, state, id FROM state ORDER BY id DESC LIMIT ?", SAVED_CHANNELS)
         if len(rows) == SAVED_CHANNELS:
             with self._transaction():
                 self._rows("DELETE FROM state WHERE id < ?", rows[-1][2])
@@ -1679,7 +1658,7 @@ class SqliteHistory(MemoryHistory):
         oldest = int((time.time() - self._days * 86400) * 1e6)
         with contextlib.suppress(StorageError):  # next time, then
             query = "SELECT channel, number FROM said WHERE number < ? ORDER BY number LIMIT ?"
-            rows = self._asked(query, oldest, PRUNE_LINES)
+            rows = self._rows(query, oldest, PRUNE_LINES)
             if not rows:
                 return
             with self._transaction():
@@ -2185,7 +2164,8 @@ class Call:
         if "echo-message" in caps and CAPS_NEEDED.get(relayed.command, "echo-message") in caps:
             self.replies.append(relayed._replace(tags={**relayed.tags, "label": self.ref}) if self.ref else relayed)
         elif self.ref:
-            self.replies.append(Message("ACK", (), self.hub.name, {**id_tags(relayed), "label": self.ref}))
+            tags = {"time": relayed.tags["time"], "msgid": relayed.tags["msgid"], "label": self.ref}
+            self.replies.append(Message("ACK", (), self.hub.name, tags))
 
     # What others get.
 
