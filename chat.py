@@ -107,6 +107,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    TypeVar,
     Union,
 )
 
@@ -296,12 +297,14 @@ class Numeric(NamedTuple):
 
 
 class CommandError(Exception):
-    """A command that cannot be done; the dispatcher replies with `numeric` and `params`."""
+    """A command that cannot be done; the dispatcher replies with `numeric` and `params`.
 
-    def __init__(self, numeric: Numeric, *params: str) -> None:
+    With a `farewell`, it then ends the session.
+    """
+
+    def __init__(self, numeric: Numeric, *params: str, farewell: str = "") -> None:
         super().__init__(numeric, *params)
-        self.numeric = numeric
-        self.params = params
+        self.numeric, self.params, self.farewell = numeric, params, farewell
         self.message: Optional[Message] = None  # as much as could be decoded of a line that could not be
 
 
@@ -2533,8 +2536,9 @@ def ping_ghost(call: Call, session: Session) -> None:
 # Each function is one command, headed by its grammar. It runs with the hub's lock held, and does everything by the
 # methods of its Call; functions above the first command are the dispatcher's, and what commands share.
 
-Handler = Callable[[Call], None]
 Rows = Iterable[Tuple[Any, ...]]  # (numeric, *parameters)
+Handler = Callable[[Call], Optional[Rows]]  # a query returns its replies
+AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
 
 class Command(NamedTuple):
@@ -2543,40 +2547,18 @@ class Command(NamedTuple):
     run: Handler
     min_params: int
     early: bool  # allowed before registration
+    names_server: bool  # its last parameter may name a server: ours
 
 
 COMMANDS: Dict[str, Command] = {}
 
 
-def command(grammar: str, min_params: int = 0, early: bool = False) -> Callable[[Handler], Handler]:
+def command(grammar: str, min_params: int = 0, early: bool = False) -> Callable[[AnyHandler], AnyHandler]:
     """Enters a function in the table, under the first word of its grammar."""
 
-    def enter(run: Handler) -> Handler:
-        COMMANDS[grammar.split()[0]] = Command(run, min_params, early)
+    def enter(run: AnyHandler) -> AnyHandler:
+        COMMANDS[grammar.split()[0]] = Command(run, min_params, early, grammar.endswith("[<server>]"))
         return run
-
-    return enter
-
-
-Query = Callable[[Call], Rows]
-
-
-def query(grammar: str, min_params: int = 0, names_server: bool = False) -> Callable[[Query], Query]:
-    """Enters a function that yields replies. With `names_server`, the last parameter may name a server: ours."""
-
-    def enter(rows: Query) -> Query:
-        def run(call: Call) -> None:
-            if names_server and call.params:
-                check_server(call, call.params[-1])
-            check_query_rate(call)
-            for row in rows(call):
-                call.reply(*row)
-                if len(call.replies) % QUERY_ROWS == 0 and not pause_query(call):
-                    return
-            call.session.address.rows.debit(time.monotonic(), len(call.replies))
-
-        command(grammar, min_params)(run)
-        return rows
 
     return enter
 
@@ -2590,15 +2572,21 @@ def check_query_rate(call: Call) -> None:
         raise CommandError(RPL_TRYAGAIN, call.message.command)
 
 
-def pause_query(call: Call) -> bool:
-    """Lets others have the lock between two parts of a long answer; False if the caller has left meanwhile."""
-    if not call.label:  # otherwise they go out as one
-        part = Call(call.hub, call.session)
-        part.replies, call.replies = call.replies, []
-        call.session.address.rows.debit(time.monotonic(), len(part.replies))
-        call.hub.append(part)
-    call.hub.pause()
-    return call.session.stage != Stage.GONE
+def send_rows(call: Call, rows: Rows) -> None:
+    """Replies with rows. Between two parts of a long answer, lets others have the lock; the caller may leave then."""
+    check_query_rate(call)
+    for row in rows:
+        call.reply(*row)
+        if len(call.replies) % QUERY_ROWS == 0:
+            if not call.label:  # otherwise they go out as one
+                part = Call(call.hub, call.session)
+                part.replies, call.replies = call.replies, []
+                call.session.address.rows.debit(time.monotonic(), len(part.replies))
+                call.hub.append(part)
+            call.hub.pause()
+            if call.session.stage == Stage.GONE:
+                return
+    call.session.address.rows.debit(time.monotonic(), len(call.replies))
 
 
 def handle_line(hub: Hub, session: Session, line: Optional[bytes]) -> None:
@@ -2678,10 +2666,16 @@ def dispatch(hub: Hub, session: Session, message: Message) -> bool:
             raise CommandError(ERR_NOTREGISTERED)
         if len(message.params) < row.min_params:
             raise CommandError(ERR_NEEDMOREPARAMS, message.command)
-        row.run(call)
+        rows = row.run(call)
+        if rows is not None:
+            if row.names_server and message.params:
+                check_server(call, message.params[-1])
+            send_rows(call, rows)
         done = True
     except CommandError as error:
         call.reply_error(error)
+        if error.farewell:
+            call.quit(session, "", error.farewell)
     charge(call)
     hub.append(call)
     return done
@@ -2825,36 +2819,30 @@ def pass_(call: Call) -> None:
     if not session.authenticated:
         session.wrong_password = True
         log_later(logging.WARNING, "wrong password from %s", session.address.key)
-        reject_password(call)
-    elif isinstance(session.dialect, PlainPassword):
+        raise password_error(session)
+    if isinstance(session.dialect, PlainPassword):
         call.set_dialect(plain(session.dialect.end))
 
 
-def reject_password(call: Call) -> None:
-    """Rejects a wrong or missing password. Plain and JSON clients may try again; IRC clients are disconnected."""
-    locked_out = call.session.address.locked_out()
-    if call.session.dialect.single and not locked_out:
-        raise CommandError(ERR_PASSWDMISMATCH)
-    call.reply_error(CommandError(ERR_PASSWDMISMATCH))
-    call.quit(call.session, "", "Too many wrong passwords; try again later" if locked_out else "Wrong password")
+def password_error(session: Session) -> CommandError:
+    """A wrong or missing password. Plain and JSON clients may try again; IRC clients are disconnected."""
+    farewell = "" if session.dialect.single else "Wrong password"
+    farewell = "Too many wrong passwords; try again later" if session.address.locked_out() else farewell
+    return CommandError(ERR_PASSWDMISMATCH, farewell=farewell)
 
 
-def is_rejected(call: Call) -> bool:
-    """Rejects the caller, who asks for a nick, without the password, or where the nick is banned."""
+def check_admitted(call: Call) -> None:
+    """Raises CommandError if the caller, who asks for a nick, has not given the password, or the nick is banned."""
     if call.hub.access.password_required and not call.session.authenticated:
-        reject_password(call)
-        return True
-    if fold(call.message.param(0)) not in call.hub.access.banned:
-        return False
-    call.reply_error(CommandError(ERR_YOUREBANNEDCREEP))
-    call.quit(call.session, "", "You are banned from this server")
-    return True
+        raise password_error(call.session)
+    if fold(call.message.param(0)) in call.hub.access.banned:
+        raise CommandError(ERR_YOUREBANNEDCREEP, farewell="You are banned from this server")
 
 
 @command("NICK <name>", early=True)
 def nick(call: Call) -> None:
-    if not is_rejected(call):
-        change_nick(call, call.message.param(0))
+    check_admitted(call)
+    change_nick(call, call.message.param(0))
 
 
 @command("GUEST", early=True)
@@ -2862,8 +2850,8 @@ def guest(call: Call) -> None:
     """The server chooses a name; what a JSON join without a user stands for."""
     if call.session.registered:
         raise CommandError(ERR_ALREADYREGISTERED)
-    if not is_rejected(call):
-        change_nick(call, next(name for name in map("guest{}".format, call.hub.guests) if name not in call.hub.nicks))
+    check_admitted(call)
+    change_nick(call, next(name for name in map("guest{}".format, call.hub.guests) if name not in call.hub.nicks))
 
 
 def change_nick(call: Call, name: str) -> None:
@@ -3177,7 +3165,7 @@ def send_names(call: Call, channel: Channel) -> None:
     call.reply(RPL_ENDOFNAMES, channel.name)
 
 
-@query("LIST [<channel>{,<channel>}]")
+@command("LIST [<channel>{,<channel>}]")
 def list_(call: Call) -> Rows:
     channels = call.hub.channels
     asked = dict.fromkeys(fold(name) for name in call.message.param(0).split(",") if name)
@@ -3525,7 +3513,7 @@ def target_messages(
     return [Message("CHATHISTORY", ("TARGETS", name, last[name].tags["time"]), server) for _, name in found[:limit]]
 
 
-@query("WHO <channel or name> [%<fields>[,<token>]]")
+@command("WHO <channel or name> [%<fields>[,<token>]]")
 def who(call: Call) -> Rows:
     mask = call.message.param(0)
     channel = call.hub.channels.get(fold(mask))
@@ -3562,7 +3550,7 @@ def who_fields(call: Call, member: Session, channel: Optional[Channel]) -> Dict[
     }
 
 
-@query("WHOIS [<server>] <name>", 1)
+@command("WHOIS [<server>] <name>", 1)
 def whois(call: Call) -> Rows:
     for other in find_registered(call, call.params[-1:]):
         yield RPL_WHOISUSER, other.nick, other.user, other.host, "*", other.realname
@@ -3586,14 +3574,14 @@ def find_registered(call: Call, nicks: Iterable[str]) -> List[Session]:
     return [session for session in found if session and session.registered]
 
 
-@query("ISON <name>{ <name>}", 1)
+@command("ISON <name>{ <name>}", 1)
 def ison(call: Call) -> Rows:
     here = " ".join(other.nick for other in find_registered(call, " ".join(call.params).split()))
     for piece in split_text(here, NAMES_BYTES) or [""]:
         yield RPL_ISON, piece
 
 
-@query("USERHOST <name>{ <name>}", 1)
+@command("USERHOST <name>{ <name>}", 1)
 def userhost(call: Call) -> Rows:
     found = find_registered(call, call.params[:5])
     items = [f"{other.nick}={'-' if other.away else '+'}{other.user}@{other.host}" for other in found]
@@ -3601,7 +3589,7 @@ def userhost(call: Call) -> Rows:
         yield RPL_USERHOST, piece
 
 
-@query("LUSERS")
+@command("LUSERS")
 def lusers(call: Call) -> Rows:
     named, connected = len(call.hub.nicks), len(call.hub.sessions)
     yield RPL_LUSERCLIENT, f"There are {named} users on 1 server"
@@ -3611,50 +3599,39 @@ def lusers(call: Call) -> Rows:
     yield RPL_LUSERME, f"I have {connected} clients and 0 servers"
 
 
-@query("MOTD [<server>]", names_server=True)
+@command("MOTD [<server>]")
 def motd(call: Call) -> Rows:
     yield RPL_MOTDSTART, f"- {call.hub.name} message of the day -"
     yield RPL_MOTD, f"- Everybody meets in {DEFAULT_CHANNEL}."
     yield (RPL_ENDOFMOTD,)
 
 
-@query("VERSION [<server>]", names_server=True)
-def version(call: Call) -> Rows:
-    yield RPL_VERSION, VERSION, call.hub.name, "a small chat that is one file"
-    yield from ISUPPORT
-
-
-@query("INFO [<server>]", names_server=True)
-def info(call: Call) -> Rows:
-    yield RPL_INFO, f"{VERSION}, a small chat that is one file"
-    yield RPL_INFO, f"Started {server_time(call.hub.started)}"
-    yield (RPL_ENDOFINFO,)
-
-
-@query("WHOWAS <name>", 1)
+@command("WHOWAS <name>", 1)
 def whowas(call: Call) -> Rows:
     yield ERR_WASNOSUCHNICK, safe_param(call.params[0])  # those who left are not remembered
     yield RPL_ENDOFWHOWAS, safe_param(call.params[0])
 
 
-@query("LINKS")
-def links(call: Call) -> Rows:
-    yield RPL_LINKS, call.hub.name, call.hub.name, f"0 {VERSION}"
-    yield RPL_ENDOFLINKS, "*"
-
-
-@query("HELP")
-def help_(call: Call) -> Rows:
-    for line in help_lines():
-        yield RPL_HELPTXT, "*", line
-    yield RPL_ENDOFHELP, "*"
-
-
-query("TIME [<server>]", names_server=True)(lambda call: [(RPL_TIME, call.hub.name, server_time(time.time()))])
-# For operators of the server, whom IRC does not know here.
-query("OPER <name> <password>")(lambda call: [(ERR_NOOPERHOST,)])
-query("KILL <name> :<reason>")(lambda call: [(ERR_NOPRIVILEGES,)])
-query("WALLOPS :<text>")(lambda call: [(ERR_NOPRIVILEGES,)])
+REPORTS: Dict[str, Callable[[Call], Rows]] = {
+    "VERSION [<server>]": lambda call: [
+        (RPL_VERSION, VERSION, call.hub.name, "a small chat that is one file"),
+        *ISUPPORT,
+    ],
+    "INFO [<server>]": lambda call: [
+        (RPL_INFO, f"{VERSION}, a small chat that is one file"),
+        (RPL_INFO, f"Started {server_time(call.hub.started)}"),
+        (RPL_ENDOFINFO,),
+    ],
+    "TIME [<server>]": lambda call: [(RPL_TIME, call.hub.name, server_time(time.time()))],
+    "LINKS": lambda call: [(RPL_LINKS, call.hub.name, call.hub.name, f"0 {VERSION}"), (RPL_ENDOFLINKS, "*")],
+    "HELP": lambda call: [*((RPL_HELPTXT, "*", line) for line in help_lines()), (RPL_ENDOFHELP, "*")],
+    # For operators of the server, whom IRC does not know here.
+    "OPER <name> <password>": lambda call: [(ERR_NOOPERHOST,)],
+    "KILL <name> :<reason>": lambda call: [(ERR_NOPRIVILEGES,)],
+    "WALLOPS :<text>": lambda call: [(ERR_NOPRIVILEGES,)],
+}
+for grammar, report in REPORTS.items():
+    command(grammar)(report)
 
 
 # -----------------------------------------------------------------------------

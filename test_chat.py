@@ -2948,7 +2948,7 @@ class Pressure(ServerCase):
 
     def test_a_defect_ends_one_connection_only(self) -> None:
         ann, bob = self.plain("ann"), self.plain("bob")
-        broken = chat.Command(lambda call: 1 // 0, 0, True)  # type: ignore[arg-type]
+        broken = chat.COMMANDS["NAMES"]._replace(run=mock.Mock(side_effect=ZeroDivisionError))
         with mock.patch.dict(chat.COMMANDS, NAMES=broken), self.logs(logging.ERROR):
             bob.send("/who\n")
             self.assertEqual(bob.rest(), [])
