@@ -1784,12 +1784,6 @@ class Address:
         if session.stage == Stage.DISCONNECTED:
             self.disconnected[session] = None
 
-    def surplus(self, per_address: float) -> Optional[Session]:
-        """The oldest disconnected session, if there are too many with the connections."""
-        if self.exempt or self.connections + len(self.disconnected) <= per_address:
-            return None
-        return next(iter(self.disconnected), None)
-
 
 class AccessControl:
     """Who may connect: bans, the password, addresses. Guarded by the hub's lock."""
@@ -2276,32 +2270,7 @@ class Call:
         """Sends a PING, which must be answered within `patience` seconds."""
         session.ping_sent, session.pong_deadline = now, now + patience
         self.send_to(session, Message("PING", (self.hub.name,)))
-        self.hub.deadlines.set(session, session.pong_deadline)
-
-
-class DeadlineQueue:
-    """Session deadlines, in a heap. A new deadline for a session replaces its old one."""
-
-    def __init__(self) -> None:
-        self._heap: List[Tuple[float, int, Session]] = []  # (deadline, tie-break, session)
-        self._ties = itertools.count()
-
-    def set(self, session: Session, deadline: float) -> None:
-        """Sets a deadline, in monotonic seconds."""
-        session.deadline = deadline
-        heapq.heappush(self._heap, (deadline, next(self._ties), session))
-
-    def pop_due(self, now: float) -> Optional[Session]:
-        """A session whose deadline has passed, or None."""
-        while self._heap and self._heap[0][0] <= now:
-            deadline, _, session = heapq.heappop(self._heap)
-            if deadline == session.deadline and session.stage != Stage.GONE:
-                return session
-        return None
-
-    def wait(self, now: float) -> float:
-        """Seconds until the next deadline, at most TICK_S."""
-        return min(max(self._heap[0][0] - now, 0.01), TICK_S) if self._heap else TICK_S
+        self.hub.set_deadline(session, session.pong_deadline)
 
 
 class Turnstile:
@@ -2311,25 +2280,14 @@ class Turnstile:
     """
 
     def __init__(self, lock: threading.Lock, is_open: Callable[[], bool]) -> None:
-        self._condition = threading.Condition(lock)
-        self._is_open = is_open
-        self._waiting = 0
+        self._condition, self._is_open = threading.Condition(lock), is_open
+        self.wake = self._condition.notify  # one that waits: it may be open
 
     def wait(self) -> None:
         """Waits until it is open, and wakes the next one."""
-        waited = False
-        while not self._is_open():
-            waited = True
-            self._waiting += 1
-            self._condition.wait()
-            self._waiting -= 1
-        if waited:
+        if not self._is_open():
+            self._condition.wait_for(self._is_open)
             self.wake()
-
-    def wake(self) -> None:
-        """Wakes one that waits: it may be open."""
-        if self._waiting:
-            self._condition.notify()
 
 
 class Hub:
@@ -2365,7 +2323,8 @@ class Hub:
         # folded name -> Channel.state of one from before the restart, into which nobody has come back
         self.restored = self.history.states()
         self.guests = itertools.count(1)  # numbers for those who bring no name
-        self.deadlines = DeadlineQueue()
+        self._deadlines: List[Tuple[float, int, Session]] = []  # a heap of (deadline, tie-break, session)
+        self._ties = itertools.count()
         self.log_broadcasts = 0  # in the log
         self.log_length = 0  # calls, effects and replies in the log
         self.wake: Callable[[], None] = lambda: None  # wakes the mailer
@@ -2405,15 +2364,15 @@ class Hub:
         """A client has connected; it is prompted after so many seconds of silence."""
         with self:
             self.sessions[session] = None
-            self.deadlines.set(session, session.connected_at + silence)
+            self.set_deadline(session, session.connected_at + silence)
 
-    def set_stage(self, session: Session, stage: int, *before: int) -> None:
-        """Changes a session's stage, if it is one of those before."""
+    def set_stage(self, session: Session, stage: int, before: int) -> None:
+        """Changes a session's stage, if that is `before`."""
         with self:
-            if session.stage in before:
+            if session.stage == before:
                 session.stage = stage
                 if stage == Stage.NEW:
-                    self.deadlines.set(session, time.monotonic() + PROMPT_S)
+                    self.set_deadline(session, time.monotonic() + PROMPT_S)
 
     def disconnect(self, session: Session, reason: str, farewell: str = "") -> None:
         """A connection has ended. A client that may resume is gone only later; without a `farewell`, which says why."""
@@ -2426,7 +2385,7 @@ class Hub:
             if may_resume and self.disconnected < MAX_RESUMABLE:
                 self.disconnected += 1
                 session.stage, session.quit_reason = Stage.DISCONNECTED, reason or "Connection lost"
-                self.deadlines.set(session, time.monotonic() + RESUME_GRACE_S)
+                self.set_deadline(session, time.monotonic() + RESUME_GRACE_S)
             else:
                 call = Call(self, session)
                 call.quit(session, reason, farewell)
@@ -2445,11 +2404,13 @@ class Hub:
         """Does what is due: prompts, pings, timeouts. Returns the seconds until it should be called again."""
         now = time.monotonic()
         with self:
-            for session in iter(lambda: self.deadlines.pop_due(now), None):
-                call = Call(self, session)
-                self.deadlines.set(session, check_timeouts(call, now))
-                self.append(call)
-            return self.deadlines.wait(now)
+            while self._deadlines and self._deadlines[0][0] <= now:
+                deadline, _, session = heapq.heappop(self._deadlines)
+                if deadline == session.deadline and session.stage != Stage.GONE:
+                    call = Call(self, session)
+                    self.set_deadline(session, check_timeouts(call, now))
+                    self.append(call)
+            return min(max(self._deadlines[0][0] - now, 0.01), TICK_S) if self._deadlines else TICK_S
 
     def drain_log(self) -> List[Call]:
         """The whole log. When it is empty, the next entry wakes the mailer. Mailer only."""
@@ -2462,6 +2423,11 @@ class Hub:
             return calls
 
     # With the lock held.
+
+    def set_deadline(self, session: Session, deadline: float) -> None:
+        """Lets `tick` look at a session at a monotonic time, instead of any that was set before."""
+        session.deadline = deadline
+        heapq.heappush(self._deadlines, (deadline, next(self._ties), session))
 
     def append(self, call: Call) -> None:
         """Appends a call to the log, if it does anything."""
@@ -2515,7 +2481,9 @@ def end_disconnected(hub: Hub, session: Optional[Session]) -> None:
 def make_room(hub: Hub, address: Address) -> None:
     """Ends a disconnected session where somebody has come who does not resume it: both count, for an address and in
     all."""
-    surplus = address.surplus(hub.limits.per_address)
+    surplus = None
+    if not address.exempt and address.connections + len(address.disconnected) > hub.limits.per_address:
+        surplus = next(iter(address.disconnected), None)
     if not surplus and len(hub.sessions) > hub.limits.clients:
         surplus = hub.access.oldest_disconnected()
     end_disconnected(hub, surplus)

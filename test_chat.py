@@ -3516,7 +3516,7 @@ class Encrypted(ServerCase, TlsCase):
                 def outlast_the_prompt(session: chat.Session = session) -> None:
                     self.eventually(lambda: session.stage is chat.Stage.HANDSHAKING, "nobody sees that it is TLS")
                     with self.server.hub as hub:
-                        hub.deadlines.set(session, 0.0)
+                        hub.set_deadline(session, 0.0)
                     self.eventually(lambda: session.deadline > 0, "nobody looks whether it should be prompted")
 
                 sock.first, sock.wait = first, outlast_the_prompt
