@@ -4137,55 +4137,10 @@ class Connection:
             return 0
 
 
-class Poller:
-    """A selector for writable sockets that any thread can wake. Only `wake` and `post` are thread-safe."""
-
-    def __init__(self) -> None:
-        self._wakeup = Wakeup()
-        self.wake = self._wakeup.wake
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wakeup, selectors.EVENT_READ)
-        self._posted: Deque[Tuple[Callable[[Connection], None], Connection]] = collections.deque()
-
-    def __len__(self) -> int:
-        return len(self._selector.get_map()) - 1
-
-    def watch(self, connection: Connection) -> None:
-        """Lets `wait` return a connection when it is writable."""
-        self._selector.register(connection.sock, selectors.EVENT_WRITE, connection)
-
-    def unwatch(self, connection: Connection) -> None:
-        """Ends that."""
-        self._selector.unregister(connection.sock)
-
-    def post(self, action: Callable[[Connection], None], connection: Connection) -> None:
-        """Asks the polling thread to do something, and wakes it."""
-        self._posted.append((action, connection))
-        self.wake()
-
-    def posted(self) -> List[Tuple[Callable[[Connection], None], Connection]]:
-        """What was asked for."""
-        return [self._posted.popleft() for _ in range(len(self._posted))]
-
-    def wait(self, timeout: float) -> List[Connection]:
-        """Waits for `wake` or a writable connection, at most `timeout` seconds; returns the writable ones."""
-        if not timeout and not len(self):
-            return []
-        events = self._selector.select(timeout)
-        if any(key.data is None for key, _ in events):
-            self._wakeup.clear()
-        return [key.data for key, _ in events if key.data]
-
-    def close(self) -> None:
-        """Closes the sockets."""
-        self._selector.close()
-        self._wakeup.close()
-
-
 class Mailer:
     """Writes everything that is sent, in a thread of its own.
 
-    Other threads may call add, post and stop. The thread ends when it was stopped and all connections are closed, or
+    Other threads may call add, reader_done and stop. The thread ends when it was stopped and all connections are closed, or
     STOP_S later; and after a defect, which `failed` and `on_failure` tell, for nobody would receive anything any more.
     """
 
@@ -4194,9 +4149,11 @@ class Mailer:
         self._on_failure = on_failure
         self.failed = False
         self.delivered = 0  # messages, counted once for each who was to get them
-        self._poller = Poller()
-        self.post = self._poller.post  # of one of the mailer's methods: after it has sent what the log holds now
-        hub.wake = self._poller.wake
+        self._wakeup = Wakeup()
+        hub.wake = self._wakeup.wake
+        self._selector = selectors.DefaultSelector()  # for connections with something queued
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+        self._done: Deque[Connection] = collections.deque()  # whose readers have returned
         self._connections: Dict[Session, Connection] = {}
         self._closing: Set[Connection] = set()  # with a deadline
         self._check_at = self._prune_at = self._stop_at = 0.0  # monotonic
@@ -4211,17 +4168,14 @@ class Mailer:
         self._bind(connection)
 
     def reader_done(self, connection: Connection) -> None:
-        """The reader has returned: the peer has ended its side, or the connection is lost. To be posted."""
-        connection.reader_done = True
-        if connection.state < ConnectionState.HALF_CLOSED:
-            self._move_on(connection, ConnectionState.DRAINING)
-        else:
-            self._close(connection)
+        """The reader has returned: the peer has ended its side, or the connection is lost."""
+        self._done.append(connection)
+        self._wakeup.wake()
 
     def stop(self) -> None:
         """Delivers what can be delivered within STOP_S, closes all connections and waits for that."""
         self._stop_at = time.monotonic() + STOP_S
-        self._poller.wake()
+        self._wakeup.wake()
         self.thread.join(STOP_S + 1)
 
     def _run(self) -> None:
@@ -4237,16 +4191,21 @@ class Mailer:
         for connection in list(self._connections.values()):
             self._move_on(connection, ConnectionState.CLOSED)
             self._close(connection)
-        self._poller.close()
+        self._selector.close()
+        self._wakeup.close()
 
     def _work(self) -> None:
         while True:
-            posted = self._poller.posted()
+            done = [self._done.popleft() for _ in range(len(self._done))]  # before the log, which has their last lines
             batch = self._hub.drain_log()
             if batch:
                 self._deliver(commit(self._hub, batch))
-            for action, connection in posted:
-                action(connection)
+            for connection in done:
+                connection.reader_done = True
+                if connection.state < ConnectionState.HALF_CLOSED:
+                    self._move_on(connection, ConnectionState.DRAINING)
+                else:
+                    self._close(connection)
             now = time.monotonic()
             if now > self._prune_at:
                 self._prune_at = now + PRUNE_S
@@ -4261,8 +4220,16 @@ class Mailer:
             if self._stop_at and (not self._connections or now > self._stop_at):
                 return
             timeout = TICK_S / 5 if self._closing or self._stop_at else PRUNE_S
-            for connection in self._poller.wait(0 if batch or posted else timeout):
-                self._flush(connection)
+            self._wait(0 if batch or done else timeout)
+
+    def _wait(self, timeout: float) -> None:
+        """Waits until it is woken, at most `timeout` seconds, and sends to who can take what is queued."""
+        if timeout or len(self._selector.get_map()) > 1:
+            for key, _ in self._selector.select(timeout):
+                if key.data:
+                    self._flush(key.data)
+                else:
+                    self._wakeup.clear()
 
     def _deliver(self, effects: List[Effect]) -> None:
         for data, sessions, count in FanOut(effects).payloads():
@@ -4296,25 +4263,27 @@ class Mailer:
 
     def _write(self, connection: Connection, data: bytes, flags: int = DONTWAIT) -> int:
         """Sends what the socket takes, and queues the rest. Returns the size of `data`, for all is taken care of."""
-        size = len(data)
-        if connection.state != ConnectionState.OPEN:
-            return size
+        if connection.state == ConnectionState.OPEN:
+            sent = 0 if connection.sendq else self._send(connection, data)
+            if sent < len(data) and connection.state == ConnectionState.OPEN:
+                self._enqueue(connection, data[sent:])
+            self._bind(connection)
+        return len(data)
+
+    def _send(self, connection: Connection, data: Union[bytes, bytearray]) -> int:
+        """Sends what the socket takes, and returns how much that was."""
         try:
-            sent = 0 if connection.sendq else connection.sock.send(data, flags)
+            return connection.sock.send(data, DONTWAIT)
         except BlockingIOError:
-            sent = 0
+            return 0
         except OSError:  # its reader finds out, too
             self._move_on(connection, ConnectionState.CLOSED)
-            return size
-        if sent < len(data):
-            self._enqueue(connection, data[sent:])
-        self._bind(connection)
-        return size
+            return 0
 
     def _enqueue(self, connection: Connection, data: bytes) -> None:
         """Queues what the socket did not take. Drops the client if its send queue exceeds the limit."""
-        if not connection.sendq and len(self._poller) < MAX_WATCHED:
-            self._poller.watch(connection)
+        if not connection.sendq and len(self._selector.get_map()) <= MAX_WATCHED:
+            self._selector.register(connection.sock, selectors.EVENT_WRITE, connection)
         elif not connection.sendq or len(connection.sendq) + len(data) > self._hub.limits.outbox:
             log_later(logging.WARNING, "%s reads too slowly and is dropped", connection.session.description())
             self._hub.disconnect(connection.session, "Reads too slowly")  # before its reader can say otherwise
@@ -4324,18 +4293,14 @@ class Mailer:
 
     def _flush(self, connection: Connection) -> None:
         """Sends of what is queued as much as the socket takes."""
-        try:
-            sent = connection.sock.send(connection.sendq, DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._move_on(connection, ConnectionState.CLOSED)
+        sent = self._send(connection, connection.sendq)
+        if not sent:
             return
         del connection.sendq[:sent]
         if connection.state == ConnectionState.DRAINING:
             connection.deadline = time.monotonic() + DRAIN_S
         if not connection.sendq:
-            self._poller.unwatch(connection)
+            self._selector.unregister(connection.sock)
             if connection.state == ConnectionState.DRAINING:
                 self._move_on(connection, ConnectionState.HALF_CLOSED)
 
@@ -4356,7 +4321,7 @@ class Mailer:
             self._closing.discard(connection)
             if connection.sendq:
                 connection.sendq.clear()
-                self._poller.unwatch(connection)
+                self._selector.unregister(connection.sock)
         with contextlib.suppress(OSError):  # the peer was faster
             connection.sock.shutdown(socket.SHUT_WR if state == ConnectionState.HALF_CLOSED else socket.SHUT_RDWR)
         if connection.reader_done:
@@ -4463,7 +4428,7 @@ class Server:
         except RuntimeError as error:  # can't start new thread
             log_later(logging.WARNING, "refused %s: %s", address.key, error)
             self.hub.disconnect(session, "", FULL)
-            self.mailer.post(self.mailer.reader_done, connection)
+            self.mailer.reader_done(connection)
         return True
 
     def _read(self, connection: Connection) -> None:
@@ -4491,7 +4456,7 @@ class Server:
             reason = "Internal error"
         finally:
             self.hub.disconnect(session, reason)
-            self.mailer.post(self.mailer.reader_done, connection)
+            self.mailer.reader_done(connection)
 
     def _detect_transport(self, connection: Connection) -> bool:
         """Finds out by the first byte whether a client speaks TLS, and sets that up. False where it cannot be."""
