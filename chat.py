@@ -1404,26 +1404,22 @@ class MemoryHistory:
             self._channels[name] = kept
             kept[0].append(sequence(message))
             kept[1].append(message)
-            if len(kept[0]) > MEMORY_LINES:
-                self._forget_oldest(*kept)
             self._lines += 1
+            self._trim(name, MEMORY_LINES)
             if BY_TAG in message.tags:
                 self._keys[dedup_key(message)] = message
         if self._lines > MEMORY_TOTAL:
             self._make_room(MEMORY_TOTAL * 99 // 100)
 
-    def _forget_oldest(self, numbers: Deque[int], messages: Deque[Message]) -> None:
-        numbers.popleft()
-        message = messages.popleft()
-        if BY_TAG in message.tags:
-            self._keys.pop(dedup_key(message), None)
-        self._lines -= 1
-
     def _trim(self, name: str, size: int) -> None:
         """Forgets the oldest messages of a log."""
         numbers, messages = self._channels[name]
         while len(numbers) > size:
-            self._forget_oldest(numbers, messages)
+            numbers.popleft()
+            message = messages.popleft()
+            self._lines -= 1
+            if BY_TAG in message.tags:
+                self._keys.pop(dedup_key(message), None)
         if not numbers:
             del self._channels[name]
 
@@ -1710,7 +1706,6 @@ class TokenBucket:
         return max(self._full_at - now - self._span, 0.0)
 
     def is_empty(self, now: float) -> bool:
-        """Whether there is no token."""
         return max(self._full_at, now) + self._interval > now + self._span
 
     def in_debt(self, now: float) -> bool:
@@ -1906,8 +1901,6 @@ class Session:
 
 
 class Ban(NamedTuple):
-    """A ban of a channel."""
-
     mask: str
     by: str
     time: str  # Unix time
@@ -1942,7 +1935,6 @@ class Channel:
             texts[-1:] = split_text(" ".join([*texts[-1:], self._name(session, caps)]), NAMES_BYTES)
 
     def remove(self, session: Session) -> None:
-        """Removes a member."""
         del self.members[session], session.channels[self]
         self._names = {}
 
@@ -2030,7 +2022,6 @@ class Broadcast:
         self._encoded: Optional[Dict[Dialect, bytes]] = None
 
     def encode(self, dialect: Dialect) -> bytes:
-        """Its bytes in a dialect."""
         if self._encoded is None:
             self._encoded = {}
         data = self._encoded.get(dialect)
@@ -2040,8 +2031,6 @@ class Broadcast:
 
 
 class Unicast(NamedTuple):
-    """Messages for one session."""
-
     session: Session
     messages: Sequence[Union[Message, Lines]]
 
@@ -2078,14 +2067,20 @@ class Close(NamedTuple):
 Effect = Union[Broadcast, Unicast, Update, Close, ChannelState]
 
 
-class HistoryQuery(NamedTuple):
-    """What the mailer asks the history, and the batch in which the answer stands: its type and parameters, or ()."""
-
-    run: Callable[[MemoryHistory], List[Message]]
-    batch: Tuple[str, ...] = ()
-
-
+HistoryQuery = Callable[[MemoryHistory], List[Message]]  # run by the mailer, which replies with the result
 Reply = Union[Message, Lines, HistoryQuery]
+
+
+def batch_of(batch: Tuple[str, ...], server: str, messages: List[Message]) -> List[Message]:
+    """Messages as one batch (IRCv3 batch) of a type with parameters; those in another one already stay there."""
+    reference = secrets.token_hex(4)
+    inside = [
+        message if "batch" in message.tags or message.param(0)[:1] == "-" and message.command == "BATCH"
+        else message._replace(tags={**message.tags, "batch": reference})
+        for message in messages
+    ]  # fmt: skip
+    first = Message("BATCH", (f"+{reference}", *batch), server)
+    return [first, *inside, Message("BATCH", (f"-{reference}",), server)]
 
 
 class StoredMessage:
@@ -2149,9 +2144,10 @@ class Call:
             words = (self.message.command or "*", numeric.name.upper().replace("-", "_"), *context, text)
         self.replies.append(Message(numeric.code, words, self.hub.name, {"label": self.ref} if self.ref else NO_TAGS))
 
-    def query(self, run: Callable[[MemoryHistory], List[Message]], weight: int, *batch: str) -> None:
+    def query(self, run: HistoryQuery, weight: int, *batch: str) -> None:
         """Replies with what the history answers, about `weight` messages, in a batch if the caller knows batches."""
-        self.replies.append(HistoryQuery(run, batch if "batch" in self.session.dialect.caps else ()))
+        is_batch = batch and "batch" in self.session.dialect.caps
+        self.replies.append((lambda history: batch_of(batch, self.hub.name, run(history))) if is_batch else run)
         self.hub.log_length += weight
         self.session.address.rows.debit(time.monotonic(), weight)
 
@@ -2510,8 +2506,6 @@ AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
 
 class Command(NamedTuple):
-    """A row of the table."""
-
     run: Handler
     min_params: int
     early: bool  # allowed before registration
@@ -2732,14 +2726,11 @@ def check_server(call: Call, mask: str) -> None:
     raise CommandError(ERR_NOSUCHSERVER, mask)
 
 
-def check_change_rate(call: Call) -> None:
-    """Raises CommandError for too many changes of which everybody is told: of the nick, the real name, AWAY."""
+def notify_peers(call: Call, message: Message, cap: str) -> None:
+    """Tells a change to those who share a channel with the caller, if they have negotiated a capability. Raises
+    CommandError for too many changes."""
     if not call.session.nick_bucket.allow(time.monotonic()):
         raise CommandError(RPL_TRYAGAIN, call.message.command)
-
-
-def notify_peers(call: Call, message: Message, cap: str) -> None:
-    """Tells those who share a channel with the caller, if they have negotiated a capability."""
     if call.session.channels:
         told = message._replace(tags={**message.tags, FOR_TAG: cap})
         call.broadcast(told, *call.session.channels, echo=False)
@@ -3045,7 +3036,7 @@ def replay(
         *(strip_private_tags(item, **{REPLAYED_TAG: ""}) for item in said),
         Message("NOTICE", (name, f"End of what was said before; the last was at {last} UTC"), hub.name),
     ]
-    return batch_of("chathistory", (name,), hub.name, lines) if batched else lines
+    return batch_of(("chathistory", name), hub.name, lines) if batched else lines
 
 
 @command("PART <channel>{,<channel>} [:<reason>]", 1)
@@ -3150,8 +3141,6 @@ def list_(call: Call) -> Rows:
 
 
 class ModeChange(NamedTuple):
-    """A change of one mode."""
-
     on: bool
     letter: str
     param: str  # '' where there is none
@@ -3391,10 +3380,9 @@ def away(call: Call) -> None:
     if len(text.encode()) > AWAY_BYTES:
         raise CommandError(ERR_INPUTTOOLONG)
     if session.away != text:
-        check_change_rate(call)
-        session.away = text
         words = (text,) if text else ()
         notify_peers(call, Message("AWAY", words, session.prefix, call.hub.ids.next()), "away-notify")
+        session.away = text
     call.reply(RPL_NOWAWAY if text else RPL_UNAWAY)
 
 
@@ -3403,12 +3391,11 @@ def setname(call: Call) -> None:
     session = call.session
     if not 0 < len(call.params[0].encode()) <= REALNAME_BYTES:
         raise CommandError(FAIL_INVALID_REALNAME)
-    check_change_rate(call)
+    change = Message("SETNAME", call.params[:1], session.prefix, call.hub.ids.next())
+    notify_peers(call, change, "setname")
     session.realname = call.params[0]
-    change = Message("SETNAME", (session.realname,), session.prefix, call.hub.ids.next())
     if "setname" in session.dialect.caps:
         call.send_to(session, change)
-    notify_peers(call, change, "setname")
 
 
 # Queries.
@@ -3635,16 +3622,11 @@ def settle(hub: Hub, call: Call) -> None:
     for item in call.stored:
         if item.stored is None:  # not for the history
             item.stored = not failed
-        if item.original and not failed:
-            repeat(call, item.message, item.original)
-
-
-def repeat(call: Call, message: Message, original: Message) -> None:
-    """A message turned out to be one that was stored before: only its sender gets that, as its receipt."""
-    own = message.tags["msgid"]
-    call.effects = [item for item in call.effects if not (type(item) is Broadcast and item.message is message)]
-    call.replies = [item for item in call.replies if not (isinstance(item, Message) and item.tags.get("msgid") == own)]
-    call.acknowledge(original)
+        if item.original and not failed:  # it was stored before: only its sender gets that, as its receipt
+            own = item.message.tags["msgid"]
+            call.effects = [x for x in call.effects if not (type(x) is Broadcast and x.message is item.message)]
+            call.replies = [x for x in call.replies if not (isinstance(x, Message) and x.tags.get("msgid") == own)]
+            call.acknowledge(item.original)
 
 
 def store_batch(hub: Hub, items: List[StoredMessage], states: List[ChannelState]) -> None:
@@ -3696,7 +3678,14 @@ def answers(call: Call) -> Sequence[Union[Message, Lines]]:
     on a batch around them; without any, an ACK (IRCv3 labeled-response)."""
     found: List[Union[Message, Lines]] = []
     for reply in call.replies:
-        found += [reply] if isinstance(reply, (Message, Lines)) else run_query(call, reply)
+        if isinstance(reply, (Message, Lines)):
+            found.append(reply)
+        elif call.session.send is not discard:  # it has a connection
+            try:
+                found += reply(call.hub.history)
+            except StorageError:
+                words = ("CHATHISTORY", "MESSAGE_ERROR", FAIL_MESSAGE_ERROR.text)
+                found.append(Message("FAIL", words, call.hub.name))
     if not call.label:
         return found
     messages = [message for item in found for message in (item.messages() if isinstance(item, Lines) else [item])]
@@ -3704,31 +3693,8 @@ def answers(call: Call) -> Sequence[Union[Message, Lines]]:
         messages = [Message("ACK", (), call.hub.name)]
     is_batch = messages[0].command == "BATCH" and messages[0].param(0)[1:] == messages[-1].param(0)[1:]
     if len(messages) > 1 and not is_batch:
-        messages = batch_of("labeled-response", (), call.hub.name, messages)
+        messages = batch_of(("labeled-response",), call.hub.name, messages)
     return [messages[0]._replace(tags={**messages[0].tags, "label": call.label}), *messages[1:]]
-
-
-def run_query(call: Call, query: HistoryQuery) -> List[Message]:
-    """What the history answers, or that it cannot; nothing for a session without a connection."""
-    if call.session.send is discard:
-        return []
-    try:
-        messages = query.run(call.hub.history)
-        return batch_of(query.batch[0], query.batch[1:], call.hub.name, messages) if query.batch else messages
-    except StorageError:
-        return [Message("FAIL", ("CHATHISTORY", "MESSAGE_ERROR", FAIL_MESSAGE_ERROR.text), call.hub.name)]
-
-
-def batch_of(kind: str, params: Tuple[str, ...], server: str, messages: List[Message]) -> List[Message]:
-    """Messages as one batch (IRCv3 batch); those that are in another one already stay there."""
-    reference = secrets.token_hex(4)
-    inside = [
-        message if "batch" in message.tags or message.param(0)[:1] == "-" and message.command == "BATCH"
-        else message._replace(tags={**message.tags, "batch": reference})
-        for message in messages
-    ]  # fmt: skip
-    first = Message("BATCH", (f"+{reference}", kind, *params), server)
-    return [first, *inside, Message("BATCH", (f"-{reference}",), server)]
 
 
 class Feed:
@@ -4055,7 +4021,6 @@ class Wakeup:
             self._writer.send(b"!")
 
     def clear(self) -> None:
-        """Makes this unreadable again."""
         self._reader.recv(4096)
 
     def wake_on_signals(self) -> None:
@@ -4063,7 +4028,6 @@ class Wakeup:
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def close(self) -> None:
-        """Closes the sockets."""
         self._reader.close()
         self._writer.close()
 
@@ -4125,8 +4089,13 @@ class Connection:
         return b""
 
     def is_progressing(self) -> bool:
-        """Whether the peer has taken some of what is in flight since this was last asked, and not all."""
-        before, self.in_flight = self.in_flight, unacknowledged(self.sock)
+        """Whether the peer's system has acknowledged some of what is in flight since the last call, and not all."""
+        before, self.in_flight = self.in_flight, 1  # where that cannot be known (Windows)
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+            import termios
+
+            self.in_flight = int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         return 0 < self.in_flight < before
 
     def unread_bytes(self) -> int:
@@ -4140,8 +4109,9 @@ class Connection:
 class Mailer:
     """Writes everything that is sent, in a thread of its own.
 
-    Other threads may call add, reader_done and stop. The thread ends when it was stopped and all connections are closed, or
-    STOP_S later; and after a defect, which `failed` and `on_failure` tell, for nobody would receive anything any more.
+    Other threads may call add, reader_done and stop. The thread ends when it was stopped and all connections are
+    closed, or STOP_S later; and after a defect, which `failed` and `on_failure` tell, for nobody would receive anything
+    any more.
     """
 
     def __init__(self, hub: Hub, on_failure: Callable[[], None]) -> None:
@@ -4480,7 +4450,6 @@ class Server:
         return True
 
     def _receive(self, connection: Connection) -> bytes:
-        """What comes next."""
         while True:
             try:
                 return connection.receive()
@@ -4550,25 +4519,22 @@ class Listener:
                     raise
         self.hosts: List[str] = [sock.getsockname()[0] for sock in self.sockets]
         self.port: int = self.sockets[0].getsockname()[1]
-        self._reserve = os.open(os.devnull, os.O_RDONLY)  # a descriptor to refuse a client with, when all are used
+        self._reserve = io.FileIO(os.devnull)  # a descriptor to refuse a client with, when all are used
 
     def refuse_without_descriptor(self, listening: socket.socket) -> None:
         """Accepts one client with the descriptor kept in reserve, tells it and lets it go."""
         log_later(logging.WARNING, "refused a client: out of descriptors (ulimit -n)")
         with contextlib.suppress(OSError):
-            os.close(self._reserve)
+            self._reserve.close()
             reject(listening.accept()[0], FULL)
-        self._reserve = -1
-        with contextlib.suppress(OSError):
-            self._reserve = os.open(os.devnull, os.O_RDONLY)
-        if self._reserve < 0:
+        try:
+            self._reserve = io.FileIO(os.devnull)
+        except OSError:
             time.sleep(0.05)  # none to be had even so: no use in asking again at once
 
     def close(self) -> None:
-        """Closes the sockets."""
         self._close_sockets()
-        if self._reserve >= 0:
-            os.close(self._reserve)
+        self._reserve.close()
 
     def _bind(self, addresses: Sequence[Tuple[int, Any]], port: int) -> None:
         """Binds what this machine has of the addresses; the first one chooses the port where that is 0."""
@@ -4623,17 +4589,6 @@ def prepare(sock: socket.socket, limits: Limits) -> None:
     ):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), int(value))
-
-
-def unacknowledged(sock: Transport) -> int:
-    """How many bytes the peer's system has not acknowledged; 1 where that cannot be known (Windows)."""
-    try:
-        import fcntl
-        import termios
-
-        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    except (ImportError, OSError):
-        return 1
 
 
 def reject(sock: socket.socket, why: str) -> None:
