@@ -1520,7 +1520,10 @@ class SqliteHistory(MemoryHistory):
                 mode = "rw"
                 for file in (lock, self._file):
                     file.touch(0o600)  # SQLite would let others read it
-                self._lock(sqlite3, lock)
+                try:
+                    self._connect(sqlite3, lock, "rw", 0).execute("BEGIN EXCLUSIVE")
+                except sqlite3.Error as error:
+                    raise ValueError("another server uses it" if "locked" in str(error) else str(error)) from None
             self._db = self._connect(sqlite3, self._file, mode)
             self._check()
             if not readonly:
@@ -1533,12 +1536,6 @@ class SqliteHistory(MemoryHistory):
         uri = f"{path.as_uri()}?mode={mode}"
         db = sqlite3.connect(uri, timeout=patience, isolation_level=None, check_same_thread=False, uri=True)
         return self._opened.enter_context(contextlib.closing(db))
-
-    def _lock(self, sqlite3: Any, path: pathlib.Path) -> None:
-        try:
-            self._connect(sqlite3, path, "rw", 0).execute("BEGIN EXCLUSIVE")
-        except self._errors as error:
-            raise ValueError("another server uses it" if "locked" in str(error) else str(error)) from None
 
     def _check(self) -> None:
         application = self._rows("PRAGMA application_id")[0][0]
@@ -4172,9 +4169,8 @@ class Mailer:
                 self._deliver(commit(self._hub, batch))
             for connection in done:
                 connection.reader_done = True
-                if connection.state < ConnectionState.HALF_CLOSED:
-                    self._move_on(connection, ConnectionState.DRAINING)
-                else:
+                self._move_on(connection, ConnectionState.DRAINING)
+                if connection.state >= ConnectionState.HALF_CLOSED:
                     self._close(connection)
             now = time.monotonic()
             if now > self._prune_at:
@@ -4204,22 +4200,17 @@ class Mailer:
     def _deliver(self, effects: List[Effect]) -> None:
         for data, sessions, count in FanOut(effects).payloads():
             self.delivered += count * len(sessions)
-            if data:
-                self._send_all(data, sessions)
+            size, flags = len(data), DONTWAIT
+            for session in sessions if data else ():  # of a delivery's cost all but the system call is here
+                try:
+                    sent = session.send(data, flags)
+                except OSError:
+                    sent = 0
+                if sent < size:
+                    self._write(self._connections[session], data[sent:])
         for effect in effects:
             if type(effect) is Close and effect.session in self._connections:
                 self._move_on(self._connections[effect.session], ConnectionState.DRAINING)
-
-    def _send_all(self, data: bytes, sessions: Collection[Session]) -> None:
-        """Sends the same to many. Of a delivery's cost all but the system call is here, so this does little else."""
-        size, flags = len(data), DONTWAIT
-        for session in sessions:
-            try:
-                sent = session.send(data, flags)
-            except OSError:
-                sent = 0
-            if sent < size:
-                self._write(self._connections[session], data[sent:])
 
     def _bind(self, connection: Connection) -> None:
         """Sets `session.send`: the socket's own, once it is certain that nothing is queued."""
