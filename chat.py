@@ -3840,6 +3840,7 @@ class TlsSocket:
         """Takes over the socket. `pin`: the fingerprint that the peer's certificate must have."""
         import ssl
 
+        self._ssl = ssl
         self._sock, self._pin = sock, pin
         self.fileno, self.close = sock.fileno, sock.close
         self.settimeout, self.setblocking = sock.settimeout, sock.setblocking
@@ -3855,8 +3856,6 @@ class TlsSocket:
 
     def handshake(self) -> None:
         """Sets up TLS; waits for the peer as a socket does. Raises OSError, UntrustedPeer if it has not got the pin."""
-        import ssl
-
         while not self._ready:
             try:
                 self._object.do_handshake()
@@ -3864,7 +3863,7 @@ class TlsSocket:
                 self._text = self._decrypt()
                 self._sock.sendall(self._outgoing.read())
                 self._ready = True
-            except ssl.SSLWantReadError:
+            except self._ssl.SSLWantReadError:
                 self._sock.sendall(self._outgoing.read())
                 data = self._sock.recv(RECV_BYTES)
                 if not data:
@@ -3872,7 +3871,7 @@ class TlsSocket:
                 if data.startswith(b"ERROR :"):  # refused at the door
                     raise ConnectionError(data[7:].decode(errors="replace").strip()) from None
                 self._incoming.write(data)
-            except ssl.SSLError:
+            except self._ssl.SSLError:
                 with contextlib.suppress(OSError):
                     self._sock.sendall(self._outgoing.read())  # an alert, which tells the peer why
                 raise
@@ -3924,12 +3923,10 @@ class TlsSocket:
 
         If no room is left to tell it, SHUT_WR puts that off to SHUT_RDWR.
         """
-        import ssl
-
         with self._lock:
             if self._ready and not self._closed:
                 self._closed = True
-                with contextlib.suppress(ssl.SSLError):  # it always wants to hear the same from the peer
+                with contextlib.suppress(self._ssl.SSLError):  # it always wants to hear the same from the peer
                     self._object.unwrap()
             with contextlib.suppress(OSError):
                 self._flush()
@@ -3938,15 +3935,13 @@ class TlsSocket:
 
     def _decrypt(self) -> bytes:
         """What has arrived, as far as records are complete."""
-        import ssl
-
         found = []
-        with contextlib.suppress(ssl.SSLWantReadError):
+        with contextlib.suppress(self._ssl.SSLWantReadError):
             try:
                 while not self._ended:
                     found.append(self._object.read(RECV_BYTES))
                     self._ended = not found[-1]
-            except ssl.SSLZeroReturnError:
+            except self._ssl.SSLZeroReturnError:
                 self._ended = True
         return b"".join(found)
 
