@@ -2085,12 +2085,12 @@ class StoredMessage:
 
     __slots__ = ("key", "log_name", "message", "original", "stored")
 
-    def __init__(self, log_name: str, message: Message, key: Optional[DedupKey], stored: Optional[bool] = None) -> None:
+    def __init__(self, log_name: str, message: Message, key: Optional[DedupKey]) -> None:
         self.log_name = log_name  # of a channel; '' for what is not stored
         self.message = message
         self.key = key  # by which a resend is recognised
         self.original: Optional[Message] = None  # which this one repeats, as the history tells
-        self.stored = stored  # whether that worked; None before it was tried
+        self.stored: Optional[bool] = None  # whether that worked; None before it was tried
 
 
 class Call:
