@@ -95,7 +95,7 @@ TLS_WAIT_S = 0.5  # longest wait within a TLS connection before its thread looks
 JOIN_S = 30.0  # for one client to get in
 SETTLE_S = 0.5  # after the last join, for the notices of it to arrive
 QUIET_S = 3.0  # after the last send: when nothing has come for so long, nothing will
-TURN_S = 0.1  # how often progress is shown
+PROGRESS_S = 0.1  # how often progress is shown
 # A thread that wakes takes 10 us or more of a processor each time, from the server, too. So many may wake in a second
 # for a message each: if there are more, clients take turns in being watched. The others read so often in all.
 WAKEUPS, READS = 8_000, 5_000
@@ -111,12 +111,12 @@ BEHIND = (
 FLOOD_RATE = 30_000  # messages/s to reckon with, when sending as fast as the server accepts
 SLACK_NS = 100_000  # sleeping ends late by about so much; the rest is waited for awake
 LATE_MS = 1.0  # a load tester whose sends are later than this, and a third of the p99, is marked as the limit
-COME_S = 0.1  # between two visits of the witness who connects anew
-LIFE_S = 1.0  # of a disturber that comes and goes
-RETURN_S = 0.1  # a disturber that was closed is back
+NEWCOMER_INTERVAL_S = 0.1  # between two visits of the witness who connects anew
+DISTURBER_LIFE_S = 1.0  # of a disturber that comes and goes
+DISTURBER_PAUSE_S = 0.1  # a disturber that was closed is back
 LAST_WORDS_S = 0.5  # at the end a disturber that did not read looks for so long whether it was dropped
 SEND_BYTES = 1 << 16  # that a disturber's socket keeps: what it got rid of is what the server took, nearly
-HEARD_BYTES = 1000  # of what a disturber heard, to find out why it was closed
+LAST_WORDS_BYTES = 1000  # of what a disturber heard, to find out why it was closed
 MODES = 4  # bans in one line
 TURNS = 20  # of what a disturber says again and again, in one send
 PER_ADDRESS = 16  # disturbers at most from one source address: so many does chat.py let in
@@ -143,7 +143,7 @@ HINTS = {  # what servers say when their own limits strike, and the settings tha
 JOIN_HINTS = {"connection was closed": ADDRESS_LIMIT, "connection reset": ADDRESS_LIMIT}  # while joining only
 
 
-class Failed(Exception):
+class FatalError(Exception):
     """Something that ends the program with exit code 2; its text says what and what to do."""
 
 
@@ -335,12 +335,12 @@ def find_corruption(evidence: Evidence) -> Found:
 
 
 def find_fifo(evidence: Evidence) -> Found:
-    faults, view, one, other = judge(evidence, unfair)
+    faults, view, one, other = judge(evidence, fifo_violations)
     return faults, evidence.saw(view, one, other) if view else ""
 
 
 def find_causality(evidence: Evidence) -> Found:
-    faults, view, one, other = judge(evidence, untimely)
+    faults, view, one, other = judge(evidence, causality_violations)
     if not view:
         return 0, ""
     sender = evidence.sent.senders[one]
@@ -357,13 +357,13 @@ def find_order(evidence: Evidence) -> Found:
         if other:
             opposite = f"{other.receivers[0].name} saw them the other way, {places(other, one, two)}"
             return faults, f"{evidence.saw(view, one, two)}; {opposite}"
-    cycle = smallest_cycle(sorted(knot(evidence.merged.jam)), evidence.views)
+    cycle = smallest_cycle(sorted(find_cycle(evidence.merged.jam)), evidence.views)
     links = zip(cycle, [*cycle[1:], cycle[0]])
     texts = [evidence.saw(view, one, other) for (one, view), (other, _) in links]
     return faults, f"{len(cycle)} receivers together fit no order: {'; '.join(texts)}"
 
 
-def unfair(sent: Sent, order: Sequence[int]) -> List[Tuple[int, int]]:
+def fifo_violations(sent: Sent, order: Sequence[int]) -> List[Tuple[int, int]]:
     """Places of a sender's messages next to each other in `order`, the later message first."""
     found = []
     last: Dict[int, int] = {}
@@ -376,7 +376,7 @@ def unfair(sent: Sent, order: Sequence[int]) -> List[Tuple[int, int]]:
     return found
 
 
-def untimely(sent: Sent, order: Sequence[int]) -> List[Tuple[int, int]]:
+def causality_violations(sent: Sent, order: Sequence[int]) -> List[Tuple[int, int]]:
     """Places of messages and of what their senders had received before, which comes later in `order`."""
     place = dict(zip(order, itertools.count()))
     causes = map(place.get, map(sent.after.__getitem__, order), repeat(-1))
@@ -417,12 +417,12 @@ def merge(views: Sequence[View], size: int) -> Merged:
         order, jam = interleave([views[n] for n in taken])
         for place, message in enumerate(order):
             rank[message] = place
-        steps = [steps_back(view.order, rank) for view in views]
+        steps = [first_inversion(view.order, rank) for view in views]
         misfits = [n for n, (times, _) in enumerate(steps) if times and n not in taken]
     return Merged(order, [(view, *back) for view, back in zip(views, steps) if back[0]], jam)
 
 
-def steps_back(order: Sequence[int], rank: List[int]) -> Tuple[int, int]:
+def first_inversion(order: Sequence[int], rank: List[int]) -> Tuple[int, int]:
     """How often `order` steps back in rank, or to a message without rank; and how far at least."""
     ranks = [-1, *map(rank.__getitem__, order)]
     steps = [one - other for one, other in zip(ranks, islice(ranks, 1, None)) if one >= other]
@@ -481,7 +481,7 @@ def disagreement(view: View, others: Sequence[View]) -> Tuple[Optional[View], in
     return found
 
 
-def knot(jam: List[Tuple[int, View]]) -> List[int]:
+def find_cycle(jam: List[Tuple[int, View]]) -> List[int]:
     """Some messages that block each other in a circle."""
     blocks: Dict[int, int] = {}  # message -> one that a view saw before it
     heads = {message for message, _ in jam}
@@ -683,7 +683,7 @@ def count(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 100 or number == int(number) else f"{number:.3g}"
 
 
-def harmless(text: str) -> str:
+def escape_controls(text: str) -> str:
     """`text` with what a terminal might obey made visible."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
@@ -694,7 +694,7 @@ FORMATS: Dict[str, Callable[[Any], str]] = {
     "n": count,
     "rate": lambda rate: f"{count(rate)} messages/s" if rate else "as fast as the server accepts",
     # What a server sent must not reach the terminal as it is.
-    "": lambda text: harmless(str(text)),
+    "": lambda text: escape_controls(str(text)),
 }
 HEADING = "loadtest {loadtest}; {when}; {machine[python]}; {machine[system]}; {machine[cpus]} CPUs"
 # Label of an entry and its phrases: a phrase is left out where a value in it is not known, an entry where all are.
@@ -881,7 +881,7 @@ def fate_text(fate: Optional[Result]) -> str:
     said = [f"{words} {count(fate[key])}" for key, words in FATES.items() if fate[key]]
     for words, times, seconds in fate["closed"]:
         after = "" if seconds is None else f" after {duration(seconds * 1000)}"
-        said.append(f"closed {count(times)}{after} ({harmless(words)})")
+        said.append(f"closed {count(times)}{after} ({escape_controls(words)})")
     said.append(_say(fate, "they took {cpu_share:.0%} of a core"))
     return ", ".join(said)
 
@@ -1062,7 +1062,7 @@ class Target:
     """A server to test: one that is there, or one that is started, and stopped by `stop`.
 
     `others` are linked with it: clients are spread over all of them. A command may hold {port}, for which a free port
-    is put in. Raises Failed where nothing listens within START_S.
+    is put in. Raises FatalError where nothing listens within START_S.
     """
 
     def __init__(
@@ -1094,7 +1094,7 @@ class Target:
                 start_new_session=True,
             )
         except OSError as error:
-            raise Failed(f"cannot start {filled[0]}: {error.strerror}") from None
+            raise FatalError(f"cannot start {filled[0]}: {error.strerror}") from None
         self.pid = self._process.pid
         end = time.monotonic() + START_S
         while time.monotonic() < end and self._process.poll() is None:
@@ -1103,7 +1103,9 @@ class Target:
             time.sleep(0.05)
         code = self._process.poll()
         ended = "" if code is None else f"; it ended with {code}"
-        raise Failed(f"{' '.join(filled)} does not listen on port {self.port} (as {{port}} in the command says){ended}")
+        raise FatalError(
+            f"{' '.join(filled)} does not listen on port {self.port} (as {{port}} in the command says){ended}"
+        )
 
     def servers(self) -> List[Server]:
         """Where clients can join."""
@@ -1255,7 +1257,7 @@ class Client:
         while not found:
             more = self.sock.recv(65536)
             if not more:
-                raise OSError(refusal(data))
+                raise OSError(last_line(data))
             data += more
             whole = data.rfind(b"\n") + 1
             self._answer_pings(data[answered:whole])
@@ -1265,7 +1267,7 @@ class Client:
                 rb"(?:^|\n)(?::[^ ]+ (?:43[237]|40[35]|46[45]|47\d) |ERROR |\*\*\* Error)[^\n]*\n", data
             )
             if refused and not found:
-                raise OSError(refusal(refused[0]))
+                raise OSError(last_line(refused[0]))
         return data[found.end() :]
 
     def _answer_pings(self, data: bytes) -> None:
@@ -1324,7 +1326,7 @@ class Client:
             self.present.update(name.lstrip(RANKS) for names in NAMES.findall(others) for name in names.split())
             error = re.search(rb"(?:^|\n)ERROR [^\n]*", others)
             if error:
-                self.failure = refusal(error[0])
+                self.failure = last_line(error[0])
 
 
 class TlsClient(Client):
@@ -1366,15 +1368,15 @@ class TlsClient(Client):
         return None
 
 
-def refusal(data: bytes) -> str:
+def last_line(data: bytes) -> str:
     """Why a server let nobody in, as far as it said."""
     return (data.decode(errors="replace").strip().splitlines() or ["the connection was closed"])[-1]
 
 
-def hinted(reason: str, hints: Dict[str, str] = HINTS) -> str:
+def with_hint(reason: str, hints: Dict[str, str] = HINTS) -> str:
     """Why a server let somebody down, with the setting that lifts that, where one is known."""
     hint = next((hint for word, hint in hints.items() if word in reason.lower()), "")
-    return f"{harmless(reason)} (perhaps {hint})" if hint else harmless(reason)
+    return f"{escape_controls(reason)} (perhaps {hint})" if hint else escape_controls(reason)
 
 
 # -----------------------------------------------------------------------------
@@ -1426,7 +1428,7 @@ class Sender:
         with contextlib.suppress(OSError):
             for number in numbers:
                 while run.behind and not run.stopping:
-                    time.sleep(TURN_S / 10)
+                    time.sleep(PROGRESS_S / 10)
                 now = wait_until(run.due(number)) if load.rate else time.time_ns()
                 if run.stopping or now > run.end:
                     return
@@ -1437,11 +1439,11 @@ class Sender:
 
 
 def resolve(host: str, port: int) -> Tuple[int, Any]:
-    """Family and address of a server; raises Failed."""
+    """Family and address of a server; raises FatalError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise Failed(f"{host}: {error.strerror or error}") from None
+        raise FatalError(f"{host}: {error.strerror or error}") from None
     return found[0], found[4]
 
 
@@ -1524,7 +1526,7 @@ class Run:
         return sum(len(sender.numbers) for sender in self.senders)
 
     def execute(self) -> None:
-        """Joins, sends, waits for what is under way, stops. Raises Failed where not all could join."""
+        """Joins, sends, waits for what is under way, stops. Raises FatalError where not all could join."""
         stack = threading.stack_size(STACK_BYTES)
         sys.setswitchinterval(max(0.005, len(self.clients) * SWITCH_CLIENT_S))
         try:
@@ -1551,15 +1553,15 @@ class Run:
                 self.threads[-1].start()
             except RuntimeError as error:
                 self.threads.pop()
-                raise Failed(f"{number} clients are all that this system lets start: {error}") from None
+                raise FatalError(f"{number} clients are all that this system lets start: {error}") from None
         for _ in self.clients:
             if not self.joined.acquire(timeout=JOIN_S):
-                raise Failed(f"not everybody had joined within {JOIN_S:.0f} s")
+                raise FatalError(f"not everybody had joined within {JOIN_S:.0f} s")
         self.joining_s = time.monotonic() - began
         failed = [client for client in self.clients if not client.joined_s]
         if failed:
-            reason = hinted(failed[0].failure, {**HINTS, **JOIN_HINTS})
-            raise Failed(f"{len(failed)} of {len(self.clients)} could not join: {reason}")
+            reason = with_hint(failed[0].failure, {**HINTS, **JOIN_HINTS})
+            raise FatalError(f"{len(failed)} of {len(self.clients)} could not join: {reason}")
         time.sleep(SETTLE_S)  # notices of joins are still under way
         if len(self.addresses) > 1:
             self._meet()
@@ -1573,9 +1575,9 @@ class Run:
                 if time.monotonic() > end:
                     host, port = client.address[:2]
                     missing = f"{len(everybody - client.present)} of {len(everybody)} clients"
-                    raise Failed(f"{host}:{port} has not heard of {missing} within {JOIN_S:.0f} s: is it linked?")
+                    raise FatalError(f"{host}:{port} has not heard of {missing} within {JOIN_S:.0f} s: is it linked?")
                 client.send(f"NAMES {self.channel}\r\n".encode())
-                time.sleep(TURN_S)
+                time.sleep(PROGRESS_S)
 
     def _send(self) -> None:
         load = self.load
@@ -1611,7 +1613,7 @@ class Run:
         return self.sent() * (len(self.clients) - 1)
 
     def _turn(self) -> None:
-        time.sleep(TURN_S)
+        time.sleep(PROGRESS_S)
         if not self.load.rate:
             self.behind = self.expected() - self.delivered() > BEHIND * (len(self.clients) - 1)
             self.held = self.held or self.behind
@@ -1697,11 +1699,11 @@ class Peer:
                     self._connect()
                     act(self)
                 except Over:
-                    if time.monotonic() > began + RETURN_S:  # it did not just come
+                    if time.monotonic() > began + DISTURBER_PAUSE_S:  # it did not just come
                         self._look_back()
                 except OSError as error:
                     self.closed.append((self._last_words(error), time.monotonic() - began))
-                    self.over.wait(RETURN_S)
+                    self.over.wait(DISTURBER_PAUSE_S)
 
     def _connect(self) -> None:
         """Connects from where limits hold that do not for the load: chat.py is told to exempt 127.0.0.1 from them."""
@@ -1758,7 +1760,7 @@ class Peer:
         if not data:
             raise OSError("without a word")
         self.answers += len(re.findall(rb"(?:^|\n):[^ \n]+ (?:\d{3}|PONG|FAIL) ", data))
-        self._heard = self._heard[-HEARD_BYTES:] + data
+        self._heard = self._heard[-LAST_WORDS_BYTES:] + data
         return data
 
     def listen(self, wanted: str = "(?!)") -> None:
@@ -1825,8 +1827,8 @@ def send_garbage(peer: Peer) -> None:
     first = peer.random.choice(kinds)
     for kind in (first, *peer.random.choices(kinds, k=20)):
         peer.send(kind.replace(b"%", noise) + b"\n")
-    peer.hear(LIFE_S)
-    peer.rest(LIFE_S)
+    peer.hear(DISTURBER_LIFE_S)
+    peer.rest(DISTURBER_LIFE_S)
 
 
 def reset_in_line(peer: Peer) -> None:
@@ -1838,7 +1840,7 @@ def reset_in_line(peer: Peer) -> None:
 
 def vanish(peer: Peer) -> None:
     peer.enter(peer.load.channel)
-    peer.rest(LIFE_S)
+    peer.rest(DISTURBER_LIFE_S)
     peer.reset()
 
 
@@ -1968,7 +1970,7 @@ def come_and_go(run: Run) -> None:
             return
         run.visits[began] = 0.0
         run.visits[began] = client.visit()
-        time.sleep(COME_S)
+        time.sleep(NEWCOMER_INTERVAL_S)
 
 
 class Disturbance:
@@ -2009,7 +2011,7 @@ class Disturbance:
 # -----------------------------------------------------------------------------
 
 
-def gather(run: Run) -> Tuple[Sent, array[int]]:
+def collect(run: Run) -> Tuple[Sent, array[int]]:
     """What was sent, and when (ns), by message number."""
     total = 1 + max((max(sender.numbers) for sender in run.senders if sender.numbers), default=-1)
     senders, after, times = array("i", [-1]) * total, array("i", [-1]) * total, array("q", [0]) * total
@@ -2052,7 +2054,7 @@ class Latencies:
             if own:
                 self.medians.append((statistics.median(own), client.name))
 
-    def described(self) -> Dict[str, Any]:
+    def as_dict(self) -> Dict[str, Any]:
         """All that the result tells of latency."""
         ordered = sorted(self.corrected)
         complete = array("d", self.last.values())
@@ -2092,7 +2094,7 @@ def analyse(run: Run, args: argparse.Namespace, floor: Optional[Dict[str, float]
     if sys.byteorder == "little":
         for client in run.clients:
             client.order.byteswap()  # the digits on the wire are big-endian
-    sent, times = gather(run)
+    sent, times = collect(run)
     echo = any(not set(sender.numbers).isdisjoint(sender.client.order) for sender in run.senders)
     findings = judgement(run, args, sent, echo)
     verdicts = {finding.verdict for finding in findings}
@@ -2107,7 +2109,7 @@ def analyse(run: Run, args: argparse.Namespace, floor: Optional[Dict[str, float]
         "elapsed_s": run.elapsed_s,
         "deliveries_per_s": delivered / seconds,
         "messages_per_s": sends / seconds,
-        **latencies.described(),
+        **latencies.as_dict(),
         "clock": clock(run),
         "generator": generator(run, times, floor, summarize(latencies.corrected)),
         "server": cost(run, delivered),
@@ -2162,7 +2164,7 @@ def clock(run: Run) -> str:
 
 def failures(run: Run) -> List[str]:
     """Why clients were thrown out, and what else went wrong."""
-    found = sorted({hinted(client.failure) for client in run.clients if client.failure})
+    found = sorted({with_hint(client.failure) for client in run.clients if client.failure})
     thrown = [f"a client was disconnected: {failure}" for failure in found]
     if run.throttled:
         thrown.append(f"messages were still trickling in {DRAIN_S:.0f} s after the last send; perhaps {FLOOD_CONTROL}")
@@ -2269,7 +2271,7 @@ def one(
 
 
 @contextlib.contextmanager
-def opened(kind: str, value: str, args: argparse.Namespace) -> Iterator[Target]:
+def open_target(kind: str, value: str, args: argparse.Namespace) -> Iterator[Target]:
     """The target that an argument names, while it is needed: ("command", ...) or ("address", HOST:PORT,...)."""
     if kind == "command":
         target = Target("", 0, split(value))
@@ -2284,39 +2286,39 @@ def opened(kind: str, value: str, args: argparse.Namespace) -> Iterator[Target]:
 
 
 def split(command: str) -> List[str]:
-    """A command in words; raises Failed."""
+    """A command in words; raises FatalError."""
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise Failed(f"--server-command {command!r}: {error}") from None
+        raise FatalError(f"--server-command {command!r}: {error}") from None
     if not words:
-        raise Failed("--server-command is empty")
+        raise FatalError("--server-command is empty")
     return words
 
 
 def targets(args: argparse.Namespace) -> List[Tuple[str, str]]:
-    """What is to be tested, one or two; raises Failed."""
+    """What is to be tested, one or two; raises FatalError."""
     found = [("command", command) for command in args.server_command]
     network = [f"{args.host}:{args.port}"] * bool(args.port) + args.target
     if network:
         found.append(("address", ",".join(network)))
     if not args.port and args.host != "127.0.0.1":
-        raise Failed("--host needs --port")
+        raise FatalError("--host needs --port")
     if (len(network) > 1 or args.faults) and args.proto != "irc":
-        raise Failed("several --target, and --faults, need --proto irc")
+        raise FatalError("several --target, and --faults, need --proto irc")
     if not found:
         chat = os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat.py")
         limits = ["--exempt", "127.0.0.1/32", "--password-file", args.password_file] if args.faults else []
         limits += ["--tls-cert", args.certificate] if args.faults and args.certificate else []
-        found.append(("command", server_of(chat, *limits)))
+        found.append(("command", chat_server(chat, *limits)))
     if args.versus:
         found.append(args.versus)
     if len(found) > (1 if args.sweep or args.faults else 2) or args.pid and found[0][0] != "address":
-        raise Failed("one target can be swept or have faults, two can be compared, and --pid goes with --port")
+        raise FatalError("one target can be swept or have faults, two can be compared, and --pid goes with --port")
     return found
 
 
-def server_of(chat: str, *more: str) -> str:
+def chat_server(chat: str, *more: str) -> str:
     """The command that starts the server of a chat.py."""
     return shlex.join([sys.executable, chat, "server", "--port", "{port}", *more])
 
@@ -2324,13 +2326,13 @@ def server_of(chat: str, *more: str) -> str:
 def calibrate(load: Load, args: argparse.Namespace) -> Optional[Dict[str, float]]:
     """p50 and p99 in ms of the same load against the reflector: what nobody can go below here."""
     command = shlex.join([sys.executable, os.path.abspath(__file__), "--reflect", "{port}"])
-    with opened("command", command, args) as target:
+    with open_target("command", command, args) as target:
         found = one(target, load._replace(protocol="irc", tls=False), args)["latency"]["corrected"]
     return {key: found[key] for key in ("p50", "p99")} if found["samples"] else None
 
 
 @contextlib.contextmanager
-def guarded(args: argparse.Namespace) -> Iterator[None]:
+def fault_requirements(args: argparse.Namespace) -> Iterator[None]:
     """What the server that is started for faults needs: a password, and with openssl a certificate of its own."""
     args.certificate = ""
     with tempfile.TemporaryDirectory() as folder:
@@ -2346,18 +2348,18 @@ def guarded(args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def survey(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
+def run_faults(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
     """Each fault in turn, some rounds of that."""
     ((kind, value),) = targets(args)
     results: List[Dict[str, Any]] = []
     for fault in args.faults * args.rounds:
         if not args.interrupted:
-            with opened(kind, value, args) as target:
+            with open_target(kind, value, args) as target:
                 results.append(one(target, load, args, fault=fault))
-    return {"results": results, "sweep": None, "versus": None, "faults": felt(results)}
+    return {"results": results, "sweep": None, "versus": None, "faults": summarize_faults(results)}
 
 
-def felt(results: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def summarize_faults(results: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """What each fault did to the others: sums and medians of its rounds; the fate of its disturbers in the last."""
     rows = []
     for name in dict.fromkeys(result["fault"]["name"] for result in results):
@@ -2385,7 +2387,7 @@ def felt(results: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
 def document(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
     """All that the arguments ask for: one result, a sweep, two targets in turn, or faults."""
     if args.faults:
-        return survey(load, args)
+        return run_faults(load, args)
     found = targets(args)
     rounds = args.rounds if len(found) > 1 else 1
     results: List[Dict[str, Any]] = []
@@ -2394,7 +2396,7 @@ def document(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
             this = load._replace(clients=size, senders=min(load.senders, size))
             floor = calibrate(this, args) if args.calibrate and not args.interrupted else None
             for kind, value in found if not args.interrupted else ():
-                with opened(kind, value, args) as target:
+                with open_target(kind, value, args) as target:
                     results.append(one(target, this, args, floor))
                 if len(found) > 1 and kind == found[1][0] and value == found[1][1]:
                     tell_apart(results[-2:])
@@ -2403,8 +2405,8 @@ def document(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
     names = list(dict.fromkeys(result["target"]["name"] for result in results))
     return {
         "results": results,
-        "sweep": swept(results) if args.sweep else None,
-        "versus": compared(names, results, rounds) if len(names) > 1 else None,
+        "sweep": sweep_result(results) if args.sweep else None,
+        "versus": compare_result(names, results, rounds) if len(names) > 1 else None,
         "faults": None,
     }
 
@@ -2415,7 +2417,7 @@ def tell_apart(pair: List[Dict[str, Any]]) -> None:
         pair[1]["target"]["name"] += " (2)"
 
 
-def swept(results: List[Dict[str, Any]]) -> Dict[str, Any]:
+def sweep_result(results: List[Dict[str, Any]]) -> Dict[str, Any]:
     """How latency and cost grow with the number of clients; the exponent is that of the server's CPU per message."""
     points = []
     for result in results:
@@ -2426,7 +2428,7 @@ def swept(results: List[Dict[str, Any]]) -> Dict[str, Any]:
     return {"points": points, "exponent": fit_exponent(growth)}
 
 
-def compared(names: List[str], results: List[Dict[str, Any]], rounds: int) -> Dict[str, Any]:
+def compare_result(names: List[str], results: List[Dict[str, Any]], rounds: int) -> Dict[str, Any]:
     """Ratios, first to second, of the medians of two targets."""
     ratios = {}
     for measure in MEASURES[:-1]:
@@ -2450,7 +2452,7 @@ def exit_code(found: Dict[str, Any], args: argparse.Namespace) -> int:
     return 3 if args.strict and any(result["generator"]["limited"] for result in results) else 0
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+def int_between(low: int, high: int) -> Callable[[str], int]:
     """The type of an argument that is a whole number from `low` to `high`."""
 
     def convert(text: str) -> int:
@@ -2461,7 +2463,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return convert
 
 
-def amount(text: str) -> float:
+def non_negative(text: str) -> float:
     """The type of a rate or a time: not negative, and finite."""
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < 1e9:
@@ -2474,14 +2476,14 @@ def address(text: str) -> str:
     host, _, port = text.rpartition(":")
     if not host:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    whole(1, 65535)(port)
+    int_between(1, 65535)(port)
     return text
 
 
 def rival(text: str) -> Tuple[str, str]:
-    """The type of --versus: what `opened` takes."""
+    """The type of --versus: what `open_target` takes."""
     if os.path.isfile(text):
-        return "command", server_of(text)
+        return "command", chat_server(text)
     try:
         return "address", address(text)
     except argparse.ArgumentTypeError:
@@ -2490,7 +2492,7 @@ def rival(text: str) -> Tuple[str, str]:
 
 def numbers(text: str) -> List[int]:
     """The type of --sweep."""
-    return [whole(2, 100_000)(item) for item in text.split(",")]
+    return [int_between(2, 100_000)(item) for item in text.split(",")]
 
 
 def checks(text: str) -> List[str]:
@@ -2561,16 +2563,23 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     load = top.add_argument_group("load").add_argument
-    load("-n", "--clients", type=whole(2, 100_000), metavar="N", default=100, help="a thread each (%(default)s)")
-    load("-S", "--senders", type=whole(1, 100_000), metavar="N", default=20, help="of the clients (%(default)s)")
-    load("-r", "--rate", type=amount, default=100.0, help="messages/s in all; 0: as accepted (%(default)s)")
-    load("-d", "--duration", type=amount, default=8.0, help="seconds measured (%(default)s)")
-    load("-w", "--warmup", type=amount, default=1.0, help="seconds before that, not measured (%(default)s)")
-    load("-s", "--size", type=whole(MIN_SIZE, MAX_SIZE), metavar="BYTES", default=64, help="of a text (%(default)s)")
+    load("-n", "--clients", type=int_between(2, 100_000), metavar="N", default=100, help="a thread each (%(default)s)")
+    load("-S", "--senders", type=int_between(1, 100_000), metavar="N", default=20, help="of the clients (%(default)s)")
+    load("-r", "--rate", type=non_negative, default=100.0, help="messages/s in all; 0: as accepted (%(default)s)")
+    load("-d", "--duration", type=non_negative, default=8.0, help="seconds measured (%(default)s)")
+    load("-w", "--warmup", type=non_negative, default=1.0, help="seconds before that, not measured (%(default)s)")
+    load(
+        "-s",
+        "--size",
+        type=int_between(MIN_SIZE, MAX_SIZE),
+        metavar="BYTES",
+        default=64,
+        help="of a text (%(default)s)",
+    )
     load("--seed", type=int, default=1, help="of the texts (%(default)s)")
     load("--proto", choices=("irc", "plain", "json"), default="irc", help="(%(default)s)")
     load("--channel", default="#chat", help="(%(default)s)")
-    load("--connect-rate", type=amount, default=2000.0, help="connects/s at most (%(default)s)")
+    load("--connect-rate", type=non_negative, default=2000.0, help="connects/s at most (%(default)s)")
     load("--sweep", type=numbers, metavar="N,N,...", help="one run for each number of clients")
     load("--faults", nargs="?", type=faults, const=list(FAULTS), metavar="NAME,...",
          help=f"one run for each fault, of {','.join(FAULTS)} (at {FAULT_LOAD['rate']:g} messages/s)")  # fmt: skip
@@ -2592,7 +2601,7 @@ def add_target(top: argparse.ArgumentParser) -> None:
     """The arguments that tell what is tested."""
     where = top.add_argument_group("target (a chat.py server of its own, when none is given)").add_argument
     where("--host", default="127.0.0.1", help="address of a server that runs (%(default)s)")
-    where("--port", type=whole(1, 65535), metavar="PORT", help="its port")
+    where("--port", type=int_between(1, 65535), metavar="PORT", help="its port")
     where("--target", action="append", default=[], type=address, metavar="HOST:PORT",
           help="the same in one; several are servers of one network, over which the clients are spread")  # fmt: skip
     where("--pid", type=int, default=0, help="its process, to see what it uses")
@@ -2603,16 +2612,18 @@ def add_target(top: argparse.ArgumentParser) -> None:
     )
     where("--versus", type=rival, metavar="FILE|HOST:PORT",
           help="a second target, in turn: another chat.py, or a server that runs")  # fmt: skip
-    where("--rounds", type=whole(1, 1000), metavar="N", default=3, help="with two targets, or faults (%(default)s)")
+    where(
+        "--rounds", type=int_between(1, 1000), metavar="N", default=3, help="with two targets, or faults (%(default)s)"
+    )
 
 
-def the_load(args: argparse.Namespace) -> Load:
-    """The load that the arguments describe; raises Failed for one that cannot be."""
+def load_from_args(args: argparse.Namespace) -> Load:
+    """The load that the arguments describe; raises FatalError for one that cannot be."""
     most = max(args.sweep or [args.clients])
     if not args.duration or not args.connect_rate:
-        raise Failed("--duration and --connect-rate must be more than 0")
+        raise FatalError("--duration and --connect-rate must be more than 0")
     if args.rate and args.rate * (args.warmup + args.duration) >= 1 << 31:
-        raise Failed("that are too many messages")
+        raise FatalError("that are too many messages")
     password = ""
     if args.password_file:
         with open(args.password_file, encoding="utf-8", errors="surrogateescape") as file:
@@ -2635,10 +2646,10 @@ def raise_descriptor_limit(needed: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
         if soft != resource.RLIM_INFINITY and soft < needed:
-            raise Failed(f"{needed} descriptors are needed and {soft} allowed; raise that with ulimit -n {needed}")
+            raise FatalError(f"{needed} descriptors are needed and {soft} allowed; raise that with ulimit -n {needed}")
 
 
-def publish(found: Dict[str, Any], args: argparse.Namespace) -> None:
+def write_output(found: Dict[str, Any], args: argparse.Namespace) -> None:
     """Prints the report, and writes the files that were asked for."""
     for path, content in ((args.json, json.dumps(found, indent=1)), (args.html, html_report(found))):
         if path:
@@ -2667,18 +2678,18 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.reflect:
         reflect(args.reflect)
     if args.disturb:
-        return disturb(FAULTS[args.disturb], the_load(args), resolve(args.host, args.port))
+        return disturb(FAULTS[args.disturb], load_from_args(args), resolve(args.host, args.port))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave no server behind
     try:
         for path in filter(None, (args.json, args.html)):
             open(path, "a", encoding="utf-8").close()  # better now than after the run
-        with guarded(args):
-            found = document(the_load(args), args)
-        publish(found, args)
+        with fault_requirements(args):
+            found = document(load_from_args(args), args)
+        write_output(found, args)
         return exit_code(found, args)
     except KeyboardInterrupt:
         return 130
-    except (Failed, OSError) as failed:
+    except (FatalError, OSError) as failed:
         print(f"loadtest.py: {failed}", file=sys.stderr)
         return 2
 

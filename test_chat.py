@@ -10136,7 +10136,7 @@ talk without end: not known; LIMITED by the load tester itself""",
             found = verdicts(loss=("FAIL", lost, "x"), fifo=("FAIL", 1, "x"), order=("FAIL", 1, "x"))
             results.append(changed(fault=fault, latency=halves, checks=found))
             results.append(changed(fault={**fault, "name": "storm"}, latency={"undisturbed": {"samples": 0}}))
-        flood, storm = loadtest.felt(results)
+        flood, storm = loadtest.summarize_faults(results)
         common = {**fault, "rounds": 3, "limited": False}
         times = {"undisturbed": 2.0, "disturbed": 4.0, "newcomers": 40.0, "ratio": 2.0}
         self.assertEqual(flood, {**common, "lost": 2, "wrong": 6, **times})
@@ -10634,7 +10634,7 @@ class Disturbers(LoadTestCase):
                 while b"JOIN" not in seen:
                     seen += sock.recv(4096)
                 sock.sendall(b":a!a@h PRIVMSG #load :x\r\n" * 100 + b"ERROR :Reads too slowly\r\n")
-        time.sleep(loadtest.RETURN_S)  # so that it was there for long enough to be asked about
+        time.sleep(loadtest.DISTURBER_PAUSE_S)  # so that it was there for long enough to be asked about
         over.set()
         thread.join(PATIENCE)
         self.assertEqual(loadtest.fates([peer])["closed"], [["Reads too slowly", 1, None]])
@@ -10695,10 +10695,10 @@ class Disturbers(LoadTestCase):
 
     def test_limits_hold_for_them_at_a_server_that_is_started(self) -> None:
         args = loadtest.parser().parse_args(["--faults"])
-        with loadtest.guarded(args):
+        with loadtest.fault_requirements(args):
             ((kind, command),) = loadtest.targets(args)
             password = pathlib.Path(args.password_file).read_text(encoding="ascii").strip()
-            self.assertEqual(loadtest.the_load(args).password, password)
+            self.assertEqual(loadtest.load_from_args(args).password, password)
             self.assertGreater(len(password), 8)
         self.assertEqual(kind, "command")
         self.assertRegex(command, rf"--exempt 127\.0\.0\.1/32 --password-file {args.password_file}( --tls-cert \S+)?$")
