@@ -213,12 +213,8 @@ class Names(unittest.TestCase):
 
     def test_one_name_in_many_spellings(self) -> None:
         for one, other in (
-            ("Bob", "bOB"),
-            ("БОРИС", "борис"),
-            ("ｂｏｂ", "bob"),
-            ("𝐛𝐨𝐛", "bob"),
-            ("STRASSE", "straße"),
-        ):
+            ("Bob", "bOB"), ("БОРИС", "борис"), ("ｂｏｂ", "bob"), ("𝐛𝐨𝐛", "bob"), ("STRASSE", "straße"),
+        ):  # fmt: skip
             with self.subTest(one):
                 self.assertEqual(chat.fold(one), chat.fold(other))
         self.assertNotEqual(chat.fold("bob"), chat.fold("rob"))
@@ -231,31 +227,15 @@ class Names(unittest.TestCase):
                 chat.check_channel(name)
 
     def test_masks(self) -> None:
-        for mask, full in (
-            ("bob", "bob!*@*"),
-            ("*@host", "*!*@host"),
-            ("bob!b", "bob!b@*"),
-            ("bob!b@h", "bob!b@h"),
-        ):
+        for mask, full in (("bob", "bob!*@*"), ("*@host", "*!*@host"), ("bob!b", "bob!b@*"), ("bob!b@h", "bob!b@h")):
             self.assertEqual(chat.full_mask(mask), full)
         for mask, text, fits in (
-            ("bob!*@*", "bob!b@h", True),
-            ("bob!*@*", "bobby!b@h", False),
-            ("b?b*", "bob", True),
-            ("b?b", "bb", False),
-            ("*", "", True),
-            ("", "x", False),
-            ("*ab*ab", "abaab", True),
-            ("*ab*abc", "abaab", False),
-            ("a**b", "ab", True),
-            ("a?*", "a", False),
-            ("a*?", "a", False),
-            ("a*?*?c", "abbc", True),
-            ("a.c", "abc", False),
-            ("a*b*bc", "abxbc", True),
-            ("a*?b*c", "ab\nbc", True),
+            ("bob!*@*", "bob!b@h", True), ("bob!*@*", "bobby!b@h", False), ("b?b*", "bob", True), ("b?b", "bb", False),
+            ("*", "", True), ("", "x", False), ("*ab*ab", "abaab", True), ("*ab*abc", "abaab", False),
+            ("a**b", "ab", True), ("a?*", "a", False), ("a*?", "a", False), ("a*?*?c", "abbc", True),
+            ("a.c", "abc", False), ("a*b*bc", "abxbc", True), ("a*?b*c", "ab\nbc", True),
             ("*" * 40 + "x", "y" * 80, False),
-        ):
+        ):  # fmt: skip
             with self.subTest(mask=mask, text=text):
                 self.assertEqual(bool(chat.mask_pattern(mask).fullmatch(text)), fits)
 
@@ -296,24 +276,17 @@ class Names(unittest.TestCase):
 
     def test_simpler_nick(self) -> None:
         for nick, simpler in (
-            ("José", "Jose"),
-            ("é2é", "e2e"),
-            ("Joséphine-Alexandra", "Josephine-Alexandra"),
-            ("Josephine-Alexandra", "Josephine"),
-            ("Josephine12", "Josephi12"),
-            ("bob", "bob"),
-            ("Борис", ""),
+            ("José", "Jose"), ("é2é", "e2e"), ("Joséphine-Alexandra", "Josephine-Alexandra"),
+            ("Josephine-Alexandra", "Josephine"), ("Josephine12", "Josephi12"), ("bob", "bob"), ("Борис", ""),
             ("美咲2", ""),
-        ):
+        ):  # fmt: skip
             self.assertEqual(chat.simpler_nick(nick), simpler)
 
     def test_names_are_one_where_the_server_says_so(self) -> None:
         for mapping, same in (
-            ("ascii", "Bob bob"),
-            ("rfc1459", "B[]\\~ b{}|^"),
-            ("rfc1459-strict", "B[]\\^ b{}|^"),
+            ("ascii", "Bob bob"), ("rfc1459", "B[]\\~ b{}|^"), ("rfc1459-strict", "B[]\\^ b{}|^"),
             ("unheard-of", "BÉ bé"),
-        ):
+        ):  # fmt: skip
             one, other = map(chat.folding(mapping), same.split())
             self.assertEqual(one, other, mapping)
         for mapping, different in (("ascii", "b[ b{"), ("rfc1459-strict", "b~ b^"), ("rfc1459", "É é")):
@@ -333,13 +306,9 @@ class WireFormat(unittest.TestCase):
         ("privmsg #chat :hello  there ", Message("PRIVMSG", ("#chat", "hello  there "))),
         (":a!b@c  PRIVMSG   #chat  :x", Message("PRIVMSG", ("#chat", "x"), "a!b@c")),
         ("@a=1;b;+c=x\\:\\s\\\\ PING :", Message("PING", ("",), "", {"a": "1", "b": "", "+c": "x; \\"})),
-        ("JOIN :", Message("JOIN", ("",))),
-        ("X :a :b", Message("X", ("a :b",))),
-        ("", Message("")),
-        (":", Message("")),
-        ("@", Message("", (), "", {})),
-        ("A " + " ".join("123456789abcdefgh"), Message("A", tuple("123456789abcdef"))),
-    ]
+        ("JOIN :", Message("JOIN", ("",))), ("X :a :b", Message("X", ("a :b",))), ("", Message("")), (":", Message("")),
+        ("@", Message("", (), "", {})), ("A " + " ".join("123456789abcdefgh"), Message("A", tuple("123456789abcdef"))),
+    ]  # fmt: skip
 
     def test_parse(self) -> None:
         for line, message in self.LINES:
@@ -402,13 +371,10 @@ class WireFormat(unittest.TestCase):
 
     def test_split_text(self) -> None:
         for text, size, pieces in (
-            ("hello world", 20, ["hello world"]),
-            ("hello world", 8, ["hello", "world"]),
-            ("hello world", 5, ["hello", "world"]),
-            ("abcdefgh", 3, ["abc", "def", "gh"]),
-            ("ééé", 5, ["éé", "é"]),
+            ("hello world", 20, ["hello world"]), ("hello world", 8, ["hello", "world"]),
+            ("hello world", 5, ["hello", "world"]), ("abcdefgh", 3, ["abc", "def", "gh"]), ("ééé", 5, ["éé", "é"]),
             ("", 5, []),
-        ):
+        ):  # fmt: skip
             with self.subTest(text, size=size):
                 self.assertEqual(chat.split_text(text, size), pieces)
 
@@ -420,10 +386,8 @@ class Telnet(unittest.TestCase):
     """What telnet programs put between the text, and what they are answered."""
 
     CASES = [
-        (b"bob\r\nhi\n", [b"bob", b"hi"], b""),
-        (b"bob\r\0hi\r\0\r\0", [b"bob", b"hi"], b""),
-        (b"bo\rb\n", [b"bo\rb"], b""),
-        (b"a\0b\n", [b"a\0b"], b""),
+        (b"bob\r\nhi\n", [b"bob", b"hi"], b""), (b"bob\r\0hi\r\0\r\0", [b"bob", b"hi"], b""),
+        (b"bo\rb\n", [b"bo\rb"], b""), (b"a\0b\n", [b"a\0b"], b""),
         (b"\xff\xfd\x01bob\n", [b"bob"], b"\xff\xfc\x01"),  # DO ECHO: WONT
         (b"\xff\xfb\x1fb\xff\xfd\x03ob\n", [b"bob"], b"\xff\xfe\x1f\xff\xfc\x03"),  # WILL NAWS: DONT
         (b"\xff\xfe\x01\xff\xfc\x01bob\n", [b"bob"], b""),  # DONT, WONT: as it is
@@ -436,7 +400,7 @@ class Telnet(unittest.TestCase):
         (b"\xff\xf1\xff\xf9\xff\xecbob\n", [b"bob"], b""),  # NOP, GA, EOF
         (b"b\xff\xffb\xffb\n", [b"b\xffb\xffb"], b""),  # no UTF-8, and told so
         (b"\xff\xfa" + b"x" * 100 + b"\xff\xf0\n", [b"\xff\xfa" + b"x" * 100], b""),
-    ]
+    ]  # fmt: skip
 
     def test_it_is_no_text_and_is_answered_whole_and_byte_by_byte(self) -> None:
         for data, lines, answers in self.CASES:
@@ -462,10 +426,8 @@ class TextForm(unittest.TestCase):
         (Message("QUIT", ("Quit: gone home",), BOB), "*** bob left: gone home"),
         (Message("QUIT", ("Quit: (Ping timeout)",), BOB), "*** bob left: (Ping timeout)"),
         (Message("QUIT", ("Quit: Connection closed",), BOB), "*** bob left: Connection closed"),
-        (Message("QUIT", ("Quit: ",), BOB), "*** bob left"),
-        (Message("QUIT", ("Quit:",), BOB), "*** bob left"),
-        (Message("QUIT", (), BOB), "*** bob left"),
-        (Message("PART", ("#chat",), BOB), "*** bob left"),
+        (Message("QUIT", ("Quit: ",), BOB), "*** bob left"), (Message("QUIT", ("Quit:",), BOB), "*** bob left"),
+        (Message("QUIT", (), BOB), "*** bob left"), (Message("PART", ("#chat",), BOB), "*** bob left"),
         (Message("PART", ("#chat", "bye"), BOB), "*** bob left: bye"),
         (Message("KICK", ("#chat", "ann"), BOB), "*** ann was kicked out by bob"),
         (Message("KICK", ("#chat", "ann", "bob"), BOB), "*** ann was kicked out by bob"),
@@ -473,8 +435,7 @@ class TextForm(unittest.TestCase):
         (Message("MODE", ("#chat", "+m"), BOB), "*** bob set +m"),
         (Message("MODE", ("#chat", "+o-v", "ann", "eve"), BOB), "*** bob set +o-v ann eve"),
         (Message("324", ("bob", "#chat", "+kn", "x"), "s"), "*** The modes of #chat are: +kn x"),
-        (Message("INVITE", ("ann", "#tea"), BOB), "*** bob invited ann to #tea"),
-        (Message("AWAY", ("tea",), BOB), ""),
+        (Message("INVITE", ("ann", "#tea"), BOB), "*** bob invited ann to #tea"), (Message("AWAY", ("tea",), BOB), ""),
         (Message("NICK", ("rob",), BOB), "*** bob is now rob"),
         (Message("TOPIC", ("#chat", "tea"), BOB), "*** bob set the topic: tea"),
         (Message("ERROR", ("Server is shutting down",), "chat.local"), "*** Server is shutting down"),
@@ -487,8 +448,7 @@ class TextForm(unittest.TestCase):
             "*** Error: that name is taken; send another",
         ),
         (Message("353", ("ann", "=", "#chat", "@ann bob"), "s"), "*** In #chat: @ann bob"),
-        (Message("001", ("ann", "Welcome"), "s"), ""),
-        (Message("PONG", ("a", "b"), "s"), ""),
+        (Message("001", ("ann", "Welcome"), "s"), ""), (Message("PONG", ("a", "b"), "s"), ""),
         (Message("PRIVMSG", ("#chat", "\x1b[31mred\x9b\u202e"), BOB), "bob: \\x1b[31mred\\x9b<U+202E>"),
         (
             Message("PRIVMSG", ("#chat", "你好\u3000世界\xa0\U0001fae8 a\u200db"), BOB),
@@ -497,7 +457,7 @@ class TextForm(unittest.TestCase):
         (Message("JOIN", ("#chat",), BOB, {chat.COUNT_TAG: "\x1b[2J"}), "*** bob joined (\\x1b[2J here)"),
         (Message("QUIT", ("\x07\x7f",), BOB), "*** bob left (\\x07\\x7f)"),
         (Message("PRIVMSG", ("#chat", "*** ann left {0}"), BOB), "bob: *** ann left {0}"),
-    ]
+    ]  # fmt: skip
 
     def test_text_form(self) -> None:
         for message, text in self.CASES:
@@ -517,32 +477,26 @@ class TextForm(unittest.TestCase):
             with self.subTest(text):
                 self.assertEqual(chat.escape_controls(text), text)
         for text, shown in (
-            ("a\u200cb\u200d", "a<U+200C>b<U+200D>"),
-            ("\u200dی\u200c", "<U+200D>ی<U+200C>"),
-            ("ی\u200c\u200cی", "ی<U+200C><U+200C>ی"),
-            ("👨\u200d\u200d👩\u200d", "👨<U+200D><U+200D>👩<U+200D>"),
-            ("👨\u200da", "👨<U+200D>a"),
-            ("bob\ufe0f: \ufe0f1\ufe0f", "bob<U+FE0F>: <U+FE0F>1<U+FE0F>"),
+            ("a\u200cb\u200d", "a<U+200C>b<U+200D>"), ("\u200dی\u200c", "<U+200D>ی<U+200C>"),
+            ("ی\u200c\u200cی", "ی<U+200C><U+200C>ی"), ("👨\u200d\u200d👩\u200d", "👨<U+200D><U+200D>👩<U+200D>"),
+            ("👨\u200da", "👨<U+200D>a"), ("bob\ufe0f: \ufe0f1\ufe0f", "bob<U+FE0F>: <U+FE0F>1<U+FE0F>"),
             (england[:-1], "\U0001f3f4<U+E0067><U+E0062><U+E0065><U+E006E><U+E0067>"),
             ("\U0001f3f4" + "\U000e0067" * 9 + "\U000e007f", "\U0001f3f4" + "<U+E0067>" * 9 + "<U+E007F>"),
-            ("x" + england[1:3], "x<U+E0067><U+E0062>"),
-            ("\u2065\U000e0002", "<U+2065><U+E0002>"),
+            ("x" + england[1:3], "x<U+E0067><U+E0062>"), ("\u2065\U000e0002", "<U+2065><U+E0002>"),
             ("क" + "\u094d\u200d" * 6, "क" + "\u094d\u200d" * 4 + "<U+094D><U+200D>" * 2),  # nothing grows for ever
             ("\tx\ty", "    x    y"),
-        ):
+        ):  # fmt: skip
             with self.subTest(text):
                 self.assertEqual(chat.escape_controls(text), shown)
 
     def test_long_runs_of_blanks_are_told(self) -> None:
         for text, shown in (
-            ("x" + " " * 20 + "y", "x" + " " * 20 + "y"),
-            ("x" + " " * 21 + "y", "x<21 blanks>y"),
-            (" " * 160, "<160 blanks>"),
-            ("\t\t\t\t\tif deep:", " " * 20 + "if deep:"),
+            ("x" + " " * 20 + "y", "x" + " " * 20 + "y"), ("x" + " " * 21 + "y", "x<21 blanks>y"),
+            (" " * 160, "<160 blanks>"), ("\t\t\t\t\tif deep:", " " * 20 + "if deep:"),
             ("x" + "\t" * 6 + "y", "x<24 blanks>y"),
             ("x" + " \xa0\u3000\u2007\u2800\u1680\u205f" * 3 + "y", "x<21 blanks>y"),
             ("é" + " " * 10 + "\ufe0f" + " " * 10, "é" + " " * 10 + "<U+FE0F>" + " " * 10),
-        ):
+        ):  # fmt: skip
             with self.subTest(text):
                 self.assertEqual(chat.text_form(Message("PRIVMSG", ("#chat", text), self.BOB)), f"bob: {shown}")
         for dialect in (chat.JSON, chat.irc()):  # are not read by people
@@ -561,30 +515,21 @@ class TextForm(unittest.TestCase):
 
     def test_typed(self) -> None:
         for line, message in (
-            ("hello", Message("PRIVMSG", ("#x", "hello"))),
-            ("  indented", Message("PRIVMSG", ("#x", "  indented"))),
+            ("hello", Message("PRIVMSG", ("#x", "hello"))), ("  indented", Message("PRIVMSG", ("#x", "  indented"))),
             ("//slash", Message("PRIVMSG", ("#x", "/slash"))),
             ("/msg bob how are you", Message("PRIVMSG", ("bob", "how are you"))),
             ("/me waves at all", Message("PRIVMSG", ("#x", "\x01ACTION waves at all\x01"))),
-            ("/NICK rob", Message("NICK", ("rob",))),
-            ("/who", Message("NAMES", ("#x",))),
-            ("/join #y", Message("JOIN", ("#y",))),
-            ("/join #y key", Message("JOIN", ("#y", "key"))),
+            ("/NICK rob", Message("NICK", ("rob",))), ("/who", Message("NAMES", ("#x",))),
+            ("/join #y", Message("JOIN", ("#y",))), ("/join #y key", Message("JOIN", ("#y", "key"))),
             ("/kick bob you know why", Message("KICK", ("#x", "bob", "you know why"))),
-            ("/invite bob", Message("INVITE", ("bob", "#x"))),
-            ("/mode", Message("MODE", ("#x",))),
-            ("/mode +ov bob ann", Message("MODE", ("#x", "+ov", "bob", "ann"))),
-            ("/topic", Message("TOPIC", ("#x",))),
-            ("/topic tea time", Message("TOPIC", ("#x", "tea time"))),
-            ("/quit", Message("QUIT")),
-            ("/quit gone home", Message("QUIT", ("gone home",))),
-            ("/nick rob ", Message("NICK", ("rob",))),
-            ("/whois bob  ", Message("WHOIS", ("bob",))),
-            (" exit ", Message("QUIT")),
-            ("exit now", Message("PRIVMSG", ("#x", "exit now"))),
-            ("/help", Message("HELP")),
+            ("/invite bob", Message("INVITE", ("bob", "#x"))), ("/mode", Message("MODE", ("#x",))),
+            ("/mode +ov bob ann", Message("MODE", ("#x", "+ov", "bob", "ann"))), ("/topic", Message("TOPIC", ("#x",))),
+            ("/topic tea time", Message("TOPIC", ("#x", "tea time"))), ("/quit", Message("QUIT")),
+            ("/quit gone home", Message("QUIT", ("gone home",))), ("/nick rob ", Message("NICK", ("rob",))),
+            ("/whois bob  ", Message("WHOIS", ("bob",))), (" exit ", Message("QUIT")),
+            ("exit now", Message("PRIVMSG", ("#x", "exit now"))), ("/help", Message("HELP")),
             ("/help keys", Message("HELP", ("keys",))),
-        ):
+        ):  # fmt: skip
             with self.subTest(line):
                 self.assertEqual(chat.parse_input(line, "#x"), message)
 
@@ -603,21 +548,11 @@ class TextForm(unittest.TestCase):
 class Dialects(unittest.TestCase):
     def test_the_first_line_decides(self) -> None:
         for line, dialect in (
-            (b'{"type":"join"}', chat.JSON),
-            (b"NICK bob", chat.irc()),
-            (b"cap LS 302", chat.irc()),
-            (b"user a b c d", chat.irc()),
-            (b"PASS x", chat.irc()),
-            (b"PING x", chat.irc()),
-            (b"NICK", chat.PLAIN),
-            (b"nick ", chat.PLAIN),
-            (b"Nicky", chat.PLAIN),
-            (b"GET / HTTP/1.1", chat.HTTP),
-            (b"POST /x HTTP/1.0", chat.HTTP),
-            (b"bob", chat.PLAIN),
-            (b"\xff\xfd\x01bob", chat.PLAIN),
-            (b"", chat.PLAIN),
-        ):
+            (b'{"type":"join"}', chat.JSON), (b"NICK bob", chat.irc()), (b"cap LS 302", chat.irc()),
+            (b"user a b c d", chat.irc()), (b"PASS x", chat.irc()), (b"PING x", chat.irc()), (b"NICK", chat.PLAIN),
+            (b"nick ", chat.PLAIN), (b"Nicky", chat.PLAIN), (b"GET / HTTP/1.1", chat.HTTP),
+            (b"POST /x HTTP/1.0", chat.HTTP), (b"bob", chat.PLAIN), (b"\xff\xfd\x01bob", chat.PLAIN), (b"", chat.PLAIN),
+        ):  # fmt: skip
             with self.subTest(line):
                 self.assertIs(chat.dialect_of(line), dialect)
 
@@ -626,10 +561,8 @@ class Dialects(unittest.TestCase):
 
     def test_plain(self) -> None:
         join = [
-            Message("NICK", ("bob",)),
-            Message("USER", ("plain", "0", "*", "plain user")),
-            Message("JOIN", ("#chat",)),
-        ]
+            Message("NICK", ("bob",)), Message("USER", ("plain", "0", "*", "plain user")), Message("JOIN", ("#chat",)),
+        ]  # fmt: skip
         self.assertEqual(chat.PLAIN.decode(b"bob", False), join)
         self.assertEqual(chat.PLAIN.decode(b" ", False), [])
         self.assertEqual(chat.PLAIN.decode(b"exit", False), [Message("QUIT")])
@@ -675,63 +608,38 @@ class Dialects(unittest.TestCase):
     TAGS = {"time": "T", "msgid": "M", chat.COUNT_TAG: "3"}
     BOB = TextForm.BOB
     JSON_OUT = [
-        (
-            Message("PRIVMSG", ("#chat", "hi"), BOB, TAGS),
-            {"type": "chat", "user": "bob", "text": "hi", "channel": "#chat", **STAMP},
-        ),
-        (
-            Message("PRIVMSG", ("#chat", "\x01ACTION waves\x01"), BOB, TAGS),
-            {"type": "chat", "user": "bob", "text": "waves", "action": True, "channel": "#chat", **STAMP},
-        ),
-        (
-            Message("PRIVMSG", ("ann", "hi"), BOB, TAGS),
-            {"type": "private", "user": "bob", "text": "hi", "to": "ann", **STAMP},
-        ),
-        (
-            Message("JOIN", ("#chat",), BOB, TAGS),
-            {
-                "type": "system",
-                "event": "join",
-                "user": "bob",
-                "channel": "#chat",
-                "text": "*** bob joined (3 here)",
-                **STAMP,
-            },
-        ),
-        (
-            Message("433", ("*", "bob", "that name is taken; send another"), "s"),
-            {"type": "error", "code": "name-taken", "text": "that name is taken; send another"},
-        ),
-        (
-            Message("QUIT", ("Quit: #secret is gone",), BOB),
-            {"type": "system", "event": "leave", "user": "bob", "text": "*** bob left: #secret is gone"},
-        ),
-        (
-            Message("INVITE", ("ann", "#tea"), BOB),
-            {
-                "type": "system",
-                "event": "invite",
-                "user": "bob",
-                "channel": "#tea",
-                "text": "*** bob invited ann to #tea",
-            },
-        ),
-        (
-            Message("FAIL", ("PRIVMSG", "INVALID_UTF8", "no"), "s"),
-            {"type": "error", "code": "invalid-utf8", "text": "no"},
-        ),
+        (Message("PRIVMSG", ("#chat", "hi"), BOB, TAGS), {
+            "type": "chat", "user": "bob", "text": "hi", "channel": "#chat", **STAMP,
+        }),
+        (Message("PRIVMSG", ("#chat", "\x01ACTION waves\x01"), BOB, TAGS), {
+            "type": "chat", "user": "bob", "text": "waves", "action": True, "channel": "#chat", **STAMP,
+        }),
+        (Message("PRIVMSG", ("ann", "hi"), BOB, TAGS), {
+            "type": "private", "user": "bob", "text": "hi", "to": "ann", **STAMP,
+        }),
+        (Message("JOIN", ("#chat",), BOB, TAGS), {
+            "type": "system", "event": "join", "user": "bob", "channel": "#chat", "text": "*** bob joined (3 here)",
+            **STAMP,
+        }),
+        (Message("433", ("*", "bob", "that name is taken; send another"), "s"), {
+            "type": "error", "code": "name-taken", "text": "that name is taken; send another",
+        }),
+        (Message("QUIT", ("Quit: #secret is gone",), BOB), {
+            "type": "system", "event": "leave", "user": "bob", "text": "*** bob left: #secret is gone",
+        }),
+        (Message("INVITE", ("ann", "#tea"), BOB), {
+            "type": "system", "event": "invite", "user": "bob", "channel": "#tea",
+            "text": "*** bob invited ann to #tea",
+        }),
+        (Message("FAIL", ("PRIVMSG", "INVALID_UTF8", "no"), "s"), {
+            "type": "error", "code": "invalid-utf8", "text": "no",
+        }),
         (Message("ACK", (), "s", {**TAGS, "label": "7"}), {"type": "ack", "ref": "7", **STAMP}),
-        (
-            Message("353", ("x", "=", "#chat", "@ann bob"), "s"),
-            {
-                "type": "system",
-                "event": "names",
-                "users": ["ann", "bob"],
-                "channel": "#chat",
-                "text": "*** In #chat: @ann bob",
-            },
-        ),
-    ]
+        (Message("353", ("x", "=", "#chat", "@ann bob"), "s"), {
+            "type": "system", "event": "names", "users": ["ann", "bob"], "channel": "#chat",
+            "text": "*** In #chat: @ann bob",
+        }),
+    ]  # fmt: skip
 
     def test_json_encode(self) -> None:
         for message, item in self.JSON_OUT:
@@ -884,12 +792,9 @@ class Kept(HistoryCase):
         for history in (chat.MemoryHistory(), self.sqlite()):
             history.append([("#chat", item) for item in said])
             for low, limit, newest, wanted in (
-                (noon - 1, 9, False, [0, 1, 3, 4]),
-                (noon - 1, 3, False, [0, 1, 3]),
-                (noon - 1, 2, True, [3, 4]),
-                (noon + 999, 9, False, [1, 4]),
-                (noon - hour, 9, False, [0, 1, 2, 3, 4]),
-            ):
+                (noon - 1, 9, False, [0, 1, 3, 4]), (noon - 1, 3, False, [0, 1, 3]), (noon - 1, 2, True, [3, 4]),
+                (noon + 999, 9, False, [1, 4]), (noon - hour, 9, False, [0, 1, 2, 3, 4]),
+            ):  # fmt: skip
                 since = chat.server_time((low + 1) / 1e6)
                 found = history.fetch("#chat", low, chat.MAX_SEQUENCE, limit, newest, since)
                 self.assertEqual([said.index(item) for item in found], wanted)
@@ -916,14 +821,8 @@ class Kept(HistoryCase):
         ):
             self.assertEqual(chat.parse_reference(text), span)
         for text in (
-            "",
-            "*",
-            "msgid=",
-            "msgid=xyz",
-            "msgid=" + "f" * 16,
-            "timestamp=now",
-            "timestamp=2026-13-01T00:00:00.000Z",
-        ):
+            "", "*", "msgid=", "msgid=xyz", "msgid=" + "f" * 16, "timestamp=now", "timestamp=2026-13-01T00:00:00.000Z",
+        ):  # fmt: skip
             with self.assertRaises(ValueError):
                 chat.parse_reference(text)
 
@@ -987,13 +886,11 @@ class HistoryFiles(HistoryCase):
             shutil.copy(f"{self.path}.1", self.path)
 
         for change, why in (
-            (lambda: os.remove(self.path), "is gone"),
-            (lambda: os.rename(self.path, f"{self.path}.1"), "is gone"),
-            (lambda: os.unlink(f"{self.path}-wal"), "is gone"),
-            (replace, "is another file now"),
+            (lambda: os.remove(self.path), "is gone"), (lambda: os.rename(self.path, f"{self.path}.1"), "is gone"),
+            (lambda: os.unlink(f"{self.path}-wal"), "is gone"), (replace, "is another file now"),
             (lambda: os.truncate(self.path, 0), "was truncated"),
             (lambda: os.truncate(f"{self.path}-wal", 0), "was truncated"),
-        ):
+        ):  # fmt: skip
             history = self.sqlite()
             history.append([("#chat", self.said(1, "x" * 10_000))])
             change()
@@ -1038,9 +935,7 @@ class HistoryFiles(HistoryCase):
         old.execute("INSERT INTO said VALUES ('#chat', 7, ?)", (chat.format_tagged(message),))
         old.commit()
         old.close()
-        self.assertEqual(list(self.sqlite(readonly=True).transcript(0)), [
-            chat.strip_private_tags(message)
-        ])  # fmt: skip
+        self.assertEqual(list(self.sqlite(readonly=True).transcript(0)), [chat.strip_private_tags(message)])
         for _ in range(2):
             history = self.sqlite()
             key = ("bob's", "1", "#chat")
@@ -1536,14 +1431,10 @@ class PlainPeople(ServerCase):
         self.assertEqual(
             [ann.line() for _ in range(6)],
             [
-                "bob: hello everybody",
-                "* bob waves",
-                "[private] bob: psst",
-                "*** bob is now rob",
-                "*** rob set the topic: tea",
-                "*** rob left: gone home",
+                "bob: hello everybody", "* bob waves", "[private] bob: psst", "*** bob is now rob",
+                "*** rob set the topic: tea", "*** rob left: gone home",
             ],
-        )
+        )  # fmt: skip
         self.assertEqual(bob.rest(), ["*** bob is now rob", "*** rob set the topic: tea", "*** Goodbye"])
 
     def test_one_line_joins_one_channel(self) -> None:
@@ -1726,37 +1617,27 @@ class JsonScripts(ServerCase):
     def test_a_script_talks(self) -> None:
         ann = self.plain("ann")
         bot = self.script(
-            {"type": "join", "user": "bot"},
-            {"type": "chat", "text": "h\u00ed", "ref": "r1"},
-            {"type": "private", "to": "ann", "text": "psst"},
-            {"type": "command", "text": "/who"},
-            {"type": "private", "to": "nobody", "text": "psst", "ref": "r2"},
-            {"type": "dance"},
-            {"type": "leave"},
-        )
+            {"type": "join", "user": "bot"}, {"type": "chat", "text": "h\u00ed", "ref": "r1"},
+            {"type": "private", "to": "ann", "text": "psst"}, {"type": "command", "text": "/who"},
+            {"type": "private", "to": "nobody", "text": "psst", "ref": "r2"}, {"type": "dance"}, {"type": "leave"},
+        )  # fmt: skip
         self.assertEqual(
             [self.next(bot) for _ in range(6)],
             [
                 {
-                    "type": "system",
-                    "event": "join",
-                    "user": "bot",
-                    "text": "*** bot joined (2 here)",
+                    "type": "system", "event": "join", "user": "bot", "text": "*** bot joined (2 here)",
                     "channel": "#chat",
                 },
                 {"type": "ack", "ref": "r1"},
                 {
-                    "type": "system",
-                    "event": "names",
-                    "text": "*** In #chat: @ann bot",
-                    "users": ["ann", "bot"],
+                    "type": "system", "event": "names", "text": "*** In #chat: @ann bot", "users": ["ann", "bot"],
                     "channel": "#chat",
                 },
                 {"type": "error", "code": "no-such-user", "text": "nobody here is called nobody", "ref": "r2"},
                 {"type": "error", "code": "unknown-type", "text": chat.FAIL_BAD_TYPE.text},
                 {"type": "system", "event": "closing", "text": "*** Goodbye"},
             ],
-        )
+        )  # fmt: skip
         self.assertEqual(
             [ann.line() for _ in range(4)],
             ["*** bot joined (2 here)", "bot: h\u00ed", "[private] bot: psst", "*** bot left"],
@@ -1783,12 +1664,10 @@ class JsonScripts(ServerCase):
 
     def test_errors_carry_the_ref(self) -> None:
         bot = self.script(
-            {"type": "join", "user": "bot"},
-            {"type": "command", "text": "/foo", "ref": "1"},
-            {"type": "foo", "ref": "2"},
-            {"type": "join", "channel": "0", "ref": "3"},
+            {"type": "join", "user": "bot"}, {"type": "command", "text": "/foo", "ref": "1"},
+            {"type": "foo", "ref": "2"}, {"type": "join", "channel": "0", "ref": "3"},
             {"type": "chat", "text": "still here", "ref": "4"},
-        )
+        )  # fmt: skip
         self.next(bot)
         refs = [(item["type"], item["ref"]) for item in (self.next(bot) for _ in range(4))]
         self.assertEqual(refs, [("error", "1"), ("error", "2"), ("error", "3"), ("ack", "4")])
@@ -1820,63 +1699,34 @@ class IrcClients(ServerCase):
             self.assertIn(token, tokens)
 
     REPLIES = [
-        ("PING x", [":chat.local PONG chat.local :x"]),
-        ("MODE #chat", ["324 ann #chat :+n", "329 ann #chat "]),
-        ("MODE #chat b", ["368 ann #chat :"]),
-        ("MODE #chat +o ann", ["482 ann #chat :"]),
-        ("MODE ann", ["221 ann :+"]),
+        ("PING x", [":chat.local PONG chat.local :x"]), ("MODE #chat", ["324 ann #chat :+n", "329 ann #chat "]),
+        ("MODE #chat b", ["368 ann #chat :"]), ("MODE #chat +o ann", ["482 ann #chat :"]), ("MODE ann", ["221 ann :+"]),
         ("MODE bob", ["502 "]),
         ("WHO #chat", ["352 ann #chat bob localhost chat.local bob G@ :0 bob", "352 ann #chat ann ", "315 ann #chat "]),
         ("WHO #tea %tcuhnfr,743", ["354 ann 743 #tea bob localhost bob G@ :bob", "315 ann #tea "]),
         ("WHO #chat %n", ["354 ann :bob", "354 ann :ann", "315 "]),
-        (
-            "WHOIS bob",
-            [
-                "311 ann bob bob localhost * :bob",
-                "319 ann bob :@#chat @#tea",
-                "312 ",
-                "301 ann bob :brb",
-                "317 ann bob 0 ",
-                "318 ann bob :",
-            ],
-        ),
+        ("WHOIS bob", [
+            "311 ann bob bob localhost * :bob", "319 ann bob :@#chat @#tea", "312 ", "301 ann bob :brb",
+            "317 ann bob 0 ", "318 ann bob :",
+        ]),
         ("WHOIS nobody", ["401 ann nobody :nobody here is called nobody", "318 ann nobody :"]),
-        ("WHOWAS nobody", ["406 ann nobody :", "369 ann nobody :"]),
-        ("MODE ann +i", ["221 ann :+"]),
-        ("MODE ann +o", ["501 "]),
-        ("PRIVMSG * :x", ["403 "]),
-        ("GUEST", ["462 "]),
+        ("WHOWAS nobody", ["406 ann nobody :", "369 ann nobody :"]), ("MODE ann +i", ["221 ann :+"]),
+        ("MODE ann +o", ["501 "]), ("PRIVMSG * :x", ["403 "]), ("GUEST", ["462 "]),
         ("LIST", ["321 ", "322 ann #chat 2 :", "322 ann #tea 1 :Earl Grey", "323 "]),
         ("LIST #tea", ["321 ", "322 ann #tea 1 :Earl Grey", "323 "]),
-        ("NAMES #tea", ["353 ann = #tea :@bob", "366 ann #tea :"]),
-        ("NAMES #nix", ["366 ann #nix :"]),
-        ("TOPIC #chat", ["331 ann #chat :"]),
-        ("TOPIC #tea", ["442 ann #tea :you are not in #tea"]),
+        ("NAMES #tea", ["353 ann = #tea :@bob", "366 ann #tea :"]), ("NAMES #nix", ["366 ann #nix :"]),
+        ("TOPIC #chat", ["331 ann #chat :"]), ("TOPIC #tea", ["442 ann #tea :you are not in #tea"]),
         ("ISON bob nobody ANN", ["303 ann :bob ann"]),
-        ("USERHOST bob ann", ["302 ann :bob=-bob@localhost ann=+ann@localhost"]),
-        ("MOTD", ["375 ", "372 ", "376 "]),
-        ("LUSERS", ["251 ann :There are 2 users", "252 ", "253 ", "254 ann 2 ", "255 "]),
-        ("AWAY :gone", ["306 "]),
-        ("AWAY", ["305 "]),
-        ("NICK bob", ["433 ann bob :that name is taken; send another"]),
-        ("NICK 5", ["432 ann 5 :"]),
-        ("NICK", ["431 ann :"]),
-        ("USER a b c d", ["462 "]),
-        ("PASS x", ["462 "]),
-        ("DANCE", ["421 ann DANCE :DANCE is not a command here"]),
-        ("JOIN", ["461 ann JOIN :"]),
-        ("JOIN nothing", ["476 "]),
-        ("PART #tea", ["442 "]),
-        ("PART #nix", ["403 ann #nix :there is no channel #nix"]),
-        ("PRIVMSG", ["411 "]),
-        ("PRIVMSG bob", ["412 "]),
-        ("PRIVMSG #tea :x", ["404 ann #tea :"]),
-        ("PRIVMSG nobody,#nix :x", ["401 ", "403 "]),
-        ("PRIVMSG a,b,c,d,e :x", ["407 "]),
-        ("PRIVMSG bob :x", ["301 ann bob :brb"]),
-        ("NOTICE nobody :x", []),
-        ("CAP", ["461 "]),
-    ]
+        ("USERHOST bob ann", ["302 ann :bob=-bob@localhost ann=+ann@localhost"]), ("MOTD", ["375 ", "372 ", "376 "]),
+        ("LUSERS", ["251 ann :There are 2 users", "252 ", "253 ", "254 ann 2 ", "255 "]), ("AWAY :gone", ["306 "]),
+        ("AWAY", ["305 "]), ("NICK bob", ["433 ann bob :that name is taken; send another"]),
+        ("NICK 5", ["432 ann 5 :"]), ("NICK", ["431 ann :"]), ("USER a b c d", ["462 "]), ("PASS x", ["462 "]),
+        ("DANCE", ["421 ann DANCE :DANCE is not a command here"]), ("JOIN", ["461 ann JOIN :"]),
+        ("JOIN nothing", ["476 "]), ("PART #tea", ["442 "]), ("PART #nix", ["403 ann #nix :there is no channel #nix"]),
+        ("PRIVMSG", ["411 "]), ("PRIVMSG bob", ["412 "]), ("PRIVMSG #tea :x", ["404 ann #tea :"]),
+        ("PRIVMSG nobody,#nix :x", ["401 ", "403 "]), ("PRIVMSG a,b,c,d,e :x", ["407 "]),
+        ("PRIVMSG bob :x", ["301 ann bob :brb"]), ("NOTICE nobody :x", []), ("CAP", ["461 "]),
+    ]  # fmt: skip
 
     def test_every_command_answers(self) -> None:
         bob = self.irc("bob")
@@ -1893,13 +1743,11 @@ class IrcClients(ServerCase):
         self.assertEqual(
             [ann.line() for _ in range(5)],
             [
-                ":bob!bob@localhost TOPIC #chat :tea",
-                ":bob!bob@localhost NICK :rob",
-                ":rob!bob@localhost PART #chat :bye",
-                ":rob!bob@localhost JOIN #chat",
+                ":bob!bob@localhost TOPIC #chat :tea", ":bob!bob@localhost NICK :rob",
+                ":rob!bob@localhost PART #chat :bye", ":rob!bob@localhost JOIN #chat",
                 ":rob!bob@localhost QUIT :Quit: gone",
             ],
-        )
+        )  # fmt: skip
         self.assertEqual(ann.sync(), [])
         self.assertEqual(bob.rest()[-1], "ERROR :Goodbye")
         self.assertIn(":chat.local 332 rob #chat :tea", bob.seen)
@@ -2029,14 +1877,12 @@ class Leaving(ServerCase):
         for begin, end, reason in (
             ("NICK eve\r\nUSER eve 0 * :e\r\nJOIN #chat\r\n", "QUIT\r\n", "Quit: "),
             ("NICK eve\r\nUSER eve 0 * :e\r\nJOIN #chat\r\n", "QUIT :\r\n", "Quit: "),
-            ("NICK eve\r\nUSER eve 0 * :e\r\nJOIN #chat\r\n", "", "Connection closed"),
-            ("eve\n", "/quit\n", "Quit: "),
-            ("eve\n", "exit\n", "Quit: "),
-            ("eve\n", "", "Connection closed"),
+            ("NICK eve\r\nUSER eve 0 * :e\r\nJOIN #chat\r\n", "", "Connection closed"), ("eve\n", "/quit\n", "Quit: "),
+            ("eve\n", "exit\n", "Quit: "), ("eve\n", "", "Connection closed"),
             ('{"type":"join","user":"eve"}\n', '{"type":"leave"}\n', "Quit: "),
             ('{"type":"join","user":"eve"}\n', '{"type":"leave","text":" "}\n', "Quit:  "),
             ('{"type":"join","user":"eve"}\n', "", "Connection closed"),
-        ):
+        ):  # fmt: skip
             with self.subTest(begin=begin, end=end):
                 peer = self.peer(begin + end)
                 peer.sock.shutdown(socket.SHUT_WR)
@@ -2111,24 +1957,15 @@ class Answers(ServerCase):
 
     REPLIES = [
         ("MOTD else.where", ["402 ann else.where :no server here is called else.where"]),
-        ("VERSION", ["351 ann chat.py-0.1 chat.local :", "005 ann ", "005 ann "]),
-        ("VERSION x", ["402 ann x :"]),
-        ("TIME chat.*", ["391 ann chat.local :20"]),
-        ("INFO", ["371 ann :chat.py", "371 ann :Started 20", "374 ann :"]),
-        ("LINKS", ["364 ann chat.local chat.local :0 ", "365 ann * :"]),
-        ("OPER x y", ["491 ann :"]),
-        ("KILL bob :x", ["481 ann :"]),
-        ("WALLOPS x", ["481 ann :"]),
-        ("INVITE bob", ["461 ann INVITE :"]),
-        ("INVITE bob #chat", ["443 ann bob #chat :"]),
-        ("INVITE bob #nix", ["403 ann #nix :"]),
-        ("INVITE nobody #chat", ["401 ann nobody :"]),
-        ("KICK #chat bob", ["482 ann #chat :"]),
-        ("KICK #nix bob", ["403 ann #nix :"]),
-        ("NAMES", ["366 ann * :"]),
-        ("NAMES #a,#a,#a", ["366 ann #a :"]),
+        ("VERSION", ["351 ann chat.py-0.1 chat.local :", "005 ann ", "005 ann "]), ("VERSION x", ["402 ann x :"]),
+        ("TIME chat.*", ["391 ann chat.local :20"]), ("INFO", ["371 ann :chat.py", "371 ann :Started 20", "374 ann :"]),
+        ("LINKS", ["364 ann chat.local chat.local :0 ", "365 ann * :"]), ("OPER x y", ["491 ann :"]),
+        ("KILL bob :x", ["481 ann :"]), ("WALLOPS x", ["481 ann :"]), ("INVITE bob", ["461 ann INVITE :"]),
+        ("INVITE bob #chat", ["443 ann bob #chat :"]), ("INVITE bob #nix", ["403 ann #nix :"]),
+        ("INVITE nobody #chat", ["401 ann nobody :"]), ("KICK #chat bob", ["482 ann #chat :"]),
+        ("KICK #nix bob", ["403 ann #nix :"]), ("NAMES", ["366 ann * :"]), ("NAMES #a,#a,#a", ["366 ann #a :"]),
         ("NAMES #a,#b,#c,#d,#e", ["407 ann :"]),
-    ]
+    ]  # fmt: skip
 
     def test_every_command_answers(self) -> None:
         self.irc("bob")
@@ -2232,43 +2069,34 @@ class ChannelModes(Stage):
             ("ann", "MODE #chat +tmi-n+mlk 7 tea", self.both("MODE #chat +tmi-n+lk 7 :tea")),
             ("bob", "MODE #chat", {"bob": ["324 bob #chat +iklmt tea :7", f"329 bob #chat :{created}"]}),
             ("eve", "MODE #chat", {"eve": ["324 eve #chat +iklmt * :7", f"329 eve #chat :{created}"]}),
-            ("ann", "MODE #chat +l 07", {}),
-            ("ann", "MODE #chat -lk+n-tmi", self.both("MODE #chat -lk+n-tmi :*")),
-            ("ann", "MODE #chat -lk", {}),
-            ("ann", "MODE #chat +m-m+m", self.both("MODE #chat :+m")),
+            ("ann", "MODE #chat +l 07", {}), ("ann", "MODE #chat -lk+n-tmi", self.both("MODE #chat -lk+n-tmi :*")),
+            ("ann", "MODE #chat -lk", {}), ("ann", "MODE #chat +m-m+m", self.both("MODE #chat :+m")),
             ("ann", "MODE #nix +m", {"ann": ["403 ann #nix :there is no channel #nix"]}),
-        )
+        )  # fmt: skip
 
     def test_wrong_changes(self) -> None:
         self.play(
-            (
-                "ann",
-                "MODE #chat +zmz:",
-                {
-                    "ann": [
-                        ":ann!ann@localhost MODE #chat :+m",
-                        "472 ann z :z is not a channel mode here",
-                        "472 ann * :* is not a channel mode here",
-                    ],
-                    "bob": [":ann!ann@localhost MODE #chat :+m"],
-                },
-            ),
+            ("ann", "MODE #chat +zmz:", {
+                "ann": [
+                    ":ann!ann@localhost MODE #chat :+m", "472 ann z :z is not a channel mode here",
+                    "472 ann * :* is not a channel mode here",
+                ],
+                "bob": [":ann!ann@localhost MODE #chat :+m"],
+            }),
             ("ann", "MODE #chat +k", {"ann": ["461 ann MODE :MODE needs more than that"]}),
             ("ann", "MODE #chat +o", {"ann": ["461 ann MODE :MODE needs more than that"]}),
             ("ann", "MODE #chat +k a,b", {"ann": ["696 ann #chat k * :mode k cannot be set to that"]}),
             ("ann", "MODE #chat +k :a b", {"ann": ["696 ann #chat k * :mode k cannot be set to that"]}),
             ("ann", f"MODE #chat +k {'x' * 33}", {"ann": ["696 ann #chat k * :mode k cannot be set to that"]}),
-            (
-                "ann",
-                f"MODE #chat +b {'x' * 77}",
-                {"ann": [f"696 ann #chat b {'x' * 64} :mode b cannot be set to that"]},
-            ),
+            ("ann", f"MODE #chat +b {'x' * 77}", {
+                "ann": [f"696 ann #chat b {'x' * 64} :mode b cannot be set to that"]
+            }),
             ("ann", "MODE #chat +l 0", {"ann": ["696 ann #chat l 0 :mode l cannot be set to that"]}),
             ("ann", "MODE #chat +l many", {"ann": ["696 ann #chat l many :mode l cannot be set to that"]}),
             ("ann", "MODE #chat +b :a b", {"ann": ["696 ann #chat b a :mode b cannot be set to that"]}),
             ("ann", "MODE #chat +o eve", {"ann": ["441 ann eve #chat :eve is not in #chat"]}),
             ("ann", "MODE #chat +v nobody", {"ann": ["401 ann nobody :nobody here is called nobody"]}),
-        )
+        )  # fmt: skip
 
     def test_ranks(self) -> None:
         self.play(
@@ -2276,20 +2104,13 @@ class ChannelModes(Stage):
             ("eve", "NAMES #chat", {"eve": self.names("eve", "#chat", "@ann @bob")}),
             ("ann", "MODE #chat -o bob", self.both("MODE #chat -o :bob")),
             ("eve", "NAMES #chat", {"eve": self.names("eve", "#chat", "@ann +bob")}),
-            (
-                "eve",
-                "WHO #chat",
-                {
-                    "eve": [
-                        "352 eve #chat ann localhost chat.local ann H@ :0 ann",
-                        "352 eve #chat bob localhost chat.local bob H+ :0 bob",
-                        "315 eve #chat :End of WHO list",
-                    ]
-                },
-            ),
+            ("eve", "WHO #chat", {"eve": [
+                "352 eve #chat ann localhost chat.local ann H@ :0 ann",
+                "352 eve #chat bob localhost chat.local bob H+ :0 bob", "315 eve #chat :End of WHO list",
+            ]}),
             ("ann", "MODE #chat -o ann", self.both("MODE #chat -o :ann")),
             ("ann", "MODE #chat +o ann", {"ann": ["482 ann #chat :only an operator of #chat may do that"]}),
-        )
+        )  # fmt: skip
 
     def test_who_may_speak(self) -> None:
         def said(text: str) -> List[str]:
@@ -2299,11 +2120,7 @@ class ChannelModes(Stage):
         self.play(
             ("eve", "PRIVMSG #chat :x", {"eve": ["404 eve #chat :only members may write to #chat"]}),
             ("ann", "MODE #chat -n", self.both("MODE #chat :-n")),
-            (
-                "eve",
-                "PRIVMSG #chat :hi",
-                dict.fromkeys(("ann", "bob"), [":eve!eve@localhost PRIVMSG #chat :hi"]),
-            ),
+            ("eve", "PRIVMSG #chat :hi", dict.fromkeys(("ann", "bob"), [":eve!eve@localhost PRIVMSG #chat :hi"])),
             ("ann", "MODE #chat +m", self.both("MODE #chat :+m")),
             ("bob", "PRIVMSG #chat :x", {"bob": [f"404 bob #chat :{chat.ERR_MODERATED.text.format('#chat')}"]}),
             ("bob", "NOTICE #chat :x", {}),
@@ -2313,11 +2130,10 @@ class ChannelModes(Stage):
             ("ann", "MODE #chat -mv+b bob rob", self.both("MODE #chat -mv+b bob :rob!*@*")),
             ("bob", "PRIVMSG #chat :not I", {"ann": said("not I")}),
             ("ann", "MODE #chat +b B?B", self.both("MODE #chat +b :B?B!*@*")),
-            ("bob", "PRIVMSG #chat :x", {"bob": [silent]}),
-            ("bob", "TAGMSG #chat", {"bob": [silent]}),
+            ("bob", "PRIVMSG #chat :x", {"bob": [silent]}), ("bob", "TAGMSG #chat", {"bob": [silent]}),
             ("ann", "MODE #chat -b b?b!*@*", self.both("MODE #chat -b :B?B!*@*")),
             ("bob", "PRIVMSG #chat :again", {"ann": said("again")}),
-        )
+        )  # fmt: skip
 
     def test_who_may_join(self) -> None:
         joins = dict.fromkeys(("ann", "bob"), [":eve!eve@localhost JOIN #chat"])
@@ -2327,8 +2143,7 @@ class ChannelModes(Stage):
             ("ann", "MODE #chat +k tea", self.both("MODE #chat +k :tea")),
             ("eve", "JOIN #chat", {"eve": ["475 eve #chat :#chat has a key: join it with the right one"]}),
             ("eve", "JOIN #chat Tea", {"eve": ["475 eve #chat :#chat has a key: join it with the right one"]}),
-            ("eve", "JOIN #chat tea", joins),
-            ("eve", "PART #chat", parts),
+            ("eve", "JOIN #chat tea", joins), ("eve", "PART #chat", parts),
             ("ann", "MODE #chat -k+l tea 2", self.both("MODE #chat -k+l * :2")),
             ("eve", "JOIN #chat", {"eve": ["471 eve #chat :#chat has as many members as it may have"]}),
             ("ann", "MODE #chat +l-l 3", self.both("MODE #chat +l-l :3")),
@@ -2337,16 +2152,14 @@ class ChannelModes(Stage):
             ("ann", "MODE #chat -b+i *!*@local*", self.both("MODE #chat -b+i :*!*@LOCAL*")),
             ("eve", "JOIN #chat", {"eve": ["473 eve #chat :only who was invited may join #chat"]}),
             ("bob", "INVITE eve #chat", {"bob": ["482 bob #chat :only an operator of #chat may do that"]}),
-            (
-                "ann",
-                "INVITE eve #chat",
-                {"ann": ["341 ann eve :#chat"], "eve": [":ann!ann@localhost INVITE eve :#chat"]},
-            ),
+            ("ann", "INVITE eve #chat", {
+                "ann": ["341 ann eve :#chat"], "eve": [":ann!ann@localhost INVITE eve :#chat"],
+            }),
             ("eve", "JOIN #chat", joins),
             ("ann", "INVITE eve #chat", {"ann": ["443 ann eve #chat :eve is in #chat already"]}),
             ("eve", "PART #chat", parts),
             ("eve", "JOIN #chat", {"eve": ["473 eve #chat :only who was invited may join #chat"]}),
-        )
+        )  # fmt: skip
 
     def test_who_speaks_from_outside_hears_the_echo(self) -> None:
         self.people["ann"].send("MODE #chat -n\r\n")
@@ -2455,37 +2268,25 @@ class Operators(Stage):
         self.play(
             ("bob", "KICK #chat ann", {"bob": ["482 bob #chat :only an operator of #chat may do that"]}),
             ("eve", "KICK #chat ann", {"eve": ["442 eve #chat :you are not in #chat"]}),
-            (
-                "ann",
-                "KICK #chat eve,nobody",
-                {"ann": ["441 ann eve #chat :eve is not in #chat", "401 ann nobody :nobody here is called nobody"]},
-            ),
-            (
-                "ann",
-                "KICK #chat Bob,eve :too loud",
-                {"ann": [f"{out} :too loud", "441 ann eve #chat :eve is not in #chat"], "bob": [f"{out} :too loud"]},
-            ),
+            ("ann", "KICK #chat eve,nobody", {
+                "ann": ["441 ann eve #chat :eve is not in #chat", "401 ann nobody :nobody here is called nobody"]
+            }),
+            ("ann", "KICK #chat Bob,eve :too loud", {
+                "ann": [f"{out} :too loud", "441 ann eve #chat :eve is not in #chat"], "bob": [f"{out} :too loud"],
+            }),
             ("bob", "PRIVMSG #chat :x", {"bob": ["404 bob #chat :only members may write to #chat"]}),
             ("ann", "KICK #chat a,b,c,d,e", {"ann": ["407 ann :that is too many names in one command"]}),
             ("bob", "JOIN #tea", {"bob": [":bob!bob@localhost JOIN #tea", *self.names("bob", "#tea", "@bob")]}),
-            (
-                "ann",
-                "JOIN #tea",
-                {
-                    "ann": [":ann!ann@localhost JOIN #tea", *self.names("ann", "#tea", "@bob ann")],
-                    "bob": [":ann!ann@localhost JOIN #tea"],
-                },
-            ),
-            (
-                "bob",
-                "KICK #tea bob,ann",
-                {
-                    "ann": [":bob!bob@localhost KICK #tea bob :bob"],
-                    "bob": [":bob!bob@localhost KICK #tea bob :bob", "442 bob #tea :you are not in #tea"],
-                },
-            ),
+            ("ann", "JOIN #tea", {
+                "ann": [":ann!ann@localhost JOIN #tea", *self.names("ann", "#tea", "@bob ann")],
+                "bob": [":ann!ann@localhost JOIN #tea"],
+            }),
+            ("bob", "KICK #tea bob,ann", {
+                "ann": [":bob!bob@localhost KICK #tea bob :bob"],
+                "bob": [":bob!bob@localhost KICK #tea bob :bob", "442 bob #tea :you are not in #tea"],
+            }),
             ("ann", "PART #tea", {"ann": [":ann!ann@localhost PART #tea"]}),
-        )
+        )  # fmt: skip
         self.assertEqual(self.counts()[2], 1)
 
     def test_the_topic_of_a_channel_with_t(self) -> None:
@@ -2578,17 +2379,10 @@ class Capabilities(ServerCase):
         able.sync()
         bob.send("JOIN #tea\r\nAWAY :tea time\r\nAWAY :tea time\r\nPART #chat\r\nJOIN #chat\r\nAWAY\r\n")
         self.assertNotIn("bob!bob@localhost AWAY", "".join(bob.sync()))
-        self.assertEqual(
-            able.sync(),
-            [
-                ":bob!bob@localhost JOIN #tea",
-                ":bob!bob@localhost AWAY :tea time",
-                ":bob!bob@localhost PART #chat",
-                ":bob!bob@localhost JOIN #chat",
-                ":bob!bob@localhost AWAY :tea time",
-                ":bob!bob@localhost AWAY",
-            ],
-        )
+        self.assertEqual(able.sync(), [
+            ":bob!bob@localhost JOIN #tea", ":bob!bob@localhost AWAY :tea time", ":bob!bob@localhost PART #chat",
+            ":bob!bob@localhost JOIN #chat", ":bob!bob@localhost AWAY :tea time", ":bob!bob@localhost AWAY",
+        ])  # fmt: skip
         self.assertEqual(plain.sync(), [":bob!bob@localhost PART #chat", ":bob!bob@localhost JOIN #chat"])
 
     def test_changes_that_all_are_told_are_throttled(self) -> None:
@@ -2628,11 +2422,9 @@ class Capabilities(ServerCase):
     def test_names_and_ranks(self) -> None:
         op = self.irc("op")
         for caps, names, flags in (
-            ((), "@op", "H@"),
-            (("multi-prefix",), "@+op", "H@+"),
-            (("userhost-in-names",), "@op!op@localhost", "H@"),
+            ((), "@op", "H@"), (("multi-prefix",), "@+op", "H@+"), (("userhost-in-names",), "@op!op@localhost", "H@"),
             (("multi-prefix", "userhost-in-names"), "@+op!op@localhost", "H@+"),
-        ):
+        ):  # fmt: skip
             with self.subTest(caps):
                 peer = self.irc("ann", *caps)
                 op.send("MODE #chat +v op\r\n")
@@ -2665,12 +2457,9 @@ class Capabilities(ServerCase):
         ann.send("AWAY\r\n@label=L INVITE eve #chat\r\n")
         self.assertEqual(ann.sync()[1:], ["@label=L :chat.local 341 ann eve :#chat"])
         for command, seen in (
-            ("TOPIC #chat tea", "TOPIC #chat :tea"),
-            ("MODE #chat +m", "MODE #chat :+m"),
-            ("KICK #chat bob", "KICK #chat bob :ann"),
-            ("PART #chat", "PART #chat"),
-            ("NICK anna", "NICK :anna"),
-        ):
+            ("TOPIC #chat tea", "TOPIC #chat :tea"), ("MODE #chat +m", "MODE #chat :+m"),
+            ("KICK #chat bob", "KICK #chat bob :ann"), ("PART #chat", "PART #chat"), ("NICK anna", "NICK :anna"),
+        ):  # fmt: skip
             with self.subTest(command):
                 ann.send(f"@label=L {command}\r\n")
                 (line,) = ann.sync()
@@ -3021,14 +2810,10 @@ class Throttled(ServerCase):
 
     def test_origins(self) -> None:
         for address, origin, exempt in (
-            ("127.0.0.1", "127.0.0.1", True),
-            ("127.8.8.8", "127.8.8.8", True),
-            ("::1", "::1", True),
-            ("::ffff:127.0.0.1", "127.0.0.1", True),
-            ("192.0.2.7", "192.0.2.7", False),
-            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64", False),
-            ("fe80::1%eth0", "fe80::/64", False),
-        ):
+            ("127.0.0.1", "127.0.0.1", True), ("127.8.8.8", "127.8.8.8", True), ("::1", "::1", True),
+            ("::ffff:127.0.0.1", "127.0.0.1", True), ("192.0.2.7", "192.0.2.7", False),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64", False), ("fe80::1%eth0", "fe80::/64", False),
+        ):  # fmt: skip
             with self.subTest(address):
                 found = chat.AccessControl().address(address)
                 self.assertEqual((found.key, found.exempt), (origin, exempt))
@@ -3038,13 +2823,10 @@ class Throttled(ServerCase):
     def test_an_exempt_address_is_one_address_or_a_network(self) -> None:
         access = chat.AccessControl("fe80::/10, 192.0.2.0/24, 2001:db8::5")
         for address, key, exempt in (
-            ("2001:db8::5", "2001:db8::5", True),
-            ("2001:db8:0:0::0005%eth0", "2001:db8::5", True),
-            ("2001:db8::6", "2001:db8::/64", False),
-            ("fe80::1", "fe80::1", True),
-            ("::ffff:192.0.2.9", "192.0.2.9", True),
-            ("::1", "::1", False),
-        ):
+            ("2001:db8::5", "2001:db8::5", True), ("2001:db8:0:0::0005%eth0", "2001:db8::5", True),
+            ("2001:db8::6", "2001:db8::/64", False), ("fe80::1", "fe80::1", True),
+            ("::ffff:192.0.2.9", "192.0.2.9", True), ("::1", "::1", False),
+        ):  # fmt: skip
             with self.subTest(address):
                 self.assertEqual((access.address(address).key, access.address(address).exempt), (key, exempt))
         for _ in range(100):  # neither refused, nor at the expense of its neighbours
@@ -3479,11 +3261,9 @@ class Encrypted(ServerCase, TlsCase):
         bot = self.secret('{"type":"join","user":"bot"}\n')
         bot.until("bot joined")
         for sender, name, line in (
-            (ann, "ann", "hello é\n"),
-            (bob, "bob", "hello é\n"),
-            (eve, "eve", "PRIVMSG #chat :hello é\r\n"),
+            (ann, "ann", "hello é\n"), (bob, "bob", "hello é\n"), (eve, "eve", "PRIVMSG #chat :hello é\r\n"),
             (bot, "bot", '{"type":"chat","text":"hello é"}\n'),
-        ):
+        ):  # fmt: skip
             sender.send(line)
             for receiver in {ann, bob, eve, bot} - {sender}:
                 receiver.until({eve: ":hello é", bot: "hello \\u00e9"}.get(receiver, f"{name}: hello é"))
@@ -3650,14 +3430,9 @@ class PastCase(ServerCase):
     """History as IRC clients, plain users and scripts get it."""
 
     CAPS = (
-        "batch",
-        "draft/chathistory",
-        "echo-message",
-        "message-tags",
-        "server-time",
-        "labeled-response",
+        "batch", "draft/chathistory", "echo-message", "message-tags", "server-time", "labeled-response",
         "standard-replies",
-    )
+    )  # fmt: skip
 
     def talk(self, count: int) -> Tuple[Peer, List[Message]]:
         """ann, who has said `count` lines, and their echoes."""
@@ -3684,22 +3459,14 @@ class Past(PastCase):
         ann, said = self.talk(10)
         ids = [f"msgid={message.tags['msgid']}" for message in said]
         for command, lines in (
-            ("LATEST #chat * 3", [7, 8, 9]),
-            ("LATEST #CHAT * 500", range(10)),
-            ("latest #chat * 0", []),
-            (f"LATEST #chat {ids[7]} 9", [8, 9]),
-            (f"BEFORE #chat {ids[5]} 2", [3, 4]),
-            (f"BEFORE #chat {ids[0]} 2", []),
-            (f"AFTER #chat {ids[5]} 2", [6, 7]),
-            (f"AFTER #chat {ids[9]} 2", []),
+            ("LATEST #chat * 3", [7, 8, 9]), ("LATEST #CHAT * 500", range(10)), ("latest #chat * 0", []),
+            (f"LATEST #chat {ids[7]} 9", [8, 9]), (f"BEFORE #chat {ids[5]} 2", [3, 4]),
+            (f"BEFORE #chat {ids[0]} 2", []), (f"AFTER #chat {ids[5]} 2", [6, 7]), (f"AFTER #chat {ids[9]} 2", []),
             ("AFTER #chat timestamp=2001-01-01T00:00:00.000Z 2", [0, 1]),
-            ("BEFORE #chat timestamp=2001-01-01T00:00:00.000Z 2", []),
-            (f"AROUND #chat {ids[5]} 4", [3, 4, 5, 6]),
-            (f"AROUND #chat {ids[5]} 1", [5]),
-            (f"BETWEEN #chat {ids[2]} {ids[8]} 3", [3, 4, 5]),
-            (f"BETWEEN #chat {ids[8]} {ids[2]} 3", [5, 6, 7]),
-            (f"BETWEEN #chat {ids[2]} {ids[4]} 9", [3]),
-        ):
+            ("BEFORE #chat timestamp=2001-01-01T00:00:00.000Z 2", []), (f"AROUND #chat {ids[5]} 4", [3, 4, 5, 6]),
+            (f"AROUND #chat {ids[5]} 1", [5]), (f"BETWEEN #chat {ids[2]} {ids[8]} 3", [3, 4, 5]),
+            (f"BETWEEN #chat {ids[8]} {ids[2]} 3", [5, 6, 7]), (f"BETWEEN #chat {ids[2]} {ids[4]} 9", [3]),
+        ):  # fmt: skip
             with self.subTest(command):
                 answer = self.ask(ann, f"CHATHISTORY {command}")
                 self.assertEqual([message.text for message in answer], [f"line {number}" for number in lines])
@@ -3718,15 +3485,12 @@ class Past(PastCase):
         ann = self.irc("ann", *self.CAPS)
         at = {minutes: f"timestamp={chat.server_time(now / 1e6 - minutes * 60)}" for minutes in (90, 45, 10, 0)}
         for command, lines in (
-            (f"AFTER #chat {at[10]} 9", [1, 4]),
-            (f"AFTER #chat {at[45]} 9", [1, 3, 4]),
-            (f"AFTER #chat {at[45]} 2", [1, 3]),
-            (f"AFTER #chat {at[90]} 9", [1, 2, 3, 4]),
-            (f"LATEST #chat {at[10]} 9", [1, 4]),
-            (f"AROUND #chat {at[0]} 4", [1, 4]),
+            (f"AFTER #chat {at[10]} 9", [1, 4]), (f"AFTER #chat {at[45]} 9", [1, 3, 4]),
+            (f"AFTER #chat {at[45]} 2", [1, 3]), (f"AFTER #chat {at[90]} 9", [1, 2, 3, 4]),
+            (f"LATEST #chat {at[10]} 9", [1, 4]), (f"AROUND #chat {at[0]} 4", [1, 4]),
             (f"BETWEEN #chat {at[10]} timestamp=2100-01-01T00:00:00.000Z 9", [1, 4]),
             (f"AFTER #chat msgid={now:x} 9", [2, 3, 4]),
-        ):
+        ):  # fmt: skip
             with self.subTest(command):
                 answer = self.ask(ann, f"CHATHISTORY {command}")
                 self.assertEqual([message.text for message in answer], [f"line {number}" for number in lines])
@@ -3774,10 +3538,8 @@ class Past(PastCase):
         ann.send("JOIN #quiet\r\n")
         ann.sync()
         for span, found in (
-            ("1970-01-01 2100-01-01", ["#chat"]),
-            ("2100-01-01 1970-01-01", ["#chat"]),
-            ("1970-01-01 1971-01-01", []),
-        ):
+            ("1970-01-01 2100-01-01", ["#chat"]), ("2100-01-01 1970-01-01", ["#chat"]), ("1970-01-01 1971-01-01", []),
+        ):  # fmt: skip
             first, second = (f"timestamp={day}T00:00:00.000Z" for day in span.split())
             ann.send(f"CHATHISTORY TARGETS {first} {second} 5\r\n")
             start, *lines, _ = [chat.parse(line) for line in ann.sync()]
@@ -4332,11 +4094,8 @@ class Restarted(ServerCase):
     def test_nobody_reads_what_was_said_under_a_key_that_is_lost(self) -> None:
         for kept in (True, False):
             for modes, end in (
-                ("+k cup", "PART #tea"),
-                ("+i", "QUIT"),
-                ("+k cup", "MODE #tea -k"),
-                ("+i", "MODE #tea -i"),
-            ):
+                ("+k cup", "PART #tea"), ("+i", "QUIT"), ("+k cup", "MODE #tea -k"), ("+i", "MODE #tea -i"),
+            ):  # fmt: skip
                 with self.subTest(modes=modes, end=end, kept=kept):
                     ann = self.someone("ann", *self.CAPS)
                     ann.send(f"JOIN #tea\r\nMODE #tea {modes}\r\nPRIVMSG #tea :psst\r\n{end}\r\n")
