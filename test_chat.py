@@ -701,25 +701,31 @@ class Kept(HistoryCase):
     """What was said, in memory and in an SQLite file."""
 
     def test_pages_are_those_of_the_definition(self) -> None:
+        """Of one log, and of several that are read together, in order."""
         rng = random.Random(5)
+        names = ("#chat", "#chat 1f", "#chat 2f", "#chatter", "#empty")
         for history in (chat.MemoryHistory(), self.sqlite()):
-            known: Dict[str, List[Message]] = {"#a": [], "#b": [], "#c": []}
+            known: List[Tuple[str, Message]] = []
             last = 0
             for _ in range(60):
                 batch = []
                 for _ in range(rng.randrange(1, 5)):
                     last += rng.randrange(1, 4)
-                    message = self.said(last, f"text {last} ; é", **{"+x": "a b"})
-                    batch.append((rng.choice(["#a", "#b"]), message))
+                    batch.append((rng.choice(names[:-1]), self.said(last, f"text {last} ; é", **{"+x": "a b"})))
                 history.append(batch)
-                for channel, message in batch:
-                    known[channel].append(message)
-                low, high, limit = rng.randrange(last), rng.randrange(last + 2), rng.randrange(8)
-                channel, newest = rng.choice(["#a", "#b", "#c"]), rng.random() < 0.5
-                within = [item for item in known[channel] if low < chat.sequence(item) < high]
-                expected = within[max(len(within) - limit, 0) :] if newest else within[:limit]
-                self.assertEqual(history.fetch(channel, low, high, limit, newest), expected)
+                known += batch
+                for count in (1, 2, 2, 3):
+                    low, high, limit = rng.randrange(last), rng.randrange(last + 2), rng.randrange(8)
+                    asked, newest = rng.sample(names, count), rng.random() < 0.5
+                    within = [item for name, item in known if name in asked and low < chat.sequence(item) < high]
+                    expected = within[max(len(within) - limit, 0) :] if newest else within[:limit]
+                    self.assertEqual(history.fetch_all(asked, low, high, limit, newest), expected)
+                    if count == 1:
+                        self.assertEqual(history.fetch(asked[0], low, high, limit, newest), expected)
             self.assertEqual(history.last_sequence(), last)
+            if isinstance(history, chat.SqliteHistory):
+                of_channel = [chat.sequence(item) for name, item in known if name != "#chatter"]
+                self.assertEqual([chat.sequence(item) for item in history.transcript(0, "#chat")], of_channel)
 
     def test_memory_is_bounded(self) -> None:
         history = chat.MemoryHistory()
@@ -765,23 +771,6 @@ class Kept(HistoryCase):
         for left in (6, 1, 1):
             history.prune()
             self.assertEqual(len(list(history.transcript(0))), left)
-
-    def test_logs_are_read_together_in_order(self) -> None:
-        rng = random.Random(3)
-        names = ("#chat", "#chat 1f", "#chat 2f", "#chatter")
-        for history in (chat.MemoryHistory(), self.sqlite()):
-            logs = [rng.choice(names) for _ in range(200)]
-            history.append([(name, self.said(number)) for number, name in enumerate(logs, 1)])
-            for _ in range(200):
-                low, high, limit = rng.randrange(200), rng.randrange(202), rng.randrange(8)
-                asked, newest = rng.sample(names, 2), rng.random() < 0.5
-                within = [number for number, name in enumerate(logs, 1) if low < number < high and name in asked]
-                expected = within[max(len(within) - limit, 0) :] if newest else within[:limit]
-                found = history.fetch_all(asked, low, high, limit, newest)
-                self.assertEqual([chat.sequence(item) for item in found], expected)
-            if isinstance(history, chat.SqliteHistory):
-                of_channel = [number for number, name in enumerate(logs, 1) if name != "#chatter"]
-                self.assertEqual([chat.sequence(item) for item in history.transcript(0, "#chat")], of_channel)
 
     def test_lines_by_their_own_time(self) -> None:
         """The clock was set back by an hour after two lines: the others have higher numbers all the same."""
@@ -1050,10 +1039,7 @@ class State(unittest.TestCase):
     def test_a_message_is_encoded_once_per_dialect(self) -> None:
         hub, channel = chat.Hub("s"), chat.Channel("#a")
         dialect = mock.Mock(wraps=chat.irc(), caps=frozenset())
-        for number in range(50):
-            call = chat.Call(hub, self.session(f"u{number}", dialect))
-            call.join(channel)
-            hub.append(call)
+        call = [self.join(hub, self.session(f"u{number}", dialect), channel) for number in range(50)][-1]
         chat.FanOut(chat.commit(hub, hub.drain_log()))
         call = chat.Call(hub, call.session)
         for number in range(3):
@@ -1063,16 +1049,21 @@ class State(unittest.TestCase):
         self.assertEqual([len(sessions) for data, sessions, _ in payloads if data], [49])
         self.assertEqual(dialect.encode.call_count, 3)
 
+    @staticmethod
+    def join(hub: chat.Hub, session: chat.Session, *channels: chat.Channel) -> chat.Call:
+        call = chat.Call(hub, session)
+        for channel in channels:
+            call.join(channel)
+        hub.append(call)
+        return call
+
     def test_leaving_together_takes_no_longer_for_those_in_two_channels(self) -> None:
         """Counts steps, not time: effects of a quit may not grow with the number of members."""
         hub, channels = chat.Hub("s"), [chat.Channel("#a"), chat.Channel("#b")]
         sessions = [self.session(f"u{number}", chat.irc()) for number in range(400)]
         for session in sessions:
             hub.sessions[session] = None
-            call = chat.Call(hub, session)
-            for channel in channels:
-                call.join(channel)
-            hub.append(call)
+            self.join(hub, session, *channels)
         chat.FanOut(chat.commit(hub, hub.drain_log()))
         for session in sessions[:100]:
             call = chat.Call(hub, session)
@@ -1080,24 +1071,13 @@ class State(unittest.TestCase):
             hub.append(call)
         effects = chat.commit(hub, hub.drain_log())
         self.assertEqual(len(effects), 300)  # for each: what changes, the QUIT, the end of its connection
-        feeds: List[chat.Feed] = []
-
-        def feed(init: Any = chat.Feed.__init__) -> Any:
-            def counted(self: chat.Feed) -> None:
-                feeds.append(self)
-                init(self)
-
-            return counted
-
-        with mock.patch.object(chat.Feed, "__init__", feed()):
-            sent = {
-                session: len(data.splitlines())
-                for data, group, _ in chat.FanOut(effects).payloads()
-                for session in group
-            }
+        init = chat.Feed.__init__
+        with mock.patch.object(chat.Feed, "__init__", autospec=True, side_effect=init) as feeds:
+            payloads = list(chat.FanOut(effects).payloads())
+        sent = {session: len(data.splitlines()) for data, group, _ in payloads for session in group}
         self.assertEqual({sent[session] for session in sessions[100:]}, {100})
         self.assertEqual([sent[session] for session in sessions[:100]], list(range(100)))
-        self.assertLessEqual(len(feeds), 4)
+        self.assertIn(feeds.call_count, range(1, 5))
 
     def test_an_answer_in_the_same_tick_of_the_clock_is_an_answer(self) -> None:
         hub, session = chat.Hub("s"), self.session("bob", chat.irc())
@@ -1415,11 +1395,20 @@ class ServerCase(Waiting):
         peer.until(f"*** {name} joined")
         return peer
 
-    def irc(self, name: str, *caps: str) -> Peer:
-        ask = f"CAP REQ :{' '.join(caps)}\r\n" if caps else ""
+    def irc(self, name: str, *caps: str, token: str = "") -> Peer:
+        """A client in #chat, which can come back if it has a token."""
+        wanted = [*caps, chat.RESUME_CAP] if token else caps
+        ask = f"CAP REQ :{' '.join(wanted)}\r\n" if wanted else ""
+        ask += f"RESUME {token}\r\n" if token else ""
         peer = self.peer(f"{ask}NICK {name}\r\nUSER {name} 0 * :{name}\r\nCAP END\r\nJOIN #chat\r\n")
         peer.until(" 366 ")
         return peer
+
+    def two(self, *caps: str) -> Tuple[Peer, Peer]:
+        """Clients ann and bob in #chat, who have read all that they were sent."""
+        ann, bob = self.irc("ann", *caps), self.irc("bob", *caps)
+        ann.sync()
+        return ann, bob
 
     def told(self, peer: Peer, *lines: str) -> None:
         """Compares the next lines that somebody gets."""
@@ -1747,8 +1736,7 @@ class IrcClients(ServerCase):
         self.answers(self.irc("ann"), self.REPLIES)
 
     def test_join_part_topic_nick_quit_as_others_see_them(self) -> None:
-        ann, bob = self.irc("ann"), self.irc("bob")
-        ann.sync()
+        ann, bob = self.two()
         bob.send(
             "TOPIC #chat :tea\r\nNICK rob\r\nPART #chat :bye\r\nJOIN #CHAT\r\nQUIT :gone\r\nPRIVMSG #chat :never\r\n"
         )
@@ -1762,8 +1750,7 @@ class IrcClients(ServerCase):
         self.assertIn(":chat.local 332 rob #chat :tea", bob.seen)
 
     def test_a_target_counts_once_however_often_it_is_named(self) -> None:
-        ann, bob = self.irc("ann", "message-tags"), self.irc("bob", "message-tags")
-        ann.sync()
+        ann, bob = self.two("message-tags")
         bob.send("PRIVMSG #chat,#CHAT,ANN,#Chat,ann :hi\r\nNOTICE #chat,#CHAT,Ann,ann,#Chat :hi\r\n")
         bob.send("@+x=1 TAGMSG #chat,#CHAT,#Chat,#cHat,#chAt,#chaT\r\nNAMES #chat,#CHAT\r\nLIST #chat,#CHAT\r\n")
         codes = [chat.parse(line).command for line in bob.sync()]
@@ -1800,8 +1787,7 @@ class IrcClients(ServerCase):
         self.assertEqual(bob.sync(), [":bob!bob@localhost PRIVMSG bob :me"])
 
     def test_longest_line_and_one_byte_more(self) -> None:
-        ann, bob = self.irc("ann"), self.irc("bob")
-        ann.sync()
+        ann, bob = self.two()
         room = chat.LINE_BYTES - len(":bob!bob@localhost PRIVMSG #chat :\r\n")
         texts = ["x" * (room - 2) + "\u00e9", "x" * (room - 1) + "\u00e9", "after"]
         bob.send("".join(f"PRIVMSG #chat :{text}\r\n" for text in texts))
@@ -1827,8 +1813,7 @@ class IrcClients(ServerCase):
             self.assertRegex(slow.line() or "", "^:chat.local CAP ")
 
     def test_bad_bytes_and_endless_lines(self) -> None:
-        ann, bob = self.irc("ann"), self.irc("bob")
-        ann.sync()
+        ann, bob = self.two()
         bob.sock.sendall(b"PRIVMSG #chat :\xff\r\nPRIVMSG #chat :a\rb\r\nPRIVMSG #chat :a\0b\r\n" + b"\n" * 10000)
         for text in (chat.FAIL_INVALID_UTF8.text, chat.FAIL_BAD_CHARACTER.text, chat.FAIL_BAD_CHARACTER.text):
             self.assertEqual(bob.line(), f":chat.local NOTICE * :{text}")
@@ -1839,8 +1824,7 @@ class IrcClients(ServerCase):
         self.assertEqual(ann.sync(), [":bob!bob@localhost PRIVMSG #chat :still here"])
 
     def test_reset_in_mid_line_shows_one_leave(self) -> None:
-        ann, bob = self.irc("ann"), self.irc("bob")
-        ann.sync()
+        ann, bob = self.two()
         bob.send("PRIVMSG #chat :half a li")
         bob.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         bob.close()
@@ -2493,8 +2477,7 @@ class Identity(ServerCase):
             self.assertEqual(holder.sync(), [])
 
     def test_name_changes_are_throttled(self) -> None:
-        ann, bob = self.irc("ann"), self.irc("bob")
-        ann.sync()
+        ann, bob = self.two()
         bob.send("".join(f"NICK bob{number}\r\n" for number in range(100)))
         refused = [line for line in bob.sync() if " 438 " in line]
         self.assertEqual(len(refused), 100 - chat.NICK_CHANGES)
@@ -2990,11 +2973,15 @@ class TlsSockets(TlsCase):
             self.addCleanup(sock.close)
         return server, client
 
-    def ends(self) -> Tuple[chat.TlsSocket, chat.TlsSocket]:
-        """A server and a client after the handshake, non-blocking."""
+    def unmet(self, pin: str = "") -> Tuple[chat.TlsSocket, chat.TlsSocket]:
+        """A server and a client before the handshake."""
         below = self.pair()
         server = chat.TlsSocket(below[0], self.server_context(), True)
-        client = chat.TlsSocket(below[1], chat.client_context(True))
+        return server, chat.TlsSocket(below[1], chat.client_context(True), pin=pin)
+
+    def ends(self) -> Tuple[chat.TlsSocket, chat.TlsSocket]:
+        """A server and a client after the handshake, non-blocking."""
+        server, client = self.unmet()
         self.both(server.handshake, client.handshake)
         server.setblocking(False)
         client.setblocking(False)
@@ -3019,16 +3006,15 @@ class TlsSockets(TlsCase):
                 except BlockingIOError:
                     select.select([], [sock], [], PATIENCE)
 
-        def receive(sock: chat.TlsSocket, size: int) -> None:
-            found[sock] = self.receive(sock, size)
+        def receive(sock: chat.TlsSocket, other: chat.TlsSocket) -> None:
+            found[sock] = self.receive(sock, sizes[other])
 
-        threads = [threading.Thread(target=send, args=(sock,)) for sock in ends]
-        threads += [threading.Thread(target=receive, args=(a, sizes[b])) for a, b in (ends, ends[::-1])]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PATIENCE)
-        for sock, other in (ends, ends[::-1]):
+        pairs = (ends, ends[::-1])
+        with at_once(
+            *(functools.partial(send, sock) for sock in ends), *(functools.partial(receive, *p) for p in pairs)
+        ):
+            pass
+        for sock, other in pairs:
             self.assertTrue(found.get(sock) == texts[other], "it is not the same")
 
     def test_it_talks_with_another_tls(self) -> None:
@@ -3049,9 +3035,7 @@ class TlsSockets(TlsCase):
         self.assertEqual(self.receive(sock, 5), b"")
 
     def test_text_that_comes_with_the_end_of_the_handshake(self) -> None:
-        below = self.pair()
-        server = chat.TlsSocket(below[0], self.server_context(), True)
-        client = chat.TlsSocket(below[1], chat.client_context(True))
+        server, client = self.unmet()
 
         def greet() -> None:
             client.handshake()
@@ -3059,7 +3043,7 @@ class TlsSockets(TlsCase):
 
         with at_once(greet):
             server.setblocking(False)
-            select.select([below[0]], [], [], PATIENCE)
+            select.select([server], [], [], PATIENCE)
             self.assertRaises(BlockingIOError, server.handshake)
         server.handshake()
         self.assertEqual(self.receive(server, 3), b"ann")
@@ -3121,9 +3105,7 @@ class TlsSockets(TlsCase):
                 self.assertRaises(OSError, client.send, b"secret")
 
     def test_nothing_goes_to_who_has_not_the_pin(self) -> None:
-        below = self.pair()
-        server = chat.TlsSocket(below[0], self.server_context(), True)
-        client = chat.TlsSocket(below[1], chat.client_context(True), pin="00")
+        server, client = self.unmet("00")
 
         def find_out() -> None:
             self.assertRaisesRegex(chat.UntrustedPeer, "its fingerprint is .*, not 00", client.handshake)
@@ -3149,6 +3131,14 @@ class Encrypted(ServerCase, TlsCase):
         self.addCleanup(peer.close)
         return peer
 
+    def tls(self, sock: socket.socket) -> chat.TlsSocket:
+        """Our own kind of TLS over a new socket, before the handshake."""
+        sock.connect(("127.0.0.1", self.port))
+        sock.settimeout(PATIENCE)
+        tls = chat.TlsSocket(sock, chat.client_context(True))
+        self.addCleanup(tls.close)
+        return tls
+
     def test_all_dialects_meet_those_in_clear_text(self) -> None:
         ann = self.plain("ann")
         bob = self.secret("bob\n")
@@ -3168,11 +3158,7 @@ class Encrypted(ServerCase, TlsCase):
         self.assertEqual(bob.rest()[-1], "*** Goodbye")
 
     def test_whatever_way_the_bytes_are_cut(self) -> None:
-        sock = ByteByByte()
-        sock.connect(("127.0.0.1", self.port))
-        sock.settimeout(PATIENCE)
-        tls = chat.TlsSocket(sock, chat.client_context(True))
-        self.addCleanup(tls.close)
+        tls = self.tls(ByteByByte())
         tls.handshake()
         tls.send(b"ann\nexit\n")
         self.assertEqual(self.receive(tls, 1000), b"*** ann joined (1 here)\n*** Goodbye\n")
@@ -3182,10 +3168,7 @@ class Encrypted(ServerCase, TlsCase):
             with self.subTest(tls_only=tls_only, first=first):
                 self.start(tls_only)
                 sock = SlowStart()
-                sock.connect(("127.0.0.1", self.port))
-                sock.settimeout(PATIENCE)
-                tls = chat.TlsSocket(sock, chat.client_context(True))
-                self.addCleanup(tls.close)
+                tls = self.tls(sock)
                 (session,) = self.sessions(1)
                 with self.server.hub:
                     self.assertEqual(session.deadline, session.connected_at + chat.TLS_PROMPT_S)
@@ -3242,9 +3225,7 @@ class Encrypted(ServerCase, TlsCase):
     def test_a_peer_that_goes_on_to_talk_is_told_that_it_is_over(self) -> None:
         with mock.patch.multiple(chat, CLOSE_GRACE_S=PATIENCE, DROPPED_PAUSE_S=0):
             for talk in (False, True):
-                sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
-                tls = chat.TlsSocket(sock, chat.client_context(True))
-                self.addCleanup(tls.close)
+                tls = self.tls(socket.socket())
                 tls.handshake()
                 tls.send(b"ann\nexit\n")
                 self.eventually(lambda: not self.server.hub.sessions, "ann has not gone")
@@ -3389,11 +3370,7 @@ class Past(PastCase):
             ("LATEST #nowhere * 1", "FAIL CHATHISTORY INVALID_TARGET LATEST #nowhere :"),
             ("LATEST ann * 1", "FAIL CHATHISTORY INVALID_TARGET LATEST ann :"),
         ):
-            with self.subTest(command):
-                ann.send(f"CHATHISTORY {command}\r\n")
-                lines = ann.sync()
-                self.assertEqual(len(lines), 1)
-                self.assertIn(f":chat.local {error}", lines[0])
+            self.answers(ann, [(f"CHATHISTORY {command}", [f":chat.local {error}"])])
 
     def test_what_was_asked_before_leaving_is_answered(self) -> None:
         ann, _ = self.talk(1)
@@ -3535,11 +3512,7 @@ class Receipts(ServerCase):
 
     def test_a_repeat_is_confirmed_only_if_the_first_was_stored(self) -> None:
         ann = self.irc("ann", "echo-message", "message-tags", "standard-replies", chat.RESUME_CAP)
-        other = self.peer(
-            f"CAP REQ :echo-message message-tags standard-replies {chat.RESUME_CAP}\r\nRESUME {'x' * 16}\r\n"
-            "NICK bob\r\nUSER b 0 * :x\r\nCAP END\r\nJOIN #chat\r\n"
-        )
-        other.until(" 366 ")
+        other = self.irc("bob", "echo-message", "message-tags", "standard-replies", token="x" * 16)
         obeyed: List[Tuple[Any, ...]] = []
 
         def counted(*args: Any, handle_line: Any = chat.handle_line) -> None:
@@ -3569,12 +3542,8 @@ class Receipts(ServerCase):
         path = os.path.join(folder.name, "history")
         self.serve(chat.Server("127.0.0.1", 0, chat.Hub(chat.SERVER_NAME, chat.SqliteHistory(path))))
         self.server.hub.history._rows("PRAGMA busy_timeout = 50")  # type: ignore[attr-defined]
-        caps = f"echo-message message-tags standard-replies labeled-response {chat.RESUME_CAP}"
-        crew = []
-        for name in ("ann", "bob", "cat"):
-            hello = f"RESUME {name * 8}\r\nNICK {name}\r\nUSER {name} 0 * :x\r\nCAP END\r\nJOIN #chat\r\n"
-            crew.append(self.peer(f"CAP REQ :{caps}\r\n{hello}"))
-            crew[-1].until(" 366 ")
+        caps = ("echo-message", "message-tags", "standard-replies", "labeled-response")
+        crew = [self.irc(name, *caps, token=name * 8) for name in ("ann", "bob", "cat")]
         other = sqlite3.connect(path, isolation_level=None)
         self.addCleanup(other.close)
         echoed: Set[str] = set()
@@ -3602,10 +3571,8 @@ class Receipts(ServerCase):
         self.assertEqual(sorted(stored), sorted(echoed))
 
     def test_what_was_not_said_to_one_because_of_another_is_said_when_sent_again(self) -> None:
-        caps = f"echo-message message-tags batch labeled-response standard-replies {chat.RESUME_CAP}"
-        ann, bob = self.peer(f"CAP REQ :{caps}\r\nRESUME {'x' * 16}\r\n"), self.plain("bob")
-        ann.send("NICK ann\r\nUSER a 0 * :a\r\nCAP END\r\nJOIN #chat\r\n")
-        ann.until(" 366 ")
+        caps = ("echo-message", "message-tags", "batch", "labeled-response", "standard-replies")
+        bob, ann = self.plain("bob"), self.irc("ann", *caps, token="x" * 16)
         line = f"@label=L;{chat.ID_TAG}=k1 PRIVMSG #chat,bob :psst\r\n"
         self.history.why = "the disk is full"
         with self.logs():
@@ -3910,9 +3877,13 @@ class Restarted(ServerCase):
     def begin(self) -> None:
         self.serve(chat.Server("127.0.0.1", 0, chat.Hub(chat.SERVER_NAME, chat.SqliteHistory(self.path))))
 
-    def restart(self) -> None:
+    def restart(self, kept: bool = True) -> None:
+        """Begins again, with the same file or in memory."""
         self.stop(self.server, self.thread)
-        self.begin()
+        if kept:
+            self.begin()
+        else:
+            self.serve(chat.Server("127.0.0.1", 0))
 
     def someone(self, name: str, *caps: str) -> Peer:
         peer = self.irc(name, *caps)
@@ -3964,13 +3935,8 @@ class Restarted(ServerCase):
                     eve.send("PRIVMSG #tea :hello\r\n")
                     eve.sync()
                     self.assertIn("hello", "\n".join(self.tried(self.someone("dan"), "#tea")))
-                self.stop(self.server, self.thread)
-                if kept:
-                    self.begin()
-                else:
-                    self.serve(chat.Server("127.0.0.1", 0))
-            self.stop(self.server, self.thread)
-            self.serve(chat.Server("127.0.0.1", 0))
+                self.restart(kept)
+            self.restart(False)
         history = chat.SqliteHistory(self.path, readonly=True)
         self.addCleanup(history.close)
         self.assertEqual([item.text for item in history.transcript(0)], ["psst", "hello"] * 4)  # the owner reads all
@@ -3986,8 +3952,7 @@ class Restarted(ServerCase):
             ann.sync()
             told = [line.rpartition(":")[2] for line in self.tried(self.someone("eve"), "#tea") if "PRIVMSG" in line]
             self.assertEqual(told, ["open", "again"])
-            self.stop(self.server, self.thread)
-            self.serve(chat.Server("127.0.0.1", 0))  # in memory
+            self.restart(False)
 
     def test_nobody_reads_what_was_said_by_the_invited(self) -> None:
         ann = self.someone("ann")
