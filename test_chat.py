@@ -331,10 +331,9 @@ class WireFormat(unittest.TestCase):
             (Message("JOIN", ("#chat",), "n!u@h"), ":n!u@h JOIN #chat"),
             (Message("NICK", ("rob",), "n!u@h"), ":n!u@h NICK :rob"),
             (Message("QUIT", ("gone",), "n!u@h"), ":n!u@h QUIT :gone"),
-            (Message("TOPIC", ("#chat", "tea")), "TOPIC #chat :tea"),
-            (Message("AWAY", ("",)), "AWAY :"),
+            (Message("TOPIC", ("#chat", "tea")), "TOPIC #chat :tea"), (Message("AWAY", ("",)), "AWAY :"),
             (Message("QUIT"), "QUIT"),
-        ):
+        ):  # fmt: skip
             with self.subTest(line):
                 self.assertEqual(chat.format_line(message), line)
 
@@ -414,55 +413,36 @@ class Telnet(unittest.TestCase):
 
 class TextForm(unittest.TestCase):
     BOB = "bob!bob@host"
-    CASES = [
-        (Message("PRIVMSG", ("#chat", "hello"), BOB), "bob: hello"),
-        (Message("NOTICE", ("#chat", "hello"), BOB), "bob: hello"),
-        (Message("PRIVMSG", ("ann", "psst"), BOB), "[private] bob: psst"),
-        (Message("PRIVMSG", ("#chat", "\x01ACTION waves\x01"), BOB), "* bob waves"),
-        (Message("JOIN", ("#chat",), BOB, {chat.COUNT_TAG: "3"}), "*** bob joined (3 here)"),
-        (Message("JOIN", ("#chat",), BOB), "*** bob joined"),
-        (Message("QUIT", ("Ping timeout",), BOB), "*** bob left (Ping timeout)"),
-        (Message("QUIT", ("Connection closed",), BOB), "*** bob left"),
-        (Message("QUIT", ("Quit: gone home",), BOB), "*** bob left: gone home"),
-        (Message("QUIT", ("Quit: (Ping timeout)",), BOB), "*** bob left: (Ping timeout)"),
-        (Message("QUIT", ("Quit: Connection closed",), BOB), "*** bob left: Connection closed"),
-        (Message("QUIT", ("Quit: ",), BOB), "*** bob left"), (Message("QUIT", ("Quit:",), BOB), "*** bob left"),
-        (Message("QUIT", (), BOB), "*** bob left"), (Message("PART", ("#chat",), BOB), "*** bob left"),
-        (Message("PART", ("#chat", "bye"), BOB), "*** bob left: bye"),
-        (Message("KICK", ("#chat", "ann"), BOB), "*** ann was kicked out by bob"),
-        (Message("KICK", ("#chat", "ann", "bob"), BOB), "*** ann was kicked out by bob"),
-        (Message("KICK", ("#chat", "ann", "too loud"), BOB), "*** ann was kicked out by bob: too loud"),
-        (Message("MODE", ("#chat", "+m"), BOB), "*** bob set +m"),
-        (Message("MODE", ("#chat", "+o-v", "ann", "eve"), BOB), "*** bob set +o-v ann eve"),
-        (Message("324", ("bob", "#chat", "+kn", "x"), "s"), "*** The modes of #chat are: +kn x"),
-        (Message("INVITE", ("ann", "#tea"), BOB), "*** bob invited ann to #tea"), (Message("AWAY", ("tea",), BOB), ""),
-        (Message("NICK", ("rob",), BOB), "*** bob is now rob"),
-        (Message("TOPIC", ("#chat", "tea"), BOB), "*** bob set the topic: tea"),
-        (Message("ERROR", ("Server is shutting down",), "chat.local"), "*** Server is shutting down"),
-        (Message("NOTICE", ("*", "hi"), "chat.local"), "*** hi"),
-        (Message("FAIL", ("JOIN", "NO", "not now"), "s"), "*** Error: not now"),
-        (Message("WARN", ("*", "SOON", "a restart is due"), "s"), "*** Warning: a restart is due"),
-        (Message("NOTE", ("*", "NEWS", "we have moved"), "s"), "*** we have moved"),
-        (
-            Message("433", ("*", "bob", chat.ERR_NICKNAMEINUSE.text), "chat.local"),
-            "*** Error: that name is taken; send another",
-        ),
-        (Message("353", ("ann", "=", "#chat", "@ann bob"), "s"), "*** In #chat: @ann bob"),
-        (Message("001", ("ann", "Welcome"), "s"), ""), (Message("PONG", ("a", "b"), "s"), ""),
-        (Message("PRIVMSG", ("#chat", "\x1b[31mred\x9b\u202e"), BOB), "bob: \\x1b[31mred\\x9b<U+202E>"),
-        (
-            Message("PRIVMSG", ("#chat", "你好\u3000世界\xa0\U0001fae8 a\u200db"), BOB),
-            "bob: 你好\u3000世界\xa0\U0001fae8 a<U+200D>b",
-        ),
-        (Message("JOIN", ("#chat",), BOB, {chat.COUNT_TAG: "\x1b[2J"}), "*** bob joined (\\x1b[2J here)"),
-        (Message("QUIT", ("\x07\x7f",), BOB), "*** bob left (\\x07\\x7f)"),
-        (Message("PRIVMSG", ("#chat", "*** ann left {0}"), BOB), "bob: *** ann left {0}"),
+    CASES = [  # of bob, if there is no source
+        ("PRIVMSG #chat :hello", "bob: hello"), ("NOTICE #chat :hello", "bob: hello"),
+        ("PRIVMSG ann :psst", "[private] bob: psst"), ("PRIVMSG #chat :\x01ACTION waves\x01", "* bob waves"),
+        (f"@{chat.COUNT_TAG}=3 :{BOB} JOIN #chat", "*** bob joined (3 here)"), ("JOIN #chat", "*** bob joined"),
+        ("QUIT :Ping timeout", "*** bob left (Ping timeout)"), ("QUIT :Connection closed", "*** bob left"),
+        ("QUIT :Quit: gone home", "*** bob left: gone home"), ("QUIT :\x07\x7f", "*** bob left (\\x07\\x7f)"),
+        ("QUIT :Quit: (Ping timeout)", "*** bob left: (Ping timeout)"), ("QUIT :Quit: ", "*** bob left"),
+        ("QUIT :Quit: Connection closed", "*** bob left: Connection closed"), ("QUIT :Quit:", "*** bob left"),
+        ("QUIT", "*** bob left"), ("PART #chat", "*** bob left"), ("PART #chat :bye", "*** bob left: bye"),
+        ("KICK #chat ann", "*** ann was kicked out by bob"), ("KICK #chat ann :bob", "*** ann was kicked out by bob"),
+        ("KICK #chat ann :too loud", "*** ann was kicked out by bob: too loud"), ("MODE #chat +m", "*** bob set +m"),
+        ("MODE #chat +o-v ann eve", "*** bob set +o-v ann eve"), ("INVITE ann #tea", "*** bob invited ann to #tea"),
+        (":s 324 bob #chat +kn x", "*** The modes of #chat are: +kn x"), ("AWAY tea", ""),
+        ("NICK rob", "*** bob is now rob"), ("TOPIC #chat tea", "*** bob set the topic: tea"),
+        (":chat.local ERROR :Server is shutting down", "*** Server is shutting down"),
+        (":chat.local NOTICE * hi", "*** hi"), (":s FAIL JOIN NO :not now", "*** Error: not now"),
+        (":s WARN * SOON :a restart is due", "*** Warning: a restart is due"),
+        (":s NOTE * NEWS :we have moved", "*** we have moved"), (":s 001 ann Welcome", ""), (":s PONG a b", ""),
+        (f":chat.local 433 * bob :{chat.ERR_NICKNAMEINUSE.text}", "*** Error: that name is taken; send another"),
+        (":s 353 ann = #chat :@ann bob", "*** In #chat: @ann bob"),
+        ("PRIVMSG #chat :\x1b[31mred\x9b\u202e", "bob: \\x1b[31mred\\x9b<U+202E>"),
+        ("PRIVMSG #chat :你好\u3000世界\xa0\U0001fae8 a\u200db", "bob: 你好\u3000世界\xa0\U0001fae8 a<U+200D>b"),
+        (f"@{chat.COUNT_TAG}=\x1b[2J :{BOB} JOIN #chat", "*** bob joined (\\x1b[2J here)"),
+        ("PRIVMSG #chat :*** ann left {0}", "bob: *** ann left {0}"),
     ]  # fmt: skip
 
     def test_text_form(self) -> None:
-        for message, text in self.CASES:
-            with self.subTest(message):
-                self.assertEqual(chat.text_form(message), text)
+        for line, text in self.CASES:
+            with self.subTest(line):
+                self.assertEqual(chat.text_form(chat.parse(line if line[0] in ":@" else f":{self.BOB} {line}")), text)
 
     def test_joiners_pass_where_they_are_needed(self) -> None:
         england = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
@@ -471,9 +451,8 @@ class TextForm(unittest.TestCase):
             "ශ්\u200dරී",  # Sinhala
             "क्\u200dष क्\u200cष",  # Hindi
             "র\u200d্যাব",  # Bengali
-            "👨🏻\u200d❤\ufe0f\u200d💋\u200d👨🏼 🏳\ufe0f\u200d🌈 ☺\ufe0e 1\ufe0f\u20e3",
-            england,
-        ):
+            "👨🏻\u200d❤\ufe0f\u200d💋\u200d👨🏼 🏳\ufe0f\u200d🌈 ☺\ufe0e 1\ufe0f\u20e3", england,
+        ):  # fmt: skip
             with self.subTest(text):
                 self.assertEqual(chat.escape_controls(text), text)
         for text, shown in (
@@ -515,23 +494,17 @@ class TextForm(unittest.TestCase):
 
     def test_typed(self) -> None:
         for line, message in (
-            ("hello", Message("PRIVMSG", ("#x", "hello"))), ("  indented", Message("PRIVMSG", ("#x", "  indented"))),
-            ("//slash", Message("PRIVMSG", ("#x", "/slash"))),
-            ("/msg bob how are you", Message("PRIVMSG", ("bob", "how are you"))),
-            ("/me waves at all", Message("PRIVMSG", ("#x", "\x01ACTION waves at all\x01"))),
-            ("/NICK rob", Message("NICK", ("rob",))), ("/who", Message("NAMES", ("#x",))),
-            ("/join #y", Message("JOIN", ("#y",))), ("/join #y key", Message("JOIN", ("#y", "key"))),
-            ("/kick bob you know why", Message("KICK", ("#x", "bob", "you know why"))),
-            ("/invite bob", Message("INVITE", ("bob", "#x"))), ("/mode", Message("MODE", ("#x",))),
-            ("/mode +ov bob ann", Message("MODE", ("#x", "+ov", "bob", "ann"))), ("/topic", Message("TOPIC", ("#x",))),
-            ("/topic tea time", Message("TOPIC", ("#x", "tea time"))), ("/quit", Message("QUIT")),
-            ("/quit gone home", Message("QUIT", ("gone home",))), ("/nick rob ", Message("NICK", ("rob",))),
-            ("/whois bob  ", Message("WHOIS", ("bob",))), (" exit ", Message("QUIT")),
-            ("exit now", Message("PRIVMSG", ("#x", "exit now"))), ("/help", Message("HELP")),
-            ("/help keys", Message("HELP", ("keys",))),
+            ("hello", "PRIVMSG #x hello"), ("  indented", "PRIVMSG #x :  indented"), ("//slash", "PRIVMSG #x /slash"),
+            ("/msg bob how are you", "PRIVMSG bob :how are you"), ("/NICK rob", "NICK rob"), ("/who", "NAMES #x"),
+            ("/me waves at all", "PRIVMSG #x :\x01ACTION waves at all\x01"), ("/join #y", "JOIN #y"),
+            ("/join #y key", "JOIN #y key"), ("/kick bob you know why", "KICK #x bob :you know why"),
+            ("/invite bob", "INVITE bob #x"), ("/mode", "MODE #x"), ("/mode +ov bob ann", "MODE #x +ov bob ann"),
+            ("/topic", "TOPIC #x"), ("/topic tea time", "TOPIC #x :tea time"), ("/quit", "QUIT"),
+            ("/quit gone home", "QUIT :gone home"), ("/nick rob ", "NICK rob"), ("/whois bob  ", "WHOIS bob"),
+            (" exit ", "QUIT"), ("exit now", "PRIVMSG #x :exit now"), ("/help", "HELP"), ("/help keys", "HELP keys"),
         ):  # fmt: skip
             with self.subTest(line):
-                self.assertEqual(chat.parse_input(line, "#x"), message)
+                self.assertEqual(chat.parse_input(line, "#x"), chat.parse(message))
 
     def test_typed_wrongly(self) -> None:
         for line, text in (
@@ -652,11 +625,10 @@ class Dialects(unittest.TestCase):
     def test_irc_tags_by_capability(self) -> None:
         message = Message("PRIVMSG", ("#c", "x"), "n!u@h", {"time": "T", "msgid": "M", "+a": "b c"})
         for caps, line in (
-            ((), b":n!u@h PRIVMSG #c :x\r\n"),
-            (("server-time",), b"@time=T :n!u@h PRIVMSG #c :x\r\n"),
+            ((), b":n!u@h PRIVMSG #c :x\r\n"), (("server-time",), b"@time=T :n!u@h PRIVMSG #c :x\r\n"),
             (("message-tags",), b"@msgid=M;+a=b\\sc :n!u@h PRIVMSG #c :x\r\n"),
             (("message-tags", "server-time"), b"@time=T;msgid=M;+a=b\\sc :n!u@h PRIVMSG #c :x\r\n"),
-        ):
+        ):  # fmt: skip
             self.assertEqual(chat.irc(frozenset(caps)).encode(message), line)
         self.assertEqual(chat.irc().encode(Message("TAGMSG", ("#c",), "n!u@h")), b"")
         joined = Message("JOIN", ("#c", "*", "Ann"), "n!u@h")
@@ -804,10 +776,9 @@ class Kept(HistoryCase):
 
     def test_references(self) -> None:
         for text, span in (
-            ("msgid=1f", (31, 31)),
-            ("timestamp=1970-01-01T00:00:01.002Z", (1_002_000, 1_002_999)),
+            ("msgid=1f", (31, 31)), ("timestamp=1970-01-01T00:00:01.002Z", (1_002_000, 1_002_999)),
             ("timestamp=2026-01-31T12:00:00.000Z", (1769860800000000, 1769860800000999)),
-        ):
+        ):  # fmt: skip
             self.assertEqual(chat.parse_reference(text), span)
         for text in (
             "", "*", "msgid=", "msgid=xyz", "msgid=" + "f" * 16, "timestamp=now", "timestamp=2026-13-01T00:00:00.000Z",
@@ -1581,11 +1552,10 @@ class PlainPeople(ServerCase):
     def test_a_byte_order_mark_before_the_first_line_is_dropped(self) -> None:
         witness = self.plain("witness")
         for data in (
-            "bob\nhello\n",
-            "\r\nbob\r\nhello\r\n",
+            "bob\nhello\n", "\r\nbob\r\nhello\r\n",
             "NICK bob\r\nUSER b 0 * :b\r\nJOIN #chat\r\nPRIVMSG #chat :hello\r\n",
             '{"type":"join","user":"bob"}\n{"type":"chat","text":"hello"}\n',
-        ):
+        ):  # fmt: skip
             for size in (1, 1000):
                 with self.subTest(data, size=size):
                     whole, bob = b"\xef\xbb\xbf" + data.encode(), self.peer()
@@ -2038,27 +2008,23 @@ class ChannelModes(Stage):
         )  # fmt: skip
 
     def test_wrong_changes(self) -> None:
+        def wrong(mode: str, param: str) -> Dict[str, List[str]]:
+            return {"ann": [f"696 ann #chat {mode} {param} :mode {mode} cannot be set to that"]}
+
+        few = {"ann": ["461 ann MODE :MODE needs more than that"]}
+        many = "*a" * 11 + "!*@*"  # parts
+        changed = self.both("MODE #chat :+m")
+        changed["ann"] += [f"472 ann {mode} :{mode} is not a channel mode here" for mode in "z*"]
         self.play(
-            ("ann", "MODE #chat +zmz:", {
-                "ann": [
-                    ":ann!ann@localhost MODE #chat :+m", "472 ann z :z is not a channel mode here",
-                    "472 ann * :* is not a channel mode here",
-                ],
-                "bob": [":ann!ann@localhost MODE #chat :+m"],
-            }),
-            ("ann", "MODE #chat +k", {"ann": ["461 ann MODE :MODE needs more than that"]}),
-            ("ann", "MODE #chat +o", {"ann": ["461 ann MODE :MODE needs more than that"]}),
-            ("ann", "MODE #chat +k a,b", {"ann": ["696 ann #chat k * :mode k cannot be set to that"]}),
-            ("ann", "MODE #chat +k :a b", {"ann": ["696 ann #chat k * :mode k cannot be set to that"]}),
-            ("ann", f"MODE #chat +k {'x' * 33}", {"ann": ["696 ann #chat k * :mode k cannot be set to that"]}),
-            ("ann", f"MODE #chat +b {'x' * 77}", {
-                "ann": [f"696 ann #chat b {'x' * 64} :mode b cannot be set to that"]
-            }),
-            ("ann", "MODE #chat +l 0", {"ann": ["696 ann #chat l 0 :mode l cannot be set to that"]}),
-            ("ann", "MODE #chat +l many", {"ann": ["696 ann #chat l many :mode l cannot be set to that"]}),
-            ("ann", "MODE #chat +b :a b", {"ann": ["696 ann #chat b a :mode b cannot be set to that"]}),
+            ("ann", "MODE #chat +zmz:", changed), ("ann", "MODE #chat +k", few), ("ann", "MODE #chat +o", few),
+            ("ann", "MODE #chat +k a,b", wrong("k", "*")), ("ann", "MODE #chat +k :a b", wrong("k", "*")),
+            ("ann", f"MODE #chat +k {'x' * 33}", wrong("k", "*")),
+            ("ann", f"MODE #chat +b {'x' * 77}", wrong("b", "x" * 64)), ("ann", "MODE #chat +l 0", wrong("l", "0")),
+            ("ann", "MODE #chat +l many", wrong("l", "many")), ("ann", "MODE #chat +b :a b", wrong("b", "a")),
+            ("ann", f"MODE #chat +b {many}", wrong("b", many)),
             ("ann", "MODE #chat +o eve", {"ann": ["441 ann eve #chat :eve is not in #chat"]}),
             ("ann", "MODE #chat +v nobody", {"ann": ["401 ann nobody :nobody here is called nobody"]}),
+            ("ann", "MODE #chat +bbbbbt a b c d e", self.both("MODE #chat +bbbbt a!*@* b!*@* c!*@* :d!*@*")),
         )  # fmt: skip
 
     def test_ranks(self) -> None:
@@ -2139,9 +2105,6 @@ class ChannelModes(Stage):
         joined = [line for line in eve.sync() if " JOIN " in line]
         self.assertEqual(joined, [f":eve!eve@localhost JOIN {name}" for name in ("#b", "#a", "#c")])
 
-    def test_more_modes_than_fit_are_not_set(self) -> None:
-        self.play(("ann", "MODE #chat +bbbbbm a b c d e", self.both("MODE #chat +bbbbm a!*@* b!*@* c!*@* :d!*@*")))
-
 
 class ChannelBans(Stage):
     def test_bans_are_listed_and_bounded(self) -> None:
@@ -2187,10 +2150,6 @@ class ChannelBans(Stage):
             before = speak(range(100))
             self.assertLess(speak(range(100, 1100)) - before, 50_000)  # 1,000 names are more
 
-    def test_a_mask_of_too_many_parts_is_refused(self) -> None:
-        mask = "*a" * 11 + "!*@*"
-        self.play(("ann", f"MODE #chat +b {mask}", {"ann": [f"696 ann #chat b {mask} :mode b cannot be set to that"]}))
-
     def test_one_join_has_a_bounded_number_of_bans_looked_at(self) -> None:
         self.people["ann"].send("JOIN #a,#b\r\nMODE #a +bbb 1 2 3\r\nMODE #b +bbb 1 2 3\r\n")
         eve = self.people["eve"]
@@ -2208,11 +2167,10 @@ class Operators(Stage):
     def test_an_invitation_by_who_is_no_operator_opens_nothing(self) -> None:
         asked = {"bob": ["341 bob eve :#chat"], "eve": [":bob!bob@localhost INVITE eve :#chat"]}
         self.play(
-            ("bob", "INVITE eve #chat", asked),
-            ("ann", "MODE #chat +i", self.both("MODE #chat :+i")),
+            ("bob", "INVITE eve #chat", asked), ("ann", "MODE #chat +i", self.both("MODE #chat :+i")),
             ("eve", "JOIN #chat", {"eve": ["473 eve #chat :only who was invited may join #chat"]}),
             ("eve", "INVITE bob #chat", {"eve": ["442 eve #chat :you are not in #chat"]}),
-        )
+        )  # fmt: skip
 
     def test_old_invitations_are_forgotten(self) -> None:
         self.people["ann"].send("JOIN #a,#b\r\nMODE #chat +i\r\nMODE #a +i\r\nMODE #b +i\r\n")
@@ -2406,10 +2364,9 @@ class Capabilities(ServerCase):
         bob.sync()
         ann.sync()
         for command, answer in (
-            ("AWAY x", "306 ann :You are marked as away"),
-            ("JOIN #chat", "ACK"),
+            ("AWAY x", "306 ann :You are marked as away"), ("JOIN #chat", "ACK"),
             ("INVITE bob #chat", "443 ann bob #chat :bob is in #chat already"),
-        ):
+        ):  # fmt: skip
             ann.send(f"@label=L {command}\r\n")
             self.assertEqual(ann.sync(), [f"@label=L :chat.local {answer}"])
         self.irc("eve").send("PART #chat\r\n")
@@ -3192,10 +3149,9 @@ class Encrypted(ServerCase, TlsCase):
         self.start(True)
         self.secret("bob\n").until("bob joined")
         for line, answer in (
-            ("ann\n", f"*** {chat.TLS_ONLY}"),
-            ("NICK ann\r\n", f"{ERROR}{chat.TLS_ONLY}"),
+            ("ann\n", f"*** {chat.TLS_ONLY}"), ("NICK ann\r\n", f"{ERROR}{chat.TLS_ONLY}"),
             ("GET / HTTP/1.0\r\n", chat.HTTP.ANSWER.splitlines()[-1]),
-        ):
+        ):  # fmt: skip
             self.assertEqual(self.peer(line).rest()[-1], answer)
 
     def test_a_hundred_handshakes_that_never_end(self) -> None:
@@ -3445,14 +3401,13 @@ class PastUnasked(PastCase):
     def test_labels(self) -> None:
         ann, _ = self.talk(2)
         for command, answer in (
-            ("PONG x", "@label=L :chat.local ACK"),
-            ("PING x", "@label=L :chat.local PONG chat.local :x"),
+            ("PONG x", "@label=L :chat.local ACK"), ("PING x", "@label=L :chat.local PONG chat.local :x"),
             ("DANCE", "@label=L :chat.local 421 ann DANCE :DANCE is not a command here"),
             ("PRIVMSG #chat hi", "@time=T;msgid=M;label=L :ann!ann@localhost PRIVMSG #chat :hi"),
             ("PRIVMSG ann hi", "@time=T;msgid=M;label=L :ann!ann@localhost PRIVMSG ann :hi"),
             ("PRIVMSG nobody hi", "@label=L :chat.local 401 ann nobody :nobody here is called nobody"),
             ("TOPIC #chat", "@label=L :chat.local 331 ann #chat :No topic is set"),
-        ):
+        ):  # fmt: skip
             with self.subTest(command):
                 ann.send(f"@label=L {command}\r\n")
                 lines = [re.sub("time=[^;]*;msgid=[0-9a-f]+", "time=T;msgid=M", line) for line in ann.sync()]
