@@ -201,15 +201,13 @@ class Names(unittest.TestCase):
         for name in self.GOOD:
             with self.subTest(name):
                 self.assertEqual(chat.check_nick(name), name)
+        self.assertEqual(chat.check_nick("Jose\u0301"), "José")
 
     def test_bad(self) -> None:
         for name in self.BAD:
             with self.subTest(name), self.assertRaises(chat.CommandError) as caught:
                 chat.check_nick(name)
             self.assertEqual(caught.exception.numeric, chat.ERR_ERRONEUSNICKNAME)
-
-    def test_names_are_normalised(self) -> None:
-        self.assertEqual(chat.check_nick("Jose\u0301"), "José")
 
     def test_one_name_in_many_spellings(self) -> None:
         for one, other in (
@@ -245,9 +243,8 @@ class Names(unittest.TestCase):
         patterns = [chat.mask_pattern(mask) for mask in masks]
         began = time.process_time()
         found = [pattern.fullmatch(name) for _ in range(20) for pattern in patterns for name in names]
-        self.assertLess(
-            time.process_time() - began, 3.0
-        )  # 300 of them: 0.1 s, and one minute where each * is tried anew
+        # 300 of them: 0.1 s, and one minute where each * is tried anew
+        self.assertLess(time.process_time() - began, 3.0)
         self.assertEqual(set(map(bool, found)), {False, True})
         for mask in ("*a" * 11, "x" * 81):
             self.assertRaises(ValueError, chat.mask_pattern, mask)
@@ -529,9 +526,6 @@ class Dialects(unittest.TestCase):
             with self.subTest(line):
                 self.assertIs(chat.dialect_of(line), dialect)
 
-    def test_equal_capabilities_are_one_view(self) -> None:
-        self.assertIs(chat.irc(frozenset({"server-time"})), chat.irc(frozenset(["server-time"])))
-
     def test_plain(self) -> None:
         join = [
             Message("NICK", ("bob",)), Message("USER", ("plain", "0", "*", "plain user")), Message("JOIN", ("#chat",)),
@@ -550,6 +544,7 @@ class Dialects(unittest.TestCase):
             ({"type": "chat", "text": "hi", "ref": "7"}, Message("PRIVMSG", ("*", "hi"), "", {"label": "7"})),
             ({"type": "private", "to": "ann", "text": "psst"}, Message("PRIVMSG", ("ann", "psst"))),
             ({"type": "leave"}, Message("QUIT", ("",))),
+            ({"type": "chat", "text": "[{" * 100}, Message("PRIVMSG", ("*", "[{" * 100))),
             ({"type": "command", "text": "/who"}, Message("NAMES", ("*",))),
         ):
             with self.subTest(item):
@@ -571,11 +566,6 @@ class Dialects(unittest.TestCase):
         chat.JSON_STRING.sub("", '"' + '\\"' * size)
         for noise in (b"\xff\xfa", b"\xff\xfa" + b"x" * 20, b"\xff\xff", b"\r\xff"):
             chat.TelnetBuffer(10).feed_telnet(noise * (size // len(noise)))
-
-    def test_json_takes_brackets_in_text(self) -> None:
-        text = "[{" * 100
-        line = json.dumps({"type": "chat", "text": text}).encode()
-        self.assertEqual(chat.JSON.decode(line, True), [Message("PRIVMSG", ("*", text))])
 
     STAMP = {"id": "M", "time": "T"}
     TAGS = {"time": "T", "msgid": "M", chat.COUNT_TAG: "3"}
@@ -630,6 +620,7 @@ class Dialects(unittest.TestCase):
             (("message-tags", "server-time"), b"@time=T;msgid=M;+a=b\\sc :n!u@h PRIVMSG #c :x\r\n"),
         ):  # fmt: skip
             self.assertEqual(chat.irc(frozenset(caps)).encode(message), line)
+        self.assertIs(chat.irc(frozenset({"server-time"})), chat.irc(frozenset(["server-time"])))
         self.assertEqual(chat.irc().encode(Message("TAGMSG", ("#c",), "n!u@h")), b"")
         joined = Message("JOIN", ("#c", "*", "Ann"), "n!u@h")
         self.assertEqual(chat.irc().encode(joined), b":n!u@h JOIN #c\r\n")
@@ -1768,9 +1759,8 @@ class IrcClients(ServerCase):
     def test_no_answer_is_longer_than_a_line(self) -> None:
         ann = self.irc("ann")
         heads = "|PING |PART #|WHOIS |CAP REQ :|CAP |JOIN #|NICK |NAMES #|WHO |ISON |WHO #chat %t,|PRIVMSG |MODE "
-        for head in (
-            heads + "|MODE #chat |USERHOST |WHOWAS |MODE #chat +b |KICK #chat |INVITE |VERSION |SETNAME "
-        ).split("|"):
+        heads += "|MODE #chat |USERHOST |WHOWAS |MODE #chat +b |KICK #chat |INVITE |VERSION |SETNAME "
+        for head in heads.split("|"):
             ann.send(head + "x" * (chat.LINE_BYTES - 2 - len(head)) + "\r\n")
         for line in ann.sync():
             self.assertLessEqual(len(line.encode()) + 2, chat.LINE_BYTES, line)
@@ -1949,11 +1939,7 @@ class Answers(ServerCase):
             answers = bob.sync()
             self.assertIn(":chat.local 263 bob WHO :WHO is too much now; wait a little", answers)
             self.assertLess(len([line for line in answers if " 352 " in line]), 20)
-            for question in (
-                "NAMES #chat",
-                "LIST",
-                "CHATHISTORY LATEST #chat * 1",
-            ):  # one account for all of an address
+            for question in ("NAMES #chat", "LIST", "CHATHISTORY LATEST #chat * 1"):  # one account for an address
                 ann.send(f"{question}\r\n")
                 self.assertIn(f" 263 ann {question.split()[0]} :", ann.until(" 263 "))
             ann.send("PRIVMSG #chat :talking is free\r\n")
@@ -1970,8 +1956,8 @@ class Stage(ServerCase):
         for name in ("eve", "bob", "ann"):
             self.people[name].sync()
 
-    def play(self, *steps: Tuple[str, str, Dict[str, List[str]]]) -> None:
-        """Lets somebody send a line; what each then gets, but for the server's name. Who is not named gets nothing."""
+    def play(self, *steps: Tuple[str, str, str | Dict[str, List[str]]]) -> None:
+        """Lets somebody send a line; what they get, or what each gets, but for the server's name, and nothing else."""
         for name, line, wanted in steps:
             with self.subTest(f"{name}: {line}"):
                 self.people[name].send(f"{line}\r\n")
@@ -1979,7 +1965,8 @@ class Stage(ServerCase):
                 got = {name: self.people[name].sync()}
                 got.update((other, peer.sync()) for other, peer in self.people.items() if other != name)
                 found = {who: [item.replace(":chat.local ", "") for item in lines] for who, lines in got.items()}
-                self.assertEqual({who: lines for who, lines in found.items() if lines}, wanted)
+                expected = {name: [wanted]} if isinstance(wanted, str) else wanted
+                self.assertEqual({who: lines for who, lines in found.items() if lines}, expected)
 
     @staticmethod
     def names(to: str, channel: str, names: str) -> List[str]:
@@ -1996,22 +1983,22 @@ class ChannelModes(Stage):
         self.assertLess(abs(created - time.time()), PATIENCE)
         self.play(
             ("eve", "MODE #chat", {"eve": ["324 eve #chat :+n", f"329 eve #chat :{created}"]}),
-            ("eve", "MODE #chat +m", {"eve": ["442 eve #chat :you are not in #chat"]}),
-            ("bob", "MODE #chat +m", {"bob": ["482 bob #chat :only an operator of #chat may do that"]}),
+            ("eve", "MODE #chat +m", "442 eve #chat :you are not in #chat"),
+            ("bob", "MODE #chat +m", "482 bob #chat :only an operator of #chat may do that"),
             ("ann", "MODE #chat +n", {}),
             ("ann", "MODE #chat +tmi-n+mlk 7 tea", self.both("MODE #chat +tmi-n+lk 7 :tea")),
             ("bob", "MODE #chat", {"bob": ["324 bob #chat +iklmt tea :7", f"329 bob #chat :{created}"]}),
             ("eve", "MODE #chat", {"eve": ["324 eve #chat +iklmt * :7", f"329 eve #chat :{created}"]}),
             ("ann", "MODE #chat +l 07", {}), ("ann", "MODE #chat -lk+n-tmi", self.both("MODE #chat -lk+n-tmi :*")),
             ("ann", "MODE #chat -lk", {}), ("ann", "MODE #chat +m-m+m", self.both("MODE #chat :+m")),
-            ("ann", "MODE #nix +m", {"ann": ["403 ann #nix :there is no channel #nix"]}),
+            ("ann", "MODE #nix +m", "403 ann #nix :there is no channel #nix"),
         )  # fmt: skip
 
     def test_wrong_changes(self) -> None:
-        def wrong(mode: str, param: str) -> Dict[str, List[str]]:
-            return {"ann": [f"696 ann #chat {mode} {param} :mode {mode} cannot be set to that"]}
+        def wrong(mode: str, param: str) -> str:
+            return f"696 ann #chat {mode} {param} :mode {mode} cannot be set to that"
 
-        few = {"ann": ["461 ann MODE :MODE needs more than that"]}
+        few = "461 ann MODE :MODE needs more than that"
         many = "*a" * 11 + "!*@*"  # parts
         changed = self.both("MODE #chat :+m")
         changed["ann"] += [f"472 ann {mode} :{mode} is not a channel mode here" for mode in "z*"]
@@ -2022,8 +2009,8 @@ class ChannelModes(Stage):
             ("ann", f"MODE #chat +b {'x' * 77}", wrong("b", "x" * 64)), ("ann", "MODE #chat +l 0", wrong("l", "0")),
             ("ann", "MODE #chat +l many", wrong("l", "many")), ("ann", "MODE #chat +b :a b", wrong("b", "a")),
             ("ann", f"MODE #chat +b {many}", wrong("b", many)),
-            ("ann", "MODE #chat +o eve", {"ann": ["441 ann eve #chat :eve is not in #chat"]}),
-            ("ann", "MODE #chat +v nobody", {"ann": ["401 ann nobody :nobody here is called nobody"]}),
+            ("ann", "MODE #chat +o eve", "441 ann eve #chat :eve is not in #chat"),
+            ("ann", "MODE #chat +v nobody", "401 ann nobody :nobody here is called nobody"),
             ("ann", "MODE #chat +bbbbbt a b c d e", self.both("MODE #chat +bbbbt a!*@* b!*@* c!*@* :d!*@*")),
         )  # fmt: skip
 
@@ -2038,7 +2025,7 @@ class ChannelModes(Stage):
                 "352 eve #chat bob localhost chat.local bob H+ :0 bob", "315 eve #chat :End of WHO list",
             ]}),
             ("ann", "MODE #chat -o ann", self.both("MODE #chat -o :ann")),
-            ("ann", "MODE #chat +o ann", {"ann": ["482 ann #chat :only an operator of #chat may do that"]}),
+            ("ann", "MODE #chat +o ann", "482 ann #chat :only an operator of #chat may do that"),
         )  # fmt: skip
 
     def test_who_may_speak(self) -> None:
@@ -2047,20 +2034,19 @@ class ChannelModes(Stage):
 
         silent = "404 bob #chat :you are banned from #chat, so you cannot write there"
         self.play(
-            ("eve", "PRIVMSG #chat :x", {"eve": ["404 eve #chat :only members may write to #chat"]}),
+            ("eve", "PRIVMSG #chat :x", "404 eve #chat :only members may write to #chat"),
             ("ann", "MODE #chat -n", self.both("MODE #chat :-n")),
             ("eve", "PRIVMSG #chat :hi", dict.fromkeys(("ann", "bob"), [":eve!eve@localhost PRIVMSG #chat :hi"])),
             ("ann", "MODE #chat +m", self.both("MODE #chat :+m")),
-            ("bob", "PRIVMSG #chat :x", {"bob": [f"404 bob #chat :{chat.ERR_MODERATED.text.format('#chat')}"]}),
+            ("bob", "PRIVMSG #chat :x", f"404 bob #chat :{chat.ERR_MODERATED.text.format('#chat')}"),
             ("bob", "NOTICE #chat :x", {}),
-            ("eve", "PRIVMSG #chat :x", {"eve": [f"404 eve #chat :{chat.ERR_MODERATED.text.format('#chat')}"]}),
+            ("eve", "PRIVMSG #chat :x", f"404 eve #chat :{chat.ERR_MODERATED.text.format('#chat')}"),
             ("ann", "MODE #chat +v bob", self.both("MODE #chat +v :bob")),
             ("bob", "PRIVMSG #chat :I may", {"ann": said("I may")}),
             ("ann", "MODE #chat -mv+b bob rob", self.both("MODE #chat -mv+b bob :rob!*@*")),
             ("bob", "PRIVMSG #chat :not I", {"ann": said("not I")}),
-            ("ann", "MODE #chat +b B?B", self.both("MODE #chat +b :B?B!*@*")),
-            ("bob", "PRIVMSG #chat :x", {"bob": [silent]}), ("bob", "TAGMSG #chat", {"bob": [silent]}),
-            ("ann", "MODE #chat -b b?b!*@*", self.both("MODE #chat -b :B?B!*@*")),
+            ("ann", "MODE #chat +b B?B", self.both("MODE #chat +b :B?B!*@*")), ("bob", "PRIVMSG #chat :x", silent),
+            ("bob", "TAGMSG #chat", silent), ("ann", "MODE #chat -b b?b!*@*", self.both("MODE #chat -b :B?B!*@*")),
             ("bob", "PRIVMSG #chat :again", {"ann": said("again")}),
         )  # fmt: skip
 
@@ -2070,24 +2056,22 @@ class ChannelModes(Stage):
         parts = dict.fromkeys(("ann", "bob", "eve"), [":eve!eve@localhost PART #chat"])
         self.play(
             ("ann", "MODE #chat +k tea", self.both("MODE #chat +k :tea")),
-            ("eve", "JOIN #chat", {"eve": ["475 eve #chat :#chat has a key: join it with the right one"]}),
-            ("eve", "JOIN #chat Tea", {"eve": ["475 eve #chat :#chat has a key: join it with the right one"]}),
+            ("eve", "JOIN #chat", "475 eve #chat :#chat has a key: join it with the right one"),
+            ("eve", "JOIN #chat Tea", "475 eve #chat :#chat has a key: join it with the right one"),
             ("eve", "JOIN #chat tea", joins), ("eve", "PART #chat", parts),
             ("ann", "MODE #chat -k+l tea 2", self.both("MODE #chat -k+l * :2")),
-            ("eve", "JOIN #chat", {"eve": ["471 eve #chat :#chat has as many members as it may have"]}),
+            ("eve", "JOIN #chat", "471 eve #chat :#chat has as many members as it may have"),
             ("ann", "MODE #chat +l-l 3", self.both("MODE #chat +l-l :3")),
             ("ann", "MODE #chat +b *@LOCAL*", self.both("MODE #chat +b :*!*@LOCAL*")),
-            ("eve", "JOIN #chat", {"eve": ["474 eve #chat :you are banned from #chat"]}),
+            ("eve", "JOIN #chat", "474 eve #chat :you are banned from #chat"),
             ("ann", "MODE #chat -b+i *!*@local*", self.both("MODE #chat -b+i :*!*@LOCAL*")),
-            ("eve", "JOIN #chat", {"eve": ["473 eve #chat :only who was invited may join #chat"]}),
-            ("bob", "INVITE eve #chat", {"bob": ["482 bob #chat :only an operator of #chat may do that"]}),
+            ("eve", "JOIN #chat", "473 eve #chat :only who was invited may join #chat"),
+            ("bob", "INVITE eve #chat", "482 bob #chat :only an operator of #chat may do that"),
             ("ann", "INVITE eve #chat", {
                 "ann": ["341 ann eve :#chat"], "eve": [":ann!ann@localhost INVITE eve :#chat"],
             }),
-            ("eve", "JOIN #chat", joins),
-            ("ann", "INVITE eve #chat", {"ann": ["443 ann eve #chat :eve is in #chat already"]}),
-            ("eve", "PART #chat", parts),
-            ("eve", "JOIN #chat", {"eve": ["473 eve #chat :only who was invited may join #chat"]}),
+            ("eve", "JOIN #chat", joins), ("ann", "INVITE eve #chat", "443 ann eve #chat :eve is in #chat already"),
+            ("eve", "PART #chat", parts), ("eve", "JOIN #chat", "473 eve #chat :only who was invited may join #chat"),
         )  # fmt: skip
 
     def test_who_speaks_from_outside_hears_the_echo(self) -> None:
@@ -2116,7 +2100,7 @@ class ChannelBans(Stage):
             peer.sync()
         self.play(
             ("ann", "MODE #chat +b U7!*@*", {}),
-            ("ann", "MODE #chat +b more", {"ann": ["478 ann #chat b :#chat has 100 bans; remove one first"]}),
+            ("ann", "MODE #chat +b more", "478 ann #chat b :#chat has 100 bans; remove one first"),
             ("ann", "MODE #chat -b more", {}),
         )
         for command in ("MODE #chat b", "MODE #chat +b", "MODE #chat -bb"):
@@ -2168,8 +2152,8 @@ class Operators(Stage):
         asked = {"bob": ["341 bob eve :#chat"], "eve": [":bob!bob@localhost INVITE eve :#chat"]}
         self.play(
             ("bob", "INVITE eve #chat", asked), ("ann", "MODE #chat +i", self.both("MODE #chat :+i")),
-            ("eve", "JOIN #chat", {"eve": ["473 eve #chat :only who was invited may join #chat"]}),
-            ("eve", "INVITE bob #chat", {"eve": ["442 eve #chat :you are not in #chat"]}),
+            ("eve", "JOIN #chat", "473 eve #chat :only who was invited may join #chat"),
+            ("eve", "INVITE bob #chat", "442 eve #chat :you are not in #chat"),
         )  # fmt: skip
 
     def test_old_invitations_are_forgotten(self) -> None:
@@ -2187,16 +2171,16 @@ class Operators(Stage):
     def test_kick(self) -> None:
         out = ":ann!ann@localhost KICK #chat bob"
         self.play(
-            ("bob", "KICK #chat ann", {"bob": ["482 bob #chat :only an operator of #chat may do that"]}),
-            ("eve", "KICK #chat ann", {"eve": ["442 eve #chat :you are not in #chat"]}),
+            ("bob", "KICK #chat ann", "482 bob #chat :only an operator of #chat may do that"),
+            ("eve", "KICK #chat ann", "442 eve #chat :you are not in #chat"),
             ("ann", "KICK #chat eve,nobody", {
                 "ann": ["441 ann eve #chat :eve is not in #chat", "401 ann nobody :nobody here is called nobody"]
             }),
             ("ann", "KICK #chat Bob,eve :too loud", {
                 "ann": [f"{out} :too loud", "441 ann eve #chat :eve is not in #chat"], "bob": [f"{out} :too loud"],
             }),
-            ("bob", "PRIVMSG #chat :x", {"bob": ["404 bob #chat :only members may write to #chat"]}),
-            ("ann", "KICK #chat a,b,c,d,e", {"ann": ["407 ann :that is too many names in one command"]}),
+            ("bob", "PRIVMSG #chat :x", "404 bob #chat :only members may write to #chat"),
+            ("ann", "KICK #chat a,b,c,d,e", "407 ann :that is too many names in one command"),
             ("bob", "JOIN #tea", {"bob": [":bob!bob@localhost JOIN #tea", *self.names("bob", "#tea", "@bob")]}),
             ("ann", "JOIN #tea", {
                 "ann": [":ann!ann@localhost JOIN #tea", *self.names("ann", "#tea", "@bob ann")],
@@ -2206,7 +2190,7 @@ class Operators(Stage):
                 "ann": [":bob!bob@localhost KICK #tea bob :bob"],
                 "bob": [":bob!bob@localhost KICK #tea bob :bob", "442 bob #tea :you are not in #tea"],
             }),
-            ("ann", "PART #tea", {"ann": [":ann!ann@localhost PART #tea"]}),
+            ("ann", "PART #tea", ":ann!ann@localhost PART #tea"),
         )  # fmt: skip
         self.assertEqual(self.counts()[2], 1)
 
@@ -2214,7 +2198,7 @@ class Operators(Stage):
         self.play(
             ("bob", "TOPIC #chat :tea", dict.fromkeys(("ann", "bob"), [":bob!bob@localhost TOPIC #chat :tea"])),
             ("ann", "MODE #chat +t", self.both("MODE #chat :+t")),
-            ("bob", "TOPIC #chat :rum", {"bob": ["482 bob #chat :only an operator of #chat may do that"]}),
+            ("bob", "TOPIC #chat :rum", "482 bob #chat :only an operator of #chat may do that"),
             ("ann", "TOPIC #chat :rum", self.both("TOPIC #chat :rum")),
         )
 
@@ -2663,9 +2647,8 @@ class Throttled(ServerCase):
         self.assertGreater(time.monotonic() - began, (4 + 36 + 4 - 40) / 10)
         indebted = chat.TokenBucket(10, 0.5)
         indebted.debit(100.0, 60)
-        self.assertEqual(
-            chat.Session("host", 100.0, None, (indebted, indebted)).connected_at, 125.0
-        )  # can register yet
+        session = chat.Session("host", 100.0, None, (indebted, indebted))
+        self.assertEqual(session.connected_at, 125.0)  # can register yet
 
     def test_an_exempt_address_is_one_address_or_a_network(self) -> None:
         access = chat.AccessControl("fe80::/10, 192.0.2.0/24, 2001:db8::5")
