@@ -8564,6 +8564,15 @@ def saw(name: str, order: Iterable[int], sender: int = -1, span: Tuple[int, int]
     return History(name, sender, array("I", order), list(strange), *span)
 
 
+def seen(*rows: str) -> List[History]:
+    """What c0, c1 ... got, a digit for each message; `/1-3`: only 1 and 2 were to come to it; `=0`: it is sender 0."""
+    found = []
+    for number, row in enumerate(rows):
+        ((order, first, last, sender),) = re.findall(r"^(\d*)(?:/(\d)-(\d))?(?:=(\d))?$", row)
+        found.append(saw(f"c{number}", map(int, order), int(sender or -1), (int(first or 0), int(last or 99))))
+    return found
+
+
 def results(findings: Sequence[Finding]) -> Dict[str, Tuple[str, int, str]]:
     return {name: (verdict, count, witness) for name, verdict, count, witness in findings}
 
@@ -8572,230 +8581,94 @@ class Case(NamedTuple):
     title: str
     sent: Sent
     histories: List[History]
-    failing: Dict[str, Tuple[int, str]]  # check -> count, witness; all others pass
+    failing: Dict[str, Tuple[int, str]]  # check -> count, witness; all others are as `rest`
     echo: bool = True
+    rest: str = "pass"
 
 
 FOUR = sent([0, 1, 0, 1])  # messages 0 and 2 of s0, 1 and 3 of s1
 SIX = sent([0, 1, 2, 3, 4, 5])
 C0 = saw("c0", [0, 1, 2, 3])
 CASES = [
-    Case("all alike", FOUR, [C0, saw("c1", [0, 1, 2, 3])], {}),
-    Case("not in the order of the schedule", FOUR, [saw("c0", [1, 0, 3, 2]), saw("c1", [1, 0, 3, 2])], {}),
-    Case(
-        "one lost, that another one has",
-        FOUR,
-        [saw("c0", [1, 0, 2, 3]), saw("c1", [0, 2, 3])],
-        {"loss": (1, "c1 never got 1 (from s1); c0 did, at 0")},
-    ),
-    Case("the last lost", FOUR, [C0, saw("c1", [0, 1, 2])], {"loss": (1, "c1 never got 3 (from s1); c0 did, at 3")}),
-    Case(
-        "lost for all: the smallest is shown, all are counted",
-        FOUR,
-        [saw("c0", [0, 2]), saw("c1", [0, 2, 3])],
-        {"loss": (3, "c0 never got 1 (from s1), nor did anyone else")},
-    ),
-    Case(
-        "nothing at one receiver",
-        FOUR,
-        [saw("c0", []), saw("c1", [0, 1, 2, 3])],
-        {"loss": (4, "c0 never got 0 (from s0); c1 did, at 0")},
-    ),
-    Case("joined late and left early", FOUR, [C0, saw("c1", [1, 2], -1, (1, 3)), saw("c2", [], -1, (2, 2))], {}),
-    Case("a race of join and leave", FOUR, [C0, saw("c1", [0, 1, 2, 3], -1, (1, 3)), saw("c2", [0], -1, (4, 4))], {}),
-    Case(
-        "each bound of a stay",
-        FOUR,
-        [C0, saw("c1", [0, 3], -1, (1, 3))],
-        {"loss": (2, "c1 never got 1 (from s1); c0 did, at 1")},
-    ),
-    Case("alike, but not there for the same", FOUR, [C0, saw("c1", [0], -1, (0, 1)), saw("c2", [0], -1, (0, 1))], {}),
-    Case(
-        "alike, and one was there longer",
-        FOUR,
-        [C0, saw("c1", [0], -1, (0, 1)), saw("c2", [0], -1, (0, 2))],
-        {"loss": (1, "c2 never got 1 (from s1); c0 did, at 1")},
-    ),
-    Case("never sent, so not lost", sent([0, -1, 1]), [saw("c0", [0, 2])], {}),
-    Case("without echo", FOUR, [saw("c0", [1, 3], 0), saw("c1", [0, 2], 1), saw("c2", [0, 1, 2, 3])], {}, False),
-    Case("own ones although without echo", FOUR, [saw("c0", [0, 1, 2, 3], 0), saw("c1", [0, 1, 2], 1)], {}, False),
-    Case(
-        "with echo, own ones are demanded",
-        FOUR,
-        [saw("c0", [1, 3], 0), C0._replace(name="c1")],
-        {"loss": (2, "c0 never got 0 (from s0); c1 did, at 0")},
-    ),
-    Case(
-        "without echo, those of others are demanded",
-        FOUR,
-        [saw("c0", [1], 0), saw("c1", [0, 2], 1)],
-        {"loss": (1, "c0 never got 3 (from s1), nor did anyone else")},
-        False,
-    ),
-    Case(
-        "one doubled",
-        FOUR,
-        [C0, saw("c1", [0, 1, 2, 1, 3])],
-        {"duplicate": (1, "c1 got 1 (from s1) again at 3, first at 1")},
-    ),
-    Case(
-        "copies at two receivers alike and more at a third",
-        FOUR,
-        [saw("c0", [0, 1, 2, 3, 3]), saw("c1", [0, 1, 2, 3, 3]), saw("c2", [0, 0, 1, 0, 2, 3])],
-        {"duplicate": (4, "c2 got 0 (from s0) again at 1, first at 0")},
-    ),
-    Case(
-        "altered: strange, and lost",
-        FOUR,
-        [C0, saw("c1", [0, 1, 3], -1, (0, 4), b"2 Xello")],
-        {
-            "loss": (1, "c1 never got 2 (from s0); c0 did, at 2"),
-            "corruption": (1, "c1 got a line that nobody sent: b'2 Xello'"),
-        },
-    ),
-    Case(
-        "the same copy at two: the first receiver, and at the first place",
-        FOUR,
-        [saw("c0", [0, 1, 1, 2, 2, 3]), saw("c1", [0, 1, 1, 2, 3])],
-        {"duplicate": (3, "c0 got 1 (from s1) again at 2, first at 1")},
-    ),
-    Case(
-        "the longest line that is not cut",
-        FOUR,
-        [C0, saw("c1", C0.order, -1, (0, 4), b"x" * 80)],
-        {"corruption": (1, "c1 got a line that nobody sent: b'" + "x" * 80 + "'")},
-    ),
-    Case(
-        "the shortest strange line, cut",
-        FOUR,
-        [C0, saw("c1", C0.order, -1, (0, 4), b"y" * 99, b"\r" + b"x" * 80)],
-        {"corruption": (2, "c1 got a line that nobody sent: b'\\r" + "x" * 79 + "'...")},
-    ),
-    Case(
-        "a number out of range, twice, and with it a place further on",
-        FOUR,
-        [C0, saw("c1", [0, 4_000_000_000, 1, 3, 2, 4_000_000_000])],
-        {
-            "corruption": (2, "c1 got message 4000000000 at 1, which nobody sent"),
-            "order": (
-                1,
-                "c1 saw 3 (from s1) before 2 (from s0), at 3 and 4; c0 saw them the other way, at 3 and 2",
-            ),
-        },
-    ),
-    Case(
-        "a number that was never sent, at two",
-        sent([0, -1, 0]),
-        [saw("c0", [0, 2]), saw("c1", [0, 2, 1]), saw("c2", [0, 2, 1])],
-        {"corruption": (2, "c1 got message 1 at 2, which nobody sent")},
-    ),
-    Case(
-        "all saw one sender's messages backwards: the closest two",
-        FOUR,
-        [saw("c0", [2, 3, 1, 0]), saw("c1", [2, 3, 1, 0])],
-        {"fifo": (4, "c0 saw 3 (from s1) before 1 (from s1), at 1 and 2")},
-    ),
-    Case(
-        "a doubled one counts where it came first",
-        FOUR,
-        [C0, saw("c1", [0, 1, 2, 3, 0, 1])],
-        {"duplicate": (2, "c1 got 0 (from s0) again at 4, first at 0")},
-    ),
-    Case(
-        "places are those of the first arrival, duplicates included",
-        FOUR,
-        [C0, saw("c1", [0, 0, 2, 1, 2, 3])],
-        {
-            "duplicate": (2, "c1 got 0 (from s0) again at 1, first at 0"),
-            "order": (
-                1,
-                "c1 saw 2 (from s0) before 1 (from s1), at 2 and 3; c0 saw them the other way, at 2 and 1",
-            ),
-        },
-    ),
-    Case(
-        "two swapped at one receiver of three: the majority is right",
-        FOUR,
-        [saw("c0", [1, 0, 2, 3]), saw("c1", [0, 1, 2, 3]), saw("c2", [0, 1, 2, 3])],
-        {
-            "order": (
-                1,
-                "c0 saw 1 (from s1) before 0 (from s0), at 0 and 1; c1 saw them the other way, at 1 and 0",
-            )
-        },
-    ),
-    Case(
-        "the closest of several disagreements",
-        SIX,
-        [saw(name, range(6)) for name in ("c0", "c1")] + [saw("c2", [1, 2, 0, 3, 5, 4])],
-        {
-            "order": (
-                2,
-                "c2 saw 5 (from s5) before 4 (from s4), at 4 and 5; c0 saw them the other way, at 5 and 4",
-            )
-        },
-    ),
-    Case(
-        "the closest at any receiver, and of its opposites the first",
-        SIX,
-        [saw(f"c{n}", range(6 - n)) for n in range(3)] + [saw("c3", [3, 0, 1, 2, 4, 5]), saw("c4", [0, 2, 1, 3, 4, 5])],
-        {
-            "loss": (3, "c2 never got 4 (from s4); c0 did, at 4"),
-            "order": (
-                2,
-                "c4 saw 2 (from s2) before 1 (from s1), at 1 and 2; c0 saw them the other way, at 2 and 1",
-            ),
-        },
-    ),
-    Case(
-        "two of two swapped across a third: one step back",
-        FOUR,
-        [saw("c0", [2, 0, 1, 3]), saw("c1", [1, 2, 0, 3])],
-        {
-            "fifo": (2, "c0 saw 2 (from s0) before 0 (from s0), at 0 and 1"),
-            "order": (
-                1,
-                "c1 saw 1 (from s1) before 0 (from s0), at 0 and 2; c0 saw them the other way, at 2 and 1",
-            ),
-        },
-    ),
-    Case("no two share two messages", FOUR, [saw("c0", [3], -1, (3, 4)), saw("c1", [1, 0], -1, (0, 2))], {}),
-    Case(
-        "two agree where both were, through a third",
-        SIX,
-        [saw("c0", [0, 2], 1), saw("c1", [1, 0], 2), saw("c2", [1, 2], 0)],
-        {"loss": (9, "c0 never got 3 (from s3), nor did anyone else")},
-        False,
-    ),
-    Case(
-        "three that disagree only together",
-        sent([0, 1, 2]),
-        [saw("c0", [1, 2], 0), saw("c1", [2, 0], 1), saw("c2", [0, 1], 2)],
-        {
-            "order": (
-                1,
-                "3 receivers together fit no order: c2 saw 0 (from s0) before 1 (from s1), at 0 and 1; "
-                "c0 saw 1 (from s1) before 2 (from s2), at 0 and 1; "
-                "c1 saw 2 (from s2) before 0 (from s0), at 0 and 1",
-            )
-        },
-        False,
-    ),
-    Case(
-        "all saw the reply first",
-        sent([0, 1], [-1, 0]),
-        [saw("c0", [1, 0]), saw("c1", [1, 0])],
-        {"causality": (2, "c0 saw 1 (from s1) before 0 (from s0), at 0 and 1; s1 had received 0 before it sent 1")},
-    ),
-    Case("a reply without the question", sent([0, 1, 0], [-1, 0, -1]), [saw("c0", [1, 2], -1, (1, 3))], {}),
-    Case("a reply with a smaller number", sent([0, 1], [1, -1]), [saw("c0", [1, 0])], {}),
-    Case(
-        "the closest reply, of two that came first",
-        sent([0, 1, 2, 2], [3, 3, -1, -1]),
-        [saw("c0", [0, 2, 1, 3])],
-        {"causality": (2, "c0 saw 1 (from s1) before 3 (from s2), at 2 and 3; s1 had received 3 before it sent 1")},
-    ),
-]
+    Case("all alike", FOUR, seen("0123", "0123"), {}),
+    Case("not in the order of the schedule", FOUR, seen("1032", "1032"), {}),
+    Case("one lost, that another one has", FOUR, seen("1023", "023"),
+         {"loss": (1, "c1 never got 1 (from s1); c0 did, at 0")}),
+    Case("the last lost", FOUR, seen("0123", "012"), {"loss": (1, "c1 never got 3 (from s1); c0 did, at 3")}),
+    Case("lost for all: the smallest is shown, all are counted", FOUR, seen("02", "023"),
+         {"loss": (3, "c0 never got 1 (from s1), nor did anyone else")}),
+    Case("nothing at one receiver", FOUR, seen("", "0123"), {"loss": (4, "c0 never got 0 (from s0); c1 did, at 0")}),
+    Case("joined late and left early", FOUR, seen("0123", "12/1-3", "/2-2"), {}),
+    Case("a race of join and leave", FOUR, seen("0123", "0123/1-3", "0/4-4"), {}),
+    Case("each bound of a stay", FOUR, seen("0123", "03/1-3"), {"loss": (2, "c1 never got 1 (from s1); c0 did, at 1")}),
+    Case("alike, but not there for the same", FOUR, seen("0123", "0/0-1", "0/0-1"), {}),
+    Case("alike, and one was there longer", FOUR, seen("0123", "0/0-1", "0/0-2"),
+         {"loss": (1, "c2 never got 1 (from s1); c0 did, at 1")}),
+    Case("never sent, so not lost", sent([0, -1, 1]), seen("02"), {}),
+    Case("without echo", FOUR, seen("13=0", "02=1", "0123"), {}, False),
+    Case("own ones although without echo", FOUR, seen("0123=0", "012=1"), {}, False),
+    Case("with echo, own ones are demanded", FOUR, seen("13=0", "0123"),
+         {"loss": (2, "c0 never got 0 (from s0); c1 did, at 0")}),
+    Case("without echo, those of others are demanded", FOUR, seen("1=0", "02=1"),
+         {"loss": (1, "c0 never got 3 (from s1), nor did anyone else")}, False),
+    Case("one doubled", FOUR, seen("0123", "01213"), {"duplicate": (1, "c1 got 1 (from s1) again at 3, first at 1")}),
+    Case("copies at two receivers alike and more at a third", FOUR, seen("01233", "01233", "001023"),
+         {"duplicate": (4, "c2 got 0 (from s0) again at 1, first at 0")}),
+    Case("altered: strange, and lost", FOUR, [C0, saw("c1", [0, 1, 3], -1, (0, 4), b"2 Xello")],
+         {"loss": (1, "c1 never got 2 (from s0); c0 did, at 2"),
+          "corruption": (1, "c1 got a line that nobody sent: b'2 Xello'")}),
+    Case("the same copy at two: the first receiver, and at the first place", FOUR, seen("011223", "01123"),
+         {"duplicate": (3, "c0 got 1 (from s1) again at 2, first at 1")}),
+    Case("the longest line that is not cut", FOUR, [C0, saw("c1", C0.order, -1, (0, 4), b"x" * 80)],
+         {"corruption": (1, "c1 got a line that nobody sent: b'" + "x" * 80 + "'")}),
+    Case("the shortest strange line, cut", FOUR, [C0, saw("c1", C0.order, -1, (0, 4), b"y" * 99, b"\r" + b"x" * 80)],
+         {"corruption": (2, "c1 got a line that nobody sent: b'\\r" + "x" * 79 + "'...")}),
+    Case("a number out of range, twice, and with it a place further on", FOUR,
+         [C0, saw("c1", [0, 4_000_000_000, 1, 3, 2, 4_000_000_000])],
+         {"corruption": (2, "c1 got message 4000000000 at 1, which nobody sent"),
+          "order": (1, "c1 saw 3 (from s1) before 2 (from s0), at 3 and 4; c0 saw them the other way, at 3 and 2")}),
+    Case("a number that was never sent, at two", sent([0, -1, 0]), seen("02", "021", "021"),
+         {"corruption": (2, "c1 got message 1 at 2, which nobody sent")}),
+    Case("all saw one sender's messages backwards: the closest two", FOUR, seen("2310", "2310"),
+         {"fifo": (4, "c0 saw 3 (from s1) before 1 (from s1), at 1 and 2")}),
+    Case("a doubled one counts where it came first", FOUR, seen("0123", "012301"),
+         {"duplicate": (2, "c1 got 0 (from s0) again at 4, first at 0")}),
+    Case("places are those of the first arrival, duplicates included", FOUR, seen("0123", "002123"),
+         {"duplicate": (2, "c1 got 0 (from s0) again at 1, first at 0"),
+          "order": (1, "c1 saw 2 (from s0) before 1 (from s1), at 2 and 3; c0 saw them the other way, at 2 and 1")}),
+    Case("two swapped at one receiver of three: the majority is right", FOUR, seen("1023", "0123", "0123"),
+         {"order": (1, "c0 saw 1 (from s1) before 0 (from s0), at 0 and 1; c1 saw them the other way, at 1 and 0")}),
+    Case("the closest of several disagreements", SIX, seen("012345", "012345", "120354"),
+         {"order": (2, "c2 saw 5 (from s5) before 4 (from s4), at 4 and 5; c0 saw them the other way, at 5 and 4")}),
+    Case("the closest at any receiver, and of its opposites the first", SIX,
+         seen("012345", "01234", "0123", "301245", "021345"),
+         {"loss": (3, "c2 never got 4 (from s4); c0 did, at 4"),
+          "order": (2, "c4 saw 2 (from s2) before 1 (from s1), at 1 and 2; c0 saw them the other way, at 2 and 1")}),
+    Case("two of two swapped across a third: one step back", FOUR, seen("2013", "1203"),
+         {"fifo": (2, "c0 saw 2 (from s0) before 0 (from s0), at 0 and 1"),
+          "order": (1, "c1 saw 1 (from s1) before 0 (from s0), at 0 and 2; c0 saw them the other way, at 2 and 1")}),
+    Case("no two share two messages", FOUR, seen("3/3-4", "10/0-2"), {}),
+    Case("two agree where both were, through a third", SIX, seen("02=1", "10=2", "12=0"),
+         {"loss": (9, "c0 never got 3 (from s3), nor did anyone else")}, False),
+    Case("three that disagree only together", sent([0, 1, 2]), seen("12=0", "20=1", "01=2"),
+         {"order": (1, "3 receivers together fit no order: c2 saw 0 (from s0) before 1 (from s1), at 0 and 1; "
+                       "c0 saw 1 (from s1) before 2 (from s2), at 0 and 1; "
+                       "c1 saw 2 (from s2) before 0 (from s0), at 0 and 1")}, False),
+    Case("all saw the reply first", sent([0, 1], [-1, 0]), seen("10", "10"),
+         {"causality": (2, "c0 saw 1 (from s1) before 0 (from s0), at 0 and 1; s1 had received 0 before it sent 1")}),
+    Case("a reply without the question", sent([0, 1, 0], [-1, 0, -1]), seen("12/1-3"), {}),
+    Case("a reply with a smaller number", sent([0, 1], [1, -1]), seen("10"), {}),
+    Case("the closest reply, of two that came first", sent([0, 1, 2, 2], [3, 3, -1, -1]), seen("0213"),
+         {"causality": (2, "c0 saw 1 (from s1) before 3 (from s2), at 2 and 3; s1 had received 3 before it sent 1")}),
+    Case("nobody", FOUR, [], {}, rest="unknown"),
+    Case("nothing received", FOUR, seen("", ""), {}, rest="unknown"),
+    Case("nothing sent", sent([]), seen(""), {}, rest="unknown"),
+    Case("only an invented number, nothing sent", sent([-1]), seen("0"),
+         {"corruption": (1, "c0 got message 0 at 0, which nobody sent")}, rest="unknown"),
+    Case("only a strange line", sent([0]), [saw("c0", [], -1, (0, 1), b"?")],
+         {"loss": (1, "c0 never got 0 (from s0), nor did anyone else"),
+          "corruption": (1, "c0 got a line that nobody sent: b'?'")}, rest="unknown"),
+]  # fmt: skip
 
 
 class CheckerTables(unittest.TestCase):
@@ -8804,38 +8677,12 @@ class CheckerTables(unittest.TestCase):
     maxDiff = None
 
     def test_cases(self) -> None:
-        for title, messages, histories, failing, echo in CASES:
+        for title, messages, histories, failing, echo, rest in CASES:
             with self.subTest(title):
                 fails = {name: ("FAIL", *found) for name, found in failing.items()}
                 found = loadtest.check(messages, histories, echo)
-                self.assertEqual(results(found), {**ALL_PASS, **fails})
+                self.assertEqual(results(found), {**{name: (rest, 0, "") for name in CHECKS}, **fails})
                 self.assertEqual([finding.check for finding in found], list(CHECKS))
-
-    def test_nothing_to_judge_by_is_unknown(self) -> None:
-        cases: List[Tuple[str, Sent, List[History], Dict[str, Tuple[str, int, str]]]] = [
-            ("nobody", FOUR, [], {}),
-            ("nothing received", FOUR, [saw("c0", []), saw("c1", [])], {}),
-            ("nothing sent", sent([]), [saw("c0", [])], {}),
-            (
-                "only an invented number, nothing sent",
-                sent([-1]),
-                [saw("c0", [0])],
-                {"corruption": ("FAIL", 1, "c0 got message 0 at 0, which nobody sent")},
-            ),
-            (
-                "only a strange line",
-                sent([0]),
-                [saw("c0", [], -1, (0, 1), b"?")],
-                {
-                    "loss": ("FAIL", 1, "c0 never got 0 (from s0), nor did anyone else"),
-                    "corruption": ("FAIL", 1, "c0 got a line that nobody sent: b'?'"),
-                },
-            ),
-        ]
-        for title, messages, histories, failing in cases:
-            with self.subTest(title):
-                unknown = {name: ("unknown", 0, "") for name in CHECKS}
-                self.assertEqual(results(loadtest.check(messages, histories, True)), {**unknown, **failing})
 
     def test_only_what_was_asked_for(self) -> None:
         wrong = [C0, saw("c1", [5, 3, 1, 1], -1, (0, 4), b"?")]
@@ -8905,11 +8752,8 @@ def swap(rng: random.Random, run: Played, victim: History) -> Expected:
 
 
 def drop(rng: random.Random, run: Played, victim: History) -> Expected:
-    return {"loss": int(demanded(run, victim, victim.order.pop(rng.randrange(len(victim.order)))))}
-
-
-def drop_last(rng: random.Random, run: Played, victim: History) -> Expected:
-    return {"loss": int(demanded(run, victim, victim.order.pop()))}
+    place = rng.choice([rng.randrange(len(victim.order)), -1])
+    return {"loss": int(demanded(run, victim, victim.order.pop(place)))}
 
 
 def double(rng: random.Random, run: Played, victim: History) -> Expected:
@@ -8963,17 +8807,8 @@ def reply_first(rng: random.Random, run: Played, victim: History) -> Expected:
     return {"order": 1, "fifo": int(unfair), "causality": causality}
 
 
-MUTATIONS: List[Callable[[random.Random, Played, History], Expected]] = [
-    swap,
-    drop,
-    drop_last,
-    double,
-    alter,
-    invent,
-    delay,
-    swap_of_one_sender,
-    reply_first,
-]
+Mutation = Callable[[random.Random, Played, History], Expected]
+MUTATIONS: List[Mutation] = [swap, drop, double, alter, invent, delay, swap_of_one_sender, reply_first]
 
 
 class WitnessTest(unittest.TestCase):
@@ -9027,12 +8862,9 @@ class CheckerMutants(WitnessTest):
                 self.assertRegex(witness, rf"\b{victim.name} ", title)
             if witness and name in ("fifo", "order", "causality"):
                 self.assertTrueWitness(run, witness)
-        alone = {f.check: f for f in loadtest.check(*run, checks=("fifo", "causality"))}
-        self.assertEqual(
-            [alone[f.check].count for f in found if f.check in ("fifo", "causality")],
-            [f.count for f in found if f.check in ("fifo", "causality")],
-            title,
-        )
+        pair = ("fifo", "causality")
+        alone = [f.count for f in loadtest.check(*run, checks=pair) if f.check in pair]
+        self.assertEqual(alone, [f.count for f in found if f.check in pair], title)
 
     def test_exact_witnesses_of_mutants(self) -> None:
         for seed in range(100):
@@ -9158,26 +8990,14 @@ class CheckerOracle(WitnessTest):
         self.assertTrueWitness(run, witness)
 
 
-class CheckerNames(unittest.TestCase):
-    def test_there_is_a_finder_for_each_check(self) -> None:
-        self.assertEqual(CHECKS, ("loss", "duplicate", "corruption", "fifo", "order", "causality"))
-        self.assertEqual(tuple(loadtest.FINDERS), CHECKS)
-
-
 EXAMPLE: Dict[str, Any] = {
-    "loadtest": "0.1",
-    "when": "2026-11-20T05:00:00Z",
-    "command": "python loadtest.py -n 200",
+    "loadtest": "0.1", "when": "2026-11-20T05:00:00Z", "command": "python loadtest.py -n 200",
     "machine": {"python": "CPython 3.11.7", "system": "Linux 6.1 x86_64", "cpus": 2},
     "target": {"name": "chat.py", "host": "127.0.0.1", "port": 40123, "proto": "irc"},
     "load": {"clients": 200, "senders": 20, "rate": 1000.0, "duration_s": 10.0, "warmup_s": 1.0, "size": 64, "seed": 1},
     "join": {"connects_per_s": 2103.0, "all_joined_s": 0.21, "p50": 3.1, "p99": 20.4},
-    "sent": 10000,
-    "expected": 1990000,
-    "deliveries": 1990000,
-    "elapsed_s": 10.01,
-    "deliveries_per_s": 198801.0,
-    "messages_per_s": 999.0,
+    "sent": 10000, "expected": 1990000, "deliveries": 1990000,
+    "elapsed_s": 10.01, "deliveries_per_s": 198801.0, "messages_per_s": 999.0,
     "latency": {
         "corrected": {"samples": 1990000, "p50": 0.51, "p90": 1.2, "p99": 2.2, "p99.9": 5.1, "max": 8.0},
         "uncorrected": {"samples": 1990000, "p50": 0.48, "p90": 0.9996, "p99": 2.0, "p99.9": 4.9, "max": 7.9},
@@ -9188,20 +9008,13 @@ EXAMPLE: Dict[str, Any] = {
     "over_time": [[0, 0.5, 2.1, 6.0], [1, 0.52, 2.3, 8.0], [2, None, None, None], [3, 0.5, 2.2, 5.5]],
     "fairness": {"best": 0.44, "worst": 0.61, "ratio": 1.39, "slowest": "c17"},
     "clock": "kernel (SO_TIMESTAMPNS)",
-    "generator": {
-        "late_p50": 0.06,
-        "late_p99": 0.4,
-        "late_max": 1.9,
-        "cpu_share": 0.43,
-        "floor": {"p50": 0.4, "p99": 1.9},
-        "limited": False,
-        "why": "",
-    },
+    "generator": {"late_p50": 0.06, "late_p99": 0.4, "late_max": 1.9, "cpu_share": 0.43,
+                  "floor": {"p50": 0.4, "p99": 1.9}, "limited": False, "why": ""},
     "server": {"pid": 123, "cpu_s": 4.2, "cpu_ms_per_1000": 2.1, "rss_mb": 33.1, "threads": 202},
     "checks": [{"check": name, "verdict": "pass", "count": 0, "witness": ""} for name in CHECKS],
     "thresholds": [{"text": "p99>50ms", "value": 2.2, "exceeded": False}],
     "verdict": "PASS",
-}
+}  # fmt: skip
 EXAMPLE_TEXT = """\
 loadtest 0.1, 2026-11-20T05:00:00Z, CPython 3.11.7, Linux 6.1 x86_64, 2 CPUs
 
@@ -9267,10 +9080,8 @@ class StatisticsTest(unittest.TestCase):
         quantiles = {"p50": "0.5", "p90": "0.9", "p99": "0.99", "p99.9": "0.999", "max": "1"}
         dice = random.Random(3)
         for size in (1, 2, 3, 10, 99, 100, 101, 300):
-            for values in (
-                array("d", (dice.lognormvariate(0, 2) for _ in range(size))),
-                array("I", (dice.randrange(50) for _ in range(size))),
-            ):
+            floats = array("d", (dice.lognormvariate(0, 2) for _ in range(size)))
+            for values in (floats, array("I", (dice.randrange(50) for _ in range(size)))):
                 with self.subTest(size=size, typecode=values.typecode):
                     slow = {name: nearest_rank(values, Fraction(q)) for name, q in quantiles.items()}
                     self.assertEqual(loadtest.summarize(values), {"samples": size, **slow})
@@ -9359,14 +9170,10 @@ class StatisticsTest(unittest.TestCase):
 class ThresholdTest(unittest.TestCase):
     def test_parse(self) -> None:
         cases = {
-            "p99>50ms": ("p99", ">", 50.0),
-            "p50>0.5ms": ("p50", ">", 0.5),
-            "max>=1s": ("max", ">=", 1000.0),
-            "lost>0": ("lost", ">", 0.0),
-            "p99.9>100us": ("p99.9", ">", 0.1),
+            "p99>50ms": ("p99", ">", 50.0), "p50>0.5ms": ("p50", ">", 0.5), "max>=1s": ("max", ">=", 1000.0),
+            "lost>0": ("lost", ">", 0.0), "p99.9>100us": ("p99.9", ">", 0.1), " cpu <= 2 ": ("cpu", "<=", 2.0),
             "throughput<1000000": ("throughput", "<", 1000000.0),
-            " cpu <= 2 ": ("cpu", "<=", 2.0),
-        }
+        }  # fmt: skip
         for text, expected in cases.items():
             with self.subTest(text):
                 measure, comparison, limit = loadtest.parse_threshold(text)
@@ -9374,43 +9181,27 @@ class ThresholdTest(unittest.TestCase):
 
     def test_wrong(self) -> None:
         form = "(write it like 'p99>50ms', 'lost>0' or 'throughput<1000000')"
+        cases = {text: f"not a threshold: {text!r} {form}" for text in ("", "p99", "p99=50ms", "p99>", "p99>-1ms")}
+        cases["p99>50ms\nx"] = f"not a threshold: 'p99>50ms\\nx' {form}"
         known = "(known: p50, p90, p99, p99.9, max, throughput, cpu, lost)"
-        cases = {
-            "": f"not a threshold: '' {form}",
-            "p99": f"not a threshold: 'p99' {form}",
-            "p99=50ms": f"not a threshold: 'p99=50ms' {form}",
-            "p99>": f"not a threshold: 'p99>' {form}",
-            "p99>-1ms": f"not a threshold: 'p99>-1ms' {form}",
-            "p99>50ms\nx": f"not a threshold: 'p99>50ms\\nx' {form}",
-            "p98>50ms": f"unknown measure 'p98' in 'p98>50ms' {known}",
-            "p99>50": "p99 needs a unit, which in 'p99>50' must be one of us, ms, s",
-            "max>1min": "max needs a unit, which in 'max>1min' must be one of us, ms, s",
-            "lost>0ms": "lost takes no unit, but 'lost>0ms' has 'ms'",
-        }
+        cases["p98>50ms"] = f"unknown measure 'p98' in 'p98>50ms' {known}"
+        cases["p99>50"] = "p99 needs a unit, which in 'p99>50' must be one of us, ms, s"
+        cases["max>1min"] = "max needs a unit, which in 'max>1min' must be one of us, ms, s"
+        cases["lost>0ms"] = "lost takes no unit, but 'lost>0ms' has 'ms'"
         for text, expected in cases.items():
             with self.subTest(text), self.assertRaises(ValueError) as caught:
                 loadtest.parse_threshold(text)
             self.assertEqual(str(caught.exception), expected)
 
     def test_exceeded(self) -> None:
-        cases = {
-            "p99>2.2ms": False,
-            "p99>=2.2ms": True,
-            "p99>2.1ms": True,
-            "p99.9>5ms": True,
-            "p50<0.51ms": False,
-            "p50<=0.51ms": True,
-            "max>8s": False,
-            "throughput<198801": False,
-            "throughput<198802": True,
-            "cpu>2": True,
-            "cpu>2.1": False,
-            "lost>0": False,
-            "lost>=0": True,
-        }
-        for text, expected in cases.items():
+        over = ("p99>=2.2ms", "p99>2.1ms", "p99.9>5ms", "p50<=0.51ms", "throughput<198802", "cpu>2", "lost>=0")
+        within = ("p99>2.2ms", "p50<0.51ms", "max>8s", "throughput<198801", "cpu>2.1", "lost>0")
+        for text in (*over, *within):
             with self.subTest(text):
-                self.assertIs(loadtest.exceeded(loadtest.parse_threshold(text), EXAMPLE), expected)
+                self.assertIs(loadtest.exceeded(loadtest.parse_threshold(text), EXAMPLE), text in over)
+        for text in ("p99>1s", "p99<1s", "lost>1000000", "throughput<1", "cpu>1000000"):
+            with self.subTest(text, known=False):  # a gate must not open unseen
+                self.assertTrue(loadtest.exceeded(loadtest.parse_threshold(text), {"latency": None, "server": None}))
 
     def test_lost_is_what_the_checker_counted(self) -> None:
         cases: List[Any] = [
@@ -9423,118 +9214,13 @@ class ThresholdTest(unittest.TestCase):
             with self.subTest(name):
                 self.assertEqual(loadtest.measured("lost", result), expected)
 
-    def test_unknown_counts_as_exceeded(self) -> None:
-        for text in ("p99>1s", "p99<1s", "lost>1000000", "throughput<1", "cpu>1000000"):
-            with self.subTest(text):
-                self.assertTrue(loadtest.exceeded(loadtest.parse_threshold(text), {"latency": None, "server": None}))
 
-
-class TextTest(unittest.TestCase):
-    def assert_fits(self, text: str, lines: int = 40) -> None:
-        for line in text.split("\n"):
-            self.assertLessEqual(len(line), 80, line)
-            self.assertEqual(line, line.rstrip())
-        self.assertLessEqual(text.count("\n") + 1, lines)
-
-    def test_durations(self) -> None:
-        cases = {
-            0.51: "510 us",
-            0.0005: "0.50 us",
-            0.9994: "999 us",
-            0.9996: "1.00 ms",
-            1: "1.00 ms",
-            12.34: "12.3 ms",
-            99.96: "100 ms",
-            999.4: "999 ms",
-            999.6: "1.00 s",
-            12345: "12.3 s",
-            2e6: "2,000 s",
-            0: "0 ms",
-            -0.012: "-12.0 us",
-        }
-        for value, expected in cases.items():
-            with self.subTest(value):
-                self.assertEqual(loadtest.duration(value), expected)
-
-    def test_short_durations(self) -> None:
-        for value, expected in {0.001: "1 us", 0.5: "500 us", 2: "2 ms", 1000: "1 s", 20000: "20 s"}.items():
-            with self.subTest(value):
-                self.assertEqual(loadtest.duration(value, 0), expected)
-
-    def test_counts(self) -> None:
-        cases = {0: "0", 7: "7", 0.5: "0.5", 33.14: "33.1", 999.4: "999", 1234.6: "1,235", 1990000: "1,990,000"}
-        for value, expected in cases.items():
-            with self.subTest(value):
-                self.assertEqual(loadtest.count(value), expected)
-
-    def test_the_example(self) -> None:
-        self.assertEqual(loadtest.text_report(EXAMPLE), EXAMPLE_TEXT)
-        self.assert_fits(EXAMPLE_TEXT)
-
-    def test_the_example_survives_json(self) -> None:
-        self.assertEqual(loadtest.text_report(json.loads(json.dumps(EXAMPLE))), EXAMPLE_TEXT)
-
-    def test_every_value_may_be_unknown(self) -> None:
-        """Taking any one value away takes only what depends on it, and never shows a None."""
-        for key, value in EXAMPLE.items():
-            for path in [key, *(f"{key}__{inner}" for inner in (value if isinstance(value, dict) else ()))]:
-                with self.subTest(path):
-                    text = loadtest.text_report(changed(**{path: None}))
-                    self.assertNotIn("None", text)
-                    self.assertNotIn(", ,", text)
-                    self.assert_fits(text)
-
-    def test_unknown_values_are_left_out(self) -> None:
-        cases: List[Any] = [
-            ("server", changed(server=None), "\nserver"),
-            ("a figure of the server", changed(server__rss_mb=None), " MB"),
-            ("floor", changed(generator__floor=None), "floor"),
-            ("join", changed(join=None), "\njoin"),
-            ("join p99", changed(join__p99=None), ", p99 20.4 ms"),
-            ("latency", changed(latency=None), "\nlatency"),
-            ("one latency", changed(latency__complete=None), "\ncomplete"),
-            ("histogram", changed(histogram=[]), "deliveries    share"),
-            ("thresholds", changed(thresholds=[]), "thresholds"),
-        ]
-        for name, result, gone in cases:
-            with self.subTest(name):
-                self.assertIn(gone, EXAMPLE_TEXT)
-                self.assertNotIn(gone, loadtest.text_report(result))
-
-    def test_nothing_at_all(self) -> None:
-        self.assertEqual(loadtest.text_report({}), "UNKNOWN")
-        self.assertEqual(loadtest.text_report({"verdict": "UNKNOWN", "deliveries": 0}), "UNKNOWN  nothing was received")
-
-    def test_a_percentile_that_is_not_known_is_a_dash(self) -> None:
-        text = loadtest.text_report(changed(latency__complete={"samples": 0}))
-        self.assertIn("\ncomplete           -        -        -        -        -          0\n", text)
-
-    def test_as_fast_as_accepted(self) -> None:
-        self.assertIn(
-            "load         200 clients, 20 senders, as fast as the server accepts, 64 bytes\n",
-            loadtest.text_report(changed(load__rate=0)),
-        )
-
-    def test_a_limited_generator_is_marked(self) -> None:
-        text = loadtest.text_report(changed(generator__limited=True, generator__why="it used 97% of a core"))
-        self.assertIn(
-            """
+LIMITED = """
 floor        p50 400 us, p99 1.90 ms for the same load against a bare reflector
              LIMITED: these figures show the limits of the generator, not of the
              server: it used 97% of a core
-""",
-            text,
-        )
-        self.assertIn("not of the\n             server\n", loadtest.text_report(changed(generator__limited=True)))
-
-    def test_failures_come_with_their_witness(self) -> None:
-        witness = "c17 has m1 (place 8) before m2 (place 9)\nc18 has m2 (place 8) before m1 (place 9)"
-        found = verdicts(order=("FAIL", 2, witness), causality=("skipped", 0, ""), fifo=("unknown", 0, ""))
-        over = [{"text": "p99>1ms", "value": 2.2, "exceeded": True}, {"text": "cpu>2", "value": None, "exceeded": True}]
-        text = loadtest.text_report(changed(checks=found, thresholds=over, verdict="FAIL"))
-        self.assertEqual(
-            text[text.index("checks") :],
-            """\
+"""
+FAILURES = """\
 checks       pass: loss, duplicate, corruption
              skipped: causality
              unknown: fifo
@@ -9544,45 +9230,122 @@ checks       pass: loss, duplicate, corruption
 thresholds   p99>1ms EXCEEDED: 2.20 ms
              cpu>2 EXCEEDED: not known
 
-FAIL  1,990,000 of 1,990,000 deliveries, order 2, exceeded p99>1ms, exceeded ...""",
-        )
-        self.assert_fits(text)
+FAIL  1,990,000 of 1,990,000 deliveries, order 2, exceeded p99>1ms, exceeded ..."""
+SWEEP_TEXT = """\
+clients      p50      p99  CPU/1,000 deliveries  deliveries/s
+50        200 us   900 us               1.90 ms        49,000
+100       300 us        -                     -        99,000
+1,000    2.50 ms  12.0 ms               2.20 ms       398,000
+the server's CPU per message grows as clients^1.02"""
+VERSUS_TEXT = """\
+median        chat.py   ngircd  ratio
+p50            600 us  2.00 ms   0.30
+p99           9.00 ms        -      -
+deliveries/s  198,801  198,801   1.00
+CPU/1,000     2.10 ms        -      -
+ratio: chat.py / ngircd, medians of 3 rounds"""
+FAULTS_TEXT = """\
+fault   peers   lost  wrong  p99 undisturbed  disturbed  ratio  newcomers
+
+silent    500      0      0          2.00 ms    2.50 ms   1.25    12.5 ms
+connect and say nothing: connections 500, stayed 14, answers 1,200, closed 484
+after 20.0 s (No name within 20 seconds), closed 2 (Reads too slowly \\x1b[2J),
+they took 3% of a core
+
+flood       1  1,234      2                -          -      -          -
+talk without end: not known; LIMITED by the load tester itself"""
+
+
+class TextTest(unittest.TestCase):
+    """One report as a whole, and what changes in it when a value does."""
+
+    def report(self, **changes: Any) -> str:
+        """The example with other values, which fits on a screen, and shows what is not known as such."""
+        text = loadtest.text_report(changed(**changes))
+        for line in text.split("\n"):
+            self.assertLessEqual(len(line), 80, line)
+            self.assertEqual(line, line.rstrip())
+        self.assertLessEqual(text.count("\n") + 1, 40)
+        self.assertNotIn("None", text)
+        self.assertNotIn(", ,", text)
+        return text
+
+    def test_numbers(self) -> None:
+        times = {
+            0.51: "510 us", 0.0005: "0.50 us", 0.9994: "999 us", 0.9996: "1.00 ms", 1: "1.00 ms", 12.34: "12.3 ms",
+            99.96: "100 ms", 999.4: "999 ms", 999.6: "1.00 s", 12345: "12.3 s", 2e6: "2,000 s", 0: "0 ms",
+            -0.012: "-12.0 us",
+        }  # fmt: skip
+        short = {0.001: "1 us", 0.5: "500 us", 2: "2 ms", 1000: "1 s", 20000: "20 s"}
+        counts = {0: "0", 7: "7", 0.5: "0.5", 33.14: "33.1", 999.4: "999", 1234.6: "1,235", 1990000: "1,990,000"}
+        for table, text in ((times, loadtest.duration), (short, lambda ms: loadtest.duration(ms, 0)),
+                            (counts, loadtest.count)):  # fmt: skip
+            self.assertEqual({value: text(value) for value in table}, table)
+
+    def test_the_example(self) -> None:
+        self.assertEqual(self.report(), EXAMPLE_TEXT)
+        self.assertEqual(loadtest.text_report(json.loads(json.dumps(EXAMPLE))), EXAMPLE_TEXT)
+        self.assertEqual(loadtest.text_report({}), "UNKNOWN")
+        self.assertEqual(loadtest.text_report({"verdict": "UNKNOWN", "deliveries": 0}), "UNKNOWN  nothing was received")
+
+    def test_every_value_may_be_unknown(self) -> None:
+        """Taking any one value away takes only what depends on it."""
+        for key, value in EXAMPLE.items():
+            for path in [key, *(f"{key}__{inner}" for inner in (value if isinstance(value, dict) else ()))]:
+                with self.subTest(path):
+                    self.report(**{path: None})
+        gone = {
+            "server": "\nserver", "server__rss_mb": " MB", "generator__floor": "floor", "join": "\njoin",
+            "join__p99": ", p99 20.4 ms", "latency": "\nlatency", "latency__complete": "\ncomplete",
+            "histogram": "deliveries    share", "thresholds": "thresholds",
+        }  # fmt: skip
+        for path, text in gone.items():
+            with self.subTest(path):
+                self.assertIn(text, EXAMPLE_TEXT)
+                self.assertNotIn(text, self.report(**{path: [] if path in ("histogram", "thresholds") else None}))
+
+    def test_what_a_value_changes(self) -> None:
+        witness = "c17 has m1 (place 8) before m2 (place 9)\nc18 has m2 (place 8) before m1 (place 9)"
+        found = verdicts(order=("FAIL", 2, witness), causality=("skipped", 0, ""), fifo=("unknown", 0, ""))
+        over = [{"text": "p99>1ms", "value": 2.2, "exceeded": True}, {"text": "cpu>2", "value": None, "exceeded": True}]
+        raw = "red \x1b[31m, bidi \u202e, half \ud800, \u043f\u0440\u0438"
+        wrapped = "command      python loadtest.py --server-command x --server-command x\n"
+        cases: List[Tuple[Dict[str, Any], str]] = [
+            ({"latency__complete": {"samples": 0}}, f"\ncomplete           -{'        -' * 4}          0\n"),
+            ({"load__rate": 0}, "load         200 clients, 20 senders, as fast as the server accepts, 64 bytes\n"),
+            ({"generator__limited": True, "generator__why": "it used 97% of a core"}, LIMITED),
+            ({"generator__limited": True}, "not of the\n             server\n"),
+            ({"checks": found, "thresholds": over, "verdict": "FAIL"}, f"\n\n{FAILURES}"),
+            ({"checks": verdicts(corruption=("FAIL", 1, raw))},
+             "               red \\x1b[31m, bidi \\u202e, half \\ud800, \u043f\u0440\u0438\n"),
+            ({"target__name": "x\r\ny\x07"}, "target       x\\r\\ny\\x07, 127.0.0.1:40123, irc\n"),
+            ({"command": "python loadtest.py " + "--server-command x " * 4},
+             f"{wrapped}             --server-command x --server-command x\n"),
+            ({"command": "x" * 200}, f"command      {'x' * 67}\n"),
+        ]  # fmt: skip
+        for changes, text in cases:
+            with self.subTest(changes):
+                self.assertIn(text, self.report(**changes))
+        self.assertTrue(self.report(**cases[4][0]).endswith(FAILURES))
 
     def test_verdicts(self) -> None:
         some = "1,990,000 of 1,990,000 deliveries"
         over = [{"text": "lost>0", "value": 3, "exceeded": True}]
-        cases: List[Any] = [
-            (
-                changed(checks=verdicts(loss=("FAIL", 3, "")), deliveries=1989997, verdict="FAIL"),
-                "FAIL  1,989,997 of 1,990,000 deliveries, loss 3",
-            ),
-            (changed(thresholds=over), f"PASS  {some}, exceeded lost>0"),
-            (changed(checks=verdicts(order=("skipped", 0, ""))), f"PASS  {some}, once, unchanged"),
-            (changed(checks=verdicts(duplicate=("skipped", 0, ""))), f"PASS  {some}, unchanged, in one order"),
-            (
-                changed(checks=verdicts(order=("unknown", 0, "")), verdict="UNKNOWN"),
-                f"UNKNOWN  {some}, not known: order",
-            ),
-            (changed(deliveries=0, verdict="UNKNOWN"), "UNKNOWN  nothing was received"),
-            (changed(deliveries=None), "PASS  once, unchanged, in one order"),
-        ]
-        for result, expected in cases:
+        lost, unordered = verdicts(loss=("FAIL", 3, "")), verdicts(order=("skipped", 0, ""))
+        twice, unknown = verdicts(duplicate=("skipped", 0, "")), verdicts(order=("unknown", 0, ""))
+        cases: List[Tuple[Dict[str, Any], str]] = [
+            ({"checks": lost, "deliveries": 1989997, "verdict": "FAIL"},
+             "FAIL  1,989,997 of 1,990,000 deliveries, loss 3"),
+            ({"thresholds": over}, f"PASS  {some}, exceeded lost>0"),
+            ({"checks": unordered}, f"PASS  {some}, once, unchanged"),
+            ({"checks": twice}, f"PASS  {some}, unchanged, in one order"),
+            ({"checks": unknown, "verdict": "UNKNOWN"}, f"UNKNOWN  {some}, not known: order"),
+            ({"deliveries": 0, "verdict": "UNKNOWN"}, "UNKNOWN  nothing was received"),
+            ({"deliveries": None}, "PASS  once, unchanged, in one order"),
+        ]  # fmt: skip
+        for changes, expected in cases:
             with self.subTest(expected):
-                self.assertEqual(loadtest.text_report(result).split("\n")[-1], expected)
-
-    def test_what_a_server_sent_does_not_reach_the_terminal_raw(self) -> None:
-        raw = "red \x1b[31m, bidi \u202e, half \ud800, \u043f\u0440\u0438"
-        found = verdicts(corruption=("FAIL", 1, raw))
-        text = loadtest.text_report(changed(checks=found, target__name="x\r\ny\x07", verdict="FAIL"))
-        self.assertIn("               red \\x1b[31m, bidi \\u202e, half \\ud800, \u043f\u0440\u0438\n", text)
-        self.assertIn("target       x\\r\\ny\\x07, 127.0.0.1:40123, irc\n", text)
-
-    def test_long_texts_are_wrapped(self) -> None:
-        text = loadtest.text_report(changed(command="python loadtest.py " + "--server-command x " * 4))
-        self.assert_fits(text)
-        wrapped = "command      python loadtest.py --server-command x --server-command x\n"
-        self.assertIn(wrapped + "             --server-command x --server-command x\n", text)
-        self.assert_fits(loadtest.text_report(changed(command="x" * 200)))
+                self.assertEqual(self.report(**changes).split("\n")[-1], expected)
 
     def test_a_long_histogram_is_merged(self) -> None:
         text = loadtest.text_report({"histogram": [[bound, 10] for bound in loadtest.BOUNDS[:53]]})
@@ -9592,65 +9355,32 @@ FAIL  1,990,000 of 1,990,000 deliveries, order 2, exceeded p99>1ms, exceeded ...
         self.assertEqual(rows[-1], "       160 ms           30    5.66%  " + "#" * 25)
 
     def test_sweep(self) -> None:
-        self.assertEqual(
-            loadtest.sweep_text(SWEEP),
-            """\
-clients      p50      p99  CPU/1,000 deliveries  deliveries/s
-50        200 us   900 us               1.90 ms        49,000
-100       300 us        -                     -        99,000
-1,000    2.50 ms  12.0 ms               2.20 ms       398,000
-the server's CPU per message grows as clients^1.02""",
-        )
-        self.assertNotIn("cost", loadtest.sweep_text({**SWEEP, "exponent": None}))
+        self.assertEqual(loadtest.sweep_text(SWEEP), SWEEP_TEXT)
+        self.assertEqual(loadtest.sweep_text({**SWEEP, "exponent": None}), SWEEP_TEXT.rpartition("\n")[0])
 
     def test_versus(self) -> None:
-        rounds = [(0.5, 1.0), (0.7, 3.0), (0.6, 2.0)]
         results = []
-        for ours, theirs in rounds:
+        for ours, theirs in ((0.5, 1.0), (0.7, 3.0), (0.6, 2.0)):
             results.append(changed(latency={"corrected": {"p50": ours, "p99": 9.0}}))
             results.append(changed(target__name="ngircd", latency={"corrected": {"p50": theirs}}, server=None))
         versus = {"names": ["chat.py", "ngircd"], "rounds": 3, "ratios": {"p50": 0.3, "throughput": 1.0}}
-        self.assertEqual(
-            loadtest.versus_text({"results": results, "versus": versus}),
-            """\
-median        chat.py   ngircd  ratio
-p50            600 us  2.00 ms   0.30
-p99           9.00 ms        -      -
-deliveries/s  198,801  198,801   1.00
-CPU/1,000     2.10 ms        -      -
-ratio: chat.py / ngircd, medians of 3 rounds""",
-        )
+        self.assertEqual(loadtest.versus_text({"results": results, "versus": versus}), VERSUS_TEXT)
 
-
-class FaultsText(unittest.TestCase):
-    def test_table(self) -> None:
+    def test_faults(self) -> None:
         closed = [["No name within 20 seconds", 484, 20.0], ["Reads too slowly \x1b[2J", 2, None]]
         fate = {"connections": 500, "stayed": 14, "written": 0, "answers": 1200, "closed": closed, "cpu_share": 0.034}
         row = {"name": "silent", "what": "connect and say nothing", "peers": 500, "lost": 0, "wrong": 0, "fate": fate}
         known = {"undisturbed": 2.0, "disturbed": 2.5, "newcomers": 12.5, "ratio": 1.25, "limited": False}
-        unknown = {"undisturbed": None, "disturbed": None, "newcomers": None, "ratio": None, "limited": True}
         other = {"name": "flood", "what": "talk without end", "peers": 1, "lost": 1234, "wrong": 2, "fate": None}
-        text = loadtest.faults_text([{**row, **known}, {**other, **unknown}])
-        self.assertEqual(
-            text,
-            """\
-fault   peers   lost  wrong  p99 undisturbed  disturbed  ratio  newcomers
-
-silent    500      0      0          2.00 ms    2.50 ms   1.25    12.5 ms
-connect and say nothing: connections 500, stayed 14, answers 1,200, closed 484
-after 20.0 s (No name within 20 seconds), closed 2 (Reads too slowly \\x1b[2J),
-they took 3% of a core
-
-flood       1  1,234      2                -          -      -          -
-talk without end: not known; LIMITED by the load tester itself""",
-        )
+        unknown = {**dict.fromkeys(known), "limited": True}
+        self.assertEqual(loadtest.faults_text([{**row, **known}, {**other, **unknown}]), FAULTS_TEXT)
 
     def test_what_faults_did_is_the_sum_and_the_median_of_rounds(self) -> None:
         fault = {"name": "flood", "what": "talk", "peers": 1, "fate": None}
         results = []
         for before, since, lost in ((1.0, 3.0, 0), (5.0, 4.0, 2), (2.0, 9.0, 0)):
-            halves = {"undisturbed": {"samples": 9, "p99": before}, "disturbed": {"samples": 9, "p99": since}}
-            halves["newcomers"] = {"samples": 9, "p99": 10 * since}
+            times = {"undisturbed": before, "disturbed": since, "newcomers": 10 * since}
+            halves = {half: {"samples": 9, "p99": p99} for half, p99 in times.items()}
             found = verdicts(loss=("FAIL", lost, "x"), fifo=("FAIL", 1, "x"), order=("FAIL", 1, "x"))
             results.append(changed(fault=fault, latency=halves, checks=found))
             results.append(changed(fault={**fault, "name": "storm"}, latency={"undisturbed": {"samples": 0}}))
@@ -9699,15 +9429,8 @@ class HtmlTest(unittest.TestCase):
     def test_charts_and_their_legends(self) -> None:
         page = self.page(EXAMPLE, changed(target__name="ngircd"), sweep=SWEEP)
         charts = [(svg.get("aria-label"), len(lines_of(svg))) for svg in figures(page)]
-        self.assertEqual(
-            charts,
-            [
-                ("Latency by percentile", 2),
-                ("Latency and cost by clients", 3),
-                ("Latency over time, chat.py", 3),
-                ("Latency over time, ngircd", 3),
-            ],
-        )
+        titles = ["by percentile", "and cost by clients", "over time, chat.py", "over time, ngircd"]
+        self.assertEqual(charts, [(f"Latency {title}", lines) for title, lines in zip(titles, (2, 3, 3, 3))])
         legends = [re.findall("</b>(.*?)</span>", legend) for legend in re.findall('"legend">(.*?)</div>', page)]
         measures = ["p50", "p99", "max"]
         expected = [["chat.py", "ngircd"], ["p50", "p99", "CPU per 1,000 deliveries"], measures, measures]
