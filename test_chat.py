@@ -7003,43 +7003,38 @@ class Glass:
 
     def feed(self, text: str) -> None:
         text = self._tail + text
-        at = 0
-        while at < len(text):
-            match = self.CONTROL.match(text, at)
-            if match is None:
-                if len(text) - at > 20:
-                    raise AssertionError(f"the terminal was sent {text[at : at + 20]!r}")
-                break
+        at, match = 0, self.CONTROL.match(text)
+        while match:
             self.obey(match[0], match[2] or "", match[3] or "")
             at = match.end()
+            match = self.CONTROL.match(text, at)
         self._tail = text[at:]
+        if len(self._tail) > 20:
+            raise AssertionError(f"the terminal was sent {self._tail[:20]!r}")
 
     def obey(self, text: str, number: str, final: str) -> None:
-        line, count = self.lines[self.row], int(number or 1)
+        line, count, top = self.lines[self.row], int(number or 1), max(len(self.lines) - self.rows, 0)
         if text == "\r":
             self.column = 0
         elif text == "\n":
             self.down()
         elif text == "\a":
             self.bells += 1
-        elif final == "A":
-            self.row = max(self.row - count, len(self.lines) - self.rows, 0)
         elif text in ("\x1b7", "\x1b8"):
-            self.save(text == "\x1b8")
+            self._saved = (self.row, self.column) if text == "\x1b7" else self._saved
+            self.row, self.column = self._saved
+        elif final == "A":
+            self.row = max(self.row - count, top)
         elif final == "H":
-            self.row, self.column = max(len(self.lines) - self.rows, 0), 0
+            self.row, self.column = top, 0
         elif final == "K":
             del line[self.column :]
         elif final == "J":
-            start = self.row if number != "2" else max(len(self.lines) - self.rows, 0)
+            start = self.row if number != "2" else top
             del self.lines[max(start, self.row) + 1 :]
             del line[self.column if number != "2" else 0 :]
         elif not text.startswith("\x1b"):
             self.put(text)
-
-    def save(self, restore: bool) -> None:
-        self._saved = self._saved if restore else (self.row, self.column)
-        self.row, self.column = self._saved
 
     def put(self, char: str) -> None:
         size = chat.char_width(char)
@@ -7066,37 +7061,35 @@ class Glass:
 class Seat:
     """A client at a pseudo-terminal, and what it shows."""
 
-    def __init__(
-        self, case: ProgramCase, args: List[str], columns: int, shell: str, environment: Dict[str, str]
-    ) -> None:
-        import fcntl
+    def __init__(self, case: ProgramCase, args: List[str], columns: int, shell: str = "exec %s", **more: str) -> None:
         import pty
-        import struct
         import termios
 
         self.case = case
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        self._modes_of = termios.tcgetattr
+        self.master, self._slave = pty.openpty()  # both kept open: what was written is not lost, nor are the modes
+        self._terminal = termios
+        self.resize(columns)
         self.modes_at_first = self.modes()
         self.glass, self.raw = Glass(columns, 24), ""
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         known = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CHAT_PASSWORD")}
 
         # Opened by a session that has none, it becomes the terminal that sends signals.
-        tty = os.ttyname(slave)
+        tty = os.ttyname(self._slave)
         client = f"'{sys.executable}' '{ProgramCase.CHAT}' \"$@\""
         script = f"exec <{tty} >{tty} 2>&1; {shell % client}"
-        self.program = subprocess.Popen(
-            ["sh", "-c", script, "sh", *args],
-            env={**known, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **environment},
-            start_new_session=True,
-        )
-        self._slave = slave  # kept open: what was written is not lost, nor are the modes
+        env = {**known, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **more}
+        self.program = subprocess.Popen(["sh", "-c", script, "sh", *args], env=env, start_new_session=True)
+        case.addCleanup(self.end)
+
+    def resize(self, columns: int) -> None:
+        import fcntl
+
+        fcntl.ioctl(self.master, self._terminal.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
     def modes(self) -> Any:
         """Local modes: whether the terminal echoes, and more."""
-        return self._modes_of(self.master)[3]
+        return self._terminal.tcgetattr(self.master)[3]
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -7116,6 +7109,14 @@ class Seat:
             alive = self.program.poll() is None
             if not self.read(0.1) and (not alive or time.monotonic() > end):
                 self.case.fail(f"the screen is\n{self.glass.text()}")
+
+    def shows(self, *texts: str) -> None:
+        """Waits until all of them are on the screen."""
+        self.until(lambda: all(text in self.glass.text() for text in texts))
+
+    def prompts(self, text: str) -> None:
+        """Waits until this is the last row."""
+        self.until(lambda: self.last() == text)
 
     def last(self) -> str:
         return self.glass.text().rpartition("\n")[2]
@@ -7154,16 +7155,15 @@ class FakeServer:
             self._peer = Peer(self.port, sock=self._listener.accept()[0])
         return self._peer
 
-    def close(self) -> None:
+    def drop(self) -> None:
+        """Ends the connection, if there is one; the next one may come."""
         if self._peer:
             self._peer.close()
-            self._peer = None
-        self._listener.close()
-
-    def drop(self) -> None:
-        """Ends the connection; the next one may come."""
-        self.peer.close()
         self._peer = None
+
+    def close(self) -> None:
+        self.drop()
+        self._listener.close()
 
     def send(self, *lines: str) -> None:
         self.peer.send("".join(f"{line}\r\n" for line in lines))
@@ -7188,30 +7188,51 @@ class FakeServer:
 class SeatCase(ProgramCase):
     """The client as a person sees it."""
 
-    def sit(self, port: int, *args: str, columns: int = 80, shell: str = "exec %s", **environment: str) -> Seat:
-        seat = Seat(self, ["client", "--port", str(port), "--name", "bob", *args], columns, shell, environment)
-        self.addCleanup(seat.end)
-        return seat
+    def sit(self, port: int, *args: str, columns: int = 80, **more: str) -> Seat:
+        return Seat(self, ["client", "--port", str(port), "--name", "bob", *args], columns, **more)
 
-    def both(self, **more: Any) -> Tuple[int, Peer, Seat]:
-        """A server, ann who speaks IRC there, and bob at a terminal."""
+    def both(self, **more: Any) -> Tuple[Peer, Seat]:
+        """ann, who speaks IRC, and bob at a terminal, at a server."""
         _, port = self.server()
         ann = self.irc(port)
         seat = self.sit(port, **more)
-        seat.until(lambda: seat.last().startswith("[#chat 2] bob>"))
+        seat.prompts("[#chat 2] bob>")
         ann.sync()
-        return port, ann, seat
+        return ann, seat
+
+    def fake(self, **more: Any) -> Tuple[FakeServer, Seat]:
+        """bob at a terminal, in #chat at a fake server."""
+        fake = FakeServer(self)
+        seat = self.sit(fake.port, **more)
+        fake.welcome()
+        seat.until(lambda: seat.last().startswith("[#chat "))
+        return fake, seat
 
     def irc(self, port: int, name: str = "ann") -> Peer:
-        peer = Peer(port, f"NICK {name}\nUSER {name} 0 * :x\nJOIN #chat\n")
-        self.addCleanup(peer.close)
-        peer.until(" 366 ")
-        return peer
+        return joined(self, port, f"NICK {name}\nUSER {name} 0 * :x\nJOIN #chat\n", " 366 ")
+
+    def plain(self, port: int, name: str = "ann") -> Peer:
+        return joined(self, port, f"{name}\n", f"*** {name} joined")
+
+
+def joined(case: unittest.TestCase, port: int, data: str, until: str) -> Peer:
+    """Somebody who has said this, and was answered that."""
+    peer = Peer(port, data)
+    case.addCleanup(peer.close)
+    peer.until(until)
+    return peer
+
+
+def temporary_folder(case: unittest.TestCase) -> pathlib.Path:
+    """One that is there during a test."""
+    folder = tempfile.TemporaryDirectory()
+    case.addCleanup(folder.cleanup)
+    return pathlib.Path(folder.name)
 
 
 class AtTheTerminal(SeatCase):
     def test_typing_while_500_messages_arrive(self) -> None:
-        port, ann, seat = self.both()
+        ann, seat = self.both()
         seat.type("half a 你好 line" + LEFT * 4)
         for number in range(500):
             ann.send(f"PRIVMSG #chat :message {number}\n")
@@ -7228,44 +7249,41 @@ class AtTheTerminal(SeatCase):
         self.assertEqual(seat.glass.text().count("half a"), 1)
 
     def test_a_line_longer_than_the_screen(self) -> None:
-        _, ann, seat = self.both(columns=40)
+        ann, seat = self.both(columns=40)
         text = "".join(f"{number:03d} " for number in range(50))
         seat.type(text)
         seat.until(lambda: seat.last().endswith(" 049"))
         ann.send("PRIVMSG #chat :between\n")
-        seat.until(lambda: "ann: between" in seat.glass.text())
+        seat.shows("ann: between")
         seat.until(lambda: seat.last().startswith("[#chat 2] bob>") and seat.last().endswith(" 049"))
         seat.type("\x01")
         seat.until(lambda: seat.last().startswith("[#chat 2] bob> 000 001"))
         seat.type("\r")
         self.assertIn(text.rstrip(), ann.until(" PRIVMSG "))
 
-    def test_help_about_keys(self) -> None:
-        _, _, seat = self.both()
-        seat.type("/help\r")
-        seat.until(lambda: "*** /help keys        shows what the keys do\n" in seat.glass.text())
-        seat.type("/help keys\r")
-        lines = [f"*** {line}\n" for line in chat.KEY_HELP.splitlines()]
-        seat.until(lambda: all(line in seat.glass.text() for line in lines))
-
-    def test_completion_and_paste(self) -> None:
-        _, ann, seat = self.both()
+    def test_help_completion_and_a_thousand_pasted_lines(self) -> None:
+        ann, seat = self.both()
+        seat.type("/help\r/help keys\r")
+        seat.shows("*** /help keys        shows what the keys do\n")
+        seat.shows(*(f"*** {line}\n" for line in chat.KEY_HELP.splitlines()))
         seat.type("a\tlook:\x1b[200~ pasted\x1b[201~\r")
         self.assertIn("ann: look: pasted", ann.until(" PRIVMSG "))
-        seat.type("typed\x1b[200~one\r\n/quit\r\nthree\x1b[201~")
-        seat.until(lambda: seat.last() == "send 3 pasted lines? y/n")
+        lines = ["/quit", *(f"line {number}" for number in range(999))]
+        paste = "\x1b[200~" + "\r\n".join(lines) + "\x1b[201~"
+        seat.type(f"typed{paste}")
+        seat.prompts("send 1000 pasted lines? y/n")
         seat.type("n")
-        seat.until(lambda: seat.last() == "[#chat 2] bob> typed")
-        seat.type("\x1b[200~one\r\n/quit\r\nthree\x1b[201~y")
-        said = [ann.until(" PRIVMSG ") for _ in range(3)]
-        self.assertEqual([line.rpartition("PRIVMSG #chat ")[2] for line in said], [":one", ":/quit", ":three"])
-        seat.until(lambda: seat.last() == "[#chat 2] bob> typed")
+        seat.prompts("[#chat 2] bob> typed")
+        seat.type(f"{paste}y")
+        self.assertEqual([ann.until(" PRIVMSG ").rpartition(" :")[2] for _ in lines], lines)
+        seat.until(lambda: re.search(r"\d bob: line 998\n\[#chat 2\] bob> typed$", seat.glass.text()))
+        self.assertEqual(re.findall(r"\d\d:\d\d bob: (/quit|line \d+)\n", seat.glass.text()), lines)
 
     def test_a_killed_and_restarted_server(self) -> None:
         port = held_port(self)
         server, _ = self.server("--port", str(port))
         seat = self.sit(port)
-        seat.until(lambda: seat.last() == "[#chat 1] bob>")
+        seat.prompts("[#chat 1] bob>")
         seat.type("before\r")
         seat.until(lambda: re.search(r"\d bob: before\n\[#chat 1\] bob>$", seat.glass.text()))
         server.kill()
@@ -7277,8 +7295,8 @@ class AtTheTerminal(SeatCase):
         self.assertIn("Error: not connected; only messages wait until we are", seat.glass.text())
         seat.until(lambda: "next try in 2 s" in seat.last())  # it has tried and waits longer now, on the same row
         self.assertEqual(seat.glass.text().count("was lost"), 1)
-        self.start("server", "--port", str(port))
-        ann = self.wait_for(port)
+        self.server("--port", str(port))
+        ann = self.irc(port)
         seat.type("ee\r")
         said = [ann.until(" PRIVMSG ").rpartition("#chat ")[2] for _ in range(3)]
         self.assertEqual(said, [":one", ":two", ":three"])
@@ -7286,33 +7304,17 @@ class AtTheTerminal(SeatCase):
         for text in ("bob: before", "bob: one", "bob: two", "bob: three", "connected again"):
             self.assertEqual(seat.glass.text().count(text), 1, seat.glass.text())
 
-    def wait_for(self, port: int) -> Peer:
-        """Somebody in the chat of a server that has just been started."""
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                return self.irc(port)
-            except OSError:
-                self.assertLess(time.monotonic(), end)
-                time.sleep(0.01)
-
     def test_leaving(self) -> None:
-        for keys, status in (
-            ("/quit see you\r", 0),
-            ("exit\r", 0),
-            ("\x04", 0),
-            ("\x03", 130),
-            ("half\x03", 130),
-            ("\x1c", 130),
-        ):
-            for connected in (True, False) if "/quit" in keys or keys == "\x03" else (True,):
-                with self.subTest(keys, connected=connected):
-                    self.leave(keys, status, connected)
+        keys = {"/quit see you\r": 0, "exit\r": 0, "\x04": 0, "\x03": 130, "half\x03": 130, "\x1c": 130}
+        for typed, status in keys.items():
+            for connected in (True, False) if "/quit" in typed or typed == "\x03" else (True,):
+                with self.subTest(typed, connected=connected):
+                    self.leave(typed, status, connected)
 
     def leave(self, keys: str, status: int, connected: bool) -> None:
         server, port = self.server()
         seat = self.sit(port)
-        seat.until(lambda: seat.last() == "[#chat 1] bob>")
+        seat.prompts("[#chat 1] bob>")
         self.assertNotEqual(seat.modes(), seat.modes_at_first)
         if not connected:
             server.kill()
@@ -7322,52 +7324,40 @@ class AtTheTerminal(SeatCase):
         self.assertNotIn("bob>", seat.glass.text())
         self.assertEqual(seat.modes(), seat.modes_at_first)
 
-    def test_a_thousand_pasted_lines_are_confirmed_in_order(self) -> None:
-        _, ann, seat = self.both()
-        lines = [f"line {number}" for number in range(1000)]
-        seat.type("\x1b[200~" + "\r".join(lines) + "\x1b[201~")
-        seat.until(lambda: seat.last() == "send 1000 pasted lines? y/n")
-        seat.type("y")
-        said = [ann.until(" PRIVMSG ").rpartition(" :")[2] for _ in lines]
-        self.assertEqual(said, lines)
-        seat.until(lambda: re.search(r"\d bob: line 999\n\[#chat 2\] bob>$", seat.glass.text()))
-        self.assertEqual(re.findall(r"\d\d:\d\d bob: (line \d+)\n", seat.glass.text()), lines)
-
     def test_rooms(self) -> None:
-        _, ann, seat = self.both()
+        ann, seat = self.both()
         seat.type("/join #tea\r")
-        seat.until(lambda: seat.last() == "[#tea 1] bob>")
+        seat.prompts("[#tea 1] bob>")
         ann.send("PRIVMSG #chat :come back\nPRIVMSG #chat :please\n")
-        seat.until(lambda: seat.last() == "[#tea 1 | #chat +2] bob>")
+        seat.prompts("[#tea 1 | #chat +2] bob>")
         self.assertIn(" [#chat] ann: come back\n", seat.glass.text())
         seat.type("/msg #chat soon\r/join #c\t\r")
-        seat.until(lambda: seat.last() == "[#chat 2] bob>")
+        seat.prompts("[#chat 2] bob>")
         self.assertTrue(ann.until("PRIVMSG").endswith("PRIVMSG #chat :soon"))
         seat.type("/part #tea\r")
-        seat.until(lambda: "*** [#tea] bob left\n" in seat.glass.text())
+        seat.shows("*** [#tea] bob left\n")
         seat.type("/part\r")
         self.assertIn("PART #chat", ann.until("PART"))
-        seat.until(lambda: "you are no longer in #chat; /join #chat may bring you back\n" in seat.glass.text())
+        seat.shows("you are no longer in #chat; /join #chat may bring you back\n")
 
     def test_a_simple_terminal(self) -> None:
         _, port = self.server()
         ann = self.irc(port)
         seat = self.sit(port, TERM="dumb")
-        seat.until(lambda: "*** bob joined (2 here)\n" in seat.glass.text())
+        seat.shows("*** bob joined (2 here)\n")
         seat.type("hello\r/dance\r")
         self.assertIn("PRIVMSG #chat :hello", ann.until(" PRIVMSG "))
         ann.send("PRIVMSG #chat :\x1b[2Jhi\n")
-        seat.until(lambda: "ann: \\x1b[2Jhi\n" in seat.glass.text() and "/dance is not a command" in seat.glass.text())
+        seat.shows("ann: \\x1b[2Jhi\n", "/dance is not a command")
         self.assertNotIn("\x1b", seat.raw)
         seat.type("/quit\r")
         self.assertEqual(seat.wait(), 0)
 
     def test_no_colours(self) -> None:
-        _, ann, seat = self.both(NO_COLOR="1")
-        ann.send("PRIVMSG #chat :first\n")  # before that, a line might count as said before bob came
-        seat.until(lambda: "ann: first\n" in seat.glass.text())
-        ann.send("PRIVMSG #chat :bob: hi\n")
-        seat.until(lambda: "ann: bob: hi\n" in seat.glass.text())
+        ann, seat = self.both(NO_COLOR="1")
+        for text in ("first", "bob: hi"):  # before the first, a line might count as said before bob came
+            ann.send(f"PRIVMSG #chat :{text}\n")
+            seat.shows(f"ann: {text}\n")
         self.assertNotRegex(seat.raw, "\x1b\\[[\\d;]*m")
         self.assertEqual(seat.glass.bells, 1)
 
@@ -7377,7 +7367,7 @@ class SignalsAtTheTerminal(SeatCase):
         _, port = self.server()
         for _ in range(3):
             seat = self.sit(port)
-            seat.until(lambda seat=seat: seat.last() == "[#chat 1] bob>")  # type: ignore[misc]
+            seat.prompts("[#chat 1] bob>")
             for number in range(60):
                 seat.program.send_signal((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)[number % 4])
                 seat.read(0.005)
@@ -7386,7 +7376,7 @@ class SignalsAtTheTerminal(SeatCase):
             self.assertNotIn("Traceback", seat.glass.text())
 
     def test_a_terminal_that_takes_nothing_is_left_as_it_was(self) -> None:
-        _, ann, seat = self.both()
+        ann, seat = self.both()
         for number in range(200):
             ann.send(f"PRIVMSG #chat :{'x' * 300} {number}\n")
         ann.sync()
@@ -7395,15 +7385,11 @@ class SignalsAtTheTerminal(SeatCase):
         self.assertEqual(seat.modes(), seat.modes_at_first)
 
     def test_a_window_that_changes_its_size_is_drawn_anew(self) -> None:
-        import fcntl
-        import struct
-        import termios
-
-        _, _, seat = self.both()
+        _, seat = self.both()
         seat.type("x" * 60)
         seat.until(lambda: seat.last().endswith("x" * 60))
         shown = len(seat.raw)
-        fcntl.ioctl(seat.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+        seat.resize(40)
         seat.until(lambda: len(seat.raw) > shown and seat.last().endswith("x" * 10))
         self.assertLess(len(seat.last()), 40)
 
@@ -7427,19 +7413,19 @@ class SignalsAtTheTerminal(SeatCase):
         seat.until(lambda: seat.last() == "[#chat 1] bob> still here")
 
     def test_not_suspended_without_a_shell(self) -> None:
-        _, _, seat = self.both()
+        _, seat = self.both()
         seat.type("typed")
-        seat.until(lambda: seat.last().endswith("typed"))
+        seat.prompts("[#chat 2] bob> typed")
         seat.type("\x1a")  # nobody is there who could let it go on
         seat.type("!")
-        seat.until(lambda: seat.last() == "[#chat 2] bob> typed!")
+        seat.prompts("[#chat 2] bob> typed!")
 
     def test_suspended(self) -> None:
-        _, ann, seat = self.both(shell="set -m; %s; echo stopped; read x; fg >/dev/null")
+        ann, seat = self.both(shell="set -m; %s; echo stopped; read x; fg >/dev/null")
         seat.type("typed")
-        seat.until(lambda: seat.last().endswith("typed"))
+        seat.prompts("[#chat 2] bob> typed")
         seat.type("\x1a")
-        seat.until(lambda: "stopped\n" in seat.glass.text())
+        seat.shows("stopped\n")
         self.assertEqual(seat.modes(), seat.modes_at_first)
         self.assertNotIn("bob>", seat.glass.text())
         ann.send("PRIVMSG #chat :meanwhile\n")
@@ -7455,57 +7441,35 @@ class AtTheTerminalOfAFake(SeatCase):
     )  # fmt: skip
 
     PLACES = (
-        ":ann!a@b PRIVMSG #chat :TEXT",
-        ":ann!a@b PRIVMSG bob :TEXT",
-        ":ann!a@b PRIVMSG #chat :\x01ACTION TEXT\x01",
-        ":TEXT!a@b PRIVMSG #chat :hi",
-        ":TEXT!a@b JOIN #chat",
-        ":TEXT!a@b NICK TEXT",
-        ":ann!a@b TOPIC #chat :TEXT",
-        ":ann!a@b QUIT :TEXT",
-        ":ann!a@b PART #chat :TEXT",
-        ":s 404 bob #chat :TEXT",
-        ":s 353 bob = #chat :TEXT",
-        ":s 332 bob TEXT :TEXT",
-        ":s NOTICE * :TEXT",
-        "@COUNT_TAG=TEXT :cat!a@b JOIN #chat",
-    )
+        ":ann!a@b PRIVMSG #chat :TEXT", ":ann!a@b PRIVMSG bob :TEXT", ":ann!a@b PRIVMSG #chat :\x01ACTION TEXT\x01",
+        ":TEXT!a@b PRIVMSG #chat :hi", ":TEXT!a@b JOIN #chat", ":TEXT!a@b NICK TEXT", ":ann!a@b TOPIC #chat :TEXT",
+        ":ann!a@b QUIT :TEXT", ":ann!a@b PART #chat :TEXT", ":s 404 bob #chat :TEXT", ":s 353 bob = #chat :TEXT",
+        ":s 332 bob TEXT :TEXT", ":s NOTICE * :TEXT", f"@{chat.COUNT_TAG}=TEXT :cat!a@b JOIN #chat",
+    )  # fmt: skip
+    SHOWN = (
+        "\\x1b[31mred", "\\x9b31m", "<U+202E>gnp.exe", "a<U+200B>b<U+200D><U+FEFF>", "<U+0301>", "<U+115F>",
+    )  # fmt: skip
 
     def test_nothing_that_arrives_is_obeyed(self) -> None:
-        fake = FakeServer(self)
-        seat = self.sit(fake.port, NO_COLOR="1")
-        fake.welcome()
-        seat.until(lambda: seat.last().startswith("[#chat "))
+        fake, seat = self.fake(NO_COLOR="1")
         for number, text in enumerate(self.HOSTILE):
             for place in self.PLACES:
-                fake.send(place.replace("COUNT_TAG", chat.COUNT_TAG).replace("TEXT", text))
+                fake.send(place.replace("TEXT", text))
             fake.send(f":ann!a@b PRIVMSG #chat :end {number}")
-        seat.until(lambda: f"ann: end {len(self.HOSTILE) - 1}\n" in seat.glass.text())
+        seat.shows(f"ann: end {len(self.HOSTILE) - 1}\n")
         seat.type("a\t\t\x15/who\r")
         fake.until("NAMES")
         raw = re.sub(r"\x1b[78]|\x1b\[(?:\d*A|[JK]|\?2004[hl])", "", seat.raw)  # what the client itself may say
-        for char in raw:
-            self.assertIn(
-                char, "\r\n\a\u0301" if unicodedata.category(char) in (*chat.UNSAFE_CATEGORIES, "Mn") else char
-            )
+        unsafe = {char for char in raw if unicodedata.category(char) in (*chat.UNSAFE_CATEGORIES, "Mn")}
+        self.assertLessEqual(unsafe, set("\r\n\a\u0301"))
         self.assertNotIn("\u0301" * 9, raw)
-        for shown in (
-            "\\x1b[31mred",
-            "\\x9b31m",
-            "<U+202E>gnp.exe",
-            "a<U+200B>b<U+200D><U+FEFF>",
-            "<U+0301>",
-            "<U+115F>",
-        ):
+        for shown in self.SHOWN:
             self.assertIn(shown, seat.glass.text().replace("\n", ""))
 
     def test_own_lines_are_dim_until_they_are_echoed(self) -> None:
-        fake = FakeServer(self)
-        seat = self.sit(fake.port)
-        fake.welcome()
-        seat.until(lambda: seat.last().startswith("[#chat "))
+        fake, seat = self.fake()
         seat.type("one\rtwo\r")
-        seat.until(lambda: "\n  ... bob: one\n  ... bob: two\n[#chat" in seat.glass.text())
+        seat.shows("\n  ... bob: one\n  ... bob: two\n[#chat")
         self.assertIn("\x1b[2m  ... bob: one\x1b[0m", seat.raw)
         tags = [fake.until("PRIVMSG").partition(" ")[0] for _ in range(2)]
         fake.send(f"{tags[0]} :bob!b@h PRIVMSG #chat :one")
@@ -7518,7 +7482,7 @@ class AtTheTerminalOfAFake(SeatCase):
         seat = self.sit(fake.port)
         fake.until("USER")
         fake.send(":s 464 * :Password incorrect")
-        seat.until(lambda: f"password for 127.0.0.1:{fake.port}:" in seat.glass.text())
+        seat.shows(f"password for 127.0.0.1:{fake.port}:")
         fake.drop()
         seat.type("sesame\r")
         self.assertEqual(fake.until("PASS"), "PASS sesame")
@@ -7544,7 +7508,7 @@ class ReadmeOutput(SeatCase):
         self.assertEqual(printed, server)
         seat = self.sit(port)
         client = self.block("$ python3 chat.py client --name bob")[1:]
-        seat.until(lambda: seat.last() == client[-1])
+        seat.prompts(client[-1])
         self.assertEqual(re.sub(r"^\d\d:\d\d", "21:16", seat.glass.text(), flags=re.MULTILINE), "\n".join(client))
         self.talk(self.block("$ nc 127.0.0.1 9090")[1:], port, seat)
 
@@ -7578,11 +7542,14 @@ class ReadmeOutput(SeatCase):
 class Operator(SeatCase):
     """Whoever runs a server, at its terminal."""
 
-    def serve(self, *args: str) -> Tuple[Seat, int]:
-        seat = Seat(self, ["server", "--port", "0", *args], 100, "exec %s", {})
-        self.addCleanup(seat.end)
-        seat.until(lambda: seat.last() == "server>")
-        return seat, int((re.search(r"listening on 127\.0\.0\.1:(\d+)", seat.glass.text()) or ["", "0"])[1])
+    def serve(self, *args: str, shell: str = "exec %s", until: str = "server>") -> Tuple[Seat, int]:
+        seat = Seat(self, ["server", "--port", "0", *args], 100, shell)
+        seat.shows(until)
+        return seat, self.number(seat, r"listening on 127\.0\.0\.1:(\d+)")
+
+    @staticmethod
+    def number(seat: Seat, pattern: str) -> int:
+        return int((re.search(pattern, seat.glass.text()) or ["", "0"])[1])
 
     def enter(self, seat: Seat, line: str, answer: str) -> None:
         """Types a line, and waits for what follows it."""
@@ -7590,23 +7557,16 @@ class Operator(SeatCase):
         pattern = f"server> {re.escape(line)}\n(.*\n)*?.*{answer}"
         seat.until(lambda: re.search(pattern, seat.glass.text()))
 
-    def plain(self, port: int, name: str) -> Peer:
-        peer = Peer(port, f"{name}\n")
-        self.addCleanup(peer.close)
-        peer.until(f"*** {name} joined")
-        return peer
-
     def test_what_an_operator_can_do(self) -> None:
         seat, port = self.serve()
         self.enter(seat, "/who", "nobody is here\n")
         ann, bob, eve = self.plain(port, "ann"), self.irc(port, "bob"), self.plain(port, "eve")
-        seat.until(lambda: "INFO eve from 127.0.0.1 joined\nserver>" in seat.glass.text())
+        seat.shows("INFO eve from 127.0.0.1 joined\nserver>")
         bob.send("PRIVMSG #chat :one\r\n")
         ann.until("bob: one")
         self.enter(seat, "/who", r"ann from 127\.0\.0\.1, Plain, silent for 0 s: #chat\n")
-        self.enter(
-            seat, "/stats", r"3 people in 1 channels, 3 connections\n1 messages, \d+ deliveries\n\d+ MB, up for \d+ s\n"
-        )
+        stats = r"3 people in 1 channels, 3 connections\n1 messages, \d+ deliveries\n\d+ MB, up for \d+ s\n"
+        self.enter(seat, "/stats", stats)
         self.enter(seat, "/say closing at six", "told 3 people\n")
         ann.until("*** From the operator: closing at six")
         self.assertEqual(bob.until("operator"), ":chat.local NOTICE * :From the operator: closing at six")
@@ -7657,16 +7617,12 @@ class Operator(SeatCase):
         self.assertEqual((seat.wait(), seat.modes()), (0, seat.modes_at_first))
 
     def test_suspended_and_let_go_on(self) -> None:
-        shell = "set -m; %s; echo stopped; bg; read x; fg >/dev/null"
-        seat = Seat(self, ["server", "--port", "0"], 80, shell, {})
-        self.addCleanup(seat.end)
-        seat.until(lambda: seat.last() == "server>")
-        port = int((re.search(r"listening on 127\.0\.0\.1:(\d+)", seat.glass.text()) or ["", "0"])[1])
+        seat, port = self.serve(shell="set -m; %s; echo stopped; bg; read x; fg >/dev/null")
         seat.type("\x1a")
-        seat.until(lambda: "stopped\n" in seat.glass.text())
-        self.plain(port, "ann").close()  # served in the background
+        seat.shows("stopped\n")
+        self.plain(port).close()  # served in the background
         seat.type("\r")
-        seat.until(lambda: seat.last() == "server>")
+        seat.prompts("server>")
         self.enter(seat, "/who", "nobody is here\n")
         seat.type("/stop\r")
         self.assertEqual(seat.wait(), 0)
@@ -7690,19 +7646,11 @@ class Operator(SeatCase):
         seat.master, seat._slave = os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_RDONLY)
 
     def test_in_the_background(self) -> None:
-        seat = Seat(self, ["server", "--port", "0"], 80, "set -m; %s & echo process $!; wait $!", {})
-        self.addCleanup(seat.end)
-        seat.until(lambda: "any IRC client" in seat.glass.text())
-        process = int((re.search(r"process (\d+)", seat.glass.text()) or ["", "0"])[1])
-
-        def end() -> None:
-            if seat.program.poll() is None:
-                os.kill(process, signal.SIGKILL)
-
-        self.addCleanup(end)
-        port = int((re.search(r":(\d+)\n", seat.glass.text()) or ["", "0"])[1])
-        self.plain(port, "ann").close()
-        seat.until(lambda: "ann from 127.0.0.1 joined" in seat.glass.text())
+        seat, port = self.serve(shell="set -m; %s & echo process $!; wait $!", until="any IRC client")
+        process = self.number(seat, r"process (\d+)")
+        self.addCleanup(lambda: None if seat.program.poll() is not None else os.kill(process, signal.SIGKILL))
+        self.plain(port).close()
+        seat.shows("ann from 127.0.0.1 joined")
         self.assertNotIn("server>", seat.glass.text())
         self.assertEqual(seat.modes(), seat.modes_at_first)
         os.kill(process, signal.SIGHUP)  # of use to one that writes a log file
@@ -7761,29 +7709,21 @@ class OperatorsCommands(ServerCase):
         self.plain("eve")
         self.plain("Eva")
         complete = chat.OperatorConsole(self.server)._complete
-        for head, start, found in (
-            ("/s", 0, ["/say ", "/stats ", "/stop "]),
-            ("k", 0, ["/kick "]),
-            ("/kick ev", 6, ["eve", "Eva"]),
-            ("say x e", 6, ["eve", "Eva"]),
-            ("x", 0, []),
-        ):
-            self.assertEqual(complete(head), (start, found), head)
+        names = ["eve", "Eva"]
+        cases = {"/s": (0, ["/say ", "/stats ", "/stop "]), "k": (0, ["/kick "]), "x": (0, [])}
+        for head, found in {**cases, "/kick ev": (6, names), "say x e": (6, names)}.items():
+            self.assertEqual(complete(head), found, head)
 
-
-class Bans(ServerCase):
     def test_an_address_is_shut_out(self) -> None:
         with mock.patch.object(chat, "shown_host", lambda key, secret: "10.0.0.1"):
             ann, bob = self.plain("ann"), self.irc("bob")
-            answer = chat.OperatorCommands(self.server).run("/ban bob")
-            self.assertEqual(
-                answer, ["bob (127.0.0.1) is banned, until the server ends; the same again lets them back"]
-            )
+            banned = "bob (127.0.0.1) is banned, until the server ends; the same again lets them back"
+            self.assertEqual(self.commands.run("/ban bob"), [banned])
             for peer in (ann, bob):
                 self.assertIn("Thrown out: banned", peer.rest()[-1])
             with self.logs(logging.WARNING):
                 self.assertEqual(self.peer("eve\n").rest(), ["ERROR :You are banned from this server"])
-            chat.OperatorCommands(self.server).run("/ban 127.0.0.1")
+            self.commands.run("/ban 127.0.0.1")
             self.plain("eve")
 
     def test_lengths(self) -> None:
@@ -7814,11 +7754,8 @@ class InTmux(ProgramCase):
     def both(self, columns: int) -> Peer:
         """bob in such a terminal, and ann."""
         _, port = self.server()
-        ann = Peer(port, "ann\n")
-        self.addCleanup(ann.close)
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.socket = os.path.join(folder.name, "s")
+        ann = joined(self, port, "ann\n", "joined")
+        self.socket = str(temporary_folder(self) / "s")
         program = f"'{sys.executable}' '{HERE / 'chat.py'}' client --port {port} --name bob"
         self.tmux("new-session", "-d", "-s", "chat", "-x", str(columns), "-y", "20", f"TERM=screen {program}")
         self.addCleanup(subprocess.run, ["tmux", "-S", self.socket, "kill-server"], check=True)
@@ -7856,19 +7793,6 @@ class InTmux(ProgramCase):
         self.until(r"bob: a line .*\n\[#chat 2\] bob>$")
 
 
-NGIRCD = """[Global]
-Name = irc.test
-Info = test
-Listen = 127.0.0.1
-Ports = {port}
-Password = sesame
-[Limits]
-MaxConnectionsIP = 0
-[Options]
-Ident = no
-PAM = no
-DNS = no
-"""
 INSPIRCD = """<config format="xml">
 <server name="irc.test" description="test" network="Test" id="001">
 <admin name="a" nick="a" email="a@b.c">
@@ -7884,17 +7808,22 @@ INSPIRCD = """<config format="xml">
 """  # with the flood limits that Debian installs
 
 
+def ngircd_config(name: str, port: object, slow: bool, more: str) -> str:
+    """`slow`: with the flood limits that Debian installs; `more` begins with further lines of [Global]."""
+    limits = "" if slow else "MaxPenaltyTime = 0\n"
+    limits = f"[Limits]\nMaxConnectionsIP = 0\n{limits}[Options]\nIdent = no\nPAM = no\nDNS = no\n"
+    return f"[Global]\nName = {name}\nInfo = test\nListen = 127.0.0.1\nPorts = {port}\n{more}{limits}"
+
+
 class Foreign:
     """A server of somebody else's, with its flood limits, and ann, a raw connection, as operator of #chat."""
 
     def __init__(self, case: ProgramCase, name: str, config: str, *command: str) -> None:
         self.name = name
-        folder = tempfile.TemporaryDirectory()
-        case.addCleanup(folder.cleanup)
-        path = pathlib.Path(folder.name, "conf")
+        path = temporary_folder(case) / "conf"
         self.port = held_port(case)
         self.ann: Any = mock.Mock()
-        path.write_text(config.format(port=self.port, folder=folder.name), encoding="ascii")
+        path.write_text(config.format(port=self.port, folder=path.parent), encoding="ascii")
         self._command = [part.format(path=path) for part in command]
         case.addCleanup(self.stop)
         self.begin()
@@ -7949,7 +7878,14 @@ class ForeignServers(SeatCase):
 
     def test_people_and_pipes(self) -> None:
         """All at once, for these servers do about one thing a second for each of us."""
-        ngircd = "ngircd", NGIRCD, "ngircd", "-n", "-f", "{path}"
+        ngircd = (
+            "ngircd",
+            ngircd_config("irc.test", "{port}", True, "Password = sesame\n"),
+            "ngircd",
+            "-n",
+            "-f",
+            "{path}",
+        )
         inspircd = "inspircd", INSPIRCD, "inspircd", "--config={path}", "--nofork", "--runasroot"
         with concurrent.futures.ThreadPoolExecutor() as pool:
             jobs = [
@@ -7977,8 +7913,7 @@ class ForeignServers(SeatCase):
 
     def visit(self, server: Foreign) -> None:
         args = ["client", f"irc://ann@127.0.0.1:{server.port}/chat"]
-        seat = Seat(self, args, 200, "exec %s", {"CHAT_PASSWORD": "sesame", "NO_COLOR": "1"})
-        self.addCleanup(seat.end)
+        seat = Seat(self, args, 200, CHAT_PASSWORD="sesame", NO_COLOR="1")
         self.shows(seat, r"\[#chat 2\] ann2>")
         self.shows(seat, r"\*\*\* ann is taken; you are ann2\n")
         self.talk(server.ann, seat)
@@ -8036,37 +7971,42 @@ class ForeignServers(SeatCase):
 class ForeignClient:
     """An IRC client that others wrote, as a person uses it: lines that are typed, and text on its screen."""
 
-    TYPED = {
+    FILES: Dict[str, str] = {}  # that it finds
+    COMMAND: Sequence[str]
+    SCREEN: Sequence[str] = ()  # files of what it shows
+    INPUT: Dict[str, Tuple[str, str]] = {}  # once a file is there: a named pipe, and the form of a line for it
+    DO = {
         "join": "/join #chat", "say": "{}", "msg": "/msg ann {}", "topic": "/topic {}", "away": "/away {}",
         "nick": "/nick {}", "quit": "/quit {}",
     }  # fmt: skip
-    LOOKS: Dict[str, str] = {}  # regular expressions of what is seen
+    LOOKS: Dict[str, str]  # regular expressions of what is seen
 
-    def __init__(self, case: unittest.TestCase, folder: pathlib.Path, port: int) -> None:
-        self.case, self.folder, self.port = case, folder, port
+    def __init__(self, case: unittest.TestCase, port: int) -> None:
+        self.case, self.folder = case, temporary_folder(case)
+        values = {"folder": self.folder, "port": port}
+        for path, text in self.FILES.items():
+            (self.folder / path).write_text(text % values, encoding="utf-8")
         self.program = subprocess.Popen(
-            self.command(),
-            env={**os.environ, "HOME": str(folder), "LC_ALL": "C.UTF-8", "TERM": "screen"},
-            cwd=folder,
+            [part % values for part in self.COMMAND],
+            env={**os.environ, "HOME": str(self.folder), "LC_ALL": "C.UTF-8", "TERM": "screen"},
+            cwd=self.folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-
-    def command(self) -> List[str]:
-        raise NotImplementedError
+        case.addCleanup(self.end)
 
     def type(self, line: str) -> None:
-        raise NotImplementedError
+        pipe, form = next(found for path, found in self.INPUT.items() if (self.folder / path).exists())
+        self.until((self.folder / pipe).exists)
+        (self.folder / pipe).write_text(form.format(line) + "\n", encoding="utf-8")
 
     def screen(self) -> str:
-        raise NotImplementedError
-
-    def connected(self) -> None:
-        self.until(lambda: "End of MOTD" in self.screen())
+        found = [self.folder / path for path in self.SCREEN if (self.folder / path).exists()]
+        return "\n".join(path.read_text(encoding="utf-8") for path in found)
 
     def do(self, what: str, text: str = "") -> None:
-        self.type(self.TYPED[what].format(text))
+        self.type(self.DO[what].format(text))
 
     def until(self, condition: Callable[[], Any]) -> None:
         end = time.monotonic() + PATIENCE
@@ -8079,16 +8019,6 @@ class ForeignClient:
         pattern = re.compile(self.LOOKS[what].format(*map(re.escape, texts)), re.DOTALL)
         self.until(lambda: pattern.search(self.screen()))
 
-    def write(self, path: str, line: str) -> None:
-        """Into a named pipe, once somebody is there to read it."""
-        self.until((self.folder / path).exists)
-        with open(self.folder / path, "w", encoding="utf-8") as pipe:
-            pipe.write(f"{line}\n")
-
-    def read(self, *paths: str) -> str:
-        found = [self.folder / path for path in paths if (self.folder / path).exists()]
-        return "\n".join(path.read_text(encoding="utf-8") for path in found)
-
     def end(self) -> None:
         if self.program.poll() is None:
             self.program.terminate()
@@ -8098,6 +8028,15 @@ class ForeignClient:
 class Irssi(ForeignClient):
     """In a tmux of its own, with everything in one window."""
 
+    CONFIG = """settings = {
+        "fe-text" = { paste_verify_line_count = "0"; };
+        "fe-common/core" = { use_status_window = "no"; autocreate_windows = "no"; autocreate_query_level = "NONE";
+            autocreate_own_query = "no"; };
+        "irc/core" = { cmd_queue_speed = "1msec"; cmds_max_at_once = "100"; };
+    };"""
+    IRSSI = "irssi --home=%(folder)s -c 127.0.0.1 -p %(port)s -n foreign"
+    FILES = {"config": CONFIG, "tmux": f'new-session -d -s irc -x 120 -y 60 "{IRSSI}"\nset -s exit-empty on\n'}
+    COMMAND = ["tmux", "-u", "-D", "-f", "%(folder)s/tmux", "-S", "%(folder)s/socket"]
     LOOKS = {
         "past": r"!chat\.local Said here before.*José> früher\n.*!chat\.local End of what was said before",
         "said": r"{}> {}\n",
@@ -8107,20 +8046,6 @@ class Irssi(ForeignClient):
         "nick": r"-!- {} is now known as {}\n",
         "kicked": r"-!- {2} was kicked from #chat by {0} \[{1}\]\n",
     }
-    CONFIG = """settings = {
-        "fe-text" = { paste_verify_line_count = "0"; };
-        "fe-common/core" = { use_status_window = "no"; autocreate_windows = "no"; autocreate_query_level = "NONE";
-            autocreate_own_query = "no"; };
-        "irc/core" = { cmd_queue_speed = "1msec"; cmds_max_at_once = "100"; };
-    };"""
-
-    def command(self) -> List[str]:
-        (self.folder / "config").write_text(self.CONFIG, encoding="utf-8")
-        irssi = f"irssi --home={self.folder} -c 127.0.0.1 -p {self.port} -n foreign"
-        (self.folder / "tmux").write_text(
-            f'new-session -d -s irc -x 120 -y 60 "{irssi}"\nset -s exit-empty on\n', encoding="utf-8"
-        )
-        return ["tmux", "-u", "-D", "-f", f"{self.folder}/tmux", "-S", f"{self.folder}/socket"]
 
     def tmux(self, what: str, *args: str) -> str:
         command = ["tmux", "-u", "-S", f"{self.folder}/socket", what, "-t", "irc", *args]
@@ -8138,7 +8063,15 @@ class Irssi(ForeignClient):
 class Weechat(ForeignClient):
     """Without a screen; typed into by a pipe, and read where it logs what it shows."""
 
-    TYPED = {**ForeignClient.TYPED, "join": "/join -server local #chat"}
+    RUN = (
+        "/set logger.file.flush_delay 0; /set irc.server_default.anti_flood_prio_low 0; "
+        "/set fifo.file.path %(folder)s/in; /set irc.server_default.anti_flood_prio_high 0; "
+        "/server add local 127.0.0.1/%(port)s -notls -nicks=foreign; /connect local"
+    )
+    COMMAND = ["weechat-headless", "-d", "%(folder)s", "-P", "irc,logger,fifo", "-r", RUN]
+    SCREEN = [f"logs/irc.{name}.weechatlog" for name in ("server.local", "local.#chat", "local.ann")]
+    INPUT = {SCREEN[1]: ("in", "irc.local.#chat *{}"), "": ("in", "irc.server.local *{}")}
+    DO = {**ForeignClient.DO, "join": "/join -server local #chat"}
     LOOKS = {
         "past": r"Notice\(chat\.local\): Said here.*\tJosé\tfrüher\n.*Notice\(chat\.local\): End of what was said",
         "said": r"\t@?{}\t{}\n",
@@ -8149,29 +8082,14 @@ class Weechat(ForeignClient):
         "kicked": r"\t<--\t{0} has kicked {2} \({1}\)\n",
     }
 
-    def command(self) -> List[str]:
-        sets = {
-            "logger.file.flush_delay": "0",
-            "fifo.file.path": f"{self.folder}/in",
-            "irc.server_default.anti_flood_prio_high": "0",
-            "irc.server_default.anti_flood_prio_low": "0",
-        }
-        run = "; ".join(f"/set {name} {value}" for name, value in sets.items())
-        run += f"; /server add local 127.0.0.1/{self.port} -notls -nicks=foreign; /connect local"
-        return ["weechat-headless", "-d", str(self.folder), "-P", "irc,logger,fifo", "-r", run]
-
-    def screen(self) -> str:
-        return self.read(*(f"logs/irc.{name}.weechatlog" for name in ("server.local", "local.#chat", "local.ann")))
-
-    def type(self, line: str) -> None:
-        joined = (self.folder / "logs" / "irc.local.#chat.weechatlog").exists()
-        self.write("in", f"irc.{'local.#chat' if joined else 'server.local'} *{line}")
-
 
 class Sic(ForeignClient):
     """Standard input and output."""
 
-    TYPED = {
+    COMMAND = ["sh", "-c", "mkfifo in; exec sic -h 127.0.0.1 -p %(port)s -n foreign <>in >screen"]
+    SCREEN = ["screen"]
+    INPUT = {"": ("in", "{}")}
+    DO = {
         "join": ":j #chat", "say": "{}", "msg": ":m ann {}", "topic": ":TOPIC #chat :{}", "away": ":AWAY :{}",
         "nick": ":NICK {}", "quit": ":QUIT :{}",
     }  # fmt: skip
@@ -8185,22 +8103,14 @@ class Sic(ForeignClient):
         "kicked": r"{0} *: [^\n]*>< KICK \(#chat {2}\): {1}\n",
     }
 
-    def command(self) -> List[str]:
-        return ["sh", "-c", f"exec sic -h 127.0.0.1 -p {self.port} -n foreign >screen"]
-
-    def screen(self) -> str:
-        return self.read("screen")
-
-    def type(self, line: str) -> None:
-        assert self.program.stdin
-        self.program.stdin.write(f"{line}\n".encode())
-        self.program.stdin.flush()
-
 
 class Ii(ForeignClient):
     """Files and named pipes."""
 
-    TYPED = {
+    COMMAND = ["ii", "-i", "%(folder)s", "-s", "127.0.0.1", "-p", "%(port)s", "-n", "foreign"]
+    SCREEN = [f"127.0.0.1/{place}out" for place in ("", "#chat/", "ann/")]
+    INPUT = {"127.0.0.1/#chat": ("127.0.0.1/#chat/in", "{}"), "": ("127.0.0.1/in", "{}")}
+    DO = {
         "join": "/j #chat", "say": "{}", "msg": "/j ann {}", "topic": "/t {}", "away": "/a {}", "nick": "/n {}",
         "quit": "/q {}",
     }  # fmt: skip
@@ -8213,15 +8123,6 @@ class Ii(ForeignClient):
         "nick": r" -!- {} changed nick to {}\n",
         "kicked": r" -!- {0} kicked {2}  \(\"{1}\"\)\n",
     }
-
-    def command(self) -> List[str]:
-        return ["ii", "-i", str(self.folder), "-s", "127.0.0.1", "-p", str(self.port), "-n", "foreign"]
-
-    def screen(self) -> str:
-        return self.read("127.0.0.1/out", "127.0.0.1/#chat/out", "127.0.0.1/ann/out")
-
-    def type(self, line: str) -> None:
-        self.write("127.0.0.1/#chat/in" if (self.folder / "127.0.0.1/#chat").exists() else "127.0.0.1/in", line)
 
 
 class RealClients(ServerCase):
@@ -8237,45 +8138,36 @@ class RealClients(ServerCase):
     Irssi sends a command each 2.5 s.
     """
 
-    def setUp(self) -> None:
-        super().setUp()
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = pathlib.Path(folder.name)
-
     @unittest.skipUnless(shutil.which("irssi") and shutil.which("tmux"), "needs irssi and tmux")
     def test_irssi(self) -> None:
-        self.talk(Irssi)
+        self.talk(Irssi(self, self.port))
 
     @unittest.skipUnless(shutil.which("weechat-headless"), "needs weechat-headless")
     def test_weechat(self) -> None:
-        self.talk(Weechat)
+        self.talk(Weechat(self, self.port))
 
     @unittest.skipUnless(shutil.which("sic"), "needs sic")
     def test_sic(self) -> None:
-        self.talk(Sic)
+        self.talk(Sic(self, self.port))
 
     @unittest.skipUnless(shutil.which("ii"), "needs ii")
     def test_ii(self) -> None:
-        self.talk(Ii)
+        self.talk(Ii(self, self.port))
 
-    def talk(self, kind: Callable[[unittest.TestCase, pathlib.Path, int], ForeignClient]) -> None:
+    def talk(self, client: ForeignClient) -> None:
         ann, jose = self.irc("ann"), self.irc("José")
         jose.send("PRIVMSG #chat :früher\r\nQUIT\r\n")
         ann.until("QUIT")
-        client = kind(self, self.folder, self.port)
-        self.addCleanup(client.end)
-        client.connected()
+        client.until(lambda: "End of MOTD" in client.screen())
         client.do("join")
         ann.until(":foreign!")
         client.sees("past")
         self.talk_both_ways(client, ann)
         self.change_things(client, ann)
-        if "KICK" in chat.COMMANDS:
-            ann.send("KICK #chat Борис :genug davon\r\n")
-            client.sees("kicked", "Анна", "genug davon", "Борис")
-            client.do("join")
-            ann.until(":Борис!")
+        ann.send("KICK #chat Борис :genug davon\r\n")
+        client.sees("kicked", "Анна", "genug davon", "Борис")
+        client.do("join")
+        ann.until(":Борис!")
         client.do("quit", "bye")
         self.assertRegex(ann.until("QUIT"), "^:Борис!.* QUIT :Quit: bye$")
         client.until(lambda: client.program.poll() is not None)
@@ -9564,12 +9456,6 @@ class Proxy:
         }[self.mutate]
 
 
-def ngircd_config(name: str, port: int, more: str) -> str:
-    """Of an ngircd that slows nobody down; `more` begins with further lines of [Global]."""
-    limits = "[Limits]\nMaxConnectionsIP = 0\nMaxPenaltyTime = 0\n[Options]\nIdent = no\nPAM = no\nDNS = no\n"
-    return f"[Global]\nName = {name}\nInfo = test\nListen = 127.0.0.1\nPorts = {port}\n{more}{limits}"
-
-
 class LoadTestCase(ProgramCase):
     """loadtest.py as a program."""
 
@@ -9952,7 +9838,9 @@ class LoadOfForeignServers(LoadTestCase):
         with tempfile.TemporaryDirectory() as folder:
             config, port = pathlib.Path(folder, "ngircd.conf"), held_port(self)
             plain = held_port(self) if extra else port
-            text = ngircd_config("irc.test", plain, "Password = secret\n") + extra.format(folder=folder, port=port)
+            text = ngircd_config("irc.test", plain, False, "Password = secret\n") + extra.format(
+                folder=folder, port=port
+            )
             config.write_text(text, encoding="ascii")
             if extra:
                 names = ["-keyout", f"{folder}/key", "-out", f"{folder}/cert", "-subj", "/CN=irc.test"]
@@ -9985,7 +9873,7 @@ class LoadOfForeignServers(LoadTestCase):
             for number, how in enumerate(("Passive = yes", f"Port = {ports[0]}")):
                 link = f"[Server]\nName = irc{1 - number}.test\nHost = 127.0.0.1\nMyPassword = x\nPeerPassword = x\n"
                 config = pathlib.Path(folder, f"{number}.conf")
-                text = ngircd_config(f"irc{number}.test", ports[number], "") + link + how
+                text = ngircd_config(f"irc{number}.test", ports[number], False, "") + link + how
                 config.write_text(text, encoding="ascii")
                 with mock.patch.object(loadtest, "free_port", return_value=ports[number]):
                     self.addCleanup(loadtest.Target("", 0, [str(shutil.which("ngircd")), "-n", "-f", str(config)]).stop)
