@@ -8206,17 +8206,23 @@ class RealClients(ServerCase):
 
 
 class Recorder(chat.UserInterface):
-    """A person who talks as fast as it is confirmed, and remembers all that is shown."""
+    """A person who talks as fast as it is confirmed, and remembers all that is shown; in a thread of its own."""
 
-    def __init__(self, name: str, client: chat.Client) -> None:
+    def __init__(self, name: str, port: int) -> None:
         self.name = name
-        self.client = client
+        self.client = chat.Client("127.0.0.1", port, name, "#chat")
+        self.client.ui = self
         self.shown: List[str] = []  # what was said, in order
         self.confirmed: List[str] = []  # of one's own
-        self.statuses: List[str] = []
         self._silent = True
         self._done = False
         self._said = 0
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(chat.FatalError):  # a line that was not delivered, at a server that is wrong
+            self.client.run()
 
     def talk(self, silent: bool = False, done: bool = False) -> None:
         """Talks from now on, or no more, or leaves. Any thread."""
@@ -8228,9 +8234,6 @@ class Recorder(chat.UserInterface):
             self.shown.append(message.text)
             if mine:
                 self.confirmed.append(message.text)
-
-    def show_status(self, text: str) -> None:
-        self.statuses.append(text)
 
     def update(self) -> None:
         if self._done and self.client.uplink.phase != chat.Phase.LEAVING:
@@ -8246,9 +8249,8 @@ class Durable(ProgramCase):
     ROUNDS = 100 if LONG else 10
 
     def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = pathlib.Path(folder.name)
+        self.folder = temporary_folder(self)
+        self.history = str(self.folder / "history")
         self.port = held_port(self)  # also between one server and the next
         self.file = "chat.py"
         for name, seconds in (("RETRY_S", 0.02), ("RETRY_MAX_S", 0.1)):
@@ -8257,85 +8259,66 @@ class Durable(ProgramCase):
             self.addCleanup(patch.stop)
 
     def serve(self) -> subprocess.Popen[str]:
-        program = self.start(
-            "server", "--port", str(self.port), "--history", str(self.folder / "history"), file=self.file
-        )
-        assert program.stdout
-        self.assertRegex(program.stdout.readline(), "^listening on ")
-        return program
+        return self.server("--port", str(self.port), "--history", self.history, file=self.file)[0]
 
-    def run_clients(self, count: int) -> List[Tuple[Recorder, chat.Client, threading.Thread]]:
-        crew = []
-        for number in range(count):
-            client = chat.Client("127.0.0.1", self.port, f"c{number}", "#chat")
-            client.ui = view = Recorder(f"c{number}", client)
-            thread = threading.Thread(target=self.run_one, args=(client,), daemon=True)
-            thread.start()
-            crew.append((view, client, thread))
-        self.wait(lambda: all(client.entered for _, client, _ in crew))
-        for view, _, _ in crew:
-            view.talk()
-        return crew
+    def printed(self, *args: str, **more: Any) -> Tuple[str, str]:
+        """What is printed of what was stored, and complained."""
+        out, err = self.start("history", self.history, *args, **more).communicate(timeout=PATIENCE)
+        return out, err
 
-    @staticmethod
-    def run_one(client: chat.Client) -> None:
-        with contextlib.suppress(chat.FatalError):  # a line that was not delivered, at a server that is wrong
-            client.run()
-
-    def wait(self, condition: Callable[[], Any]) -> None:
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            self.assertLess(time.monotonic(), end)
-            time.sleep(0.005)
-
-    def findings(self, crew: List[Tuple[Recorder, chat.Client, threading.Thread]]) -> List[str]:
+    def findings(self, crew: List[Recorder]) -> List[str]:
         """What is wrong with what was confirmed, shown and stored."""
-        printed = self.start("history", str(self.folder / "history"), "--json").communicate(timeout=PATIENCE)[0]
-        stored = [json.loads(line)["text"] for line in printed.splitlines()]
+        stored = [json.loads(line)["text"] for line in self.printed("--json")[0].splitlines()]
         found = []
-        for view, _, _ in crew:
-            for name, texts in (("shown", view.shown), ("stored", stored)):
-                lost = set(view.confirmed) - set(texts)
+        for person in crew:
+            for name, texts in (("shown", person.shown), ("stored", stored)):
+                lost = set(person.confirmed) - set(texts)
                 if lost:
-                    found.append(f"{len(lost)} confirmed to {view.name} but not {name}, as {min(lost)}")
-            if len(view.shown) != len(set(view.shown)):
-                found.append(f"doubled at {view.name}")
+                    found.append(f"{len(lost)} confirmed to {person.name} but not {name}, as {min(lost)}")
+            if len(person.shown) != len(set(person.shown)):
+                found.append(f"doubled at {person.name}")
             order = iter(stored)
-            if not all(text in order for text in view.shown):
-                found.append(f"{view.name} saw another order than was stored, or something that was not")
-            if view.shown != crew[0][0].shown:
-                found.append(f"{view.name} saw something else than {crew[0][0].name}")
+            if not all(text in order for text in person.shown):
+                found.append(f"{person.name} saw another order than was stored, or something that was not")
+            if person.shown != crew[0].shown:
+                found.append(f"{person.name} saw something else than {crew[0].name}")
         if len(stored) != len(set(stored)):
             found.append("stored twice")
         return found
 
+    def disturb(self, rng: random.Random, server: subprocess.Popen[str], crew: List[Recorder], kill_only: bool) -> Any:
+        """Kills the server, ends it or cuts some connections, a while later; returns the server that is there then."""
+        goal = sum(len(person.confirmed) for person in crew) + rng.randrange(100)
+        self.eventually(lambda: sum(len(person.confirmed) for person in crew) > goal, "they say no more")
+        act = 0 if kill_only else rng.randrange(3)
+        if act < 2:
+            server.send_signal(signal.SIGTERM if act else signal.SIGKILL)
+            server.wait(PATIENCE)
+            return self.serve()
+        for person in rng.sample(crew, 4):
+            sock = person.client.uplink.sock
+            if sock:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+        return server
+
     def chaos(self, rng: random.Random, rounds: int, kill_only: bool = False) -> List[str]:
         server = self.serve()
-        crew = self.run_clients(10)
+        crew = [Recorder(f"c{number}", self.port) for number in range(10)]
+        self.eventually(lambda: all(person.client.entered for person in crew), "not all came in")
+        for person in crew:
+            person.talk()
         for _ in range(rounds):
-            before = sum(len(view.confirmed) for view, _, _ in crew)
-            goal = before + rng.randrange(100)
-            self.wait(lambda goal=goal: sum(len(view.confirmed) for view, _, _ in crew) > goal)  # type: ignore[misc]
-            act = 0 if kill_only else rng.randrange(3)
-            if act < 2:
-                server.send_signal(signal.SIGTERM if act else signal.SIGKILL)
-                server.wait(PATIENCE)
-                server = self.serve()
-            else:
-                for _, client, _ in rng.sample(crew, 4):
-                    sock = client.uplink.sock
-                    if sock:
-                        with contextlib.suppress(OSError):
-                            sock.shutdown(socket.SHUT_RDWR)
-        for view, _, _ in crew:
-            view.talk(silent=True)
+            server = self.disturb(rng, server, crew, kill_only)
+        for person in crew:
+            person.talk(silent=True)
         if not kill_only:  # everybody gets everything; a server that forgets may not let them
-            self.wait(lambda: not any(len(client.queue) for _, client, _ in crew))
-            everything = {text for view, _, _ in crew for text in view.confirmed}
-            self.wait(lambda: all(everything <= set(view.shown) for view, _, _ in crew))
-        for view, _, thread in crew:
-            view.talk(silent=True, done=True)
-            thread.join(PATIENCE)
+            self.eventually(lambda: not any(len(person.client.queue) for person in crew), "some is unconfirmed")
+            everything = {text for person in crew for text in person.confirmed}
+            self.eventually(lambda: all(everything <= set(person.shown) for person in crew), "some is not shown")
+        for person in crew:
+            person.talk(silent=True, done=True)
+            person.thread.join(PATIENCE)
         server.send_signal(signal.SIGTERM)
         self.assertEqual(server.wait(PATIENCE), 0)
         return self.findings(crew)
@@ -8345,14 +8328,12 @@ class Durable(ProgramCase):
         self.assertEqual(self.chaos(random.Random(seed), self.ROUNDS), [], f"seed {seed}")
 
     def test_a_server_that_confirms_before_it_stores_is_caught(self) -> None:
-        source = SOURCES[chat]
         wrong = (
             "LATER.extend(messages)\n        if len(LATER) > 500:\n            hub.history.append(LATER)\n"
             "            LATER.clear()\n"
         )
-        mutant = source.replace("hub.history.append(messages, list(hub.unsaved.values()))\n", wrong).replace(
-            "VERSION =", "LATER: list = []\nVERSION =", 1
-        )
+        mutant = SOURCES[chat].replace("hub.history.append(messages, list(hub.unsaved.values()))\n", wrong)
+        mutant = mutant.replace("VERSION =", "LATER: list = []\nVERSION =", 1)
         self.assertEqual(mutant.count("LATER"), 5)
         path = self.folder / "mutant.py"
         path.write_text(mutant, encoding="utf-8")
@@ -8360,52 +8341,41 @@ class Durable(ProgramCase):
         found = self.chaos(random.Random(1), 3, kill_only=True)
         self.assertTrue(any("but not stored" in line for line in found), found)
 
-    def test_a_full_disk(self) -> None:
-        resource = self.limits()
-        server = self.serve()
-        ann, bob = Peer(self.port, "ann\n"), Peer(self.port, "bob\n")
-        for peer in (ann, bob):
-            self.addCleanup(peer.close)
-            peer.until("joined")
+    def talking(self) -> Tuple[Peer, Peer]:
+        """ann and bob, who has heard of ann: one."""
+        ann, bob = (joined(self, self.port, f"{name}\n", "joined") for name in ("ann", "bob"))
         ann.send("one\n")
         bob.until("ann: one")
+        return ann, bob
+
+    @unittest.skipUnless(sys.platform.startswith("linux"), "needs prlimit")
+    def test_a_full_disk(self) -> None:
+        import resource
+
+        server = self.serve()
+        ann, bob = self.talking()
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (1 << 12, resource.RLIM_INFINITY))
-        ann.send("two\n")
-        ann.until("*** Error: not said, because it cannot be stored: ")
-        bob.send("/me waits\n")
-        bob.until("*** Error: not said, because it cannot be stored: ")
+        for peer, line in ((ann, "two\n"), (bob, "/me waits\n")):
+            peer.send(line)
+            peer.until("*** Error: not said, because it cannot be stored: ")
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         ann.send("three\n")
         self.assertEqual(bob.until("ann: "), "ann: three")
-        ann.close()
-        bob.close()
         server.terminate()
         self.assertEqual(server.wait(PATIENCE), 0)
-        printed = self.start("history", str(self.folder / "history")).communicate(timeout=PATIENCE)[0]
-        self.assertEqual([line.rpartition("#chat ")[2] for line in printed.splitlines()], ["ann: one", "ann: three"])
-
-    def limits(self) -> Any:
-        if not sys.platform.startswith("linux"):
-            self.skipTest("needs prlimit")
-        import resource
-
-        return resource
+        stored = [line.rpartition("#chat ")[2] for line in self.printed()[0].splitlines()]
+        self.assertEqual(stored, ["ann: one", "ann: three"])
 
     def test_a_file_that_is_taken_away_is_noticed_before_the_next_line_is_confirmed(self) -> None:
         self.serve()
-        ann, bob = Peer(self.port, "ann\n"), Peer(self.port, "bob\n")
-        for peer in (ann, bob):
-            self.addCleanup(peer.close)
-            peer.until("joined")
-        ann.send("one\n")
-        bob.until("ann: one")
+        ann, _ = self.talking()
         (self.folder / "history").rename(self.folder / "history.1")
         ann.send("two\n")
         ann.until("*** Error: not said, because it cannot be stored: ")
 
     @unittest.skipIf(os.name != "posix", "needs rights of a folder")
     def test_a_transcript_where_nothing_may_be_created(self) -> None:
-        history = chat.SqliteHistory(str(self.folder / "history"))
+        history = chat.SqliteHistory(self.history)
         history.append([("#chat", Kept.said(1, "hello"))])
         history.close()
         (self.folder / "history-lock").unlink()
@@ -8417,28 +8387,24 @@ class Durable(ProgramCase):
                 self.skipTest("must not be run by root")
             prctl = ctypes.CDLL(None).prctl
             bound = {"preexec_fn": lambda: prctl(24, 1)}  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
-        out, err = self.start("history", str(self.folder / "history"), **bound).communicate(timeout=PATIENCE)
+        out, err = self.printed(**bound)
         self.assertEqual((out.partition("#chat ")[2], err), ("bob: hello\n", ""))
 
     def test_a_transcript(self) -> None:
-        history = chat.SqliteHistory(str(self.folder / "history"))
+        history = chat.SqliteHistory(self.history)
         day = 86_400_000_000
-        for number, (channel, text) in enumerate(
-            (("#b", "first"), ("#a", "sec\x1bond"), ("#b", "\x01ACTION waves\x01"))
-        ):
+        said = (("#b", "first"), ("#a", "sec\x1bond"), ("#b", "\x01ACTION waves\x01"))
+        for number, (channel, text) in enumerate(said):
             message = Message("PRIVMSG", (channel, text), "bob!b@h", Kept.said(day * 365 * 40 + number * day).tags)
             history.append([(channel, message)])
         history.close()
         noon = time.strftime("%Y-%m-%dT%H:%M", time.localtime(86400 * 365 * 40 + 43200))
-        for args, texts in (
-            ((), ["#b bob: first", "#a bob: sec\\x1bond", "#b * bob waves"]),
-            (("--channel", "#B"), ["#b bob: first", "#b * bob waves"]),
-            (("--since", noon), ["#a bob: sec\\x1bond", "#b * bob waves"]),
-        ):
-            out, err = self.start("history", str(self.folder / "history"), *args).communicate(timeout=PATIENCE)
+        lines = ["#b bob: first", "#a bob: sec\\x1bond", "#b * bob waves"]
+        for args, texts in (((), lines), (("--channel", "#B"), lines[::2]), (("--since", noon), lines[1:])):
+            out, err = self.printed(*args)
             self.assertEqual(([line[20:] for line in out.splitlines()], err), (texts, ""))
-        out, err = self.start("history", str(self.folder / "none")).communicate(timeout=PATIENCE)
-        self.assertEqual((out, err), ("", f"chat.py: there is no {self.folder / 'none'}\n"))
+        self.history = str(self.folder / "none")
+        self.assertEqual(self.printed(), ("", f"chat.py: there is no {self.history}\n"))
 
 
 # The load tester: its checker, its statistics and report, then the whole program.
@@ -9436,30 +9402,29 @@ class Proxy:
         if self.mutate == "drop_last":  # which is the last shows only when none follows
             self.held.append(line)
             return [self.held.pop(0)] if len(self.held) > 1 else []
-        if self.seen < self.AT:
+        holds = {"swap": 2, "delay": 8}.get(self.mutate, 1)
+        if not self.AT <= self.seen < self.AT + holds:
             return [line]
-        if self.mutate in ("swap", "delay"):
-            self.held.append(line)
-            if len(self.held) < {"swap": 2, "delay": 8}[self.mutate]:
-                return []
-            self.mutate = ""
-            return [*self.held[1:], self.held[0]]
-        if self.seen > self.AT:
-            return [line]
+        self.held.append(line)
+        if len(self.held) < holds:
+            return []
         digits = line.index(b":M") + 2
         return {
-            "": [line],
             "drop": [],
             "double": [line, line],
             "alter": [line[:digits] + b"f" + line[digits + 1 :]],
             "invent": [line, line[:digits] + b"00ffffff-00ffffff" + line[digits + 17 :]],
-        }[self.mutate]
+        }.get(self.mutate, [*self.held[1:], self.held[0]])
 
 
 class LoadTestCase(ProgramCase):
     """loadtest.py as a program."""
 
     QUICK = ("-n", "8", "-S", "4", "-r", "200", "-d", "1", "-w", "0.2")
+    FEW = ("-n", "4", "-S", "2", "-r", "100", "-d", "0.3", "-w", "0.1")
+
+    def setUp(self) -> None:
+        self.folder = temporary_folder(self)
 
     def end(self, program: subprocess.Popen[str]) -> None:
         """When a test was interrupted: lets a load test end the server that it started, which may have begun."""
@@ -9482,6 +9447,15 @@ class LoadTestCase(ProgramCase):
         out, err = program.communicate(timeout=3 * PATIENCE)
         return program.returncode, out, err
 
+    def passes(self, program: subprocess.Popen[str], status: int = 0) -> str:
+        """What it reports, without a complaint."""
+        found, out, err = self.done(program)
+        self.assertEqual((found, err), (status, ""), out)
+        return out
+
+    def document(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
 
 class LoadTest(LoadTestCase):
     """Against our own server, and a spoiling proxy."""
@@ -9501,85 +9475,68 @@ class LoadTest(LoadTestCase):
             self.assertEqual(len(client.strange), 1)
 
     def test_clean_runs_pass_in_every_protocol(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            programs = {}
-            for protocol in ("irc", "plain", "json"):
-                files = ("--json", f"{folder}/{protocol}.json", "--html", f"{folder}/{protocol}.html")
-                programs[protocol] = self.loadtest(*self.QUICK, "--proto", protocol, *files)
-            for protocol, program in programs.items():
-                with self.subTest(protocol):
-                    status, out, err = self.done(program)
-                    self.assertEqual((status, err), (0, ""), out)
-                    self.assertRegex(out, r"\nPASS  ([\d,]+) of \1 deliveries, once, unchanged, in one order\n$")
-                    found = json.loads(pathlib.Path(folder, f"{protocol}.json").read_text(encoding="utf-8"))["results"][
-                        0
-                    ]
-                    self.whole(found)
-                    self.assertGreater(found["latency"]["corrected"]["samples"], found["expected"] * 3 // 4)
-                    self.assertGreaterEqual(found["latency"]["corrected"]["p50"], 0)
-                    parts = [found[key] for key in ("join", "latency", "fairness", "generator", "server")]
-                    keys = {key for part in [found, *parts, found["checks"][0]] for key in part or {}}
-                    self.assertLessEqual(keys, set(re.findall(r"\w+(?:\.\d)?", loadtest.JSON_HELP)))
-                    self.assertIn("<svg", pathlib.Path(folder, f"{protocol}.html").read_text(encoding="utf-8"))
+        programs = {}
+        for protocol in ("irc", "plain", "json"):
+            files = ("--json", f"{self.folder}/{protocol}.json", "--html", f"{self.folder}/{protocol}.html")
+            programs[protocol] = self.loadtest(*self.QUICK, "--proto", protocol, *files)
+        for protocol, program in programs.items():
+            with self.subTest(protocol):
+                out = self.passes(program)
+                self.assertRegex(out, r"\nPASS  ([\d,]+) of \1 deliveries, once, unchanged, in one order\n$")
+                found = self.document(f"{protocol}.json")["results"][0]
+                self.whole(found)
+                self.assertGreater(found["latency"]["corrected"]["samples"], found["expected"] * 3 // 4)
+                self.assertGreaterEqual(found["latency"]["corrected"]["p50"], 0)
+                parts = [found[key] for key in ("join", "latency", "fairness", "generator", "server")]
+                keys = {key for part in [found, *parts, found["checks"][0]] for key in part or {}}
+                self.assertLessEqual(keys, set(re.findall(r"\w+(?:\.\d)?", loadtest.JSON_HELP)))
+                self.assertIn("<svg", (self.folder / f"{protocol}.html").read_text(encoding="utf-8"))
 
     def test_another_chat_is_compared(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            other = str(shutil.copy(chat.__file__, f"{folder}/other.py"))
-            few = ("-n", "4", "-S", "2", "-r", "100", "-d", "0.3", "-w", "0.1", "--rounds", "1")
-            status, out, err = self.done(self.loadtest(*few, "--versus", other, "--json", f"{folder}/found.json"))
-            found = json.loads(pathlib.Path(folder, "found.json").read_text(encoding="utf-8"))["versus"]
-        self.assertEqual((status, err), (0, ""), out)
+        other = str(shutil.copy(chat.__file__, self.folder / "other.py"))
+        files = ("--versus", other, "--json", f"{self.folder}/json")
+        out = self.passes(self.loadtest(*self.FEW, "--rounds", "1", *files))
         self.assertRegex(out, r"\nratio: chat\.py / .*other\.py, medians of 1 rounds\n$")
-        self.assertGreater(found["ratios"]["p50"], 0)
+        self.assertGreater(self.document("json")["versus"]["ratios"]["p50"], 0)
 
     def test_what_was_said_before_is_not_counted(self) -> None:
         programs = []
         for protocol in ("irc", "plain", "json"):
             _, port = self.server()
-            peer = Peer(port, "c1\n")
+            peer = joined(self, port, "c1\n", "joined")
             for number in range(10):
                 peer.send(loadtest.wire("plain", "#chat", 64, 1).line(number).decode())
             peer.send("/quit\n")
             peer.rest()
-            peer.close()
-            few = ("-n", "4", "-S", "2", "-r", "100", "-d", "0.3", "-w", "0.1")
-            programs.append(self.loadtest(*few, "--port", str(port), "--proto", protocol))
+            programs.append(self.loadtest(*self.FEW, "--port", str(port), "--proto", protocol))
         for program in programs:
-            status, out, err = self.done(program)
-            self.assertEqual((status, err), (0, ""), out)
+            self.passes(program)
 
     def test_every_kind_of_damage_is_caught(self) -> None:
-        wanted = {
-            "swap": {"order"},
-            "delay": {"order"},
-            "drop": {"loss"},
-            "drop_last": {"loss"},
-            "double": {"duplicate"},
-            "alter": {"corruption", "loss"},
-            "invent": {"corruption"},
-            "": set(),
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            programs = {}
-            for damage in wanted:
-                proxy = Proxy(self.server()[1], damage, "c7")
-                self.addCleanup(proxy.listener.close)
-                to = ("--port", str(proxy.port), "--json", f"{folder}/{damage}.json")
-                programs[damage] = self.loadtest(*self.QUICK, *to)
-            for damage, program in programs.items():
-                with self.subTest(damage):
-                    status, out, err = self.done(program)
-                    self.assertEqual((status, err), (1 if damage else 0, ""), out)
-                    found = json.loads(pathlib.Path(folder, f"{damage}.json").read_text(encoding="utf-8"))["results"][0]
-                    failed = {check["check"]: check for check in found["checks"] if check["verdict"] == "FAIL"}
-                    self.assertEqual(set(failed) - {"fifo", "causality"}, wanted[damage], out)
-                    for check in failed.values():
-                        self.assertRegex(check["witness"], r"\bc7\b")
+        wanted: Dict[str, Set[str]] = {
+            "swap": {"order"}, "delay": {"order"}, "drop": {"loss"}, "drop_last": {"loss"}, "double": {"duplicate"},
+            "alter": {"corruption", "loss"}, "invent": {"corruption"}, "": set(),
+        }  # fmt: skip
+        programs = {}
+        for damage in wanted:
+            proxy = Proxy(self.server()[1], damage, "c7")
+            self.addCleanup(proxy.listener.close)
+            to = ("--port", str(proxy.port), "--json", f"{self.folder}/{damage}.json")
+            programs[damage] = self.loadtest(*self.QUICK, *to)
+        for damage, program in programs.items():
+            with self.subTest(damage):
+                out = self.passes(program, 1 if damage else 0)
+                found = self.document(f"{damage}.json")["results"][0]
+                failed = {check["check"]: check for check in found["checks"] if check["verdict"] == "FAIL"}
+                self.assertEqual(set(failed) - {"fifo", "causality"}, wanted[damage], out)
+                for check in failed.values():
+                    self.assertRegex(check["witness"], r"\bc7\b")
 
     def test_thresholds_and_errors(self) -> None:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             port = str(unused.getsockname()[1])
+            several = ("--target", "a:1", "--target", "b:2", "--proto", "json")
             cases = (
                 ((*self.QUICK, "--fail-if", "p50>0us"), 99, "", "EXCEEDED"),
                 ((*self.QUICK, "--fail-if", "p50>10s", "--check", "loss,fifo"), 0, "", "skipped: duplicate"),
@@ -9589,12 +9546,7 @@ class LoadTest(LoadTestCase):
                 (("-n", "1"), 2, "'1' is not a whole number from 2", ""),
                 (("--host", "192.0.2.1"), 2, "--host needs --port", ""),
                 (("--versus", "foo"), 2, "'foo' is neither a file nor HOST:PORT", ""),
-                (
-                    ("--target", "a:1", "--target", "b:2", "--proto", "json"),
-                    2,
-                    "several --target, and --faults, need --proto irc",
-                    "",
-                ),
+                (several, 2, "several --target, and --faults, need --proto irc", ""),
                 (("-d", "nan"), 2, "'nan' is not a number from 0 up", ""),
                 (("--json", "/no/such/file"), 2, "No such file", ""),
                 (("--server-command", "'"), 2, "No closing quotation", ""),
@@ -9612,21 +9564,14 @@ class LoadTest(LoadTestCase):
     @unittest.skipUnless(os.path.exists("/proc"), "needs /proc")
     def test_interrupted_it_reports_and_leaves_no_server_behind(self) -> None:
         program = self.loadtest(*self.QUICK, "-d", "30", "-q")
-        children = pathlib.Path(f"/proc/{program.pid}/task/{program.pid}/children")
-        end = time.monotonic() + PATIENCE
-        while not children.read_text(encoding="ascii"):
-            self.assertLess(time.monotonic(), end)
-            time.sleep(0.01)
-        server = children.read_text(encoding="ascii").split()[0]
         threads = pathlib.Path(f"/proc/{program.pid}/task")
-        while len(list(threads.iterdir())) < 13:  # main, 8 clients and 4 senders
-            self.assertLess(time.monotonic(), end)
-            time.sleep(0.01)
+        children = threads / str(program.pid) / "children"
+        self.eventually(lambda: children.read_text(encoding="ascii"), "no server is started")
+        server = children.read_text(encoding="ascii").split()[0]
+        self.eventually(lambda: len(list(threads.iterdir())) >= 13, "not main, 8 clients and 4 senders")
         time.sleep(0.5)  # let something be sent
         program.send_signal(signal.SIGINT)
-        status, out, err = self.done(program)
-        self.assertEqual((status, err), (130, ""))
-        self.assertIn("skipped: loss", out)
+        self.assertIn("skipped: loss", self.passes(program, 130))
         self.assertFalse(os.path.exists(f"/proc/{server}"))
 
 
@@ -9674,12 +9619,27 @@ class Disturbers(LoadTestCase):
     JOINED = rb"PASS secret\r\nNICK d0x1\r\nUSER d0x1 0 \* :d0x1\r\nJOIN #load\r\n"
 
     def setUp(self) -> None:
+        super().setUp()
         self.witness = Witness()
         self.addCleanup(self.witness.listener.close)
         self.port = self.witness.listener.getsockname()[1]
 
     def load(self) -> loadtest.Load:
         return loadtest.Load(2, 1, 1.0, 1.0, 0.0, 64, 1, "irc", "#load", "secret", 1.0, False)
+
+    @contextlib.contextmanager
+    def peer(self, port: int, act: Any) -> Iterator[loadtest.Peer]:
+        """Somebody who does something, until the end."""
+        over = threading.Event()
+        peer = loadtest.Peer(self.load(), (socket.AF_INET, ("127.0.0.1", port)), over, 0)
+        thread = threading.Thread(target=peer.live, args=(act,))
+        thread.start()
+        try:
+            yield peer
+        finally:
+            over.set()
+            thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive())
 
     def test_each_does_what_it_says(self) -> None:
         registered, joined = self.JOINED[: self.JOINED.index(b"JOIN")], self.JOINED
@@ -9712,58 +9672,32 @@ class Disturbers(LoadTestCase):
         for name, sight in wanted.items():
             with self.subTest(name):
                 self.setUp()  # a witness of its own: what is on its way from the last one is no matter
-                over = threading.Event()
-                peer = loadtest.Peer(self.load(), (socket.AF_INET, ("127.0.0.1", self.port)), over, 0)
-                thread = threading.Thread(target=peer.live, args=(loadtest.FAULTS[name].act,))
-                thread.start()
-                found = self.witness.sees(sight)
-                over.set()
-                thread.join(PATIENCE)
-                self.assertFalse(thread.is_alive())
+                with self.peer(self.port, loadtest.FAULTS[name].act):
+                    found = self.witness.sees(sight)
                 self.assertTrue(found, self.witness.seen[:1000])
 
     def test_how_it_ended_is_told(self) -> None:
-        def closes(text: bytes) -> Callable[[], None]:
-            def serve() -> None:
-                for _ in range(3):
-                    with listener.accept()[0] as sock:
-                        sock.sendall(text)
-
-            return serve
-
-        for text, words in (
-            (b":s 464 d :No\r\nERROR :Bad password for d0x1\r\n", "Bad password for ..."),
-            (b"", "without"),
-        ):
+        bad = b":s 464 d :No\r\nERROR :Bad password for d0x1\r\n"
+        for text, words in ((bad, "Bad password for ..."), (b"", "without")):
             with self.subTest(text), socket.create_server(("127.0.0.1", 0)) as listener:
-                thread = threading.Thread(target=closes(text))
-                thread.start()
-                over = threading.Event()
-                peer = loadtest.Peer(self.load(), (socket.AF_INET, listener.getsockname()), over, 0)
-                peers = threading.Thread(target=peer.live, args=(loadtest.Peer.listen,))
-                peers.start()
-                thread.join(PATIENCE)
-                over.set()
-                peers.join(PATIENCE)
+                with self.peer(listener.getsockname()[1], loadtest.Peer.listen) as peer:
+                    for _ in range(3):
+                        with listener.accept()[0] as sock:
+                            sock.sendall(text)
                 fate = loadtest.fates([peer])
                 self.assertGreaterEqual(fate["closed"][0][1], 2)
                 self.assertIn(words, fate["closed"][0][0])
 
     def test_who_was_dropped_without_reading_finds_out_at_the_end(self) -> None:
-        over = threading.Event()
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            peer = loadtest.Peer(self.load(), (socket.AF_INET, listener.getsockname()), over, 0)
-            thread = threading.Thread(target=peer.live, args=(loadtest.FAULTS["stalled"].act,))
-            thread.start()
-            with listener.accept()[0] as sock:
+        listener = socket.create_server(("127.0.0.1", 0))
+        with self.peer(listener.getsockname()[1], loadtest.FAULTS["stalled"].act) as peer:
+            with listener, listener.accept()[0] as sock:
                 sock.sendall(b":s 001 d :hi\r\n")
                 seen = b""
                 while b"JOIN" not in seen:
                     seen += sock.recv(4096)
                 sock.sendall(b":a!a@h PRIVMSG #load :x\r\n" * 100 + b"ERROR :Reads too slowly\r\n")
-        time.sleep(loadtest.DISTURBER_PAUSE_S)  # so that it was there for long enough to be asked about
-        over.set()
-        thread.join(PATIENCE)
+            time.sleep(loadtest.DISTURBER_PAUSE_S)  # so that it was there for long enough to be asked about
         self.assertEqual(loadtest.fates([peer])["closed"], [["Reads too slowly", 1, None]])
 
     def test_a_newcomer_who_is_turned_away_counts_as_waiting(self) -> None:
@@ -9798,14 +9732,11 @@ class Disturbers(LoadTestCase):
         self.addCleanup(proxy.listener.close)
         few = ("-n", "6", "-S", "3", "-r", "100", "-d", "1", "-w", "0.1")
         spoilt = self.loadtest(*few, "--port", str(proxy.port), "--faults", "rooms")
-        with tempfile.TemporaryDirectory() as folder:
-            server = f"{sys.executable} {HERE / 'chat.py'} server --port {{port}}"
-            files = ("--json", f"{folder}/json", "--html", f"{folder}/html")
-            program = self.loadtest(*few, *files, "--faults", "stalled,resets", "--server-command", server)
-            status, out, err = self.done(program)
-            self.assertEqual((status, err), (0, ""), out)
-            found = json.loads(pathlib.Path(folder, "json").read_text(encoding="utf-8"))
-            self.assertIn("<h2>Faults</h2>", pathlib.Path(folder, "html").read_text(encoding="utf-8"))
+        server = f"{sys.executable} {HERE / 'chat.py'} server --port {{port}}"
+        files = ("--json", f"{self.folder}/json", "--html", f"{self.folder}/html")
+        out = self.passes(self.loadtest(*few, *files, "--faults", "stalled,resets", "--server-command", server))
+        found = self.document("json")
+        self.assertIn("<h2>Faults</h2>", (self.folder / "html").read_text(encoding="utf-8"))
         self.assertRegex(out, r"^fault .*\n\nstalled +5 +0 +0 .*\n.*stayed 5(?s:.*)\nresets +8 +0 +0 ")
         self.assertEqual([row["name"] for row in found["faults"]], ["stalled", "resets"])
         for row in found["faults"]:
@@ -9834,28 +9765,24 @@ class Disturbers(LoadTestCase):
 
 
 class LoadOfForeignServers(LoadTestCase):
-    def against_ngircd(self, extra: str, *args: str) -> Dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
-            config, port = pathlib.Path(folder, "ngircd.conf"), held_port(self)
-            plain = held_port(self) if extra else port
-            text = ngircd_config("irc.test", plain, False, "Password = secret\n") + extra.format(
-                folder=folder, port=port
-            )
-            config.write_text(text, encoding="ascii")
-            if extra:
-                names = ["-keyout", f"{folder}/key", "-out", f"{folder}/cert", "-subj", "/CN=irc.test"]
-                make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
-                subprocess.run(make, check=True, stderr=subprocess.DEVNULL, timeout=PATIENCE)
-            pathlib.Path(folder, "password").write_text("secret\n", encoding="ascii")
-            command = f"{shutil.which('ngircd')} -n -f {config}"
-            args = ("-q", *self.QUICK, *args, "--password-file", f"{folder}/password", "--json", f"{folder}/out")
-            quiet = contextlib.redirect_stdout(io.StringIO())
-            with quiet, mock.patch.object(loadtest, "free_port", return_value=port):
-                self.assertEqual(loadtest.main([*args, "--server-command", command]), 0)
-            found = json.loads(pathlib.Path(folder, "out").read_text(encoding="utf-8"))["results"][0]
-            self.assertEqual(found["verdict"], "PASS")
-            self.whole(found)
-            return dict(found)
+    def against_ngircd(self, extra: str, *args: str) -> Any:
+        folder, port = self.folder, held_port(self)
+        plain = held_port(self) if extra else port
+        text = ngircd_config("irc.test", plain, False, "Password = secret\n") + extra.format(folder=folder, port=port)
+        (folder / "conf").write_text(text, encoding="ascii")
+        (folder / "password").write_text("secret\n", encoding="ascii")
+        if extra:
+            names = ["-keyout", f"{folder}/key", "-out", f"{folder}/cert", "-subj", "/CN=irc.test"]
+            make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
+            subprocess.run(make, check=True, stderr=subprocess.DEVNULL, timeout=PATIENCE)
+        args = ("-q", *self.QUICK, *args, "--password-file", f"{folder}/password", "--json", f"{folder}/json")
+        args = (*args, "--server-command", f"{shutil.which('ngircd')} -n -f {folder}/conf")
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(loadtest, "free_port", return_value=port):
+            self.assertEqual(loadtest.main([*args]), 0)
+        found = self.document("json")["results"][0]
+        self.assertEqual(found["verdict"], "PASS")
+        self.whole(found)
+        return found
 
     @unittest.skipUnless(shutil.which("ngircd"), "needs ngircd")
     def test_a_foreign_server(self) -> None:
@@ -9869,20 +9796,18 @@ class LoadOfForeignServers(LoadTestCase):
     @unittest.skipUnless(shutil.which("ngircd"), "needs ngircd")
     def test_two_linked_servers(self) -> None:
         ports = [held_port(self), held_port(self)]
-        with tempfile.TemporaryDirectory() as folder:
-            for number, how in enumerate(("Passive = yes", f"Port = {ports[0]}")):
-                link = f"[Server]\nName = irc{1 - number}.test\nHost = 127.0.0.1\nMyPassword = x\nPeerPassword = x\n"
-                config = pathlib.Path(folder, f"{number}.conf")
-                text = ngircd_config(f"irc{number}.test", ports[number], False, "") + link + how
-                config.write_text(text, encoding="ascii")
-                with mock.patch.object(loadtest, "free_port", return_value=ports[number]):
-                    self.addCleanup(loadtest.Target("", 0, [str(shutil.which("ngircd")), "-n", "-f", str(config)]).stop)
-            # They link after a second: the clients have joined by then, and wait until both servers know of all.
-            both = [word for port in ports for word in ("--target", f"127.0.0.1:{port}")]
-            program = self.loadtest(*self.QUICK, *both, "--json", f"{folder}/out")
-            status, out, err = self.done(program)
-            self.assertEqual(err, "")
-            found = json.loads(pathlib.Path(folder, "out").read_text(encoding="utf-8"))["results"][0]
+        for number, how in enumerate(("Passive = yes", f"Port = {ports[0]}")):
+            link = f"[Server]\nName = irc{1 - number}.test\nHost = 127.0.0.1\nMyPassword = x\nPeerPassword = x\n"
+            text = ngircd_config(f"irc{number}.test", ports[number], False, "") + link + how
+            config = self.folder / f"{number}.conf"
+            config.write_text(text, encoding="ascii")
+            with mock.patch.object(loadtest, "free_port", return_value=ports[number]):
+                self.addCleanup(loadtest.Target("", 0, [str(shutil.which("ngircd")), "-n", "-f", str(config)]).stop)
+        # They link after a second: the clients have joined by then, and wait until both servers know of all.
+        both = [word for port in ports for word in ("--target", f"127.0.0.1:{port}")]
+        status, out, err = self.done(self.loadtest(*self.QUICK, *both, "--json", f"{self.folder}/json"))
+        self.assertEqual(err, "")
+        found = self.document("json")["results"][0]
         self.assertEqual(found["target"]["name"], f"127.0.0.1:{ports[0]} + 127.0.0.1:{ports[1]}")
         self.whole(found)
         # A network promises no single order of all messages; whether it kept one is a matter of luck.
