@@ -8131,6 +8131,18 @@ class RealClients(ServerCase):
     Irssi sends a command each 2.5 s.
     """
 
+    STEPS = [  # what the client does and ann receives, or what ann sends; and what the client then shows
+        ("say", "hello José: 你好", "PRIVMSG #chat :hello José: 你好", "", "said", "foreign", "hello José: 你好"),
+        ("", "", "", "PRIVMSG #chat :Grüße, Борис 😀", "said", "ann", "Grüße, Борис 😀"),
+        ("msg", "psst Ω", "PRIVMSG ann :psst Ω", ""),
+        ("", "", "", "PRIVMSG foreign :psssst", "private", "ann", "psssst"),
+        ("topic", "Tee & Тема", "TOPIC #chat :Tee & Тема", "", "topic", "foreign", "Tee & Тема"),
+        ("", "", "", "TOPIC #chat :Kaffee", "topic", "ann", "Kaffee"),
+        ("nick", "Борис", "NICK :Борис", "", "self", "foreign", "Борис"),
+        ("", "", "", "NICK Анна", "nick", "ann", "Анна"),
+        ("", "", "", "KICK #chat Борис :genug davon", "kicked", "Анна", "genug davon", "Борис"),
+    ]
+
     @unittest.skipUnless(shutil.which("irssi") and shutil.which("tmux"), "needs irssi and tmux")
     def test_irssi(self) -> None:
         self.talk(Irssi(self, self.port))
@@ -8155,12 +8167,20 @@ class RealClients(ServerCase):
         client.do("join")
         ann.until(":foreign!")
         client.sees("past")
-        self.talk_both_ways(client, ann)
-        self.change_things(client, ann)
-        ann.send("KICK #chat Борис :genug davon\r\n")
-        client.sees("kicked", "Анна", "genug davon", "Борис")
+        for act, typed, heard, said, *shown in self.STEPS:
+            if typed:
+                client.do(act, typed)
+                self.assertRegex(ann.until(heard.split()[0]), f"^:foreign!.* {heard}$")
+            else:
+                ann.send(f"{said}\r\n")
+            if shown:
+                client.sees(*shown)
         client.do("join")
         ann.until(":Борис!")
+        client.do("away", "gone home")
+        self.eventually(lambda: self.is_away("Борис", ann), "it is not away")
+        ann.send("PRIVMSG Борис :there?\r\n")
+        self.assertEqual(ann.until(" 301 "), ":chat.local 301 Анна Борис :gone home")
         client.do("quit", "bye")
         self.assertRegex(ann.until("QUIT"), "^:Борис!.* QUIT :Quit: bye$")
         client.until(lambda: client.program.poll() is not None)
@@ -8169,33 +8189,6 @@ class RealClients(ServerCase):
     def is_away(name: str, asker: Peer) -> bool:
         asker.send(f"USERHOST {name}\r\n")
         return f" :{name}=-" in asker.until(" 302 ")
-
-    def talk_both_ways(self, client: ForeignClient, ann: Peer) -> None:
-        client.do("say", "hello José: 你好")
-        self.assertRegex(ann.until("PRIVMSG"), "^:foreign!.* PRIVMSG #chat :hello José: 你好$")
-        client.sees("said", "foreign", "hello José: 你好")
-        ann.send("PRIVMSG #chat :Grüße, Борис 😀\r\n")
-        client.sees("said", "ann", "Grüße, Борис 😀")
-        client.do("msg", "psst Ω")
-        self.assertRegex(ann.until("PRIVMSG"), "^:foreign!.* PRIVMSG ann :psst Ω$")
-        ann.send("PRIVMSG foreign :psssst\r\n")
-        client.sees("private", "ann", "psssst")
-
-    def change_things(self, client: ForeignClient, ann: Peer) -> None:
-        client.do("topic", "Tee & Тема")
-        self.assertRegex(ann.until("TOPIC"), "^:foreign!.* TOPIC #chat :Tee & Тема$")
-        client.sees("topic", "foreign", "Tee & Тема")
-        ann.send("TOPIC #chat :Kaffee\r\n")
-        client.sees("topic", "ann", "Kaffee")
-        client.do("away", "gone home")
-        self.eventually(lambda: self.is_away("foreign", ann), "it is not away")
-        ann.send("PRIVMSG foreign :there?\r\n")
-        self.assertEqual(ann.until(" 301 "), ":chat.local 301 ann foreign :gone home")
-        client.do("nick", "Борис")
-        self.assertRegex(ann.until("NICK"), "^:foreign!.* NICK :Борис$")
-        client.sees("self", "foreign", "Борис")
-        ann.send("NICK Анна\r\n")
-        client.sees("nick", "ann", "Анна")
 
 
 class Recorder(chat.UserInterface):
@@ -9200,16 +9193,14 @@ class HtmlTest(unittest.TestCase):
     def page(self, *results: Dict[str, Any], **more: Any) -> str:
         return loadtest.html_report({"results": list(results), "sweep": None, "versus": None, **more})
 
-    def test_the_page_is_self_contained(self) -> None:
+    def test_the_page_is_self_contained_and_has_the_text_report(self) -> None:
         page = self.page(EXAMPLE, sweep=SWEEP)
         self.assertTrue(page.startswith('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'))
         for forbidden in ("<script", "http:", "https:", "src=", "href=", "@import", "url("):
             self.assertNotIn(forbidden, page)
         self.assertIn("prefers-color-scheme: dark", page)
-
-    def test_the_text_report_is_in_it(self) -> None:
         text = EXAMPLE_TEXT.replace("'", "&#x27;").replace("<", "&lt;").replace(">", "&gt;")
-        self.assertIn(f"<pre>{text}</pre>", self.page(EXAMPLE))
+        self.assertIn(f"<pre>{text}</pre>", page)
 
     def test_everything_is_escaped(self) -> None:
         evil = '<script>alert("1")</script>&\''
@@ -9286,11 +9277,11 @@ class HtmlTest(unittest.TestCase):
         self.assertIn("<h1>loadtest: chat.py, ngircd</h1>", self.page(EXAMPLE, other, EXAMPLE))
 
     def test_what_is_not_known_has_no_chart(self) -> None:
-        page = self.page(changed(curve=None, over_time=None))
-        self.assertEqual(figures(page), [])
-        self.assertNotIn("<figure", page)
-        self.assertEqual(figures(self.page({})), [])
-        self.assertEqual(figures(self.page(changed(curve=[], over_time=[[0, None, None, None]]))), [])
+        nothing = changed(curve=[], over_time=[[0, None, None, None]])
+        for result in (changed(curve=None, over_time=None), {}, nothing):
+            page = self.page(result)
+            self.assertEqual(figures(page), [])
+            self.assertNotIn("<figure", page)
 
     def test_one_point_is_enough_for_a_chart(self) -> None:
         result = changed(curve=[[1.0, 0.0]], over_time=[[0, 1.0, 1.0, 1.0]])
