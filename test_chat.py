@@ -7871,14 +7871,8 @@ class ForeignServers(SeatCase):
 
     def test_people_and_pipes(self) -> None:
         """All at once, for these servers do about one thing a second for each of us."""
-        ngircd = (
-            "ngircd",
-            ngircd_config("irc.test", "{port}", True, "Password = sesame\n"),
-            "ngircd",
-            "-n",
-            "-f",
-            "{path}",
-        )
+        config = ngircd_config("irc.test", "{port}", True, "Password = sesame\n")
+        ngircd = "ngircd", config, "ngircd", "-n", "-f", "{path}"
         inspircd = "inspircd", INSPIRCD, "inspircd", "--config={path}", "--nofork", "--runasroot"
         with concurrent.futures.ThreadPoolExecutor() as pool:
             jobs = [
@@ -7979,14 +7973,9 @@ class ForeignClient:
         values = {"folder": self.folder, "port": port}
         for path, text in self.FILES.items():
             (self.folder / path).write_text(text % values, encoding="utf-8")
-        self.program = subprocess.Popen(
-            [part % values for part in self.COMMAND],
-            env={**os.environ, "HOME": str(self.folder), "LC_ALL": "C.UTF-8", "TERM": "screen"},
-            cwd=self.folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        command, quiet = [part % values for part in self.COMMAND], subprocess.DEVNULL
+        env = {**os.environ, "HOME": str(self.folder), "LC_ALL": "C.UTF-8", "TERM": "screen"}
+        self.program = subprocess.Popen(command, env=env, cwd=self.folder, stdin=quiet, stdout=quiet, stderr=quiet)
         case.addCleanup(self.end)
 
     def type(self, line: str) -> None:
@@ -8032,13 +8021,10 @@ class Irssi(ForeignClient):
     COMMAND = ["tmux", "-u", "-D", "-f", "%(folder)s/tmux", "-S", "%(folder)s/socket"]
     LOOKS = {
         "past": r"!chat\.local Said here before.*José> früher\n.*!chat\.local End of what was said before",
-        "said": r"{}> {}\n",
-        "private": r"\[{}\(ann@localhost\)\] {}\n",
-        "topic": r"-!- {} changed the topic of #chat to: {}\n",
-        "self": r"-!- You're now known as {1}\n",
-        "nick": r"-!- {} is now known as {}\n",
-        "kicked": r"-!- {2} was kicked from #chat by {0} \[{1}\]\n",
-    }
+        "said": r"{}> {}\n", "private": r"\[{}\(ann@localhost\)\] {}\n",
+        "topic": r"-!- {} changed the topic of #chat to: {}\n", "self": r"-!- You're now known as {1}\n",
+        "nick": r"-!- {} is now known as {}\n", "kicked": r"-!- {2} was kicked from #chat by {0} \[{1}\]\n",
+    }  # fmt: skip
 
     def tmux(self, what: str, *args: str) -> str:
         command = ["tmux", "-u", "-S", f"{self.folder}/socket", what, "-t", "irc", *args]
@@ -8067,13 +8053,11 @@ class Weechat(ForeignClient):
     DO = {**ForeignClient.DO, "join": "/join -server local #chat"}
     LOOKS = {
         "past": r"Notice\(chat\.local\): Said here.*\tJosé\tfrüher\n.*Notice\(chat\.local\): End of what was said",
-        "said": r"\t@?{}\t{}\n",
-        "private": r"\t{}\t{}\n",
+        "said": r"\t@?{}\t{}\n", "private": r"\t{}\t{}\n",
         "topic": r"\t--\t{} has (?:changed|set) topic for #chat .*to \"{}\"\n",
-        "self": r"\t--\tYou are now known as {1}\n",
-        "nick": r"\t--\t{} is now known as {}\n",
+        "self": r"\t--\tYou are now known as {1}\n", "nick": r"\t--\t{} is now known as {}\n",
         "kicked": r"\t<--\t{0} has kicked {2} \({1}\)\n",
-    }
+    }  # fmt: skip
 
 
 class Sic(ForeignClient):
@@ -8088,13 +8072,10 @@ class Sic(ForeignClient):
     }  # fmt: skip
     LOOKS = {
         "past": r">< NOTICE \(#chat\): Said here before.*<José> früher\n.*>< NOTICE \(#chat\): End of what was said",
-        "said": r"#chat       : [^\n]*<{}> {}\n",
-        "private": r"[^\n]*<{}> {}\n",
-        "topic": r"{} *: [^\n]*>< TOPIC \(#chat\): {}\n",
-        "self": r"{} *: [^\n]*>< NICK \([^\n]*{}\n",
-        "nick": r"{} *: [^\n]*>< NICK \([^\n]*{}\n",
-        "kicked": r"{0} *: [^\n]*>< KICK \(#chat {2}\): {1}\n",
-    }
+        "said": r"#chat       : [^\n]*<{}> {}\n", "private": r"[^\n]*<{}> {}\n",
+        "topic": r"{} *: [^\n]*>< TOPIC \(#chat\): {}\n", "self": r"{} *: [^\n]*>< NICK \([^\n]*{}\n",
+        "nick": r"{} *: [^\n]*>< NICK \([^\n]*{}\n", "kicked": r"{0} *: [^\n]*>< KICK \(#chat {2}\): {1}\n",
+    }  # fmt: skip
 
 
 class Ii(ForeignClient):
@@ -8109,13 +8090,10 @@ class Ii(ForeignClient):
     }  # fmt: skip
     LOOKS = {
         "past": r"Said here before.*End of what was said before.*<José> früher\n",  # in two files
-        "said": r" <{}> {}\n",
-        "private": r" <{}> {}\n",
-        "topic": r" -!- {} changed topic to \"{}\"\n",
-        "self": r" -!- changed nick to \"{1}\"\n",
-        "nick": r" -!- {} changed nick to {}\n",
-        "kicked": r" -!- {0} kicked {2}  \(\"{1}\"\)\n",
-    }
+        "said": r" <{}> {}\n", "private": r" <{}> {}\n",
+        "topic": r" -!- {} changed topic to \"{}\"\n", "self": r" -!- changed nick to \"{1}\"\n",
+        "nick": r" -!- {} changed nick to {}\n", "kicked": r" -!- {0} kicked {2}  \(\"{1}\"\)\n",
+    }  # fmt: skip
 
 
 class RealClients(ServerCase):
@@ -8702,9 +8680,8 @@ class CheckerRandom(unittest.TestCase):
         for name, message, again, first in re.findall(r"(\w+) got (\d+) .* again at (\d+), first at (\d+)", witness):
             places = [place for place, n in enumerate(orders[name]) if n == int(message)]
             self.assertEqual(places[:2], [int(first), int(again)], witness)
-        for name, message, other, place in re.findall(
-            r"(\w+) never got (\d+) [^;]*(?:; (\w+) did, at (\d+))?", witness
-        ):
+        never = r"(\w+) never got (\d+) [^;]*(?:; (\w+) did, at (\d+))?"
+        for name, message, other, place in re.findall(never, witness):
             self.assertNotIn(int(message), orders[name], witness)
             lucky = [other for other, order in orders.items() if int(message) in order]
             self.assertEqual([other] if other else [], lucky[:1], witness)
@@ -8757,10 +8734,8 @@ class CheckerRandom(unittest.TestCase):
             found = results(self.judge(run, None, seed))
             before = {pair for h in run.histories for pair in combinations(first_arrivals(run, h), 2)}
             disagree = any((two, one) in before for one, two in before)
-            for middle in range(6):
-                before |= {
-                    (one, two) for one in range(6) for two in range(6) if {(one, middle), (middle, two)} <= before
-                }
+            for middle, one, two in itertools.product(range(6), repeat=3):  # so that what comes before it follows
+                before |= {(one, two)} if {(one, middle), (middle, two)} <= before else set()
             self.assertEqual(found["order"][0] == "FAIL", any(one == two for one, two in before), seed)
             self.assertEqual(bool(OTHER_WAY.search(found["order"][2])), disagree, seed)
             for name, (verdict, _, witness) in found.items():
@@ -8837,10 +8812,8 @@ checks       pass: loss, duplicate, corruption, fifo, order, causality
 thresholds   p99>50ms not exceeded: 2.20 ms
 
 PASS  1,990,000 of 1,990,000 deliveries, once, unchanged, in one order"""
-SWEEP = {
-    "points": [[50, 0.2, 0.9, 1.9, 49000.0], [100, 0.3, None, None, 99000.0], [1000, 2.5, 12.0, 2.2, 398000.0]],
-    "exponent": 1.02,
-}
+POINTS = [[50, 0.2, 0.9, 1.9, 49000.0], [100, 0.3, None, None, 99000.0], [1000, 2.5, 12.0, 2.2, 398000.0]]
+SWEEP = {"points": POINTS, "exponent": 1.02}
 
 
 def changed(**changes: Any) -> Dict[str, Any]:
@@ -9284,7 +9257,7 @@ class HtmlTest(unittest.TestCase):
 
     def test_one_point_is_enough_for_a_chart(self) -> None:
         result = changed(curve=[[1.0, 0.0]], over_time=[[0, 1.0, 1.0, 1.0]])
-        for svg in figures(self.page(result, sweep={"points": [SWEEP["points"][0]], "exponent": None})):  # type: ignore
+        for svg in figures(self.page(result, sweep={"points": POINTS[:1], "exponent": None})):
             for line in lines_of(svg):
                 self.assertRegex(line, r"^M[0-9.]+ [0-9.]+h0$")
 
