@@ -7,7 +7,6 @@ The tests of several classes are spread over processes; those of one class run i
 
     CHAT_TEST_LONG=1 python3 test_chat.py -k Fuzz        a million lines each at the parsers and at a server
     CHAT_TEST_SEED=n python3 test_chat.py FuzzServer     what a failure named
-    CHAT_TEST_SOAK=60 python3 test_chat.py Soak          an hour of people who come, stall and vanish
     CHAT_TEST_LONG=1 python3 test_chat.py Durable        100 kills of a server, where the suite has 10
     CHAT_TEST_LONG=1 python3 test_chat.py ForeignServers    60 lines where the suite has 12
 """
@@ -3927,7 +3926,7 @@ LONG = bool(os.environ.get("CHAT_TEST_LONG"))
 
 def seeds(count: int) -> Iterator[int]:
     """What a fuzzer runs with: the same few; others each time in long runs; or only CHAT_TEST_SEED."""
-    start = random.randrange(1 << 32) if LONG or "CHAT_TEST_SOAK" in os.environ else 0
+    start = random.randrange(1 << 32) if LONG else 0
     only = os.environ.get("CHAT_TEST_SEED")
     yield from [int(only)] if only else range(start, start + count)
 
@@ -4068,22 +4067,15 @@ class Fuzz(unittest.TestCase):
         for view, data, wrong in (
             (chat.irc(), b":s 001 a :x\r\nPING :s\r\n", False),
             (chat.irc(), b":s 001 a :" + b"x" * 500 + b"\r\n", False),
-            (chat.irc(), b":s 001 a :" + b"x" * 501 + b"\r\n", True),
-            (chat.irc(), b":s 001 a :\xff\r\n", True),
-            (chat.irc(), b":s 001 a :x\n", True),
-            (chat.irc(), b":s 001 a :x\ry\r\n", True),
-            (chat.irc(), b":s 001 a :x\0\r\n", True),
-            (chat.irc(), b":s 001 a :x\r\n\r\n", True),
-            (chat.irc(), b"PRIVMSG #chat :x\r\n", True),
-            (chat.irc(), b"@time=x :a!b@c PRIVMSG #chat :x\r\n", True),
+            (chat.irc(), b":s 001 a :" + b"x" * 501 + b"\r\n", True), (chat.irc(), b":s 001 a :\xff\r\n", True),
+            (chat.irc(), b":s 001 a :x\n", True), (chat.irc(), b":s 001 a :x\ry\r\n", True),
+            (chat.irc(), b":s 001 a :x\0\r\n", True), (chat.irc(), b":s 001 a :x\r\n\r\n", True),
+            (chat.irc(), b"PRIVMSG #chat :x\r\n", True), (chat.irc(), b"@time=x :a!b@c PRIVMSG #chat :x\r\n", True),
             (chat.irc(frozenset({"server-time"})), b"@time=x :a!b@c PRIVMSG #chat :x\r\n", False),
-            (chat.PLAIN, "bob: é\n".encode(), False),
-            (chat.PLAIN, b"bob: \x1b[m\n", True),
-            (chat.PLAIN, "bob: \u202e\n".encode(), True),
-            (chat.PLAIN, "bob: \u3164\n".encode(), True),
-            (chat.JSON, b'{"type": "chat"}\n', False),
-            (chat.JSON, b'{"type": "chat"\n', True),
-        ):
+            (chat.PLAIN, "bob: é\n".encode(), False), (chat.PLAIN, b"bob: \x1b[m\n", True),
+            (chat.PLAIN, "bob: \u202e\n".encode(), True), (chat.PLAIN, "bob: \u3164\n".encode(), True),
+            (chat.JSON, b'{"type": "chat"}\n', False), (chat.JSON, b'{"type": "chat"\n', True),
+        ):  # fmt: skip
             with self.subTest(data):
                 self.assertEqual(bool(flaw(view, data)), wrong)
 
@@ -4207,7 +4199,8 @@ class Disturber:
                 continue
             except OSError:
                 over = True
-            if over or not one.data and one.end not in ("half", "stays"):
+            stays = one.end == "half" or one.end == "stays" and one.rng.random() < 0.8
+            if over or not one.data and not stays:
                 one.close()
                 disturbers.remove(one)
 
@@ -4221,9 +4214,29 @@ class Disturber:
 
 
 class FuzzServer(ServerCase):
-    """Generated lines, whole and broken, from many at once, at a running server with a few who only want to talk."""
+    """Generated lines, whole and broken, from many who come, stall and vanish, while four only want to talk."""
 
     LINES = 1_000_000 if LONG else 6_000
+    TOLERANCE = 8 << 10  # KiB of memory in the second half
+    SPEAK = (["echo-message"], chat.CAPABILITIES)  # how ann and bob do
+    VIEWS = (*(chat.irc(frozenset(caps)) for caps in SPEAK), chat.PLAIN, chat.JSON)
+    CHANNELS = ("#a", "#b", "#c")
+    # How a visit begins in each dialect, how something is said, and what else is done:
+    # {0} name, {1} text, {2} channel, {3} capabilities.
+    DIALECTS: List[Tuple[str, str, List[str]]] = [
+        ("{0}", "{1}", ["/who", "/join {2}", "/nick {0}x", "/topic {1}", "/msg ann {1}", "/away", "/whois bob", "/"]),
+        (
+            '{{"type": "join", "user": "{0}"}}',
+            '{{"type": "chat", "text": "{1}", "ref": "1"}}',
+            ['{{"type": "command", "text": "/join {2}"}}', '{{"type": "private", "to": "bob", "text": "{1}"}}', "{{"],
+        ),
+        (
+            "CAP REQ :{3}\nNICK {0}\nUSER {0} 0 * :{0}\nCAP END\nJOIN #chat",
+            "PRIVMSG #chat :{1}",
+            ["WHO #chat", "LIST", "JOIN {2}", "PART {2}", "NICK {0}x", "PRIVMSG ann :{1}", "TOPIC {2} :{1}", "X",
+             "NAMES #chat", "WHOIS bob", "CHATHISTORY LATEST #chat * 50", "PRIVMSG {2} :{1}", "AWAY :{1}"],
+        ),
+    ]  # fmt: skip
 
     def setUp(self) -> None:
         self.flaws: List[str] = []
@@ -4238,14 +4251,15 @@ class FuzzServer(ServerCase):
         super().setUp()
         self.limit(outbox=1 << 18, per_address=math.inf, rate=math.inf)
         self.exempt("")  # so that they are counted
-        self.ann = self.irc("ann")  # an operator, whom nobody can throw out
         self.said = 0
-        self.witnesses = [
-            self.irc("bob", *chat.CAPABILITIES),
-            self.plain("pat"),
-            self.peer('{"type":"join","user":"jon"}\n'),
-        ]
+        irc = [self.irc(name, *caps) for name, caps in zip(("ann", "bob"), self.SPEAK)]
+        self.witnesses = [*irc, self.plain("pat"), self.peer('{"type":"join","user":"jon"}\n')]
+        self.ann = self.witnesses[0]  # an operator, whom nobody can throw out
         self.witnesses[-1].until("jon joined")
+        for witness in irc:
+            witness.sync()
+        for witness in self.witnesses:
+            witness.seen = []
 
     def checked(self, effects: List[chat.Effect], fan_out: Any = chat.FanOut) -> Any:
         """All that is sent to anybody passes here."""
@@ -4262,22 +4276,29 @@ class FuzzServer(ServerCase):
         handle_line(*args)
 
     def talk(self) -> None:
-        """Ann says something, and all who are well see it next of her, once, and nothing of theirs is damaged."""
-        self.ann.send(f"PRIVMSG #chat :word {self.said}\r\n")
-        start = len(self.ann.seen)
-        self.ann.sync()
-        del self.ann.seen[start:]
-        for witness, view in zip(self.witnesses, (chat.irc(frozenset(chat.CAPABILITIES)), chat.PLAIN, chat.JSON)):
-            witness.seen = []
-            witness.until(f"word {self.said}")
-            hers = re.compile(r'(@\S+ )?:ann!|ann: |\{"type": "chat", "user": "ann"')
-            words = [line for line in witness.seen if hers.match(line)]
-            self.assertEqual([re.findall(r"word (\d+)", line) for line in words], [[str(self.said)]], words)
+        """Ann and bob say some words; all four see them once, in one order, and nothing that they see is damaged."""
+        words = [[f"word {self.said + number} of {name}" for number in range(3)] for name in ("ann", "bob")]
+        for speaker, own in zip(self.witnesses, words):
+            speaker.send("".join(f"PRIVMSG #chat :{word}\r\n" for word in own))
+        ours = re.compile(r'(@\S+ )?:(ann|bob)!|(ann|bob): |\{"type": "chat", "user": "(ann|bob)"')
+        told, word = [], r"word \d+ of \w+"
+        for witness, view in zip(self.witnesses, self.VIEWS):
+            unseen = {*words[0], *words[1]}
+            while unseen:
+                unseen.difference_update(re.findall(word, witness.until("word ")))
             self.assertEqual({flaw_in_line(view, line) for line in witness.seen}, {""})
-        self.witnesses[0].send("PING x\r\n")  # or it would be taken for a ghost
-        self.said += 1
+            told.append([re.findall(word, line) for line in witness.seen if ours.match(line)])
+        self.assertEqual(told, told[:1] * 4)
+        for own in words:
+            self.assertEqual([found for found in told[0] if not set(found).isdisjoint(own)], [[text] for text in own])
+        self.assertEqual(len(told[0]), 6)
+        said = [[m for m in map(chat.parse, peer.seen) if m.command == "PRIVMSG"] for peer in self.witnesses[:2]]
+        self.assertEqual(*([(m.source, m.params) for m in seen if m.params[0].lower() == "#chat"] for seen in said))
+        for witness in self.witnesses:
+            witness.seen = []
+        self.said += 3
 
-    def disturber(self, rng: random.Random) -> Disturber:
+    def fool(self, rng: random.Random) -> Disturber:
         """Somebody who says who they are, more or less, and then talks much nonsense."""
         soup, name = Soup(rng), rng.choice(("u1", "u2", "U3", "ann", "Борис"))
         caps = " ".join(rng.sample(chat.CAPABILITIES, rng.randrange(len(chat.CAPABILITIES))))
@@ -4297,8 +4318,22 @@ class FuzzServer(ServerCase):
             data = data[: rng.randrange(len(data) + 1)]
         return Disturber(self.port, rng, data, rng.choice(("close", "reset", "half")), rng.random() < 0.7)
 
+    def visitor(self, rng: random.Random) -> Disturber:
+        """Somebody who makes sense, but floods, does not read, says nothing, or stays on without a word."""
+        begin, say, others = rng.choice(self.DIALECTS)
+        caps = " ".join(rng.sample(chat.CAPABILITIES, 5)).replace(chat.RESUME_CAP, "batch")
+        name, most = f"u{rng.randrange(1 << 32):x}", rng.choices((20, 500, 100, 0), (10, 3, 1, 1))[0]
+        floods, stalls = most == 500, most == 100
+        lines = [begin] * (most > 0)
+        lines += [rng.choice([say] if floods else [say, *others]) for _ in range(rng.randrange(most + 1))]
+        words = [rng.choice(("é", "x", "你")) + "y" * rng.randrange(100) for _ in lines]
+        filled = [line.format(name, word, rng.choice(self.CHANNELS), caps) for line, word in zip(lines, words)]
+        data = "".join(f"{line}\n" for line in filled).encode()
+        end = "stays" if stalls or rng.random() < 0.05 else rng.choice(("close", "reset", "half"))
+        return Disturber(self.port, rng, data[: rng.choice((None, -3))], end, not stalls)
+
     def round(self, rng: random.Random) -> None:
-        disturbers = [self.disturber(rng) for _ in range(12)]
+        disturbers = [rng.choice((self.fool, self.visitor))(rng) for _ in range(12)]
         try:
             while disturbers:
                 Disturber.pump(disturbers)
@@ -4311,11 +4346,9 @@ class FuzzServer(ServerCase):
 
     def left(self) -> List[Any]:
         """What of others is still there, as ann is told, and as the process shows."""
-        start = len(self.ann.seen)
         counts = self.counts(self.ann)
         self.ann.send("NAMES #chat\r\nLIST\r\n")
         told = "\n".join(self.ann.sync())
-        del self.ann.seen[start:]
         names = {name.lstrip("@+") for line in re.findall(" 353 ann . #chat :(.*)", told) for name in line.split()}
         found = (counts, names, re.findall(r" 322 ann (\S+ \d+)", told), self.connections(), self.held())
         wanted = ((4, 0, 1), {"ann", "bob", "pat", "jon"}, ["#chat 4"], 4, self.held_at_first)
@@ -4326,10 +4359,16 @@ class FuzzServer(ServerCase):
         """Threads and descriptors of this process."""
         return threading.active_count(), len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
 
+    @staticmethod
+    def memory() -> int:
+        """KiB of memory of this process."""
+        status = pathlib.Path("/proc/self/status")
+        return int(re.findall(r"VmRSS:\s+(\d+)", status.read_text(encoding="ascii"))[0]) if status.exists() else 0
+
     def test_a_server_under_nonsense(self) -> None:
         self.talk()
         self.held_at_first = self.held()
-        count = 0
+        count = half = 0
         defects: List[str] = []
 
         def log_later(level: int, text: str, *values: object) -> None:
@@ -4343,11 +4382,13 @@ class FuzzServer(ServerCase):
                     self.eventually(lambda: not self.left(), "something is left")
                     self.assertEqual((self.flaws, defects), ([], []))
                 count = next(self.handled)
+                half = half or (count > self.LINES // 2) * self.memory()
                 if count > self.LINES:
                     break
+        self.assertLess(self.memory(), (half or math.inf) + self.TOLERANCE)
         self.nobody_is_counted()
         if LONG:
-            print(f"{count} lines were handled, {self.said} of ours", file=sys.stderr)
+            print(f"{count} lines were handled, {2 * self.said} of ours; {half} KiB, {self.memory()}", file=sys.stderr)
 
     def nobody_is_counted(self) -> None:
         """Nobody who has left stands in the way of those who come, or lose their connection, for a limit's sake."""
@@ -4379,10 +4420,8 @@ class LineEditing(unittest.TestCase):
 
     def test_keys(self) -> None:
         for text, keys in (
-            ("aé你", ["a", "é", "你"]),
-            ("\x1b[A\x1bOD\x1bb\x01", ["\x1b[A", "\x1bOD", "\x1bb", "\x01"]),
-            ("\x1b[1;5C\x1b[3~x", ["\x1b[1;5C", "\x1b[3~", "x"]),
-            ("\x1b\x1b[A", ["\x1b", "\x1b[A"]),
+            ("aé你", ["a", "é", "你"]), ("\x1b[A\x1bOD\x1bb\x01", ["\x1b[A", "\x1bOD", "\x1bb", "\x01"]),
+            ("\x1b[1;5C\x1b[3~x", ["\x1b[1;5C", "\x1b[3~", "x"]), ("\x1b\x1b[A", ["\x1b", "\x1b[A"]),
             ("\x1b[\rx\x1b[é", ["\x1b[", "\r", "x", "\x1b[", "é"]),  # begun, but no such key
             ("abc\x1b\r", ["a", "b", "c", "\x1b", "\r"]),
             ("\x1b[200~a\r\x1b[Ab\x1b[201~c", ["\x1b[200~a\r\x1b[Ab\x1b[201~", "c"]),
@@ -4395,7 +4434,7 @@ class LineEditing(unittest.TestCase):
             ("\x1b_a\x1b\\x\x1b^b\x1b\\y\x1bXc\x07z", ["x", "y", "z"]),
             ("\x1b]x\ry\x1b]x\x7fy\x1bPx\x1b[A", ["\r", "y", "\x7f", "y", "\x1b[A"]),  # Alt-] and Alt-P, typed
             ("\x1b]" + "x" * chat.ANSWER_CHARS + "yz", ["y", "z"]),
-        ):
+        ):  # fmt: skip
             with self.subTest(text):
                 self.assertEqual(chat.KeyParser().feed(text), keys)
                 single = chat.KeyParser()
@@ -4412,36 +4451,23 @@ class LineEditing(unittest.TestCase):
 
     def test_editing(self) -> None:
         for keys, shown in (
-            ("hello", "hello|"),
-            ("hello" + LEFT * 2, "hel|lo"),
-            ("hello" + LEFT * 9 + RIGHT, "h|ello"),
-            ("hello\x02\x02\x06", "hell|o"),
-            ("hello\x01X\x05Y", "XhelloY|"),
-            ("hello\x1b[HX\x1b[FY", "XhelloY|"),
-            ("hello\x7f\x08", "hel|"),
-            ("\x7fa" + LEFT + "\x7f", "|a"),
-            ("hello\x01" + DELETE + "\x04", "|llo"),
+            ("hello", "hello|"), ("hello" + LEFT * 2, "hel|lo"), ("hello" + LEFT * 9 + RIGHT, "h|ello"),
+            ("hello\x02\x02\x06", "hell|o"), ("hello\x01X\x05Y", "XhelloY|"), ("hello\x1b[HX\x1b[FY", "XhelloY|"),
+            ("hello\x7f\x08", "hel|"), ("\x7fa" + LEFT + "\x7f", "|a"), ("hello\x01" + DELETE + "\x04", "|llo"),
             ("e\u0301x" + LEFT * 2 + DELETE, "|x"),  # marks go with their letter
-            ("xe\u0301" + "\x7f", "x|"),
-            ("x👨\u200d👩\u200d👧" + LEFT + "\x7f", "|👨\u200d👩\u200d👧"),
-            ("🇩🇪🇫🇷x" + LEFT * 2 + "\x7f", "|🇫🇷x"),
-            ("one two-three\x1bbX", "one two-X|three"),
-            ("one two\x1b[1;5D\x1b[1;5D\x1b[1;5C", "one| two"),
-            ("one two\x01\x1bf\x1bf", "one two|"),
+            ("xe\u0301" + "\x7f", "x|"), ("x👨\u200d👩\u200d👧" + LEFT + "\x7f", "|👨\u200d👩\u200d👧"),
+            ("🇩🇪🇫🇷x" + LEFT * 2 + "\x7f", "|🇫🇷x"), ("one two-three\x1bbX", "one two-X|three"),
+            ("one two\x1b[1;5D\x1b[1;5D\x1b[1;5C", "one| two"), ("one two\x01\x1bf\x1bf", "one two|"),
             ("one two\x17", "one |"),
             ("one two\x17\x01\x15\x19", "two|one "),  # what kills nothing keeps what was killed
             ("one two \x17\x17\x19", "one two |"),  # kills in a row are one kill
-            ("one two-three\x1b\x7f", "one two-|"),
-            ("one two\x01\x1bd", "| two"),
-            ("one two\x01\x1bd\x1bd\x19!", "one two!|"),
-            ("one two" + LEFT * 3 + "\x0b", "one |"),
-            ("one two" + LEFT * 3 + "\x15", "|two"),
-            ("one two" + LEFT * 3 + "\x15\x05 \x19", "two one |"),
-            ("a\x17b\x17\x19", "b|"),
-            ("\x1b[99~a\x1bz\x00\x1b[200~b\tc\x1b[201~", "ab    c|"),
+            ("one two-three\x1b\x7f", "one two-|"), ("one two\x01\x1bd", "| two"),
+            ("one two\x01\x1bd\x1bd\x19!", "one two!|"), ("one two" + LEFT * 3 + "\x0b", "one |"),
+            ("one two" + LEFT * 3 + "\x15", "|two"), ("one two" + LEFT * 3 + "\x15\x05 \x19", "two one |"),
+            ("a\x17b\x17\x19", "b|"), ("\x1b[99~a\x1bz\x00\x1b[200~b\tc\x1b[201~", "ab    c|"),
             ("a\x1b[[A\x1bO2P\x1b[3$\x1b[M#!!\x1b]0;t\x1b\\\x1bP>|x\x07b", "ab|"),
             ("x\x1b[200~one line\r\n\x1b[201~", "xone line|"),
-        ):
+        ):  # fmt: skip
             with self.subTest(keys):
                 editor = self.editor()
                 self.assertEqual(self.press(editor, keys), [])
@@ -4475,15 +4501,10 @@ class LineEditing(unittest.TestCase):
         names = {"a": ["ann: ", "abe: "], "say a": ["ann ", "abe "], "/": ["/help "]}
         editor = chat.LineEditor(lambda head: (4 if head.startswith("say") else 0, names.get(head, [])))
         for keys, text in (
-            ("a\t", "ann: "),
-            ("\t", "abe: "),
-            ("\t", "ann: "),
-            ("\x1b[Z", "abe: "),
-            ("hi" + LEFT * 2 + "\t", "abe: hi"),
-            ("\x15\x0bsay a\x1b[Z", "say abe "),
-            ("\x15/\t\t", "/help "),
+            ("a\t", "ann: "), ("\t", "abe: "), ("\t", "ann: "), ("\x1b[Z", "abe: "),
+            ("hi" + LEFT * 2 + "\t", "abe: hi"), ("\x15\x0bsay a\x1b[Z", "say abe "), ("\x15/\t\t", "/help "),
             ("\x15nobody\t", "nobody"),
-        ):
+        ):  # fmt: skip
             self.press(editor, keys)
             self.assertEqual(editor.view()[1], text, keys)
 
@@ -4530,17 +4551,9 @@ class Rows(unittest.TestCase):
 
     def test_char_width(self) -> None:
         for char, count in (
-            ("a", 1),
-            ("é", 1),
-            ("\u0301", 0),
-            ("你", 2),
-            ("😀", 2),
-            ("ｱ", 1),
-            ("한", 2),
-            ("\u1161", 0),
-            ("\u200c", 0),
+            ("a", 1), ("é", 1), ("\u0301", 0), ("你", 2), ("😀", 2), ("ｱ", 1), ("한", 2), ("\u1161", 0), ("\u200c", 0),
             ("\U000e0067", 0),
-        ):
+        ):  # fmt: skip
             self.assertEqual(chat.char_width(char), count, char)
 
     def test_text_width_is_the_largest_that_terminals_have(self) -> None:
@@ -4549,35 +4562,26 @@ class Rows(unittest.TestCase):
 
     def test_clusters(self) -> None:
         for pieces in (
-            [""],
-            ["a", "e\u0301", "你"],
-            ["👨🏻\u200d❤\ufe0f\u200d💋\u200d👨🏼", "👩"],
-            ["🇩🇪", "🇫🇷", "🇦", "x"],
-            ["1\ufe0f\u20e3", "क्\u200dषि", "x"],
-            ["x" + "\u0301" * 15, "\u0301" * 3],
-        ):
+            [""], ["a", "e\u0301", "你"], ["👨🏻\u200d❤\ufe0f\u200d💋\u200d👨🏼", "👩"], ["🇩🇪", "🇫🇷", "🇦", "x"],
+            ["1\ufe0f\u20e3", "क्\u200dषि", "x"], ["x" + "\u0301" * 15, "\u0301" * 3],
+        ):  # fmt: skip
             self.assertEqual(chat.clusters("".join(pieces)), pieces)
 
     def test_truncate(self) -> None:
         for text, room, shown in (
-            ("hello", 5, "hello"),
-            ("hello!", 5, "he..."),
-            ("你好吗", 5, "你..."),
-            ("abc", 2, ".."),
+            ("hello", 5, "hello"), ("hello!", 5, "he..."), ("你好吗", 5, "你..."), ("abc", 2, ".."),
             ("👨\u200d👩\u200d👧👨\u200d👩\u200d👧", 10, "👨\u200d👩\u200d👧..."),
-        ):
+        ):  # fmt: skip
             self.assertEqual(chat.truncate(text, room), shown)
 
     def test_viewport(self) -> None:
         for text, cursor, shown in (
-            ("hello", 5, ("> ", "hello", "")),
-            ("0123456789abcdefgh", 18, ("> ", "0123456789abcdefgh", "")),
+            ("hello", 5, ("> ", "hello", "")), ("0123456789abcdefgh", 18, ("> ", "0123456789abcdefgh", "")),
             ("0123456789abcdefghi", 19, ("> ", "9abcdefghi", "")),
-            ("0123456789abcdefghi", 3, ("> ", "012", "3456789abcdefgh")),
-            ("a\x1bb", 2, ("> ", "a\\x1b", "b")),
+            ("0123456789abcdefghi", 3, ("> ", "012", "3456789abcdefgh")), ("a\x1bb", 2, ("> ", "a\\x1b", "b")),
             ("👨\u200d👩", 2, ("> ", "👨\u200d", "👩")),  # the cursor may stand where a joined emoji is
             ("a\u200db", 2, ("> ", "a<U+200D>", "b")),
-        ):
+        ):  # fmt: skip
             self.assertEqual(chat.viewport(["[#chat] robert> ", "> "], text, cursor, 20), shown)
         self.assertEqual(chat.viewport(["send 2 lines? y/n "], "", 0, 16), ("send 2 line...", "", ""))
 
@@ -4610,16 +4614,8 @@ class Rows(unittest.TestCase):
     def test_no_text_begins_a_row(self) -> None:
         rng = random.Random(5)
         words = [
-            *"ab .*",
-            "15:03 ",
-            "15:03 *** bob joined",
-            " " * 20,
-            "x" * 30,
-            "你",
-            "😀\u200d😀",
-            "\u3000",
-            "\xa0" * 9,
-        ]
+            *"ab .*", "15:03 ", "15:03 *** bob joined", " " * 20, "x" * 30, "你", "😀\u200d😀", "\u3000", "\xa0" * 9,
+        ]  # fmt: skip
         words += ["\u0301", "\x1b[31m", "\t", "\ufe0f", "❤\ufe0f", "می\u200cخ", "😀\u200d" * 20 + "😀", "🇩🇪"]
         for _ in range(1000):
             columns, text = rng.randrange(8, 60), "".join(rng.choices(words, k=rng.randrange(30)))
@@ -4634,12 +4630,8 @@ class Rows(unittest.TestCase):
 
     def test_row_count(self) -> None:
         for text, room, rows in (
-            ("", 5, 1),
-            ("hello", 5, 1),
-            ("hello!", 5, 2),
-            ("你好吗", 5, 2),
-            ("e\u0301" * 5, 5, 1),
-        ):
+            ("", 5, 1), ("hello", 5, 1), ("hello!", 5, 2), ("你好吗", 5, 2), ("e\u0301" * 5, 5, 1),
+        ):  # fmt: skip
             self.assertEqual(chat.row_count(text, room), rows)
 
     def test_what_the_terminal_cannot_show_is_counted_as_it_is_written(self) -> None:
@@ -4898,29 +4890,19 @@ class WhatItMeans(PersonCase):
     def test_completions(self) -> None:
         self.arrive(":s 353 bob = #chat :Abe amy", ":ann!a@b PRIVMSG #chat :hi", ":bob!b@h JOIN #Tea")
         for head, found in (
-            ("a", (0, ["ann: ", "amy: ", "Abe: "])),
-            ("AB", (0, ["Abe: "])),
-            ("bo", (0, [])),
-            ("ask am", (4, ["amy "])),
-            ("/he", (0, ["/help "])),
-            ("/w", (0, ["/who ", "/whois "])),
-            ("/msg an", (5, ["ann "])),
-            ("/zzz", (0, [])),
-            ("/part #", (6, ["#chat ", "#Tea "])),
-            ("/join #t", (6, ["#Tea "])),
-        ):
+            ("a", (0, ["ann: ", "amy: ", "Abe: "])), ("AB", (0, ["Abe: "])), ("bo", (0, [])), ("ask am", (4, ["amy "])),
+            ("/he", (0, ["/help "])), ("/w", (0, ["/who ", "/whois "])), ("/msg an", (5, ["ann "])), ("/zzz", (0, [])),
+            ("/part #", (6, ["#chat ", "#Tea "])), ("/join #t", (6, ["#Tea "])),
+        ):  # fmt: skip
             self.assertEqual(chat.completions(self.client, head), found)
 
     def test_who_is_here(self) -> None:
         for line, people in (
-            (":s 353 bob = #chat :@bob ann +cat", "bob ann cat"),
-            (":s 353 bob = #other :dan", "bob ann cat"),
-            (":dan!a@b JOIN #chat", "bob ann cat dan"),
-            (":ann!a@b NICK amy", "bob cat dan amy"),
-            (":cat!a@b PART #chat :bye", "bob dan amy"),
-            (":dan!a@b QUIT :bye", "bob amy"),
+            (":s 353 bob = #chat :@bob ann +cat", "bob ann cat"), (":s 353 bob = #other :dan", "bob ann cat"),
+            (":dan!a@b JOIN #chat", "bob ann cat dan"), (":ann!a@b NICK amy", "bob cat dan amy"),
+            (":cat!a@b PART #chat :bye", "bob dan amy"), (":dan!a@b QUIT :bye", "bob amy"),
             (":amy!a@b KICK #chat bob :out", ""),
-        ):
+        ):  # fmt: skip
             self.arrive(line)
             self.assertEqual(self.members, people.split(), line)
             self.assertEqual(self.prompt, f"[#chat {len(people.split())}] bob> ")
@@ -4966,12 +4948,10 @@ class WhatItMeans(PersonCase):
 
     def test_what_is_refused_does_not_wait(self) -> None:
         for error, left in (
-            (":s 404 bob #chat :no", ["two", "psst"]),
-            (":s 401 bob cat :nobody", ["one", "two"]),
-            (":s 401 bob dan :nobody", ["one", "two", "psst"]),
-            (":s 417 bob :too long", ["two", "psst"]),
+            (":s 404 bob #chat :no", ["two", "psst"]), (":s 401 bob cat :nobody", ["one", "two"]),
+            (":s 401 bob dan :nobody", ["one", "two", "psst"]), (":s 417 bob :too long", ["two", "psst"]),
             ("FAIL PRIVMSG INVALID_UTF8 :no", ["two", "psst"]),
-        ):
+        ):  # fmt: skip
             self.enter("echo-message")
             self.type("one", "two", "/msg cat psst")
             self.arrive(error)
@@ -4981,11 +4961,10 @@ class WhatItMeans(PersonCase):
         self.enter("echo-message")
         self.type("one")
         for line, shown in (
-            (":s 477 bob #other :You need more", "Error: You need more"),
-            (":s 432 bob x :Bad name", "Error: Bad name"),
+            (":s 477 bob #other :You need more", "Error: You need more"), (":s 432 bob x :Bad name", "Error: Bad name"),
             (":s 473 bob #x :Invite only", "Error: Invite only"),
             (":s FAIL CHATHISTORY MESSAGE_ERROR :No past", "Error: No past"),
-        ):
+        ):  # fmt: skip
             self.assertIn(shown, self.arrive(line))
         self.assertEqual(self.queued, [("#chat", "one")])
 
@@ -5076,12 +5055,11 @@ class AtOtherServers(PersonCase):
     def test_our_host_is_learnt(self) -> None:
         unknown, line = f"~{'u' * 10}@{'h' * 64}", Message("PRIVMSG", ("#chat", "x" * 1000))
         for said, host in (
-            (":bob!u@short JOIN #tea", "u@short"),
-            (":ann!a@somewhere.else PRIVMSG #chat :hi", "u@short"),
+            (":bob!u@short JOIN #tea", "u@short"), (":ann!a@somewhere.else PRIVMSG #chat :hi", "u@short"),
             (":s 396 bob u@cloak :is now your host", unknown),
             (":bob!u@a.longer.host PRIVMSG #tea :an echo", "u@a.longer.host"),
             (":bob!u@a.longer.host CHGHOST u new", unknown),
-        ):
+        ):  # fmt: skip
             self.arrive(said)
             room = 512 - 2 - len(f":{'b' * 24}!{host} PRIVMSG #chat :")
             self.assertEqual(len(chat.split_message(self.client.uplink, "#chat", line)[0]), room, said)
@@ -5129,12 +5107,9 @@ class AtOtherServers(PersonCase):
 
     def test_a_server_may_look_for_our_host_first(self) -> None:
         for heard, now, text in (
-            (0, 11, "is --port right"),
-            (5, 34, ""),
-            (5, 36, "does not let you in"),
-            (100, 119, ""),
+            (0, 11, "is --port right"), (5, 34, ""), (5, 36, "does not let you in"), (100, 119, ""),
             (110, 121, "does not let you in"),  # however often it asks whether we are there
-        ):
+        ):  # fmt: skip
             self.start()
             self.server.connect()
             self.client.uplink.since, self.client.uplink.heard = 1000.0, 1000.0 + heard
@@ -5162,22 +5137,18 @@ class WhichChannelIsOurs(PersonCase):
     def test_channels_that_a_server_puts_us_in_are_not_ours(self) -> None:
         self.screen.colours = False
         for line, shown in (
-            (":bob!b@h JOIN #lobby", "*** [#lobby] bob joined\n"),
-            (":s 353 bob = #lobby :bob dan eve", ""),
-            (":s 366 bob #lobby :End", ""),
-            (":dan!d@h JOIN #lobby", "*** [#lobby] dan joined\n"),
+            (":bob!b@h JOIN #lobby", "*** [#lobby] bob joined\n"), (":s 353 bob = #lobby :bob dan eve", ""),
+            (":s 366 bob #lobby :End", ""), (":dan!d@h JOIN #lobby", "*** [#lobby] dan joined\n"),
             (":dan!d@h PRIVMSG #lobby :hi bob", "[#lobby] dan: hi bob\n"),
             (":dan!d@h PRIVMSG #lobby :\x01ACTION waves\x01", "[#lobby] * dan waves\n"),
             (":bob!b@h PRIVMSG #lobby :an echo", "[#lobby] bob: an echo\n"),
             (":dan!d@h TOPIC #lobby :cakes", "*** [#lobby] dan set the topic: cakes\n"),
             (":s NOTICE #lobby :be nice", "*** [#lobby] be nice\n"),
             (":dan!d@h KICK #lobby eve :shoo", "*** [#lobby] eve was kicked out by dan: shoo\n"),
-            (":dan!d@h PART #lobby", "*** [#lobby] dan left\n"),
-            (":eve!e@h QUIT :#lobby", "*** eve left (#lobby)\n"),
+            (":dan!d@h PART #lobby", "*** [#lobby] dan left\n"), (":eve!e@h QUIT :#lobby", "*** eve left (#lobby)\n"),
             (":ann!a@h PRIVMSG @#CHAT :for operators", "[@#CHAT] ann: for operators\n"),
-            (":ann!a@h PRIVMSG #CHAT :ours", "ann: ours\n"),
-            (":ann!a@h PRIVMSG bob :alone", "[private] ann: alone\n"),
-        ):
+            (":ann!a@h PRIVMSG #CHAT :ours", "ann: ours\n"), (":ann!a@h PRIVMSG bob :alone", "[private] ann: alone\n"),
+        ):  # fmt: skip
             with self.subTest(line):
                 prompt = r"\[#chat 2( \| #lobby \+[12])?\] bob> $"
                 self.assertEqual(re.sub(rf"\r\x1b\[K|\a|\d\d:\d\d |{prompt}", "", self.arrive(line)), shown)
@@ -5830,10 +5801,9 @@ class FuzzClient(unittest.TestCase):
         "/who\r", "/join #a\r", "/join #b\r", "/part\r", "/msg ann hi\r", "/reply ho\r", "ann: hi\r", "exit\r",
     ]  # fmt: skip
     SERVERS = [
-        [],
-        [":s CAP * LS :echo-message message-tags", ":s CAP * ACK :echo-message message-tags"],
+        [], [":s CAP * LS :echo-message message-tags", ":s CAP * ACK :echo-message message-tags"],
         [f":s CAP * LS :{' '.join(chat.CAPABILITIES)}", f":s CAP * ACK :{' '.join(sorted(chat.WANTED_CAPS))}"],
-    ]
+    ]  # fmt: skip
     IN = [
         ":s 001 bob :Welcome", ":bob!b@h JOIN #a", ":bob!b@h JOIN #chat", ":s 353 bob = #chat :bob @ann",
         ":s 353 bob = #a :bob ann u1", "BATCH +1 chathistory #a", "@batch=1;msgid=1 :u1!a@b PRIVMSG #a :1", "BATCH -1",
@@ -5954,6 +5924,18 @@ class ProgramCase(Waiting):
             program.kill()
         program.communicate(timeout=PATIENCE)
 
+    @staticmethod
+    def finish(program: subprocess.Popen[str], text: str = "") -> Tuple[int, str, str]:
+        """Waits until a program ends; returns its status, and what it wrote."""
+        out, err = program.communicate(text or None, timeout=PATIENCE)
+        return program.returncode, out, err
+
+    def complains(self, *args: str, status: int = 1, **more: Any) -> str:
+        """Returns what a program writes to standard error that ends with a status, and tells nothing else."""
+        found, out, err = self.finish(self.start(*args, **more))
+        self.assertEqual((found, out), (status, ""), err)
+        return err
+
     def server(self, *args: str, **more: Any) -> Tuple[subprocess.Popen[str], int]:
         program = self.start("server", "--port", "0", *args, **more)
         assert program.stdout
@@ -5961,23 +5943,39 @@ class ProgramCase(Waiting):
         self.assertRegex(first, r"^listening on 127\.0\.0\.1:\d+$")
         return program, int(first.rpartition(":")[2])
 
+    def client(self, port: int, *args: str, **more: Any) -> subprocess.Popen[str]:
+        """A client called bob, with a pipe for its input."""
+        return self.start("client", "--port", str(port), "--name", "bob", *args, stdin=subprocess.PIPE, **more)
+
     def run_client(self, port: int, text: str = "", *args: str) -> Tuple[int, str, str]:
-        program = self.start("client", "--port", str(port), *args, stdin=subprocess.PIPE)
-        out, err = program.communicate(text, timeout=PATIENCE)
-        return program.returncode, out, err
+        return self.finish(self.start("client", "--port", str(port), *args, stdin=subprocess.PIPE), text)
+
+    def peer(self, port: int, data: str = "", until: str = "") -> Peer:
+        peer = Peer(port, data)
+        self.addCleanup(peer.close)
+        if until:
+            peer.until(until)
+        return peer
+
+    def ann(self, port: int) -> Peer:
+        """Ann, who has joined, and speaks plain text."""
+        return self.peer(port, "ann\n", "joined")
+
+    def make_folder(self) -> pathlib.Path:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        return pathlib.Path(folder.name)
 
 
 class ServerProgram(ProgramCase):
     def test_server_tells_how_to_join_and_stops_on_sigterm(self) -> None:
         program, port = self.server()
-        peer = Peer(port, "ann\n")
-        self.addCleanup(peer.close)
-        peer.until("joined")
+        peer = self.ann(port)
         program.send_signal(signal.SIGTERM)
         self.assertEqual(peer.rest()[-1], "*** Server is shutting down")
         peer.close()
         assert program.stdout and program.stderr
-        out, err = program.stdout.read(), program.stderr.read()
+        out, err = program.stdout.read(), program.stderr.read()  # all of it: a part is in a buffer since the first line
         self.assertEqual(program.wait(PATIENCE), 0)
         self.assertRegex(err, r"^[-0-9]+ [:,0-9]+ INFO ann from 127\.0\.0\.1 joined\n$")
         self.assertIn("only this machine can join; --host 0.0.0.0 opens the chat to the network", out)
@@ -5985,57 +5983,32 @@ class ServerProgram(ProgramCase):
 
     def test_port_taken(self) -> None:
         _, port = self.server()
-        second = self.start("server", "--port", str(port))
-        out, err = second.communicate(timeout=PATIENCE)
-        message = f"chat.py: port {port} is taken; choose another with --port, or any with --port 0\n"
-        self.assertEqual((second.returncode, out, err), (1, "", message))
+        told = f"chat.py: port {port} is taken; choose another with --port, or any with --port 0\n"
+        self.assertEqual(self.complains("server", "--port", str(port)), told)
 
     def test_a_log_that_cannot_be_opened_is_told_before_the_port_is_bound(self) -> None:
         _, port = self.server()
-        with tempfile.TemporaryDirectory() as folder:
-            for path in (folder, os.path.join(folder, "no", "such")):
-                with self.subTest(path):
-                    program = self.start("server", "--port", str(port), "--log", path)
-                    out, err = program.communicate(timeout=PATIENCE)
-                    self.assertEqual((program.returncode, out), (1, ""), err)
-                    self.assertRegex(err, rf"^chat\.py: [^\n]*{re.escape(path)}[^\n]*\n$")
-                    self.assertNotIn(f"port {port}", err)
+        folder = self.make_folder()
+        for path in map(str, (folder, folder / "no" / "such")):
+            with self.subTest(path):
+                err = self.complains("server", "--port", str(port), "--log", path)
+                self.assertRegex(err, rf"^chat\.py: \[Errno \d+\] [^\n]*{re.escape(path)}[^\n]*\n$")
+                self.assertNotIn(f"port {port}", err)
 
-    def test_a_password_and_who_is_warned_without(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder, "password")
-            path.write_text("\n", encoding="utf-8")
-            program = self.start("server", "--port", "0", "--password-file", str(path))
-            _, err = program.communicate(timeout=PATIENCE)
-            self.assertEqual((program.returncode, err), (1, f"chat.py: there is no password in {path}\n"))
-            path.write_text("sesame\nmore\n", encoding="utf-8")
-            program, port = self.server("--password-file", str(path))
-            ann = Peer(port, "PASS sesame\r\nNICK ann\r\nUSER a 0 * :a\r\nQUIT\r\n")
-            ann.until(" 001 ")
-            ann.close()
+    def test_who_is_warned_of_a_server_without_a_password(self) -> None:
         for secret, warnings in (("", 1), ("sesame", 0)):
-            program = self.start(
-                "server", "--host", "0.0.0.0", "--port", "0", env={**os.environ, "CHAT_PASSWORD": secret}
-            )
+            environment = {**os.environ, "CHAT_PASSWORD": secret}
+            program = self.start("server", "--host", "0.0.0.0", "--port", "0", env=environment)
             assert program.stdout
             program.stdout.readline()
             program.terminate()
-            _, err = program.communicate(timeout=PATIENCE)
+            _, _, err = self.finish(program)
             self.assertEqual(err.count("there is no password: whoever reaches 0.0.0.0 can join"), warnings)
             self.assertNotIn("sesame", err)
 
     def test_wrong_usage(self) -> None:
-        for args in (
-            (),
-            ("dance",),
-            ("server", "--port", "x"),
-            ("server", "--port", "70000"),
-            ("server", "--max-clients", "0"),
-        ):
-            program = self.start(*args)
-            _, err = program.communicate(timeout=PATIENCE)
-            self.assertEqual(program.returncode, 2)
-            self.assertTrue(err.startswith("usage:"), err)
+        for args in ("", "dance", "server --port x", "server --port 70000", "server --max-clients 0"):
+            self.assertRegex(self.complains(*args.split(), status=2), "^usage:")
 
     def test_each_limit_has_a_flag(self) -> None:
         fields = dataclasses.fields(chat.Limits)
@@ -6049,31 +6022,20 @@ class ServerProgram(ProgramCase):
     def test_out_of_descriptors(self) -> None:
         import resource
 
-        program, port = self.server(
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
-        )
-        peers = [Peer(port) for _ in range(90)]
-        for peer in peers:
-            self.addCleanup(peer.close)
-        refused = [peer for peer in peers[-10:] if peer.line() == f"ERROR :{chat.FULL}"]
-        self.assertEqual(len(refused), 10)
+        program, port = self.server(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+        peers = [self.peer(port) for _ in range(90)]
+        self.assertEqual([peer.line() for peer in peers[-10:]], [f"ERROR :{chat.FULL}"] * 10)
         if os.path.exists("/proc"):
             used = self.processor_seconds(program.pid)
             time.sleep(1)  # in which it has nothing to do
             self.assertLess(self.processor_seconds(program.pid) - used, 0.3, "it spins")
         for peer in peers:
             peer.close()
-        end = time.monotonic() + PATIENCE
-        while True:
-            late = Peer(port, "ann\n")
-            self.addCleanup(late.close)
-            if late.line() == "*** ann joined (1 here)":
-                break
-            self.assertLess(time.monotonic(), end, "the server did not recover")
-        late.close()
+        recovered = functools.partial(self.peer, port, "ann\n")
+        self.eventually(lambda: recovered().line() == "*** ann joined (1 here)", "the server did not recover")
         program.terminate()
-        _, err = program.communicate(timeout=PATIENCE)
-        self.assertEqual(program.returncode, 0)
+        status, _, err = self.finish(program)
+        self.assertEqual(status, 0)
         self.assertNotIn("Traceback", err)
 
     @staticmethod
@@ -6084,16 +6046,9 @@ class ServerProgram(ProgramCase):
     @unittest.skipUnless(shutil.which("nc"), "needs nc")
     def test_printf_into_nc(self) -> None:
         _, port = self.server()
-        ann = Peer(port, "ann\n")
-        self.addCleanup(ann.close)
-        ann.until("joined")
-        subprocess.run(
-            ["nc", "-N", "127.0.0.1", str(port)],
-            input=b"bob\nhello",
-            stdout=subprocess.DEVNULL,
-            timeout=PATIENCE,
-            check=True,
-        )
+        ann = self.ann(port)
+        nc = ["nc", "-N", "127.0.0.1", str(port)]
+        subprocess.run(nc, input=b"bob\nhello", stdout=subprocess.DEVNULL, timeout=PATIENCE, check=True)
         ann.until("bob: hello")
 
 
@@ -6101,16 +6056,12 @@ class ServerLog(ProgramCase):
     """What a server writes down, and what that may not do to it."""
 
     def test_log_file(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder, "log")
-            program, port = self.server("--log", str(path), "-v")
-            peer = Peer(port)
-            peer.sock.sendall(b"\x16\x03")
-            peer.rest()
-            peer.close()
-            program.terminate()
-            program.communicate(timeout=PATIENCE)
-            self.assertIn("TLS", path.read_text(encoding="utf-8"))
+        path = self.make_folder() / "log"
+        program, port = self.server("--log", str(path), "-v")
+        self.peer(port, "\x16\x03").rest()
+        program.terminate()
+        self.finish(program)
+        self.assertIn("TLS", path.read_text(encoding="utf-8"))
 
     @unittest.skipUnless(sys.platform == "linux", "needs Linux")
     def test_a_log_that_nobody_reads_stops_nothing(self) -> None:
@@ -6128,14 +6079,10 @@ class ServerLog(ProgramCase):
 
     def test_what_is_logged(self) -> None:
         program, port = self.server()
-        ann = Peer(port, "ann\n")
-        ann.until("joined")
-        peer = Peer(port, "NICK eve\r\nUSER x 0 * :x\r\nQUIT :gone\x1b[2J\r\n")
-        peer.rest()
-        peer.close()
-        ann.close()
+        self.ann(port)
+        self.peer(port, "NICK eve\r\nUSER x 0 * :x\r\nQUIT :gone\x1b[2J\r\n").rest()
         program.terminate()
-        _, err = program.communicate(timeout=PATIENCE)
+        _, _, err = self.finish(program)
         lines = [line.partition(" INFO ")[2] for line in err.splitlines()]
         joined = [f"{name} from 127.0.0.1 joined" for name in ("ann", "eve")]
         self.assertEqual(lines[:3], [*joined, "eve from 127.0.0.1 left: Quit: gone\\x1b[2J"])
@@ -6195,101 +6142,84 @@ class ServerLog(ProgramCase):
         self.assertEqual(records[998].getMessage(), f"998 left ({left_out} more like this are not shown)")
 
     def test_a_second_server_says_that_the_history_is_in_use(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "history")
-            first, _ = self.server("--history", path)
-            second = self.start("server", "--port", "0", "--history", path)
-            out, err = second.communicate(timeout=PATIENCE)
-            self.assertEqual((out, second.returncode), ("", 1))
-            self.assertEqual(err, f"chat.py: cannot use {path} as a history: another server uses it\n")
-            self.end(first)
+        path = str(self.make_folder() / "history")
+        self.server("--history", path)
+        err = self.complains("server", "--port", "0", "--history", path)
+        self.assertEqual(err, f"chat.py: cannot use {path} as a history: another server uses it\n")
 
 
 class ServerStart(ProgramCase):
     """What a server is told at its start, and by signals."""
 
     def test_a_password_that_cannot_be_given_is_refused_at_the_start(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder, "password")
-            for data, why in (
-                (b"\xef\xbb\xbf\n", f"there is no password in {path}"),
-                (b"exit\n", "the password cannot be used: whoever types exit leaves"),
-                (b" exit\n", "the password cannot be used: whoever types exit leaves"),
-                (b"a\0b\n", "the password cannot be used: there is a control character in it, which cannot be typed"),
-                (b"a\tb\n", "the password cannot be used: there is a control character in it, which cannot be typed"),
-                (b"x" * 505, "the password cannot be used: an IRC line has room for 504 bytes of it"),
-                ("é".encode() * 253, "the password cannot be used: an IRC line has room for 504 bytes of it"),
-            ):
-                with self.subTest(data):
-                    path.write_bytes(data)
-                    program = self.start("server", "--port", "0", "--password-file", str(path))
-                    out, err = program.communicate(timeout=PATIENCE)
-                    self.assertEqual((program.returncode, out, err), (1, "", f"chat.py: {why}\n"))
-            if os.name == "posix":
-                environment = {**os.environb, b"CHAT_PASSWORD": b"\xf6pen", b"PYTHONUTF8": b"1"}
-                program = self.start("server", "--port", "0", env=environment)
-                _, err = program.communicate(timeout=PATIENCE)
-                self.assertEqual(err, "chat.py: the password cannot be used: it is not UTF-8 text\n")
-            longest = "é" * 252
-            path.write_bytes(b"\xef\xbb\xbf" + longest.encode() + b"\r\n")
-            _, port = self.server("--password-file", str(path))
-            ann = Peer(port, f"PASS :{longest}\r\nNICK ann\r\nUSER a 0 * :a\r\n")
-            self.addCleanup(ann.close)
-            ann.until(" 001 ")
-            path.write_bytes(("e\u0301" * 252).encode())  # too long for the line, but for normalising it
-            status, _, err = self.run_client(port, "hi\n", "--password-file", str(path))
-            self.assertEqual((status, err), (0, ""))
+        path = self.make_folder() / "password"
+        none, unusable = f"there is no password in {path}", "the password cannot be used:"
+        exits, control = "whoever types exit leaves", "there is a control character in it, which cannot be typed"
+        long = "an IRC line has room for 504 bytes of it"
+        for data, why in (
+            (b"\n", none), (b"\xef\xbb\xbf\n", none), (b"exit\n", f"{unusable} {exits}"),
+            (b" exit\n", f"{unusable} {exits}"), (b"a\0b\n", f"{unusable} {control}"),
+            (b"a\tb\n", f"{unusable} {control}"), (b"x" * 505, f"{unusable} {long}"),
+            ("é".encode() * 253, f"{unusable} {long}"),
+        ):  # fmt: skip
+            with self.subTest(data):
+                path.write_bytes(data)
+                err = self.complains("server", "--port", "0", "--password-file", str(path))
+                self.assertEqual(err, f"chat.py: {why}\n")
+        if os.name == "posix":
+            environment = {**os.environb, b"CHAT_PASSWORD": b"\xf6pen", b"PYTHONUTF8": b"1"}
+            err = self.complains("server", "--port", "0", env=environment)
+            self.assertEqual(err, f"chat.py: {unusable} it is not UTF-8 text\n")
+
+    def test_the_longest_password(self) -> None:
+        path, longest = self.make_folder() / "password", "é" * 252
+        path.write_bytes(b"\xef\xbb\xbf" + longest.encode() + b"\r\nmore\n")
+        _, port = self.server("--password-file", str(path))
+        self.peer(port, f"PASS :{longest}\r\nNICK ann\r\nUSER a 0 * :a\r\n", " 001 ")
+        path.write_bytes(("e\u0301" * 252).encode())  # too long for the line, but for normalising it
+        status, _, err = self.run_client(port, "hi\n", "--password-file", str(path))
+        self.assertEqual((status, err), (0, ""))
 
     @unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs SIGHUP")
     def test_sighup_reopens_the_log_and_ends_nothing(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder, "logs", "log")
-            path.parent.mkdir()
-            program, port = self.server("--log", str(path))
-            ann = Peer(port, "ann\n")
-            self.addCleanup(ann.close)
-            ann.until("joined")
-            for number in range(3):
-                self.logged(path, "INFO")
-                old = path.with_name(f"log.{number}")
-                path.rename(old)
-                program.send_signal(signal.SIGHUP)
-                self.eventually(path.exists, "the log was not opened again")
-                self.visit(port, f"bob{number}")
-                self.logged(path, f"bob{number} from")
-                self.assertNotIn(f"bob{number}", old.read_text(encoding="utf-8"))
-            gone = path.parent.rename(pathlib.Path(folder, "gone"))  # where it cannot be opened
+        folder = self.make_folder()
+        path = folder / "logs" / "log"
+        path.parent.mkdir()
+        program, port = self.server("--log", str(path))
+        ann = self.ann(port)
+        for number in range(3):
+            self.logged(path, "INFO")
+            old = path.with_name(f"log.{number}")
+            path.rename(old)
             program.send_signal(signal.SIGHUP)
-            self.visit(port, "eve")
-            gone.rename(path.parent)
-            self.visit(port, "fay")
-            self.logged(path, "fay from")
-            ann.send("/who\n")
-            ann.until("*** In #chat: @ann")
-            program.terminate()
-            self.assertEqual(program.wait(PATIENCE), 0)
+            self.eventually(path.exists, "the log was not opened again")
+            self.peer(port, f"bob{number}\nexit\n").rest()
+            self.logged(path, f"bob{number} from")
+            self.assertNotIn(f"bob{number}", old.read_text(encoding="utf-8"))
+        gone = path.parent.rename(folder / "gone")  # where it cannot be opened
+        program.send_signal(signal.SIGHUP)
+        self.peer(port, "eve\nexit\n").rest()
+        gone.rename(path.parent)
+        self.peer(port, "fay\nexit\n").rest()
+        self.logged(path, "fay from")
+        ann.send("/who\n")
+        ann.until("*** In #chat: @ann")
+        program.terminate()
+        self.assertEqual(program.wait(PATIENCE), 0)
 
     def logged(self, path: pathlib.Path, text: str) -> None:
         self.eventually(lambda: path.exists() and text in path.read_text(encoding="utf-8"), f"{text} is not logged")
 
-    @staticmethod
-    def visit(port: int, name: str) -> None:
-        peer = Peer(port, f"{name}\nexit\n")
-        peer.rest()
-        peer.close()
-
     @unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs SIGHUP")
     def test_sighup_without_a_log_file_does_no_harm(self) -> None:
         program, port = self.server()
-        ann = Peer(port, "ann\n")
-        self.addCleanup(ann.close)
-        ann.until("joined")
+        ann = self.ann(port)
         program.send_signal(signal.SIGHUP)
         ann.send("/who\n")
         ann.until("*** In #chat: @ann")
         program.terminate()
-        _, err = program.communicate(timeout=PATIENCE)
-        self.assertEqual((program.returncode, err.count("\n")), (0, 1), err)
+        status, _, err = self.finish(program)
+        self.assertEqual((status, err.count("\n")), (0, 1), err)
 
 
 @unittest.skipUnless(socket.has_ipv6, "needs IPv6")
@@ -6316,14 +6246,12 @@ class Listening(ServerCase):
         for hosts in (("::1", "127.0.0.1"), ("127.0.0.1", "::1"), ("127.0.0.1", "127.0.0.1", "::1")):
             with self.subTest(hosts):
                 with self.named(*hosts):
-                    server = chat.Server("localhost", 0)
-                self.serve(server)
-                self.assertEqual(server.address[0], hosts[0])
+                    self.serve(chat.Server("localhost", 0))
+                self.assertEqual(self.server.address[0], hosts[0])
                 for host in ("127.0.0.1", "::1"):
                     sock = socket.create_connection((host, self.port), PATIENCE)
                     self.addCleanup(sock.close)
-                    peer = Peer(self.port, f"n{len(host)}\n", sock)
-                    peer.until(f"n{len(host)} joined")
+                    Peer(self.port, f"n{len(host)}\n", sock).until(f"n{len(host)} joined")
                 command = [sys.executable, str(HERE / "chat.py"), "client", "--port", str(self.port), "-m", "hello"]
                 for more in ([], ["--host", "localhost"], ["--host", "::1"]):
                     done = subprocess.run([*command, *more], timeout=PATIENCE, capture_output=True, check=False)
@@ -6331,9 +6259,8 @@ class Listening(ServerCase):
 
     def test_an_address_that_this_machine_does_not_have_is_left_out(self) -> None:
         with self.named("192.0.2.1", "::1", "2001:db8::1"):
-            server = chat.Server("name", 0)
-        self.serve(server)
-        self.assertEqual(server.listener.hosts, ["::1"])
+            self.serve(chat.Server("name", 0))
+        self.assertEqual(self.server.listener.hosts, ["::1"])
         with self.named("192.0.2.1", "2001:db8::1"), self.assertRaises(OSError) as caught:
             chat.Server("name", 0)
         self.assertEqual(caught.exception.errno, errno.EADDRNOTAVAIL)
@@ -6365,165 +6292,16 @@ class Listening(ServerCase):
         self.assertNotIn("only this machine", chat.join_instructions(["127.0.1.1", "192.0.2.1"], 9090, "", False))
 
 
-class Usage(NamedTuple):
-    """What a process holds."""
-
-    descriptors: int
-    threads: int
-    memory: int  # resident, in KiB
-
-    @staticmethod
-    def of(pid: int) -> Usage:
-        status = pathlib.Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-        values = {name: re.findall(rf"^{name}:\s+(\d+)", status, re.MULTILINE)[0] for name in ("Threads", "VmRSS")}
-        return Usage(len(os.listdir(f"/proc/{pid}/fd")), int(values["Threads"]), int(values["VmRSS"]))
-
-
-@unittest.skipUnless(os.path.exists("/proc/self/fd"), "needs /proc")
-class Soak(ProgramCase):
-    """Days in minutes: people come, talk, stall and vanish in all ways, and two talk on as if nothing were.
-
-    CHAT_TEST_SOAK tells for how many minutes, CHAT_TEST_SEED repeats what a failure names.
-    """
-
-    MINUTES = float(os.environ.get("CHAT_TEST_SOAK") or 0.025)
-    CROWD = 30  # at once, and who stays on without a word
-    KINDS = ("talks", "floods", "asks", "stalls", "says nothing")
-    TOLERANCE = 8 << 10  # KiB of memory; in six minutes, it was 1 MiB less
-    CHANNELS = ("#a", "#b", "#c")
-    # How a visit begins in each dialect, how something is said, and what else is done: {0} name, {1} text, {2} channel.
-    DIALECTS: List[Tuple[str, str, List[str]]] = [
-        ("{0}", "{1}", ["/who", "/join {2}", "/nick {0}x", "/topic {1}", "/msg ann {1}", "/away", "/whois bob", "/"]),
-        (
-            '{{"type": "join", "user": "{0}"}}',
-            '{{"type": "chat", "text": "{1}", "ref": "1"}}',
-            ['{{"type": "command", "text": "/join {2}"}}', '{{"type": "private", "to": "bob", "text": "{1}"}}', "{{"],
-        ),
-        (
-            "CAP REQ :{3}\nNICK {0}\nUSER {0} 0 * :{0}\nCAP END\nJOIN #chat",
-            "PRIVMSG #chat :{1}",
-            ["WHO #chat", "LIST", "JOIN {2}", "PART {2}", "NICK {0}x", "PRIVMSG ann :{1}", "TOPIC {2} :{1}", "X",
-             "NAMES #chat", "WHOIS bob", "CHATHISTORY LATEST #chat * 50", "PRIVMSG {2} :{1}", "AWAY :{1}"],
-        ),
-    ]  # fmt: skip
-
-    def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.program, self.port = self.server("--log", f"{folder.name}/log")
-        self.log = pathlib.Path(folder.name, "log")
-        self.crowd: List[Disturber] = []
-        self.addCleanup(self.scatter)
-        self.people = [self.healthy(name) for name in ("ann", "bob")]
-        self.people[0].until("bob!")
-        self.met: Dict[str, int] = {}
-        self.lines = self.said = self.heard = 0
-
-    def healthy(self, name: str) -> Peer:
-        peer = Peer(self.port, f"CAP REQ echo-message\nNICK {name}\nUSER {name} 0 * :x\nCAP END\nJOIN #chat\n")
-        self.addCleanup(peer.close)
-        peer.until(" 366 ")
-        return peer
-
-    def test_for_long(self) -> None:
-        for seed in seeds(1):
-            with repeatable(seed) as rng:
-                seconds = self.MINUTES * 60
-                first = Usage.of(self.program.pid)
-                self.disturb(rng, min(seconds, 100.0))  # more than ping_s, after which who left is forgotten
-                warm = self.quiet(first)
-                self.disturb(rng, seconds)
-                end = self.quiet(first)
-                self.assertLess(end.memory, warm.memory + self.TOLERANCE)
-                self.assertEqual(re.findall("ERROR.*|Traceback.*", self.log.read_text(encoding="utf-8")), [])
-        if "CHAT_TEST_SOAK" in os.environ:
-            visits = ", ".join(f"{count} {kind}" for kind, count in sorted(self.met.items()))
-            print(f"\n{sum(self.met.values())} visitors sent {self.lines} lines: {visits}", file=sys.stderr)
-            slow = self.log.read_text(encoding="utf-8").count("reads too slowly")
-            print(
-                f"ann and bob said {2 * self.said} and saw {self.heard}, the same; {slow} read too slowly",
-                file=sys.stderr,
-            )
-            print(f"at first {first}, warm {warm}, at the end {end}", file=sys.stderr)
-
-    def disturb(self, rng: random.Random, seconds: float) -> None:
-        """So long with visitors, and until they have left."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            active = [one for one in self.crowd if one.data or one.end != "stays"]
-            self.crowd += [self.visitor(rng) for _ in range(self.CROWD - len(active))]
-            Disturber.pump(self.crowd)
-            for one in self.crowd[:]:
-                if one.end == "stays" and rng.random() < 0.004:
-                    one.close()
-                    self.crowd.remove(one)
-            self.talk()
-        self.scatter()
-        self.talk()
-
-    def scatter(self) -> None:
-        while self.crowd:
-            self.crowd.pop().close()
-
-    def talk(self) -> None:
-        """Ann and bob say a few words, and have seen the same of all that was said, in the same order."""
-        words = [[f"word {self.said + number} of {name}" for number in range(3)] for name in ("ann", "bob")]
-        for peer, own in zip(self.people, words):
-            peer.send("".join(f"PRIVMSG #chat :{word}\n" for word in own))
-        saw = []
-        for peer in self.people:
-            unseen = {word for own in words for word in own}
-            while unseen:
-                unseen.discard(peer.until(" PRIVMSG #chat :word ").rpartition(":")[2])
-            saw.append([line for line in peer.seen if " PRIVMSG #chat :" in line])
-            peer.seen = []
-        self.assertEqual(*saw)
-        for own in words:
-            name = own[0].rpartition(" ")[2]
-            self.assertEqual([line.rpartition(":")[2] for line in saw[0] if line.startswith(f":{name}!")], own)
-        self.said += 3
-        self.heard += len(saw[0])
-
-    def quiet(self, first: Usage) -> Usage:
-        """What the server holds once it holds no more descriptors and threads than at first."""
-        end = time.monotonic() + PATIENCE
-        while True:
-            now = Usage.of(self.program.pid)
-            if now[:2] == first[:2]:
-                return now
-            self.assertLess(time.monotonic(), end, f"{now} are held, {first} at first")
-            time.sleep(0.05)
-
-    def visitor(self, rng: random.Random) -> Disturber:
-        """Somebody with one of many bad habits."""
-        begin, say, others = rng.choice(self.DIALECTS)
-        caps = " ".join(rng.sample(chat.CAPABILITIES, 5)).replace(chat.RESUME_CAP, "batch")
-        name, kind = f"u{rng.randrange(1 << 32):x}", rng.choices(self.KINDS, (5, 3, 5, 1, 1))[0]
-        count = {"floods": 500, "says nothing": 0, "stalls": 100}.get(kind, 20)
-        lines = [begin] * (kind != "says nothing")
-        lines += [rng.choice([say] if kind == "floods" else [say, *others]) for _ in range(rng.randrange(count + 1))]
-        words = [rng.choice(("é", "x", "你")) + "y" * rng.randrange(100) for _ in lines]
-        filled = [line.format(name, word, rng.choice(self.CHANNELS), caps) for line, word in zip(lines, words)]
-        data = "".join(f"{line}\n" for line in filled).encode()
-        end = "stays" if kind == "stalls" or rng.random() < 0.05 else rng.choice(("close", "reset", "half"))
-        self.met[f"{kind}/{end}"] = self.met.get(f"{kind}/{end}", 0) + 1
-        self.lines += len(lines)
-        return Disturber(self.port, rng, data[: rng.choice((None, -3))], end, kind != "stalls")
-
-
 class ClientProgram(ProgramCase):
     def test_a_pipe_sends_and_confirms_every_line(self) -> None:
         _, port = self.server()
-        ann = Peer(port, "ann\n")
-        self.addCleanup(ann.close)
-        ann.until("joined")
+        ann = self.ann(port)
         lines = [f"line {number} /\u00e9" for number in range(500)] + ["/not a command", "x " * 400]
-        status, out, err = self.run_client(port, "\n".join(lines), "--name", "ci")
-        self.assertEqual((status, err), (0, ""))
+        result = self.run_client(port, "\n".join(lines), "--name", "ci")
+        self.assertEqual(result, (0, "*** ci joined (2 here)\n", ""))
         got = list(iter(lambda: ann.until("ci"), "*** ci left"))[1:]
         self.assertEqual(got[:501], [f"ci: {line}" for line in lines[:501]])
         self.assertEqual("".join(line[len("ci: ") :] for line in got[501:]).replace(" ", ""), "x" * 400)
-        self.assertEqual(out, "*** ci joined (2 here)\n")
 
     @unittest.skipUnless(socket.has_ipv6, "needs IPv6")
     def test_a_server_on_the_other_loopback_address_is_found(self) -> None:
@@ -6535,14 +6313,10 @@ class ClientProgram(ProgramCase):
 
     def test_name_taken(self) -> None:
         _, port = self.server()
-        bob = Peer(port, "bob\n")
-        self.addCleanup(bob.close)
-        bob.until("joined")
-        self.assertEqual(
-            self.run_client(port, "hi\n", "--name", "bob"),
-            (0, "*** bob2 joined (2 here)\n", "*** bob is taken; you are bob2\n"),
-        )
-        bob.until("bob2: hi")
+        ann = self.ann(port)
+        result = self.run_client(port, "hi\n", "--name", "ann")
+        self.assertEqual(result, (0, "*** ann2 joined (2 here)\n", "*** ann is taken; you are ann2\n"))
+        ann.until("ann2: hi")
 
     def test_one_line_errors(self) -> None:
         for args, text in (
@@ -6552,19 +6326,15 @@ class ClientProgram(ProgramCase):
             (["client", "--host", "a..b"], "cannot connect to a..b:"),
             (["server", "--host", "a..b"], "cannot listen on a..b:"),
             (["server", "--server-name", "my chat"], "a --server-name is "),
-            (["server", "--port", "0", "--log", str(HERE / "no" / "such")], "[Errno 2] "),
         ):
             with self.subTest(args):
-                program = self.start(*args)
-                out, err = program.communicate(timeout=PATIENCE)
-                self.assertEqual((program.returncode, out), (1, ""), err)
-                self.assertRegex(err, rf"^chat\.py: {re.escape(text)}[^\n]*\n$")
+                self.assertRegex(self.complains(*args), rf"^chat\.py: {re.escape(text)}[^\n]*\n$")
 
     def test_what_a_strange_server_sends_is_shown_or_ignored(self) -> None:
         fake = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(fake.close)
         port = fake.getsockname()[1]
-        client = self.start("client", "--port", str(port), "--name", "bob", stdin=subprocess.PIPE)
+        client = self.client(port)
         sock, _ = fake.accept()
         with sock:
             sock.sendall(
@@ -6576,7 +6346,7 @@ class ClientProgram(ProgramCase):
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(4096):
                 pass
-        out, err = client.communicate(timeout=PATIENCE)
+        _, out, err = self.finish(client)
         remark = "*** bob is not possible here; you are bo\\x1b[31mb\nchat.py: "
         self.assertEqual(err, f"{remark}127.0.0.1:{port} closed the connection: bye\n")
         self.assertEqual(out, "***  joined\na: \\x1b]0;x\\x07\n")
@@ -6585,27 +6355,24 @@ class ClientProgram(ProgramCase):
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             port = unused.getsockname()[1]
-            status, out, err = self.run_client(port)
-        self.assertEqual((status, out), (1, ""))
+            err = self.complains("client", "--port", str(port))
         self.assertRegex(err, rf"^chat\.py: cannot connect to 127\.0\.0\.1:{port}: .*\n$")
 
     def test_client_whose_server_ends(self) -> None:
         server, port = self.server()
-        client = self.start("client", "--port", str(port), "--name", "bob", "--no-reconnect", stdin=subprocess.PIPE)
+        client = self.client(port, "--no-reconnect")
         assert client.stdout
         self.assertEqual(client.stdout.readline(), "*** bob joined (1 here)\n")
         server.send_signal(signal.SIGINT)
         client.wait(PATIENCE)
-        _, err = client.communicate()
-        self.assertEqual(client.returncode, 1)
-        self.assertEqual(err, f"chat.py: the connection to 127.0.0.1:{port} was lost: Server is shutting down\n")
+        lost = f"chat.py: the connection to 127.0.0.1:{port} was lost: Server is shutting down\n"
+        self.assertEqual(self.finish(client)[::2], (1, lost))
 
     @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
     def test_a_client_that_was_stopped(self) -> None:
         _, port = self.server("--ping-time", "0.2", "--pong-time", "20")
-        ann = Peer(port, "ann\n")
-        self.addCleanup(ann.close)
-        client = self.start("client", "--port", str(port), "--name", "bob", stdin=subprocess.PIPE)
+        ann = self.ann(port)
+        client = self.client(port)
         ann.until("bob joined")
         client.send_signal(signal.SIGSTOP)
         for number in range(1000):
@@ -6620,31 +6387,26 @@ class ClientProgram(ProgramCase):
 
     def test_client_interrupted(self) -> None:
         _, port = self.server()
-        client = self.start("client", "--port", str(port), "--name", "bob", stdin=subprocess.PIPE)
+        client = self.client(port)
         assert client.stdout
         client.stdout.readline()
         client.send_signal(signal.SIGINT)
-        _, err = client.communicate(timeout=PATIENCE)
-        self.assertEqual((client.returncode, err), (130, ""))
+        self.assertEqual(self.finish(client)[::2], (130, ""))
 
     def test_message_on_the_command_line(self) -> None:
         _, port = self.server()
-        ann = Peer(port, "ann\n")
-        self.addCleanup(ann.close)
-        ann.until("joined")
+        ann = self.ann(port)
         got = self.run_client(port, "not read\n", "--name", "ci", "-m", "/one\ntwo", "-m", "three")
         self.assertEqual(got, (0, "", ""))
         self.assertEqual([ann.until("ci: ") for _ in range(3)], ["ci: /one", "ci: two", "ci: three"])
 
     def test_json(self) -> None:
         _, port = self.server()
-        ann = Peer(port, "ann\n")
-        self.addCleanup(ann.close)
-        ann.until("joined")
-        client = self.start("client", "--port", str(port), "--name", "ci", "--json", stdin=subprocess.PIPE)
+        ann = self.ann(port)
+        client = self.client(port, "--json")
         assert client.stdout and client.stdin
         items = [json.loads(client.stdout.readline())]
-        ann.send("h\x1b\u00ef\n/msg ci psst\n/me waves\n/nick amy\n")
+        ann.send("h\x1b\u00ef\n/msg bob psst\n/me waves\n/nick amy\n")
         items += [json.loads(client.stdout.readline()) for _ in range(4)]
         client.stdin.write("from a script\n")
         client.stdin.flush()
@@ -6654,33 +6416,28 @@ class ClientProgram(ProgramCase):
             self.assertRegex(item.pop("time"), r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
         said = {"type": "chat", "user": "ann", "channel": "#chat"}
         system = {"type": "system", "user": "ann"}
-        self.assertEqual(
-            items,
-            [
-                {**system, "event": "join", "text": "*** ci joined (2 here)", "user": "ci", "channel": "#chat"},
-                {**said, "text": "h\x1b\u00ef"},
-                {"type": "private", "user": "ann", "text": "psst", "to": "ci"},
-                {**said, "text": "waves", "action": True},
-                {**system, "event": "nick", "text": "*** ann is now amy", "name": "amy"},
-                {"type": "ack"},
-            ],
-        )
-        ann.until("ci: from a script")
+        wanted = [
+            {**system, "event": "join", "text": "*** bob joined (2 here)", "user": "bob", "channel": "#chat"},
+            {**said, "text": "h\x1b\u00ef"},
+            {"type": "private", "user": "ann", "text": "psst", "to": "bob"},
+            {**said, "text": "waves", "action": True},
+            {**system, "event": "nick", "text": "*** ann is now amy", "name": "amy"},
+            {"type": "ack"},
+        ]
+        self.assertEqual(items, wanted)
+        ann.until("bob: from a script")
 
     def test_nobody_reads_the_output(self) -> None:
         _, port = self.server()
-        ann = Peer(port, "ann\n")
-        self.addCleanup(ann.close)
-        ann.until("joined")
-        client = self.start("client", "--port", str(port), "--name", "log", stdin=subprocess.PIPE)
-        assert client.stdout and client.stderr
+        ann = self.ann(port)
+        client = self.client(port)
+        assert client.stdout and client.stderr and client.stdin
         client.stdout.readline()
         client.stdout.close()
         while client.poll() is None:
             ann.send("hello\n")
             time.sleep(0.01)
         self.assertEqual((client.stderr.read(), client.returncode), ("", 1))
-        assert client.stdin
         client.stdin.close()
         client.stdin = client.stdout = None
 
@@ -6690,37 +6447,36 @@ class PipedInput(ProgramCase):
 
     def test_a_pipe_without_input_or_with_odd_bytes(self) -> None:
         _, port = self.server()
-        ann = Peer(port, "ann\n")
-        self.addCleanup(ann.close)
-        ann.until("joined")
+        ann = self.ann(port)
         self.assertEqual(self.run_client(port, "10%\r20%\nnext\0\n", "--name", "ci")[0], 0)
         self.assertEqual([ann.until("ci:") for _ in range(2)], ["ci: 10% 20%", "ci: next "])
         self.assertEqual(self.run_client(port, "", "--name", "ci")[0], 0)
-        command = f'exec "{sys.executable}" "{HERE / "chat.py"}" client --port {port} --name nobody <&-'
         if os.name == "posix":
-            subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL, timeout=PATIENCE, check=True)
+            self.assertEqual(self.run_without_input(port).returncode, 0)
 
     @unittest.skipUnless(os.name == "posix", "needs a shell")
     def test_a_closed_standard_input_at_a_server_with_a_password(self) -> None:
         _, port = self.server(env={**os.environ, "CHAT_PASSWORD": "sesame"})
-        command = f'exec "{sys.executable}" "{self.CHAT}" client --port {port} <&-'
-        run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=PATIENCE, check=False)
-        how = "give it in CHAT_PASSWORD or with --password-file"
+        told = "wants a password: give it in CHAT_PASSWORD or with --password-file"
+        run = self.run_without_input(port)
         self.assertEqual((run.returncode, run.stdout), (1, ""))
-        self.assertEqual(run.stderr, f"chat.py: 127.0.0.1:{port} wants a password: {how}\n")
+        self.assertEqual(run.stderr, f"chat.py: 127.0.0.1:{port} {told}\n")
+
+    def run_without_input(self, port: int) -> subprocess.CompletedProcess[str]:
+        """Runs a client whose standard input is closed."""
+        command = f'exec "{sys.executable}" "{self.CHAT}" client --port {port} --name nobody <&-'
+        return subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=PATIENCE, check=False)
 
     def test_a_byte_order_mark_is_no_text(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            password = pathlib.Path(folder, "password")
-            password.write_text("\ufeffsesame\n", encoding="utf-8")
-            _, port = self.server(env={**os.environ, "CHAT_PASSWORD": "sesame"})
-            bob = Peer(port, "bob\nsesame\n")
-            self.addCleanup(bob.close)
-            bob.until("joined")
-            args = ("--name", "ci", "--password-file", str(password))
-            status, _, err = self.run_client(port, "\ufeffone\n\ufefftwo\n", *args)
+        password = self.make_folder() / "password"
+        password.write_text("\ufeffsesame\n", encoding="utf-8")
+        _, port = self.server(env={**os.environ, "CHAT_PASSWORD": "sesame"})
+        ann = self.peer(port, "ann\nsesame\n", "joined")
+        status, _, err = self.run_client(
+            port, "\ufeffone\n\ufefftwo\n", "--name", "ci", "--password-file", str(password)
+        )
         self.assertEqual((status, err), (0, ""))
-        self.assertEqual([bob.until("ci:") for _ in range(2)], ["ci: one", "ci: <U+FEFF>two"])
+        self.assertEqual([ann.until("ci:") for _ in range(2)], ["ci: one", "ci: <U+FEFF>two"])
 
 
 class Secured(ProgramCase):
@@ -6734,92 +6490,86 @@ class Secured(ProgramCase):
             ("sesame", 1, f"chat.py: 127.0.0.1:{port} does not accept this password\n"),
         ):
             with self.subTest(secret):
-                environment = {**os.environ, "CHAT_PASSWORD": secret}
-                client = self.start("client", "--port", str(port), "--name", "bob", "-m", "x", env=environment)
-                _, err = client.communicate(timeout=PATIENCE)
-                self.assertEqual((client.returncode, err), (status, complaint))
+                client = self.client(port, "-m", "x", env={**os.environ, "CHAT_PASSWORD": secret})
+                self.assertEqual(self.finish(client)[::2], (status, complaint))
+
+    @staticmethod
+    def pin_of(server: subprocess.Popen[str]) -> str:
+        """The fingerprint that a server tells as it starts."""
+        assert server.stdout
+        told = server.stdout.readline() + server.stdout.readline()
+        return (re.search("--fingerprint ([0-9A-F:]{95})\n", told) or [""])[1]
 
     @unittest.skipUnless(ssl and shutil.which("openssl"), "needs openssl")
     def test_encrypted(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            made, home = f"{folder}/tls.pem", {**os.environ, "HOME": folder}
-            make_certificate(made)
-            server, own = self.server("--tls", env=home)
-            assert server.stdout
-            pin = (
-                re.search("--fingerprint ([0-9A-F:]{95})\n", server.stdout.readline() + server.stdout.readline())
-                or [""]
-            )[1]
-            _, port = self.server("--tls-cert", made, "--tls-only")
-            lines = "\n".join(f"line {number}" for number in range(300))
-            for where, args, trusted, status, complaint in (
-                (own, ("--fingerprint", pin), "", 0, ""),
-                (own, ("--fingerprint", pin.replace(":", "").lower()), "", 0, ""),
-                (own, ("--fingerprint", "00" * 32), "", 1, f"so nothing was sent: its fingerprint is {pin}, not 00:00"),
-                (own, ("--tls",), "", 1, "cannot be trusted, so nothing was sent: self"),
-                (port, ("--tls",), made, 0, ""),
-                (port, (), "", 1, f"closed the connection: {chat.TLS_ONLY}"),
-            ):
-                with self.subTest(args=args):
-                    environment = {**os.environ, "SSL_CERT_FILE": trusted} if trusted else None
-                    client = self.start(
-                        "client", "--port", str(where), "--name", "bob", *args, stdin=subprocess.PIPE, env=environment
-                    )
-                    out, err = client.communicate(lines, timeout=PATIENCE)
-                    self.assertEqual(client.returncode, status, err)
-                    self.assertIn(complaint, err)
-                    self.assertEqual(err.count("\n"), status)
-            again, _ = self.server("--tls", env=home)
-            assert again.stdout
-            self.assertIn(pin, again.stdout.readline() + again.stdout.readline())
-            self.assertEqual(stat.S_IMODE(os.stat(f"{folder}/.chat.py/tls.pem").st_mode), 0o600)
+        folder = self.make_folder()
+        made, home = f"{folder}/tls.pem", {**os.environ, "HOME": str(folder)}
+        make_certificate(made)
+        server, own = self.server("--tls", env=home)
+        pin = self.pin_of(server)
+        _, port = self.server("--tls-cert", made, "--tls-only")
+        lines = "\n".join(f"line {number}" for number in range(300))
+        for where, args, trusted, status, complaint in (
+            (own, ("--fingerprint", pin), "", 0, ""),
+            (own, ("--fingerprint", pin.replace(":", "").lower()), "", 0, ""),
+            (own, ("--fingerprint", "00" * 32), "", 1, f"so nothing was sent: its fingerprint is {pin}, not 00:00"),
+            (own, ("--tls",), "", 1, "cannot be trusted, so nothing was sent: self"),
+            (port, ("--tls",), made, 0, ""), (port, (), "", 1, f"closed the connection: {chat.TLS_ONLY}"),
+        ):  # fmt: skip
+            with self.subTest(args=args):
+                environment = {**os.environ, "SSL_CERT_FILE": trusted} if trusted else None
+                found, _, err = self.finish(self.client(where, *args, env=environment), lines)
+                self.assertEqual(found, status, err)
+                self.assertIn(complaint, err)
+                self.assertEqual(err.count("\n"), status)
+        again, _ = self.server("--tls", env=home)
+        self.assertEqual(self.pin_of(again), pin)
+        self.assertEqual(stat.S_IMODE(os.stat(f"{folder}/.chat.py/tls.pem").st_mode), 0o600)
 
     @unittest.skipUnless(ssl and shutil.which("openssl"), "needs openssl")
     def test_refused_at_the_door(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            make_certificate(f"{folder}/tls.pem")
-            _, port = self.server("--tls-cert", f"{folder}/tls.pem", "--max-clients", "1")
-            ann = Peer(port, "ann\n")
-            self.addCleanup(ann.close)
-            ann.until("joined")
-            for args in (("--tls",), ()):
-                status, _, err = self.run_client(port, "", "--name", "bob", *args)
-                self.assertEqual(status, 1)
-                self.assertIn(chat.FULL, err)
+        made = f"{self.make_folder()}/tls.pem"
+        make_certificate(made)
+        _, port = self.server("--tls-cert", made, "--max-clients", "1")
+        self.ann(port)
+        for args in (("--tls",), ()):
+            status, _, err = self.run_client(port, "", "--name", "bob", *args)
+            self.assertEqual(status, 1)
+            self.assertIn(chat.FULL, err)
 
     def test_no_certificate_to_be_had(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            pathlib.Path(folder, "not.pem").write_text("no certificate\n", encoding="ascii")
-            for args, complaint in (
-                (("--tls",), "--tls needs the openssl program to make a certificate; otherwise give --tls-cert"),
-                (("--tls-cert", f"{folder}/not.pem"), f"cannot use {folder}/not.pem for TLS: "),
-                (("--tls-cert", f"{folder}/none"), f"cannot use {folder}/none for TLS: "),
-                (("--tls-key", f"{folder}/none"), "--tls-key needs --tls-cert"),
-            ):
-                program = self.start("server", "--port", "0", *args, env={**os.environ, "PATH": folder, "HOME": folder})
-                _, err = program.communicate(timeout=PATIENCE)
-                self.assertEqual((program.returncode, err.count("\n")), (1, 1), err)
-                self.assertIn(complaint, err)
+        folder = self.make_folder()
+        (folder / "not.pem").write_text("no certificate\n", encoding="ascii")
+        for args, complaint in (
+            (("--tls",), "--tls needs the openssl program to make a certificate; otherwise give --tls-cert"),
+            (("--tls-cert", f"{folder}/not.pem"), f"cannot use {folder}/not.pem for TLS: "),
+            (("--tls-cert", f"{folder}/none"), f"cannot use {folder}/none for TLS: "),
+            (("--tls-key", f"{folder}/none"), "--tls-key needs --tls-cert"),
+        ):
+            environment = {**os.environ, "PATH": str(folder), "HOME": str(folder)}
+            err = self.complains("server", "--port", "0", *args, env=environment)
+            self.assertEqual(err.count("\n"), 1, err)
+            self.assertIn(complaint, err)
 
 
 class AFakeServer(ProgramCase):
     """The client in a pipe, at a server that does what a test wants."""
 
-    def test_refused_line_is_not_called_delivered(self) -> None:
+    def meet(self, *args: str, **more: Any) -> Tuple[FakeServer, subprocess.Popen[str]]:
+        """A server, and a client that connects to it."""
         fake = FakeServer(self)
-        client = self.start("client", "--port", str(fake.port), "--name", "bob", "-m", "hello")
+        return fake, self.client(fake.port, *args, **more)
+
+    def test_refused_line_is_not_called_delivered(self) -> None:
+        fake, client = self.meet("-m", "hello")
         fake.welcome()
         fake.until("PRIVMSG")
         fake.send(":s 404 bob #chat :Cannot send to channel")
-        out, err = client.communicate(timeout=PATIENCE)
-        self.assertEqual((client.returncode, out), (1, ""))
-        self.assertEqual(err, "chat.py: a line was not delivered: Cannot send to channel\n")
+        told = "chat.py: a line was not delivered: Cannot send to channel\n"
+        self.assertEqual(self.finish(client), (1, "", told))
 
     def test_a_pipe_sends_again_what_was_not_confirmed(self) -> None:
-        fake = FakeServer(self)
-        client = self.start(
-            "client", "--port", str(fake.port), "--name", "bob", "-m", "one", "-m", "two", "-m", "three"
-        )
+        fake, client = self.meet("-m", "one", "-m", "two", "-m", "three")
         fake.welcome()
         lines = [fake.until("PRIVMSG") for _ in range(3)]
         fake.send(f"{lines[0].partition(' ')[0]} :bob!b@h PRIVMSG #chat :one")
@@ -6830,19 +6580,16 @@ class AFakeServer(ProgramCase):
             fake.send(f"{line.partition(' ')[0]} :bob!b@h PRIVMSG #chat :x")
         fake.until("QUIT")
         fake.drop()
-        out, err = client.communicate(timeout=PATIENCE)
-        self.assertEqual((client.returncode, out), (0, ""))
-        lost = f"*** the connection to 127.0.0.1:{fake.port} was lost: it was closed; trying again"
-        self.assertEqual(
-            err,
-            f"{lost}\n*** connected again; what was said meanwhile is not known here\n"
-            "*** sent again, so perhaps twice: what this server has not confirmed\n",
+        told = (
+            f"*** the connection to 127.0.0.1:{fake.port} was lost: it was closed; trying again\n"
+            "*** connected again; what was said meanwhile is not known here\n"
+            "*** sent again, so perhaps twice: what this server has not confirmed\n"
         )
+        self.assertEqual(self.finish(client), (0, "", told))
 
     def test_a_pipe_cannot_trust_a_server_that_confirms_nothing(self) -> None:
         for answered in (True, False):
-            fake = FakeServer(self)
-            client = self.start("client", "--port", str(fake.port), "--name", "bob", "-m", "one")
+            fake, client = self.meet("-m", "one")
             fake.welcome("")
             fake.until("PRIVMSG")
             token = fake.until("PING").partition(" ")[2]
@@ -6850,8 +6597,8 @@ class AFakeServer(ProgramCase):
                 fake.send(f":s PONG s {token}")
                 fake.until("QUIT")
             fake.drop()
-            _, err = client.communicate(timeout=PATIENCE)
-            self.assertEqual(client.returncode, 0 if answered else 1)
+            status, _, err = self.finish(client)
+            self.assertEqual(status, 0 if answered else 1)
             self.assertEqual("not known whether all lines were delivered" in err, not answered)
 
     def test_a_server_that_does_not_want_us_is_left_alone(self) -> None:
@@ -6861,8 +6608,7 @@ class AFakeServer(ProgramCase):
             ("ERROR :Closing Link: h (You are not welcome.)", False),
         ):
             with self.subTest(line):
-                fake = FakeServer(self)
-                client = self.start("client", "--port", str(fake.port), "--name", "bob", stdin=subprocess.PIPE)
+                fake, client = self.meet()
                 fake.welcome()
                 if not entered:
                     fake.send("ERROR :Closing link: (bob@h) [Server shutting down]")  # this is tried again
@@ -6871,8 +6617,8 @@ class AFakeServer(ProgramCase):
                 fake.send(line)
                 fake.drop()
                 client.wait(PATIENCE)
-                _, err = client.communicate(timeout=PATIENCE)
-                self.assertEqual(client.returncode, 1)
+                status, _, err = self.finish(client)
+                self.assertEqual(status, 1)
                 last = f"the connection to 127.0.0.1:{fake.port} was lost: {line[len('ERROR :') :]}\n"
                 self.assertEqual(err.splitlines(True)[-1], f"chat.py: {last}")
                 self.assertEqual(err.count("\n"), 1 if entered else 2)
@@ -6899,22 +6645,19 @@ class AFakeServer(ProgramCase):
         self.assertEqual((client.returncode, err), (1, "chat.py: a line was not delivered: No\n"))
 
     def test_a_server_from_long_ago(self) -> None:
-        fake = FakeServer(self)
-        client = self.start("client", "--port", str(fake.port), "--name", "bob", "-m", "x", "-m", "y")
+        fake, client = self.meet("-m", "x", "-m", "y")
         fake.until("CAP LS")
         fake.send(":s 421 * CAP :Unknown command", "PING :cookie")
         fake.until("PONG cookie")
         fake.send(":s 001 bob :Welcome")
         fake.until("JOIN")
         fake.send(":bob!b@h JOIN :#chat", ":s 366 bob #chat :End")
-        token = fake.until("PING").partition(" ")[2]
-        fake.send(f":s PONG s {token}")
-        token = fake.until("PING").partition(" ")[2]
-        fake.send(f":s PONG s {token}")
+        for _ in range(2):
+            token = fake.until("PING").partition(" ")[2]
+            fake.send(f":s PONG s {token}")
         fake.until("QUIT")
         fake.drop()
-        out, err = client.communicate(timeout=PATIENCE)
-        self.assertEqual((client.returncode, out, err), (0, "", ""))
+        self.assertEqual(self.finish(client), (0, "", ""))
 
     def test_addresses(self) -> None:
         for path, channel in (("%23caf%C3%A9?sesame", "#café"), ("&local?sesame", "&local"), ("x?sesame", "#x")):
@@ -6924,68 +6667,60 @@ class AFakeServer(ProgramCase):
             fake.send(":s CAP * LS :", ":s 001 bob :Welcome")
             self.assertEqual(fake.until("JOIN"), f"JOIN {channel} :sesame")
             fake.send(f":s 475 bob {channel} :Cannot join channel (+k)")
-            _, err = client.communicate(timeout=PATIENCE)
             hint = f"its key goes behind it: --channel '{channel} KEY'"
-            self.assertEqual(err, f"chat.py: cannot join {channel}: Cannot join channel (+k); {hint}\n")
+            told = f"chat.py: cannot join {channel}: Cannot join channel (+k); {hint}\n"
+            self.assertEqual(self.finish(client)[2], told)
+
+    def test_parts_of_an_address(self) -> None:
         self.assertEqual(chat.irc_url("irc://[::1]/#a"), {"host": "::1", "port": 6667, "channel": "#a "})
         self.assertEqual(chat.irc_url("ircs://h"), {"host": "h", "port": 6697, "tls": True})
         self.assertEqual(chat.irc_url("IRC://h:1/"), {"host": "h", "port": 1})
+        err = self.complains("client", "irc://bob:secret@localhost/chat", status=2)
+        self.assertIn("others can read a password here", err)
+        self.assertNotIn("secret", err)
         for url, what in (
-            ("irc://bob:secret@localhost/chat", "others can read a password here"),
-            ("http://localhost/", "it is irc://"),
-            ("irc://localhost:99999/", "must be from 1 to 65535"),
+            ("http://localhost/", "it is irc://"), ("irc://localhost:99999/", "must be from 1 to 65535"),
             ("irc://localhost/chat?key%0D%0APRIVMSG%20%23ops%20%3Apwned", "its parts cannot contain a space, a comma"),
             ("irc://localhost/a%20b", "its parts cannot contain a space, a comma"),
-        ):
-            client = self.start("client", url)
-            _, err = client.communicate(timeout=PATIENCE)
-            self.assertEqual(client.returncode, 2)
-            self.assertIn(what, err)
-            self.assertNotIn("secret", err)
+        ):  # fmt: skip
+            with self.assertRaisesRegex(argparse.ArgumentTypeError, what):
+                chat.irc_url(url)
         for part in ("\n", "%0a", "%0D", "%00", "%20", "%2c", "%C2%A0", "%1b"):
             for url in (f"irc://b{part}ob@h/chat?key", f"irc://h/ch{part}at?key", f"irc://bob@h/chat?ke{part}y"):
                 with self.subTest(url), self.assertRaises(argparse.ArgumentTypeError):
                     chat.irc_url(url)
 
     def test_first_contact(self) -> None:
+        wants = "if it wants a password, give it in CHAT_PASSWORD or with --password-file"
         for line, text in (
             (":s 464 * :Password incorrect", "wants a password: give it in CHAT_PASSWORD or with --password-file"),
             (":s 465 * :You are ba\x1bnned", "does not let you in: You are ba\\x1bnned"),
             (":s 432 * bob :Erroneous", "the server refuses the name bob: Erroneous; choose another with --name"),
-            (
-                "ERROR :Access denied: Bad password?",
-                "does not let you in: Access denied: Bad password?;"
-                " if it wants a password, give it in CHAT_PASSWORD or with --password-file",
-            ),
+            ("ERROR :Access denied: Bad password?", f"does not let you in: Access denied: Bad password?; {wants}"),
             ("ERROR :This server is full", "closed the connection: This server is full"),
             ("SSH-2.0-OpenSSH_9.2", "closed the connection: at once; is it a chat server?"),
             (":s 473 bob #chat :Invite only", "cannot join #chat: Invite only; choose another with --channel"),
         ):
             with self.subTest(line):
-                fake = FakeServer(self)
-                client = self.start("client", "--port", str(fake.port), "--name", "bob", "-m", "x")
+                fake, client = self.meet("-m", "x")
                 if "473" in line:
                     fake.send("CAP * LS :", ":s 001 bob :hi")
                 fake.until("JOIN" if "473" in line else "USER")
                 fake.send(line)
                 fake.peer.sock.shutdown(socket.SHUT_WR)
-                _, err = client.communicate(timeout=PATIENCE)
-                self.assertEqual(client.returncode, 1)
+                status, _, err = self.finish(client)
+                self.assertEqual(status, 1)
                 self.assertRegex(err, rf"^chat\.py: [^\n]*{re.escape(text)}\n$")
 
     def test_passwords(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder, "password")
-            path.write_text("from a file\nmore\n", encoding="utf-8")
-            for args, sent in ((("--password-file", str(path)), "PASS :from a file"), ((), "PASS sesame")):
-                fake = FakeServer(self)
-                client = self.start(
-                    "client", "--port", str(fake.port), "-m", "x", *args, env={**os.environ, "CHAT_PASSWORD": "sesame"}
-                )
-                self.assertEqual(fake.until("PASS"), sent)
-                fake.send(":s 464 * :Password incorrect")
-                _, err = client.communicate(timeout=PATIENCE)
-                self.assertEqual(err, f"chat.py: 127.0.0.1:{fake.port} does not accept this password\n")
+        path = self.make_folder() / "password"
+        path.write_text("from a file\nmore\n", encoding="utf-8")
+        for args, sent in ((("--password-file", str(path)), "PASS :from a file"), ((), "PASS sesame")):
+            fake, client = self.meet("-m", "x", *args, env={**os.environ, "CHAT_PASSWORD": "sesame"})
+            self.assertEqual(fake.until("PASS"), sent)
+            fake.send(":s 464 * :Password incorrect")
+            told = f"chat.py: 127.0.0.1:{fake.port} does not accept this password\n"
+            self.assertEqual(self.finish(client)[2], told)
 
 
 class Glass:
