@@ -4485,14 +4485,13 @@ class LineEditing(unittest.TestCase):
 
     def test_search(self) -> None:
         editor = self.editor()
-        self.press(editor, "make tea\rtake coffee\rmake toast\rdraft\x12mak")
-        self.assertEqual(editor.view(), ("search 'mak': ", "make toast", 0))
-        self.press(editor, "\x12")
-        self.assertEqual(editor.view()[1], "make tea")
-        self.press(editor, "\x7f\x7f\x7fcoff")
-        self.assertEqual(editor.view(), ("search 'coff': ", "take coffee", 5))
-        self.press(editor, "\x07")
-        self.assertEqual(editor.view(), ("", "draft", 5))
+        self.press(editor, "make tea\rtake coffee\rmake toast\rdraft")
+        for keys, view in (
+            ("\x12mak", ("search 'mak': ", "make toast", 0)), ("\x12", ("search 'mak': ", "make tea", 0)),
+            ("\x7f\x7f\x7fcoff", ("search 'coff': ", "take coffee", 5)), ("\x07", ("", "draft", 5)),
+        ):  # fmt: skip
+            self.press(editor, keys)
+            self.assertEqual(editor.view(), view)
         self.assertEqual(self.press(editor, "\x12tea\r"), ["make tea"])
         self.press(editor, "\x12no such")
         self.assertEqual(editor.view()[1], "")
@@ -4512,20 +4511,16 @@ class LineEditing(unittest.TestCase):
         for answer, lines in (("y", ["/quit", "  two", "exit"]), ("n", []), ("\r", []), ("\x1b[A", [])):
             editor = self.editor()
             self.press(editor, "typed\x1b[200~/quit\r\n\r\n  two\nexit\x1b[201~")
-            self.assertEqual(editor.view(), ("send 3 pasted lines? y/n ", "", 0))
+            for unknown in ("", "\x1b[I\x1b[1;1R\x1b[?62c"):  # which are no answer
+                self.press(editor, unknown)
+                self.assertEqual(editor.view(), ("send 3 pasted lines? y/n ", "", 0))
             entered = editor.handle_key(answer)
             self.assertEqual(entered or chat.Submission([]), chat.Submission(lines, bool(lines)))
             self.assertEqual(editor.view(), ("", "typed", 5))
 
-    def test_an_unknown_key_is_no_answer(self) -> None:
-        editor = self.editor()
-        self.press(editor, "\x1b[200~one\rtwo\x1b[201~\x1b[I\x1b[1;1R\x1b[?62c")
-        self.assertEqual(editor.view(), ("send 2 pasted lines? y/n ", "", 0))
-
     def test_clear_and_leave(self) -> None:
         editor = self.editor()
-        self.assertEqual(self.press(editor, "typed\x0c"), ["/clear"])
-        self.assertEqual(editor.view()[1], "typed")
+        self.assertEqual((self.press(editor, "typed\x0c"), editor.view()[1]), (["/clear"], "typed"))
         self.assertEqual(self.press(editor, "\x15\x04"), ["/quit"])
 
     def test_help_names_every_key(self) -> None:
@@ -4549,14 +4544,9 @@ class LineEditing(unittest.TestCase):
 class Rows(unittest.TestCase):
     """What a row of the screen shows of a text, and how many columns it takes."""
 
-    def test_char_width(self) -> None:
-        for char, count in (
-            ("a", 1), ("é", 1), ("\u0301", 0), ("你", 2), ("😀", 2), ("ｱ", 1), ("한", 2), ("\u1161", 0), ("\u200c", 0),
-            ("\U000e0067", 0),
-        ):  # fmt: skip
-            self.assertEqual(chat.char_width(char), count, char)
-
-    def test_text_width_is_the_largest_that_terminals_have(self) -> None:
+    def test_widths_are_the_largest_that_terminals_have(self) -> None:
+        widths = list(map(chat.char_width, "aé\u0301你😀ｱ한\u1161\u200c\U000e0067"))
+        self.assertEqual(widths, [1, 1, 0, 2, 2, 1, 2, 0, 0, 0])
         for text, count in (("abc", 3), ("👨\u200d👩", 4), ("❤\ufe0f", 2), ("🇩🇪", 2), ("👍🏽", 4), ("می\u200cخ", 3)):
             self.assertEqual(chat.text_width(text), count, text)
 
@@ -4568,11 +4558,10 @@ class Rows(unittest.TestCase):
             self.assertEqual(chat.clusters("".join(pieces)), pieces)
 
     def test_truncate(self) -> None:
-        for text, room, shown in (
-            ("hello", 5, "hello"), ("hello!", 5, "he..."), ("你好吗", 5, "你..."), ("abc", 2, ".."),
-            ("👨\u200d👩\u200d👧👨\u200d👩\u200d👧", 10, "👨\u200d👩\u200d👧..."),
-        ):  # fmt: skip
-            self.assertEqual(chat.truncate(text, room), shown)
+        families = "👨\u200d👩\u200d👧" * 2
+        found = [chat.truncate(text, 5) for text in ("hello", "hello!", "你好吗")]
+        self.assertEqual(found, ["hello", "he...", "你..."])
+        self.assertEqual([chat.truncate("abc", 2), chat.truncate(families, 10)], ["..", "👨\u200d👩\u200d👧..."])
 
     def test_viewport(self) -> None:
         for text, cursor, shown in (
@@ -4586,23 +4575,18 @@ class Rows(unittest.TestCase):
         self.assertEqual(chat.viewport(["send 2 lines? y/n "], "", 0, 16), ("send 2 line...", "", ""))
 
     def test_wrap(self) -> None:
+        men, two = "👨\u200d" * 9 + "👨", "    👨\u200d👨\u200d"
         for line, room, rows in (
-            ("15:03 ann: hello", 16, ["15:03 ann: hello"]),
+            ("15:03 ann: hello", 16, ["15:03 ann: hello"]), ("", 9, [""]), ("你好", 3, ["你", " 好"]),
             ("15:03 ann: hello!", 16, ["15:03 ann:", "      hello!"]),
             ("15:03 ann: a  bc   def ghi", 16, ["15:03 ann: a  bc", "      def ghi"]),
             ("15:03 ann: 0123456789abcdef", 16, ["15:03 ann: 01234", "      56789abcde", "      f"]),
             ("15:03 ann: 你好吗你好吗你好吗", 16, ["15:03 ann: 你好", "      吗你好吗你", "      好吗"]),
             ("15:03 a: xxx👨\u200d👩e\u0301e\u0301x", 14, ["15:03 a: xxx", "      👨\u200d👩e\u0301e\u0301x"]),
-            (
-                "15:03 " + "👨\u200d" * 9 + "👨",
-                9,
-                ["15:03 👨\u200d", *["    👨\u200d👨\u200d"] * 3, "    👨\u200d", "    👨\u200d👨"],
-            ),
+            (f"15:03 {men}", 9, ["15:03 👨\u200d", two, two, two, "    👨\u200d", "    👨\u200d👨"]),
             ("15:03 a:" + " " * 20 + "x", 16, ["15:03 a:", "      x"]),
             ("15:03 a: x" + "\u3000" * 9 + "y", 13, ["15:03 a: x\u3000\u3000", "      y"]),
-            ("你好", 3, ["你", " 好"]),
-            ("", 9, [""]),
-        ):
+        ):  # fmt: skip
             with self.subTest(line):
                 self.assertEqual([row.rstrip(" ") for row in chat.wrap(line, room).split("\n")], rows)
 
@@ -4613,26 +4597,20 @@ class Rows(unittest.TestCase):
 
     def test_no_text_begins_a_row(self) -> None:
         rng = random.Random(5)
-        words = [
-            *"ab .*", "15:03 ", "15:03 *** bob joined", " " * 20, "x" * 30, "你", "😀\u200d😀", "\u3000", "\xa0" * 9,
-        ]  # fmt: skip
-        words += ["\u0301", "\x1b[31m", "\t", "\ufe0f", "❤\ufe0f", "می\u200cخ", "😀\u200d" * 20 + "😀", "🇩🇪"]
+        words = [*"ab .*", "15:03 ", "15:03 *** bob joined", " " * 20, "x" * 30, "你", "😀\u200d😀", "\u3000", "\u0301"]
+        words += ["\x1b[31m", "\t", "\xa0" * 9, "\ufe0f", "❤\ufe0f", "می\u200cخ", "😀\u200d" * 20 + "😀", "🇩🇪"]
         for _ in range(1000):
             columns, text = rng.randrange(8, 60), "".join(rng.choices(words, k=rng.randrange(30)))
-            glass = Glass(columns, 24)
-            glass.feed(
-                chat.wrap(f"\x1b[2m15:02\x1b[0m ann: {chat.escape_controls(text)}", columns - 1).replace("\n", "\r\n")
-            )
+            glass, line = Glass(columns, 24), f"\x1b[2m15:02\x1b[0m ann: {chat.escape_controls(text)}"
+            glass.feed(chat.wrap(line, columns - 1).replace("\n", "\r\n"))
             first, *others = glass.text().split("\n")
             self.assertTrue(first.startswith("15:02"[: columns - 1]))
             for row in others:
                 self.assertRegex(row, r"^(?: {3,6}|$)", (columns, text))
 
     def test_row_count(self) -> None:
-        for text, room, rows in (
-            ("", 5, 1), ("hello", 5, 1), ("hello!", 5, 2), ("你好吗", 5, 2), ("e\u0301" * 5, 5, 1),
-        ):  # fmt: skip
-            self.assertEqual(chat.row_count(text, room), rows)
+        texts = ["", "hello", "hello!", "你好吗", "e\u0301" * 5]
+        self.assertEqual([chat.row_count(text, 5) for text in texts], [1, 1, 2, 2, 1])
 
     def test_what_the_terminal_cannot_show_is_counted_as_it_is_written(self) -> None:
         with mock.patch.object(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1")):
@@ -4737,6 +4715,9 @@ class Dialed:
             self.client.uplink.wait(1, self.client.wakeup)
 
 
+AGAIN = "connect again"
+
+
 class PersonCase(unittest.TestCase):
     """A client with a user interface, at a server that is played by the test. It is bob, in #chat with ann."""
 
@@ -4787,6 +4768,20 @@ class PersonCase(unittest.TestCase):
         self.server.arrive(*lines)
         return self.screen.written
 
+    def play(self, *steps: str) -> str:
+        """Types what begins with / or >, connects again at AGAIN, lets all else arrive; returns what is shown."""
+        shown = ""
+        for step in steps:
+            if step == AGAIN:
+                shown += self.reconnect(self.CAPS)
+            else:
+                shown += self.type(step.lstrip(">")) if step[0] in "/>" else self.arrive(step)
+        return shown
+
+    def check(self, prompt: str, *sent: str) -> None:
+        """Compares the prompt, and what was sent since it was last cleared."""
+        self.assertEqual((self.prompt, self.lines), (prompt, [*sent]))
+
     def type(self, *lines: str) -> str:
         """Returns what is shown when lines are typed."""
         self.screen.written = ""
@@ -4810,6 +4805,11 @@ class PersonCase(unittest.TestCase):
     def prompt(self) -> str:
         return self.screen.prompt
 
+    def pieces(self, text: str) -> List[int]:
+        """How long the pieces are in which a text is sent."""
+        pieces = chat.split_message(self.client.uplink, "#chat", Message("PRIVMSG", ("#chat", text)))
+        return list(map(len, pieces))
+
     @property
     def members(self) -> List[str]:
         room = self.client.rooms.get(self.client.rooms.active)
@@ -4825,6 +4825,7 @@ class ForPeople(PersonCase):
 
     def test_looks(self) -> None:
         ann = chat.NAME_COLOURS[chat.zlib.crc32(b"ann") % len(chat.NAME_COLOURS)]  # type: ignore[attr-defined]
+        nobody = "nobody here is called nobody"
         for line, look in (
             (":ann!a@b PRIVMSG #chat :hello bobby", f" \x1b[{ann}mann\x1b[0m: hello bobby\n"),
             (":ANN!a@b PRIVMSG #chat :same colour", f" \x1b[{ann}mANN\x1b[0m: same colour\n"),
@@ -4832,19 +4833,15 @@ class ForPeople(PersonCase):
             (":ann!a@b PRIVMSG bob :psst", f"\x1b[35m[private]\x1b[0m \x1b[{ann}mann\x1b[0m: psst\n"),
             (":ann!a@b PRIVMSG #chat :\x01ACTION waves\x01", f" * \x1b[{ann}mann\x1b[0m waves\n"),
             (":ann!a@b JOIN #chat", "\x1b[2m*** ann joined\x1b[0m\n"),
-            (
-                ":s 401 bob nobody :nobody here is called nobody",
-                "\x1b[31m*** Error: nobody here is called nobody\x1b[0m\n",
-            ),
+            (f":s 401 bob nobody :{nobody}", f"\x1b[31m*** Error: {nobody}\x1b[0m\n"),
         ):
             with self.subTest(line):
                 written = self.arrive(line)
                 self.assertIn(look, written)
                 self.assertEqual("\a" in written, "BOB" in line or "psst" in line)
         self.screen.colours = False
-        self.assertRegex(
-            self.arrive(":ann!a@b PRIVMSG #chat :bob"), r"^\r\x1b\[K\x07\d\d:\d\d ann: bob\n\[#chat 2\] bob> $"
-        )
+        written = self.arrive(":ann!a@b PRIVMSG #chat :bob")
+        self.assertRegex(written, r"^\r\x1b\[K\x07\d\d:\d\d ann: bob\n\[#chat 2\] bob> $")
 
     def test_times_and_days(self) -> None:
         self.screen.colours = False
@@ -4909,26 +4906,23 @@ class WhatItMeans(PersonCase):
 
     def test_commands_of_the_client_itself(self) -> None:
         self.assertIn("Error: nobody has spoken to you alone yet", self.type("/reply hi"))
-        self.arrive(":ann!a@b PRIVMSG bob :psst")
-        self.type("/reply hi there")
+        self.play(":ann!a@b PRIVMSG bob :psst", "/reply hi there")
         self.assertEqual(self.said[-1].params, ("ann", "hi there"))
         self.lines.clear()
-        self.assertIn("ignored: nobody", self.type("/ignore"))
-        self.assertIn("ANN is ignored", self.type("/ignore ANN"))
-        self.assertNotIn("spam", self.arrive(":ann!a@b PRIVMSG #chat :spam"))
-        self.arrive(":ann!a@b NICK amy")
-        self.assertNotIn("spam", self.arrive(":amy!a@b PRIVMSG bob :spam"))
-        self.assertIn("ignored: amy", self.type("/ignore"))
-        self.assertIn("amy is shown again", self.type("/ignore amy"))
-        self.assertIn("ham", self.arrive(":amy!a@b PRIVMSG #chat :ham"))
-        self.assertIn("/dance is not a command; /help lists them", self.type("/dance"))
+        for step, shown in (
+            ("/ignore", "ignored: nobody"), ("/ignore ANN", "ANN is ignored"), (":ann!a@b PRIVMSG #chat :spam", ""),
+            (":ann!a@b NICK amy", ""), (":amy!a@b PRIVMSG bob :spam", ""), ("/ignore", "ignored: amy"),
+            ("/ignore amy", "amy is shown again"), (":amy!a@b PRIVMSG #chat :ham", "ham"),
+            ("/dance", "/dance is not a command; /help lists them"), ("/clear", "\x1b[H\x1b[2J"),
+            *(("/help", f"*** /{name}") for name in chat.SLASH_COMMANDS),
+        ):  # fmt: skip
+            written = self.play(step)
+            self.assertIn(shown, written)
+            self.assertNotIn("spam", written)
         self.assertEqual(self.lines, [])
-        for name in chat.SLASH_COMMANDS:
-            self.assertIn(f"*** /{name}", self.type("/help"))
-        self.assertIn("\x1b[H\x1b[2J", self.type("/clear"))
-        self.type("/whois ann", "/who")
+        shown = self.play("/whois ann", "/who", ":s 353 bob = #chat :ann bob", ":s 366 bob #chat :end")
+        self.assertIn("In #chat: ann bob", shown)
         self.assertEqual(self.lines, ["WHOIS ann", "NAMES #chat"])
-        self.assertIn("In #chat: ann bob", self.arrive(":s 353 bob = #chat :ann bob", ":s 366 bob #chat :end"))
         self.lose()
         self.assertIn("Error: not connected", self.type("/nick rob"))
 
@@ -4946,44 +4940,34 @@ class WhatItMeans(PersonCase):
             joint = " " if " " in words and line != "é" * 700 else ""
             self.assertEqual(joint.join(message.action or message.text for message in self.said), shown)
 
-    def test_what_is_refused_does_not_wait(self) -> None:
+    def test_errors_are_shown_and_settle_what_they_are_about(self) -> None:
         for error, left in (
             (":s 404 bob #chat :no", ["two", "psst"]), (":s 401 bob cat :nobody", ["one", "two"]),
             (":s 401 bob dan :nobody", ["one", "two", "psst"]), (":s 417 bob :too long", ["two", "psst"]),
             ("FAIL PRIVMSG INVALID_UTF8 :no", ["two", "psst"]),
         ):  # fmt: skip
             self.enter("echo-message")
-            self.type("one", "two", "/msg cat psst")
-            self.arrive(error)
+            self.play(">one", ">two", "/msg cat psst", error)
             self.assertEqual([text for _, text in self.queued], left, error)
-
-    def test_errors_are_shown_and_settle_what_they_are_about(self) -> None:
         self.enter("echo-message")
         self.type("one")
-        for line, shown in (
-            (":s 477 bob #other :You need more", "Error: You need more"), (":s 432 bob x :Bad name", "Error: Bad name"),
-            (":s 473 bob #x :Invite only", "Error: Invite only"),
-            (":s FAIL CHATHISTORY MESSAGE_ERROR :No past", "Error: No past"),
-        ):  # fmt: skip
-            self.assertIn(shown, self.arrive(line))
+        for line in ("477 bob #other :no", "432 bob x :no", "473 bob #x :no", "FAIL CHATHISTORY MESSAGE_ERROR :no"):
+            self.assertIn("Error: no", self.arrive(f":s {line}"))
         self.assertEqual(self.queued, [("#chat", "one")])
 
     def test_a_name_that_is_taken_later_changes_nothing(self) -> None:
-        self.type("/nick ann")
-        self.assertIn("*** Error: taken", self.arrive(":s 433 bob ann :taken"))
+        self.assertIn("*** Error: taken", self.play("/nick ann", ":s 433 bob ann :taken"))
         self.arrive(":s 433 bob bob :taken")  # not even then
-        self.assertEqual((self.lines, self.prompt), (["NICK :ann"], "[#chat 2] bob> "))
+        self.check("[#chat 2] bob> ", "NICK :ann")
         self.lose()
         self.server.connect()
         self.assertIn("NICK :bob", self.lines)
 
-    def test_our_own_leaving_comes_back(self) -> None:
+    def test_leaving_and_being_kicked(self) -> None:
         written = self.arrive(":bob!b@h QUIT :Quit: bye")
         self.assertIn("*** bob left: bye", written)
         self.assertNotIn("/join", written)
         self.assertEqual(self.members, ["ann"])
-
-    def test_being_kicked(self) -> None:
         for name in ("BOB", "bob"):
             self.enter()
             written = self.arrive(f":ann!a@b KICK #chat {name} :go away")
@@ -5002,9 +4986,8 @@ class WhatItMeans(PersonCase):
         self.assertEqual(self.lines, ["JOIN #b :green"])
         self.arrive(":bob!b@h JOIN #b")
         self.assertEqual(self.lines[1:], ["PRIVMSG #b :secret for b"])  # and #chat is not left
-        self.type("/join #c", "/topic cakes")
-        self.assertIn("Error: Invite only", self.arrive(":s 473 bob #c :Invite only"))
-        self.type("still b")
+        shown = self.play("/join #c", "/topic cakes", ":s 473 bob #c :Invite only", ">still b")
+        self.assertIn("Error: Invite only", shown)
         self.assertEqual((self.said[-1].params, self.prompt), (("#b", "still b"), "[#b 0] bob> "))
 
     def test_names_and_targets_that_do_not_fit(self) -> None:
@@ -5035,14 +5018,12 @@ class AtOtherServers(PersonCase):
         self.assertEqual(sorted(self.client.uplink.isupport), ["CASEMAPPING", "LINELEN", "NICKLEN", "PREFIX"])
         self.arrive(":s 353 bob = #chat :*@dan[ ~tim @bob", ":DAN{!a@b PRIVMSG #chat :x", ":dan{!a@b PART #CHAT")
         self.assertEqual(self.members, ["bob", "ann", "~tim"])
-        self.type("/msg Dan[] x")
-        self.arrive(":s 401 bob dan{} :nobody")
+        self.play("/msg Dan[] x", ":s 401 bob dan{} :nobody")
         self.assertEqual(self.queued, [])
-        line = Message("PRIVMSG", ("#chat", "é" * 1000))
         room = 1024 - 2 - len(":123456789!b@h PRIVMSG #chat :")
-        self.assertEqual(len(chat.split_message(self.client.uplink, "#chat", line)[0]), room // 2)
+        self.assertEqual(self.pieces("é" * 1000)[0], room // 2)
         self.arrive(":s 005 bob LINELEN=100 :are supported")  # every server takes 512
-        self.assertEqual(len(chat.split_message(self.client.uplink, "#chat", line)[0]), (room - 512) // 2)
+        self.assertEqual(self.pieces("é" * 1000)[0], (room - 512) // 2)
 
     def test_numbers_that_are_none(self) -> None:
         uplink = chat.Uplink("bob")
@@ -5053,27 +5034,18 @@ class AtOtherServers(PersonCase):
         self.assertEqual(uplink.limit("LINELEN", 512, 4096), 4096)
 
     def test_our_host_is_learnt(self) -> None:
-        unknown, line = f"~{'u' * 10}@{'h' * 64}", Message("PRIVMSG", ("#chat", "x" * 1000))
+        unknown = f"~{'u' * 10}@{'h' * 64}"
         for said, host in (
             (":bob!u@short JOIN #tea", "u@short"), (":ann!a@somewhere.else PRIVMSG #chat :hi", "u@short"),
-            (":s 396 bob u@cloak :is now your host", unknown),
+            ("@batch=1 :bob!u@from.the.past PRIVMSG #chat :hi", "u@short"),
+            (":s 396 bob u@cloak :is now your host", unknown), (":ann!b@h CHGHOST u new", unknown),
             (":bob!u@a.longer.host PRIVMSG #tea :an echo", "u@a.longer.host"),
             (":bob!u@a.longer.host CHGHOST u new", unknown),
         ):  # fmt: skip
-            self.arrive(said)
-            room = 512 - 2 - len(f":{'b' * 24}!{host} PRIVMSG #chat :")
-            self.assertEqual(len(chat.split_message(self.client.uplink, "#chat", line)[0]), room, said)
-
-    def test_our_host_is_not_learnt_from_the_past(self) -> None:
-        line = Message("PRIVMSG", ("#chat", "x" * 1000))
-        before = chat.split_message(self.client.uplink, "#chat", line)
-        self.arrive("@batch=1 :bob!u@another.host PRIVMSG #chat :hi")
-        self.assertEqual(chat.split_message(self.client.uplink, "#chat", line), before)
-
-    def test_hosts_that_change_are_not_shown(self) -> None:
-        with mock.patch.object(self.client.ui, "show") as show:
-            self.arrive(":s 396 bob u@cloak :is now your host", ":bob!b@h CHGHOST u new", ":ann!b@h CHGHOST u new")
-        show.assert_not_called()
+            with mock.patch.object(self.client.ui, "show") as show:
+                self.arrive(said)
+            self.assertEqual(show.called, "PRIVMSG" in said or "JOIN" in said)
+            self.assertEqual(self.pieces("x" * 1000)[0], 512 - 2 - len(f":{'b' * 24}!{host} PRIVMSG #chat :"), said)
 
     def test_capabilities_come_and_go(self) -> None:
         self.start()
@@ -5101,8 +5073,7 @@ class AtOtherServers(PersonCase):
     def test_the_last_lines_are_as_many_as_the_server_gives(self) -> None:
         self.enter("batch draft/chathistory", "CHATHISTORY=5")
         self.client.replay = 20
-        self.type("/join #tea")
-        self.arrive(":bob!b@h JOIN #tea")
+        self.play("/join #tea", ":bob!b@h JOIN #tea")
         self.assertEqual(self.lines, ["JOIN #tea", "CHATHISTORY LATEST #tea * :5"])
 
     def test_a_server_may_look_for_our_host_first(self) -> None:
@@ -5121,11 +5092,10 @@ class AtOtherServers(PersonCase):
     def test_only_the_first_welcome_counts(self) -> None:
         self.type("/join #tea")
         self.assertNotIn("***", self.arrive(":s 001 rob :Welcome"))
-        self.assertEqual((self.lines, self.prompt), (["JOIN #tea"], "[#chat 2] bob> "))
+        self.check("[#chat 2] bob> ", "JOIN #tea")
 
     def test_channel_keys(self) -> None:
-        self.type("/join #b sesame")
-        self.arrive(":bob!b@h JOIN #b")
+        self.play("/join #b sesame", ":bob!b@h JOIN #b")
         self.assertEqual(self.lines, ["JOIN #b :sesame"])
         self.reconnect()
         self.assertEqual(self.lines, ["JOIN #chat", "JOIN #b :sesame"])
@@ -5172,29 +5142,22 @@ class WhichChannelIsOurs(PersonCase):
         self.assertEqual([line for line in self.lines if "JOIN" in line], ["JOIN #chat"])
 
     def test_going_to_a_channel_that_we_are_in(self) -> None:
-        self.arrive(":bob!b@h JOIN #Lobby", ":s 353 bob = #Lobby :dan bob", ":bob!b@h JOIN #tea", ":bob!b@h PART #tea")
+        self.play(":bob!b@h JOIN #Lobby", ":s 353 bob = #Lobby :dan bob", ":bob!b@h JOIN #tea", ":bob!b@h PART #tea")
         self.assertIn("here: dan", self.type("/join #lobby"))
-        self.assertEqual((self.prompt, self.lines), ("[#Lobby 2] bob> ", []))  # no answer would come
+        self.check("[#Lobby 2] bob> ")  # no answer would come
         self.type("/join #tea")  # no longer
-        self.assertEqual((self.prompt, self.lines), ("[#Lobby 2] bob> ", ["JOIN #tea"]))
+        self.check("[#Lobby 2] bob> ", "JOIN #tea")
 
     def test_a_channel_that_we_were_in_is_joined_anew(self) -> None:
-        self.arrive(":bob!b@h JOIN #lobby")
-        self.type("/join #lobby")
-        self.arrive(":ann!a@b KICK #lobby bob :out")
-        self.type("/join #lobby")
+        self.play(":bob!b@h JOIN #lobby", "/join #lobby", ":ann!a@b KICK #lobby bob :out", "/join #lobby")
         self.assertEqual(self.lines, ["JOIN #lobby"])
-        self.reconnect()
-        self.arrive(":bob!b@h JOIN #lobby")
-        self.type("/join #chat")  # of which we do not know yet whether it takes us back
-        self.assertEqual((self.prompt, self.lines), ("[#lobby 0] bob> ", ["JOIN #chat", "JOIN #lobby", "JOIN #chat"]))
+        self.play(AGAIN, ":bob!b@h JOIN #lobby", "/join #chat")  # of which we do not know yet whether it takes us back
+        self.check("[#lobby 0] bob> ", "JOIN #chat", "JOIN #lobby", "JOIN #chat")
 
     def test_a_room_that_is_lost_does_not_end_the_way_to_another(self) -> None:
-        self.type("/join #lobby")
-        self.reconnect()
-        self.assertIn("Error: gone", self.arrive(":s 403 bob #chat :gone"))
-        self.arrive(":bob!b@h JOIN #lobby")
-        self.assertEqual((self.prompt, self.lines), ("[#lobby 0] bob> ", ["JOIN #chat", "JOIN #lobby"]))
+        shown = self.play("/join #lobby", AGAIN, ":s 403 bob #chat :gone", ":bob!b@h JOIN #lobby")
+        self.assertIn("Error: gone", shown)
+        self.check("[#lobby 0] bob> ", "JOIN #chat", "JOIN #lobby")
 
     def test_a_server_may_send_us_on(self) -> None:
         for asked in ("#full", "#chat"):  # once we are in, or at the start
@@ -5209,18 +5172,13 @@ class WhichChannelIsOurs(PersonCase):
                 self.arrive(":s 470 bob #else #wrong :no", ":bob!b@h JOIN #wrong")
                 self.assertIn("Error: on", self.arrive(f":s 470 bob {asked} ##over :on", ":s 470 bob #full :odd"))
                 self.arrive(":bob!b@h JOIN ##over")
-                self.assertEqual(self.prompt, "[##over 0] bob> ")
                 sent = ["JOIN #full", "PRIVMSG ##over :hello, full"] if asked == "#full" else []
-                self.assertEqual(self.lines, sent)
-        self.type("/join #full")
-        self.arrive(":s 470 bob #full ##over :Forwarding")  # where we are
-        self.type("/join #full")
-        self.assertEqual((self.prompt, self.lines), ("[##over 0] bob> ", ["JOIN #full"] * 2))
-
-    def test_a_server_may_send_us_on_to_where_it_has_put_us(self) -> None:
+                self.check("[##over 0] bob> ", *sent)
+        self.play("/join #full", ":s 470 bob #full ##over :Forwarding", "/join #full")  # to where we are
+        self.check("[##over 0] bob> ", *["JOIN #full"] * 2)
         self.start()
         self.connect()
-        self.arrive(":bob!b@h JOIN ##over", ":s 470 bob #chat ##over :Forwarding")
+        self.arrive(":bob!b@h JOIN ##over", ":s 470 bob #chat ##over :to where it has put us")
         self.assertEqual(self.prompt, "[##over 0] bob> ")
 
     def test_whatever_is_said_of_the_channel_is_a_refusal(self) -> None:
@@ -5236,33 +5194,26 @@ class WhichChannelIsOurs(PersonCase):
                 self.start()
                 self.connect()
                 self.arrive(":s 470 bob #chat :on")
-                with self.assertRaisesRegex(
-                    chat.FatalError, "^cannot join #chat: not you; choose another with --channel$"
-                ):
-                    self.arrive(f":s {code} bob #CHAT :not you")
+                told = "^cannot join #chat: not you; choose another with --channel$"
+                self.assertRaisesRegex(chat.FatalError, told, self.arrive, f":s {code} bob #CHAT :not you")
 
     def test_who_was_kicked_comes_back_only_by_join(self) -> None:
         self.arrive(":ann!a@b KICK #chat bob :out")
+        told = "*** connected again, not in #chat; /join #chat may bring you back"
         for name in ("bob", "bob2"):
-            self.assertIn(
-                "*** connected again, not in #chat; /join #chat may bring you back", self.reconnect(nick=name)
-            )
-            self.assertEqual((self.lines, self.prompt), ([], f"[#chat 0] {name}> "))
+            self.assertIn(told, self.reconnect(nick=name))
+            self.check(f"[#chat 0] {name}> ")
         self.type("/join #chat")
         self.assertEqual(self.lines, ["JOIN #chat"])
         self.arrive(":s 474 bob2 #chat :banned")
-        self.assertIn("connected again, not in #chat", self.reconnect(nick="bob2"))
-        self.type("/join #chat")
-        self.assertNotIn("connected again", self.arrive(":bob2!b@h JOIN #chat"))
+        self.assertIn(told, self.reconnect(nick="bob2"))
+        self.assertNotIn("connected again", self.play("/join #chat", ":bob2!b@h JOIN #chat"))
         self.reconnect(nick="bob2")
         self.assertEqual(self.lines, ["JOIN #chat"])
 
     def test_who_was_kicked_and_goes_elsewhere_does_so_after_a_loss(self) -> None:
-        self.arrive(":ann!a@b KICK #chat bob :out")
-        self.type("/join #tea")
-        self.reconnect()
-        self.arrive(":bob!b@h JOIN #tea")
-        self.assertEqual((self.prompt, self.lines), ("[#tea 0] bob> ", ["JOIN #tea"]))
+        self.play(":ann!a@b KICK #chat bob :out", "/join #tea", AGAIN, ":bob!b@h JOIN #tea")
+        self.check("[#tea 0] bob> ", "JOIN #tea")
 
     def test_a_join_that_is_never_answered_ends(self) -> None:
         self.enter("echo-message")
@@ -5272,7 +5223,7 @@ class WhichChannelIsOurs(PersonCase):
             self.client.turn(deadline + late)
             self.assertEqual(self.lines, ["JOIN #tea", *sent])
         self.type("/join #tea")
-        self.assertEqual((self.prompt, self.lines[2:]), ("[#chat 2] bob> ", ["JOIN #tea"]))
+        self.check("[#chat 2] bob> ", "JOIN #tea", "PRIVMSG #chat :hello", "JOIN #tea")
 
     def test_one_channel_at_a_time(self) -> None:
         self.assertIn("Error: one channel at a time", self.type("/join #a,#b"))
@@ -5296,30 +5247,26 @@ class SeveralRooms(PersonCase):
         self.arrive(*(f":{nick}!c@h PRIVMSG #tea :hi" for nick in ("cat", "cat", "dan", "bob")), ":cat!c@h PART #tea")
         self.assertEqual(self.prompt, "[#chat 2 | #tea +2] bob> ")
         self.assertIn("*** here: dan\n", self.type("/join #tea"))
-        self.assertEqual((self.prompt, self.lines), ("[#tea 2] bob> ", []))
+        self.check("[#tea 2] bob> ")
         self.assertIn(" [#chat] ann: hey\n", self.arrive(":ann!a@b PRIVMSG #chat :hey"))
         self.assertEqual(self.prompt, "[#tea 2 | #chat +1] bob> ")
-        self.arrive(":cat!c@h PRIVMSG #tea :here")
-        self.type("tea", "/msg #chat later", "/join #chat")
+        self.play(":cat!c@h PRIVMSG #tea :here", ">tea", "/msg #chat later", "/join #chat")
         self.assertEqual(self.prompt, "[#chat 2] bob> ")
         self.assertEqual([message.params for message in self.said], [("#tea", "tea"), ("#chat", "later")])
 
     def test_leaving_another_room(self) -> None:
-        self.type("/part #tea")
-        written = self.arrive(":bob!b@h PART #tea")
+        written = self.play("/part #tea", ":bob!b@h PART #tea")
         self.assertIn("*** [#tea] bob left\n", written)
         self.assertNotIn("no longer", written)
         self.type("/join #tea")
-        self.assertEqual((self.prompt, self.lines), ("[#chat 2] bob> ", ["PART #tea", "JOIN #tea"]))
+        self.check("[#chat 2] bob> ", "PART #tea", "JOIN #tea")
 
     def test_leaving_the_active_room_goes_to_another(self) -> None:
-        self.type("/part")
-        self.assertNotIn("no longer", self.arrive(":bob!b@h PART #chat"))
+        self.assertNotIn("no longer", self.play("/part", ":bob!b@h PART #chat"))
         self.assertEqual(self.prompt, "[#tea 3] bob> ")
-        self.type("/part")
-        self.assertEqual(self.lines, ["PART #chat", "PART #tea"])
         told = "you are no longer in #tea; /join #tea may bring you back"
-        self.assertIn(told, self.arrive(":bob!b@h PART #tea"))
+        self.assertIn(told, self.play("/part", ":bob!b@h PART #tea"))
+        self.assertEqual(self.lines, ["PART #chat", "PART #tea"])
 
     def test_who_is_where(self) -> None:
         self.arrive(":ann!a@b JOIN #tea", ":cat!c@h NICK kit", ":ann!a@b QUIT :bye", ":dan!d@h JOIN #chat")
@@ -5369,24 +5316,22 @@ class SeveralRooms(PersonCase):
         self.assertEqual(self.prompt, "[#chat 2] bob> ")
 
     def test_the_active_room_does_not_take_us_back(self) -> None:
-        for first, second in ((self.TEA, (":s 474 bob #chat :banned",)), ((":s 474 bob #chat :banned",), self.TEA)):
+        banned = (":s 474 bob #chat :banned",)
+        for answers in ((self.TEA, banned), (banned, self.TEA)):
             self.enter()
             self.arrive(*self.TEA)
             self.reconnect()
-            written = self.arrive(*first) + self.arrive(*second)
+            written = "".join(self.arrive(*answer) for answer in answers)
             self.assertIn("connected again, not in #chat; /join #chat may bring you back", written)
             self.assertEqual(self.prompt, "[#chat 0] bob> ")
             self.type("/join #tea")
-            self.assertEqual((self.prompt, self.lines), ("[#tea 3] bob> ", ["JOIN #chat", "JOIN #tea"]))
+            self.check("[#tea 3] bob> ", "JOIN #chat", "JOIN #tea")
         self.reconnect()
-        with self.assertRaisesRegex(chat.FatalError, "cannot join #tea: banned"):
-            self.arrive(":s 474 bob #tea :banned")
+        self.assertRaisesRegex(chat.FatalError, "cannot join #tea: banned", self.arrive, ":s 474 bob #tea :banned")
 
     def test_kicked_from_the_active_room_before_the_connection_is_lost(self) -> None:
-        self.arrive(":ann!a@b KICK #chat bob :out")
-        self.assertIn("connected again, not in #chat", self.reconnect())
-        self.arrive(*self.TEA)
-        self.assertEqual((self.prompt, self.lines), ("[#chat 0] bob> ", ["JOIN #tea"]))
+        self.assertIn("connected again, not in #chat", self.play(":ann!a@b KICK #chat bob :out", AGAIN, *self.TEA))
+        self.check("[#chat 0] bob> ", "JOIN #tea")
 
 
 class Reconnected(PersonCase):
