@@ -5404,7 +5404,7 @@ class Missed(PersonCase):
         return self.shown(f"BATCH +1 chathistory {channel}", *page, "BATCH -1")
 
     @contextlib.contextmanager
-    def limits(self, **limits: int) -> Iterator[None]:
+    def limits(self, **limits: Any) -> Iterator[None]:
         """Comes back with other limits."""
         with mock.patch.multiple(chat, **limits):
             self.come_back()
