@@ -5521,11 +5521,10 @@ class Loop(PersonCase):
         self.arrive("@msgid=m1 :ann!a@b PRIVMSG #chat :one")
         self.server.close()
         self.client.enter("two", True)
-        self.server.sent.clear()
+        self.lines.clear()
         self.server.connect()
-        first = [line.partition(" ")[0] for line in self.lines]
-        self.assertEqual(first, ["CAP", "RESUME", "NICK", "USER", "CAP"])
-        self.server.sent.clear()
+        self.assertEqual([line.partition(" ")[0] for line in self.lines], ["CAP", "RESUME", "NICK", "USER", "CAP"])
+        self.lines.clear()
         self.arrive(f":s CAP * ACK :{self.CAPS}", ":s 001 bob :Welcome", *self.IN)
         self.assertEqual(self.lines, ["JOIN #chat", "CHATHISTORY AFTER #chat msgid=m1 :100"])
         self.arrive(":s BATCH +1 chathistory #chat", ":s BATCH -1")
@@ -5969,13 +5968,20 @@ class ServerProgram(ProgramCase):
 class ServerLog(ProgramCase):
     """What a server writes down, and what that may not do to it."""
 
-    def test_log_file(self) -> None:
+    def test_what_is_logged(self) -> None:
         path = self.make_folder() / "log"
-        program, port = self.server("--log", str(path), "-v")
-        self.peer(port, "\x16\x03").rest()
-        program.terminate()
-        self.finish(program)
-        self.assertIn("TLS", path.read_text(encoding="utf-8"))
+        for args in ((), ("--log", str(path), "-v")):
+            program, port = self.server(*args)
+            self.ann(port)
+            self.peer(port, "NICK eve\r\nUSER x 0 * :x\r\nQUIT :gone\x1b[2J\r\n").rest()
+            self.peer(port, "\x16\x03").rest()
+            program.terminate()
+            _, _, err = self.finish(program)
+            lines = (path.read_text(encoding="utf-8") if args else err).splitlines()
+            told = [line.partition(" INFO ")[2] for line in lines if " INFO " in line]
+            joined = [f"{name} from 127.0.0.1 joined" for name in ("ann", "eve")]
+            self.assertEqual(told[:3], [*joined, "eve from 127.0.0.1 left: Quit: gone\\x1b[2J"])
+            self.assertIn("TLS", "\n".join(lines))
 
     @unittest.skipUnless(sys.platform == "linux", "needs Linux")
     def test_a_log_that_nobody_reads_stops_nothing(self) -> None:
@@ -5990,16 +5996,6 @@ class ServerLog(ProgramCase):
             peer.close()
         program.terminate()
         self.assertEqual(program.wait(PATIENCE), 0)
-
-    def test_what_is_logged(self) -> None:
-        program, port = self.server()
-        self.ann(port)
-        self.peer(port, "NICK eve\r\nUSER x 0 * :x\r\nQUIT :gone\x1b[2J\r\n").rest()
-        program.terminate()
-        _, _, err = self.finish(program)
-        lines = [line.partition(" INFO ")[2] for line in err.splitlines()]
-        joined = [f"{name} from 127.0.0.1 joined" for name in ("ann", "eve")]
-        self.assertEqual(lines[:3], [*joined, "eve from 127.0.0.1 left: Quit: gone\\x1b[2J"])
 
     def test_what_the_log_cannot_take_is_left_out_and_nobody_waits_for_it(self) -> None:
         taking, written = threading.Event(), threading.Semaphore(0)
@@ -6244,27 +6240,6 @@ class ClientProgram(ProgramCase):
             with self.subTest(args):
                 self.assertRegex(self.complains(*args), rf"^chat\.py: {re.escape(text)}[^\n]*\n$")
 
-    def test_what_a_strange_server_sends_is_shown_or_ignored(self) -> None:
-        fake = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(fake.close)
-        port = fake.getsockname()[1]
-        client = self.client(port)
-        sock, _ = fake.accept()
-        with sock:
-            sock.sendall(
-                b":x LINE foo\r\nMESSAGE x\r\n:x ECHO\r\nCLOSED\r\nJOIN\r\n:bob!b@h PRIVMSG\r\nPING\r\n353\r\n\xff\r\n"
-                b":s 001 bo\x1b[31mb\r\n:a!b@c PRIVMSG #chat :\x1b]0;x\x07\r\n:s 999 x :y\r\n"
-                + b"x" * 20000
-                + b"\r\nERROR :bye\r\n"
-            )
-            sock.shutdown(socket.SHUT_WR)
-            while sock.recv(4096):
-                pass
-        _, out, err = self.finish(client)
-        remark = "*** bob is not possible here; you are bo\\x1b[31mb\nchat.py: "
-        self.assertEqual(err, f"{remark}127.0.0.1:{port} closed the connection: bye\n")
-        self.assertEqual(out, "***  joined\na: \\x1b]0;x\\x07\n")
-
     def test_client_without_a_server(self) -> None:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
@@ -6397,15 +6372,18 @@ class Secured(ProgramCase):
     """Programs that ask for a password, or encrypt."""
 
     def test_a_password_of_our_own_server(self) -> None:
+        path = self.make_folder() / "password"
+        path.write_text("open sesame\nmore\n", encoding="utf-8")
         _, port = self.server(env={**os.environ, "CHAT_PASSWORD": "open sesame"})
-        for secret, status, complaint in (
-            ("open sesame", 0, ""),
-            ("", 1, f"chat.py: 127.0.0.1:{port} wants a password: give it in CHAT_PASSWORD or with --password-file\n"),
-            ("sesame", 1, f"chat.py: 127.0.0.1:{port} does not accept this password\n"),
-        ):
-            with self.subTest(secret):
-                client = self.client(port, "-m", "x", env={**os.environ, "CHAT_PASSWORD": secret})
-                self.assertEqual(self.finish(client)[::2], (status, complaint))
+        for secret, args, complaint in (
+            ("open sesame", (), ""), ("sesame", ("--password-file", str(path)), ""),
+            ("", (), "wants a password: give it in CHAT_PASSWORD or with --password-file"),
+            ("sesame", (), "does not accept this password"),
+        ):  # fmt: skip
+            with self.subTest(secret, args=args):
+                client = self.client(port, "-m", "x", *args, env={**os.environ, "CHAT_PASSWORD": secret})
+                told = f"chat.py: 127.0.0.1:{port} {complaint}\n" if complaint else ""
+                self.assertEqual(self.finish(client)[::2], (1 if complaint else 0, told))
 
     @staticmethod
     def pin_of(server: subprocess.Popen[str]) -> str:
@@ -6474,6 +6452,18 @@ class AFakeServer(ProgramCase):
         fake = FakeServer(self)
         return fake, self.client(fake.port, *args, **more)
 
+    def test_what_a_strange_server_sends_is_shown_or_ignored(self) -> None:
+        fake, client = self.meet()
+        fake.peer.sock.sendall(
+            b":x LINE foo\r\nMESSAGE x\r\n:x ECHO\r\nCLOSED\r\nJOIN\r\n:bob!b@h PRIVMSG\r\nPING\r\n353\r\n\xff\r\n"
+            b":s 001 bo\x1b[31mb\r\n:a!b@c PRIVMSG #chat :\x1b]0;x\x07\r\n:s 999 x :y\r\n%s\r\nERROR :bye\r\n"
+            % (b"x" * 20000)
+        )
+        fake.peer.sock.shutdown(socket.SHUT_WR)
+        remark = "*** bob is not possible here; you are bo\\x1b[31mb\nchat.py: "
+        remark += f"127.0.0.1:{fake.port} closed the connection: bye\n"
+        self.assertEqual(self.finish(client), (1, "***  joined\na: \\x1b]0;x\\x07\n", remark))
+
     def test_refused_line_is_not_called_delivered(self) -> None:
         fake, client = self.meet("-m", "hello")
         fake.welcome()
@@ -6502,40 +6492,34 @@ class AFakeServer(ProgramCase):
         self.assertEqual(self.finish(client), (0, "", told))
 
     def test_a_pipe_cannot_trust_a_server_that_confirms_nothing(self) -> None:
-        for answered in (True, False):
-            fake, client = self.meet("-m", "one")
-            fake.welcome("")
-            fake.until("PRIVMSG")
-            token = fake.until("PING").partition(" ")[2]
-            if answered:
-                fake.send(f":s PONG s {token}")
-                fake.until("QUIT")
-            fake.drop()
-            status, _, err = self.finish(client)
-            self.assertEqual(status, 0 if answered else 1)
-            self.assertEqual("not known whether all lines were delivered" in err, not answered)
+        fake, client = self.meet("-m", "one")
+        fake.welcome("")
+        fake.until("PRIVMSG")
+        fake.until("PING")
+        fake.drop()
+        status, _, err = self.finish(client)
+        self.assertEqual(status, 1)
+        self.assertIn("not known whether all lines were delivered", err)
 
     def test_a_server_that_does_not_want_us_is_left_alone(self) -> None:
-        for line, entered in (
-            ("ERROR :Closing Link: bob (Killed (ann (go away)))", True),
-            ("ERROR :Closing link: (bob@h) [K-lined: spam]", True),
-            ("ERROR :Closing Link: h (You are not welcome.)", False),
-        ):
-            with self.subTest(line):
+        for why, entered in (
+            ("Closing Link: bob (Killed (ann (go away)))", True), ("Closing link: (bob@h) [K-lined: spam]", True),
+            ("Closing Link: h (You are not welcome.)", False),
+        ):  # fmt: skip
+            with self.subTest(why):
                 fake, client = self.meet()
                 fake.welcome()
                 if not entered:
                     fake.send("ERROR :Closing link: (bob@h) [Server shutting down]")  # this is tried again
                     fake.drop()
                     fake.until("USER")
-                fake.send(line)
+                fake.send(f"ERROR :{why}")
                 fake.drop()
                 client.wait(PATIENCE)
                 status, _, err = self.finish(client)
-                self.assertEqual(status, 1)
-                last = f"the connection to 127.0.0.1:{fake.port} was lost: {line[len('ERROR :') :]}\n"
-                self.assertEqual(err.splitlines(True)[-1], f"chat.py: {last}")
-                self.assertEqual(err.count("\n"), 1 if entered else 2)
+                *others, last = err.splitlines()
+                self.assertEqual(last, f"chat.py: the connection to 127.0.0.1:{fake.port} was lost: {why}")
+                self.assertEqual((status, len(others)), (1, 0 if entered else 1))
 
     def test_a_server_that_lets_us_in_later_is_tried_again(self) -> None:
         fake = FakeServer(self)
@@ -6573,36 +6557,38 @@ class AFakeServer(ProgramCase):
         fake.drop()
         self.assertEqual(self.finish(client), (0, "", ""))
 
-    def test_addresses(self) -> None:
-        for path, channel in (("%23caf%C3%A9?sesame", "#café"), ("&local?sesame", "&local"), ("x?sesame", "#x")):
-            fake = FakeServer(self)
-            client = self.start("client", f"irc://bob@127.0.0.1:{fake.port}/{path}", "-m", "x")
-            self.assertEqual(fake.until("NICK"), "NICK :bob")
-            fake.send(":s CAP * LS :", ":s 001 bob :Welcome")
-            self.assertEqual(fake.until("JOIN"), f"JOIN {channel} :sesame")
-            fake.send(f":s 475 bob {channel} :Cannot join channel (+k)")
-            hint = f"its key goes behind it: --channel '{channel} KEY'"
-            told = f"chat.py: cannot join {channel}: Cannot join channel (+k); {hint}\n"
-            self.assertEqual(self.finish(client)[2], told)
+    def test_an_address(self) -> None:
+        fake = FakeServer(self)
+        client = self.start("client", f"irc://bob@127.0.0.1:{fake.port}/%23caf%C3%A9?sesame", "-m", "x")
+        self.assertEqual(fake.until("NICK"), "NICK :bob")
+        fake.send(":s CAP * LS :", ":s 001 bob :Welcome")
+        self.assertEqual(fake.until("JOIN"), "JOIN #café :sesame")
+        fake.send(":s 475 bob #café :Cannot join channel (+k)")
+        hint = "its key goes behind it: --channel '#café KEY'"
+        told = f"chat.py: cannot join #café: Cannot join channel (+k); {hint}\n"
+        self.assertEqual(self.finish(client), (1, "", told))
 
     def test_parts_of_an_address(self) -> None:
-        self.assertEqual(chat.irc_url("irc://[::1]/#a"), {"host": "::1", "port": 6667, "channel": "#a "})
-        self.assertEqual(chat.irc_url("ircs://h"), {"host": "h", "port": 6697, "tls": True})
-        self.assertEqual(chat.irc_url("IRC://h:1/"), {"host": "h", "port": 1})
+        for url, parts in (
+            ("irc://[::1]/#a", {"host": "::1", "port": 6667, "channel": "#a "}),
+            ("irc://h/&local?sesame", {"host": "h", "port": 6667, "channel": "&local sesame"}),
+            ("irc://h/x?sesame", {"host": "h", "port": 6667, "channel": "#x sesame"}),
+            ("ircs://h", {"host": "h", "port": 6697, "tls": True}), ("IRC://h:1/", {"host": "h", "port": 1}),
+        ):  # fmt: skip
+            self.assertEqual(chat.irc_url(url), parts)
         err = self.complains("client", "irc://bob:secret@localhost/chat", status=2)
         self.assertIn("others can read a password here", err)
         self.assertNotIn("secret", err)
+        unfit = "its parts cannot contain a space, a comma"
         for url, what in (
             ("http://localhost/", "it is irc://"), ("irc://localhost:99999/", "must be from 1 to 65535"),
-            ("irc://localhost/chat?key%0D%0APRIVMSG%20%23ops%20%3Apwned", "its parts cannot contain a space, a comma"),
-            ("irc://localhost/a%20b", "its parts cannot contain a space, a comma"),
+            ("irc://localhost/chat?key%0D%0APRIVMSG%20%23ops%20%3Apwned", unfit), ("irc://localhost/a%20b", unfit),
         ):  # fmt: skip
-            with self.assertRaisesRegex(argparse.ArgumentTypeError, what):
-                chat.irc_url(url)
+            self.assertRaisesRegex(argparse.ArgumentTypeError, what, chat.irc_url, url)
         for part in ("\n", "%0a", "%0D", "%00", "%20", "%2c", "%C2%A0", "%1b"):
             for url in (f"irc://b{part}ob@h/chat?key", f"irc://h/ch{part}at?key", f"irc://bob@h/chat?ke{part}y"):
-                with self.subTest(url), self.assertRaises(argparse.ArgumentTypeError):
-                    chat.irc_url(url)
+                with self.subTest(url):
+                    self.assertRaises(argparse.ArgumentTypeError, chat.irc_url, url)
 
     def test_first_contact(self) -> None:
         wants = "if it wants a password, give it in CHAT_PASSWORD or with --password-file"
@@ -6625,16 +6611,6 @@ class AFakeServer(ProgramCase):
                 status, _, err = self.finish(client)
                 self.assertEqual(status, 1)
                 self.assertRegex(err, rf"^chat\.py: [^\n]*{re.escape(text)}\n$")
-
-    def test_passwords(self) -> None:
-        path = self.make_folder() / "password"
-        path.write_text("from a file\nmore\n", encoding="utf-8")
-        for args, sent in ((("--password-file", str(path)), "PASS :from a file"), ((), "PASS sesame")):
-            fake, client = self.meet("-m", "x", *args, env={**os.environ, "CHAT_PASSWORD": "sesame"})
-            self.assertEqual(fake.until("PASS"), sent)
-            fake.send(":s 464 * :Password incorrect")
-            told = f"chat.py: 127.0.0.1:{fake.port} does not accept this password\n"
-            self.assertEqual(self.finish(client)[2], told)
 
 
 class Glass:
