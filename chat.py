@@ -95,9 +95,6 @@ from typing import (
     Any,
     Callable,
     Collection,
-    Deque,
-    Dict,
-    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -105,7 +102,6 @@ from typing import (
     NamedTuple,
     Optional,
     Sequence,
-    Set,
     Tuple,
     TypeVar,
     Union,
@@ -305,7 +301,7 @@ class CommandError(Exception):
     def __init__(self, numeric: Numeric, *params: str, farewell: str = "") -> None:
         super().__init__(numeric, *params)
         self.numeric, self.params, self.farewell = numeric, params, farewell
-        self.message: Optional[Message] = None  # as much as could be decoded of a line that could not be
+        self.message: Message | None = None  # as much as could be decoded of a line that could not be
 
 
 RPL_WELCOME = Numeric("001", "welcome")
@@ -584,7 +580,7 @@ class Message(NamedTuple):
     """One message in IRC's terms, whatever dialect it came in or leaves by."""
 
     command: str
-    params: Tuple[str, ...] = ()
+    params: tuple[str, ...] = ()
     source: str = ""  # nick!user@host, or a server's name
     tags: Mapping[str, str] = NO_TAGS
 
@@ -603,7 +599,7 @@ class Message(NamedTuple):
         return self.source.partition("!")[0]
 
     @property
-    def action(self) -> Optional[str]:
+    def action(self) -> str | None:
         """What follows /me, or None where it is no action (CTCP ACTION)."""
         text = self.text
         return text[8:].rstrip("\x01") if text.startswith("\x01ACTION ") else None
@@ -616,9 +612,9 @@ class Lines(NamedTuple):
     """Messages that differ in their last parameter only, as the 353 of a large channel do: encoded in one step."""
 
     message: Message  # without it
-    texts: Tuple[str, ...]
+    texts: tuple[str, ...]
 
-    def messages(self) -> List[Message]:
+    def messages(self) -> list[Message]:
         """Each of them."""
         return [self.message._replace(params=(*self.message.params, text)) for text in self.texts]
 
@@ -655,7 +651,7 @@ def parse(line: str) -> Message:
     return Message(words[0].upper(), tuple(words[1 : MAX_PARAMS + 1]), source, tags)
 
 
-def format_tags(tags: Iterable[Tuple[str, str]]) -> str:
+def format_tags(tags: Iterable[tuple[str, str]]) -> str:
     """`@a=1;b `, or '' for no tags."""
     items = []
     for key, value in tags:
@@ -724,7 +720,7 @@ class LineBuffer:
         self._tail = b""
         self._dropping = False  # until the end of a line that was too long
 
-    def feed(self, data: bytes) -> list[Optional[bytes]]:
+    def feed(self, data: bytes) -> list[bytes | None]:
         """The lines that are complete with `data`."""
         data = self._tail + data
         lines = data.split(b"\n")
@@ -738,7 +734,7 @@ class LineBuffer:
         tail, self._tail = self._tail.rstrip(b"\r"), b""
         return tail
 
-    def _bounded(self, lines: list[bytes]) -> list[Optional[bytes]]:
+    def _bounded(self, lines: list[bytes]) -> list[bytes | None]:
         if self._dropping and lines:
             del lines[0]
             self._dropping = False
@@ -835,7 +831,7 @@ def escape_controls(text: str) -> str:
     return TOO_BLANK.sub(lambda blanks: f"<{len(blanks[0])} blanks>", text)
 
 
-def escape_chars(text: str) -> List[str]:
+def escape_chars(text: str) -> list[str]:
     """How each character of `text` is shown.
 
     A joiner passes beside a virama, too: RFC 5892, A.1 and A.2, wants it before, Bengali has it also after the joiner.
@@ -868,7 +864,7 @@ def is_system(message: Message) -> bool:
     return message.command != "PRIVMSG" and (message.command != "NOTICE" or "!" not in message.source)
 
 
-def event_of(message: Message) -> Tuple[str, str]:
+def event_of(message: Message) -> tuple[str, str]:
     """(name, readable text without stars) of a system message; the text is '' where a person need not see it."""
     numeric = NUMERICS.get(message.command)
     if re.fullmatch("[45][0-9][0-9]", message.command):
@@ -922,7 +918,7 @@ class SlashCommand(NamedTuple):
     help: str
     least: int
     words: int  # the last word takes the rest of the line
-    message: Callable[[str, Tuple[str, ...]], Message]
+    message: Callable[[str, tuple[str, ...]], Message]
     local: bool = False  # done by the bundled client itself, so unknown to the plain dialect
 
 
@@ -1044,7 +1040,7 @@ class TelnetBuffer(LineBuffer):
         self.answers = bytearray()  # to be sent
         self._unfinished = b""
 
-    def feed_telnet(self, data: bytes) -> list[Optional[bytes]]:
+    def feed_telnet(self, data: bytes) -> list[bytes | None]:
         """The same as `feed`, of somebody who has not shown yet to be no telnet."""
         data, self._unfinished = self._unfinished + data, b""
         if b"\xff" in data or b"\r" in data:
@@ -1178,7 +1174,7 @@ class Json(Dialect):
         return item
 
     @staticmethod
-    def _field(item: dict[str, Any], key: str, default: Optional[str] = None) -> str:
+    def _field(item: dict[str, Any], key: str, default: str | None = None) -> str:
         value = item.get(key, default)
         if not isinstance(value, str):
             raise CommandError(FAIL_BAD_FIELD, key)
@@ -1337,7 +1333,7 @@ class MessageIds:
     def __init__(self, last: int = 0) -> None:
         self.last = last + 1_000_000_000 * (last > time.time() * 1e6)
 
-    def next(self) -> Dict[str, str]:
+    def next(self) -> dict[str, str]:
         """The tags `time` and `msgid` of one more message."""
         now = time.time()
         self.last = max(self.last + 1, int(now * 1e6))
@@ -1349,7 +1345,7 @@ def sequence(message: Message) -> int:
     return int(message.tags["msgid"], 16)
 
 
-def parse_reference(reference: str) -> Tuple[int, int]:
+def parse_reference(reference: str) -> tuple[int, int]:
     """The first and the last sequence number that `msgid=...` or `timestamp=...` may mean; raises ValueError."""
     kind, _, value = reference.partition("=")
     if kind == "msgid" and re.fullmatch("[0-9a-f]{1,15}", value):
@@ -1369,7 +1365,7 @@ def strip_private_tags(message: Message, **more: str) -> Message:
 DedupKey = Tuple[str, str, str]  # a sender's token, the id that it gave to a message, the folded target
 
 
-def dedup_key(message: Message) -> Optional[DedupKey]:
+def dedup_key(message: Message) -> DedupKey | None:
     """By which a resend of a message in the history is recognised, if its sender may resend it."""
     tags = message.tags
     return (tags[BY_TAG], tags[ID_TAG], fold(message.param(0))) if BY_TAG in tags and ID_TAG in tags else None
@@ -1393,11 +1389,11 @@ class MemoryHistory:
 
     def __init__(self) -> None:
         # Sequence numbers beside their messages; the channel used last is last.
-        self._channels: Dict[str, Tuple[Deque[int], Deque[Message]]] = {}
+        self._channels: dict[str, tuple[collections.deque[int], collections.deque[Message]]] = {}
         self._lines = 0  # in all
-        self._keys: Dict[Optional[DedupKey], Message] = {}
+        self._keys: dict[DedupKey | None, Message] = {}
 
-    def append(self, messages: List[Tuple[str, Message]], states: Sequence[ChannelState] = ()) -> None:
+    def append(self, messages: list[tuple[str, Message]], states: Sequence[ChannelState] = ()) -> None:
         """Stores messages, each with its log's name, and states: all of them, or none and raises StorageError."""
         for name, message in messages:
             kept = self._channels.pop(name, None) or (collections.deque(), collections.deque())
@@ -1434,7 +1430,7 @@ class MemoryHistory:
             for channel in list(self._channels):
                 self._trim(channel, size)
 
-    def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool, since: str = "") -> List[Message]:
+    def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool, since: str = "") -> list[Message]:
         """At most `limit` messages numbered above `low` and below `high`, in order: the newest, or the oldest.
 
         Of those said after the clock was set back, whose numbers are ahead of it, only those not before `since`.
@@ -1448,13 +1444,13 @@ class MemoryHistory:
 
     def fetch_all(
         self, names: Sequence[str], low: int, high: int, limit: int, newest: bool, since: str = ""
-    ) -> List[Message]:
+    ) -> list[Message]:
         """The same of several logs together."""
         found = [item for name in names for item in self.fetch(name, low, high, limit, newest, since)]
         found.sort(key=sequence)
         return found[max(len(found) - limit, 0) :] if newest else found[:limit]
 
-    def find(self, keys: Sequence[DedupKey]) -> Dict[DedupKey, Message]:
+    def find(self, keys: Sequence[DedupKey]) -> dict[DedupKey, Message]:
         """The messages that were stored with some keys."""
         return {key: self._keys[key] for key in keys if key in self._keys}
 
@@ -1462,7 +1458,7 @@ class MemoryHistory:
         """The highest sequence number that is stored, or 0."""
         return max((numbers[-1] for numbers, _ in self._channels.values()), default=0)
 
-    def states(self) -> Dict[str, str]:
+    def states(self) -> dict[str, str]:
         """The states of channels that are to be restored, by folded name; of too many, those saved last."""
         return {}
 
@@ -1482,14 +1478,14 @@ HISTORY_TABLES = (
 )
 
 
-def index_key(key: Optional[DedupKey]) -> Optional[bytes]:
+def index_key(key: DedupKey | None) -> bytes | None:
     """What stands for a key in the file: those of one sender together, so that a batch changes few pages."""
     if not key:
         return None
     return hashlib.sha256(key[0].encode()).digest()[:8] + hashlib.sha256("\n".join(key[1:]).encode()).digest()[:8]
 
 
-def parse_rows(rows: List[Any]) -> List[Message]:
+def parse_rows(rows: list[Any]) -> list[Message]:
     """The messages of rows of a line and a number, without those that are damaged."""
     lines = [(parse(str(line)), f"{number:x}") for line, number in rows]
     return [item for item, number in lines if item.tags.get("msgid") == number and "time" in item.tags]
@@ -1573,7 +1569,7 @@ class SqliteHistory(MemoryHistory):
             if self._db.in_transaction:
                 self._rows("ROLLBACK")
 
-    def _rows(self, query: str, *values: object) -> List[Any]:
+    def _rows(self, query: str, *values: object) -> list[Any]:
         try:
             return list(self._db.execute(query, values))
         except self._errors as error:
@@ -1596,7 +1592,7 @@ class SqliteHistory(MemoryHistory):
             raise StorageError(f"{self._file} was truncated; start the server again")
         self._opened_files = now
 
-    def append(self, messages: List[Tuple[str, Message]], states: Sequence[ChannelState] = ()) -> None:
+    def append(self, messages: list[tuple[str, Message]], states: Sequence[ChannelState] = ()) -> None:
         rows = [
             (channel, sequence(item), format_tagged(item), index_key(dedup_key(item))) for channel, item in messages
         ]
@@ -1609,7 +1605,7 @@ class SqliteHistory(MemoryHistory):
                     self._rows("INSERT INTO state (channel, state) VALUES (?, ?)", channel, state)
         self._check_files()
 
-    def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool, since: str = "") -> List[Message]:
+    def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool, since: str = "") -> list[Message]:
         order = "DESC" if newest else "ASC"
         query = f"SELECT line, number FROM said WHERE channel = ? AND number > ? AND number < ? ORDER BY number {order}"
         if since:  # the time is each line's first tag
@@ -1618,8 +1614,8 @@ class SqliteHistory(MemoryHistory):
         found = parse_rows(self._rows(f"{query} LIMIT ?", channel, low, high, limit))
         return found[::-1] if newest else found
 
-    def find(self, keys: Sequence[DedupKey]) -> Dict[DedupKey, Message]:
-        found: List[Message] = []
+    def find(self, keys: Sequence[DedupKey]) -> dict[DedupKey, Message]:
+        found: list[Message] = []
         for start in range(0, len(keys), PAGE_LINES):
             hashes = [index_key(key) for key in keys[start : start + PAGE_LINES]]
             query = f"SELECT line, number FROM said WHERE key IN ({', '.join('?' * len(hashes))})"
@@ -1641,7 +1637,7 @@ class SqliteHistory(MemoryHistory):
     def last_sequence(self) -> int:
         return int(self._rows("SELECT ifnull(max(number), 0) FROM said")[0][0])
 
-    def states(self) -> Dict[str, str]:
+    def states(self) -> dict[str, str]:
         rows = self._rows("SELECT channel, state, id FROM state ORDER BY id DESC LIMIT ?", SAVED_CHANNELS)
         if len(rows) == SAVED_CHANNELS:
             with self._transaction():
@@ -1670,7 +1666,7 @@ class SqliteHistory(MemoryHistory):
 # -----------------------------------------------------------------------------
 
 # The program's log: time, level, text with %s, values; None ends it.
-log_records: queue.SimpleQueue[Optional[Tuple[float, int, str, Tuple[str, ...]]]] = queue.SimpleQueue()
+log_records: queue.SimpleQueue[tuple[float, int, str, tuple[str, ...]] | None] = queue.SimpleQueue()
 
 
 def log_later(level: int, text: str, *values: object) -> None:
@@ -1714,7 +1710,7 @@ Buckets = Tuple[TokenBucket, TokenBucket]  # of a client: for lines, and for cha
 
 
 @functools.lru_cache(maxsize=1000)
-def plain_address(address: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address]:
+def plain_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """An address without a zone, and an IPv4 address also where it is written as an IPv6 one; raises ValueError."""
     found = ipaddress.ip_address(address.partition("%")[0])
     return getattr(found, "ipv4_mapped", None) or found
@@ -1734,8 +1730,8 @@ class Address:
         self.key = key  # an IPv4 address, the /64 network of an IPv6 address, or itself where it is exempt
         self.exempt = exempt  # from the limits per address and from the rate limit
         self.connections = 0
-        self.disconnected: Dict[Session, None] = {}  # sessions whose connection is closed, the oldest first
-        self.spent: List[Buckets] = []  # of connections that have ended: the next ones go on with them
+        self.disconnected: dict[Session, None] = {}  # sessions whose connection is closed, the oldest first
+        self.spent: list[Buckets] = []  # of connections that have ended: the next ones go on with them
         self.arrivals = TokenBucket(2 * per_address, CONNECT_INTERVAL_S)
         self.wrong_passwords = TokenBucket(WRONG_PASSWORDS, WRONG_S / WRONG_PASSWORDS)
         self.rows = TokenBucket(QUERY_BURST, 1 / QUERY_RATE)  # of answers
@@ -1761,7 +1757,7 @@ class Address:
         self.connections += 1
         return ""
 
-    def buckets(self, limits: Limits) -> Optional[Buckets]:
+    def buckets(self, limits: Limits) -> Buckets | None:
         """The rate limits of a new connection: as a former one has left them."""
         if limits.rate == math.inf or self.exempt:
             return None
@@ -1781,11 +1777,11 @@ class AccessControl:
     """Who may connect: bans, the password, addresses. Guarded by the hub's lock."""
 
     def __init__(self, exempt: str = LOOPBACK, password: str = "") -> None:
-        self.banned: Dict[str, str] = {}  # key of an address or folded nick -> as the operator wrote it
+        self.banned: dict[str, str] = {}  # key of an address or folded nick -> as the operator wrote it
         self.password_required = bool(password)
         self._digest = digest(password)
         self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
-        self._addresses: Dict[str, Address] = {}  # by key
+        self._addresses: dict[str, Address] = {}  # by key
         self._swept = 0.0  # monotonic: when those were last dropped of which nothing has to be remembered
 
     def address(self, text: str, per_address: float = math.inf) -> Address:
@@ -1803,7 +1799,7 @@ class AccessControl:
             self._addresses[key] = Address(key, exempt, per_address)
         return self._addresses[key]
 
-    def oldest_disconnected(self) -> Optional[Session]:
+    def oldest_disconnected(self) -> Session | None:
         """The oldest disconnected session of the address that has most of them."""
         most: Collection[Session] = max((item.disconnected for item in self._addresses.values()), key=len, default=())
         return next(iter(most), None)
@@ -1855,9 +1851,7 @@ class Session:
         "signon", "stage", "token", "user", "wrong_password",
     )  # fmt: skip
 
-    def __init__(
-        self, host: str, now: float, address: Optional[Address] = None, buckets: Optional[Buckets] = None
-    ) -> None:
+    def __init__(self, host: str, now: float, address: Address | None = None, buckets: Buckets | None = None) -> None:
         self.host = host  # shown to others, so not the address
         self.address = address or Address()
         self.stage = Stage.NEW
@@ -1867,11 +1861,11 @@ class Session:
         self.authenticated = False  # has given the password, where one is required
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
         self.token = ""  # a hash of the secret by which this client may resume
-        self.sent: Dict[DedupKey, StoredMessage] = {}  # its last messages that it may send again
+        self.sent: dict[DedupKey, StoredMessage] = {}  # its last messages that it may send again
         self.quit_reason = ""  # of a disconnected session
-        self.resume_queue: List[Message] = []  # private messages to a disconnected session
-        self.channels: Dict[Channel, None] = {}
-        self.invites: Dict[Channel, None] = {}  # channels that an operator invited it to; the last few
+        self.resume_queue: list[Message] = []  # private messages to a disconnected session
+        self.channels: dict[Channel, None] = {}
+        self.invites: dict[Channel, None] = {}  # channels that an operator invited it to; the last few
         self.nick_bucket = buckets[1] if buckets else TokenBucket(NICK_CHANGES, NICK_CHANGE_S)
         self.connected_at = now + (buckets[0].debit(now, 0) if buckets else 0.0)  # monotonic: when a line of it is read
         self.last_received = now  # monotonic; the reader's
@@ -1884,7 +1878,7 @@ class Session:
         self.wrong_password = False  # its last line was one
         # The mailer's, at the log's read end:
         self.output: Dialect = UNDECIDED
-        self.audiences: Tuple[Channel, ...] = ()  # in which it is
+        self.audiences: tuple[Channel, ...] = ()  # in which it is
         self.send: Callable[[bytes, int], int] = discard  # bytes, flags -> how many were taken
 
     @property
@@ -1918,11 +1912,11 @@ class Channel:
         self.topic_time = 0
         self.modes = dict(NEW_MODES)  # letter -> parameter, or ''
         self.closed_after = 0  # the last message id before it got a key or was for the invited; 0 where it is not
-        self.bans: Dict[str, Ban] = {}  # by folded mask
-        self.members: Dict[Session, str] = {}  # -> rank: '', 'o', 'v' or 'ov'; at the log's write end
-        self.audience: Dict[Dialect, Dict[Session, None]] = {}  # the same by dialect, at the log's read end
-        self._banned: Dict[str, bool] = {}  # prefix -> whether a mask matches, as far as that was asked
-        self._names: Dict[frozenset[str], List[str]] = {}  # of NAMES_CAPS -> texts for 353
+        self.bans: dict[str, Ban] = {}  # by folded mask
+        self.members: dict[Session, str] = {}  # -> rank: '', 'o', 'v' or 'ov'; at the log's write end
+        self.audience: dict[Dialect, dict[Session, None]] = {}  # the same by dialect, at the log's read end
+        self._banned: dict[str, bool] = {}  # prefix -> whether a mask matches, as far as that was asked
+        self._names: dict[frozenset[str], list[str]] = {}  # of NAMES_CAPS -> texts for 353
 
     def add(self, session: Session, rank: str = "") -> None:
         """Adds a member; the first one becomes operator."""
@@ -1961,7 +1955,7 @@ class Channel:
         return signs(self.members[member], caps) + (member.prefix if "userhost-in-names" in caps else member.nick)
 
     @property
-    def logs(self) -> Tuple[str, ...]:
+    def logs(self) -> tuple[str, ...]:
         """The names of the logs in which its members may read. What is said goes to the last one.
 
         While the channel has a key or is for the invited, that is one of its own, which nobody reads afterwards.
@@ -2014,9 +2008,9 @@ class Broadcast:
 
     __slots__ = ("_encoded", "channels", "message", "skip")
 
-    def __init__(self, message: Message, channels: Tuple[Channel, ...], skip: Optional[Session]) -> None:
+    def __init__(self, message: Message, channels: tuple[Channel, ...], skip: Session | None) -> None:
         self.message, self.channels, self.skip = message, channels, skip
-        self._encoded: Optional[Dict[Dialect, bytes]] = None
+        self._encoded: dict[Dialect, bytes] | None = None
 
     def encode(self, dialect: Dialect) -> bytes:
         if self._encoded is None:
@@ -2029,7 +2023,7 @@ class Broadcast:
 
 class Unicast(NamedTuple):
     session: Session
-    messages: Sequence[Union[Message, Lines]]
+    messages: Sequence[Message | Lines]
 
 
 class Update(NamedTuple):
@@ -2037,7 +2031,7 @@ class Update(NamedTuple):
 
     session: Session
     dialect: Dialect
-    channels: Tuple[Channel, ...]
+    channels: tuple[Channel, ...]
 
     def apply(self) -> None:
         """Moves the session from its old audiences to its new ones."""
@@ -2068,7 +2062,7 @@ HistoryQuery = Callable[[MemoryHistory], List[Message]]  # run by the mailer, wh
 Reply = Union[Message, Lines, HistoryQuery]
 
 
-def batch_of(batch: Tuple[str, ...], server: str, messages: List[Message]) -> List[Message]:
+def batch_of(batch: tuple[str, ...], server: str, messages: list[Message]) -> list[Message]:
     """Messages as one batch (IRCv3 batch) of a type with parameters; those in another one already stay there."""
     reference = secrets.token_hex(4)
     inside = [
@@ -2085,12 +2079,12 @@ class StoredMessage:
 
     __slots__ = ("key", "log_name", "message", "original", "stored")
 
-    def __init__(self, log_name: str, message: Message, key: Optional[DedupKey]) -> None:
+    def __init__(self, log_name: str, message: Message, key: DedupKey | None) -> None:
         self.log_name = log_name  # of a channel; '' for what is not stored
         self.message = message
         self.key = key  # by which a resend is recognised
-        self.original: Optional[Message] = None  # which this one repeats, as the history tells
-        self.stored: Optional[bool] = None  # whether that worked; None before it was tried
+        self.original: Message | None = None  # which this one repeats, as the history tells
+        self.stored: bool | None = None  # whether that worked; None before it was tried
 
 
 class Call:
@@ -2106,9 +2100,9 @@ class Call:
 
     def __init__(self, hub: Hub, session: Session, message: Message = NO_MESSAGE) -> None:
         self.hub, self.session, self.message, self.params = hub, session, message, message.params
-        self.effects: List[Effect] = []
-        self.replies: List[Reply] = []
-        self.stored: Tuple[StoredMessage, ...] = ()
+        self.effects: list[Effect] = []
+        self.replies: list[Reply] = []
+        self.stored: tuple[StoredMessage, ...] = ()
         self.label = self.ref = ""  # ref: a label of a client without batches goes onto receipts and errors only
         if "label" in message.tags and "labeled-response" in session.dialect.caps:
             if "batch" not in session.dialect.caps:
@@ -2123,7 +2117,7 @@ class Call:
         words = (*params, numeric.text.format(*params)) if numeric.text else params
         self.replies.append(Message(numeric.code, (self.session.nick or "*", *words), self.hub.name))
 
-    def reply_lines(self, numeric: Numeric, *params: str, texts: List[str]) -> None:
+    def reply_lines(self, numeric: Numeric, *params: str, texts: list[str]) -> None:
         """Replies with a numeric for each of some texts, of which there is at least one."""
         message = Message(numeric.code, (self.session.nick, *params), self.hub.name)
         self.replies.append(Lines(message, tuple(texts)))
@@ -2134,7 +2128,7 @@ class Call:
         """Replies with an error."""
         params = [safe_param(param) for param in error.params]
         numeric, nick = error.numeric, self.session.nick or "*"
-        words: Tuple[str, ...] = (nick, *params, numeric.text.format(*params))
+        words: tuple[str, ...] = (nick, *params, numeric.text.format(*params))
         if numeric.code == "FAIL":  # IRCv3 standard-replies: FAIL <command> <code> {<context>} :<text>
             context = () if "{0}" in numeric.text else params  # what the text does not tell
             text = cut(numeric.text.format(*error.params), TOPIC_BYTES)
@@ -2293,30 +2287,30 @@ class Hub:
     def __init__(
         self,
         name: str,
-        history: Optional[MemoryHistory] = None,
+        history: MemoryHistory | None = None,
         replay: int = REPLAY_LINES,
-        limits: Optional[Limits] = None,
+        limits: Limits | None = None,
     ) -> None:
         self.name = name
         self.history = history or MemoryHistory()  # the mailer's
         self.storage_error = ""  # why the last message could not be stored; the mailer's
-        self.unsaved: Dict[str, ChannelState] = {}  # folded name -> what could not be stored; the mailer's
+        self.unsaved: dict[str, ChannelState] = {}  # folded name -> what could not be stored; the mailer's
         self.replay = replay  # lines that newcomers get
         self.limits = limits or Limits()
         self.access = AccessControl()
         self.ids = MessageIds(self.history.last_sequence())
-        self.sent_before: Dict[str, Dict[DedupKey, StoredMessage]] = {}  # token -> Session.sent of one that is gone
+        self.sent_before: dict[str, dict[DedupKey, StoredMessage]] = {}  # token -> Session.sent of one that is gone
         self.started = time.time()
         self.messages = 0  # said so far
-        self.sessions: Dict[Session, None] = {}  # all but those that are gone, in order of arrival
+        self.sessions: dict[Session, None] = {}  # all but those that are gone, in order of arrival
         self.disconnected = 0  # how many of them
-        self.nicks: Dict[str, Session] = {}  # folded nick -> who holds it
-        self.channels: Dict[str, Channel] = {}  # folded name -> a channel that has members
+        self.nicks: dict[str, Session] = {}  # folded nick -> who holds it
+        self.channels: dict[str, Channel] = {}  # folded name -> a channel that has members
         self.history.in_use = self._is_readable
         # folded name -> Channel.state of one from before the restart, into which nobody has come back
         self.restored = self.history.states()
         self.guests = itertools.count(1)  # numbers for those who bring no name
-        self._deadlines: List[Tuple[float, int, Session]] = []  # a heap of (deadline, tie-break, session)
+        self._deadlines: list[tuple[float, int, Session]] = []  # a heap of (deadline, tie-break, session)
         self._ties = itertools.count()
         self.log_broadcasts = 0  # in the log
         self.log_length = 0  # calls, effects and replies in the log
@@ -2327,7 +2321,7 @@ class Hub:
         self.log_queries = 0  # in the log: one at a time, so that others need not wait for many
         self.closed = False  # nobody takes the log any more
         self._mailer_waits = False
-        self._log: List[Call] = []
+        self._log: list[Call] = []
 
     def __enter__(self) -> Hub:
         self._lock.acquire()
@@ -2405,7 +2399,7 @@ class Hub:
                     self.append(call)
             return min(max(self._deadlines[0][0] - now, 0.01), TICK_S) if self._deadlines else TICK_S
 
-    def drain_log(self) -> List[Call]:
+    def drain_log(self) -> list[Call]:
         """The whole log. When it is empty, the next entry wakes the mailer. Mailer only."""
         with self._lock:
             calls, self._log = self._log, []
@@ -2463,7 +2457,7 @@ def check_timeouts(call: Call, now: float) -> float:
     return session.last_received + limits.ping_s
 
 
-def end_disconnected(hub: Hub, session: Optional[Session]) -> None:
+def end_disconnected(hub: Hub, session: Session | None) -> None:
     """Ends a session whose client has not come back, if there is one."""
     if session:
         call = Call(hub, session)
@@ -2509,7 +2503,7 @@ class Command(NamedTuple):
     names_server: bool  # its last parameter may name a server: ours
 
 
-COMMANDS: Dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {}
 
 
 def command(grammar: str, min_params: int = 0, early: bool = False) -> Callable[[AnyHandler], AnyHandler]:
@@ -2548,12 +2542,12 @@ def send_rows(call: Call, rows: Rows) -> None:
     call.session.address.rows.debit(time.monotonic(), len(call.replies))
 
 
-def handle_line(hub: Hub, session: Session, line: Optional[bytes]) -> None:
+def handle_line(hub: Hub, session: Session, line: bytes | None) -> None:
     """Runs the commands in a line; None stands for one that was too long. In the session's reader, without the lock."""
     if session.dialect is UNDECIDED:
         line = begin(hub, session, line)
-    error: Optional[CommandError] = None
-    messages: List[Message] = []
+    error: CommandError | None = None
+    messages: list[Message] = []
     try:
         if line is None:
             raise CommandError(ERR_INPUTTOOLONG)
@@ -2573,7 +2567,7 @@ def handle_line(hub: Hub, session: Session, line: Optional[bytes]) -> None:
         time.sleep(WRONG_PAUSE_S)
 
 
-def begin(hub: Hub, session: Session, line: Optional[bytes]) -> Optional[bytes]:
+def begin(hub: Hub, session: Session, line: bytes | None) -> bytes | None:
     """Decides by the first line which dialect a session speaks. Returns the line without a byte-order mark."""
     if line and line.startswith(codecs.BOM_UTF8):
         line = line[len(codecs.BOM_UTF8) :]
@@ -2600,7 +2594,7 @@ def answer_telnet(hub: Hub, session: Session, answers: bytearray) -> None:
             hub.append(call)
 
 
-def dispatch_all(hub: Hub, session: Session, messages: List[Message]) -> None:
+def dispatch_all(hub: Hub, session: Session, messages: list[Message]) -> None:
     """Runs commands up to the first error. A plain user who gives a name is asked for the password, if there is one."""
     asks = type(session.dialect) is Plain and len(messages) > 1
     if asks and hub.access.password_required and not session.authenticated:
@@ -2655,11 +2649,11 @@ def charge(call: Call) -> None:
         bucket.debit(time.monotonic(), heard - 1)
 
 
-def targets(call: Call, text: str) -> List[str]:
+def targets(call: Call, text: str) -> list[str]:
     """The items of a comma-separated parameter, each once, however it is spelt."""
     if "," not in text:
         return [text]
-    found: Dict[str, str] = {}
+    found: dict[str, str] = {}
     for item in text.split(","):
         here = item == CURRENT_CHANNEL and call.session.dialect.single and next(iter(call.session.channels), None)
         found.setdefault(here.folded if here else fold(item), item)
@@ -3020,8 +3014,8 @@ def send_channel_info(call: Call, channel: Channel) -> None:
 
 
 def replay(
-    hub: Hub, name: str, logs: Tuple[str, ...], until: int, batched: bool, history: MemoryHistory
-) -> List[Message]:
+    hub: Hub, name: str, logs: tuple[str, ...], until: int, batched: bool, history: MemoryHistory
+) -> list[Message]:
     """What was said last in a channel, for those who cannot ask, between lines that tell when; all in one batch, by
     which a client tells it from news."""
     said = history.fetch_all(logs, 0, until, hub.replay, True)
@@ -3171,7 +3165,7 @@ def mode(call: Call) -> None:
         change_modes(call, channel, wanted)
 
 
-def parse_modes(params: Tuple[str, ...]) -> Iterator[ModeChange]:
+def parse_modes(params: tuple[str, ...]) -> Iterator[ModeChange]:
     """The changes that MODE asks for, at most MAX_MODES with a parameter."""
     on, words, room = True, iter(params[1:]), MAX_MODES
     for letter in params[0]:
@@ -3185,9 +3179,9 @@ def parse_modes(params: Tuple[str, ...]) -> Iterator[ModeChange]:
             yield ModeChange(on, letter, param)
 
 
-def change_modes(call: Call, channel: Channel, changes: List[ModeChange]) -> None:
+def change_modes(call: Call, channel: Channel, changes: list[ModeChange]) -> None:
     """Makes changes, as far as each is possible, and tells the members in one line what has changed."""
-    done: List[ModeChange] = []
+    done: list[ModeChange] = []
     for change in changes:
         try:
             if change.letter not in MODES:
@@ -3208,7 +3202,7 @@ def change_modes(call: Call, channel: Channel, changes: List[ModeChange]) -> Non
     call.broadcast(Message("MODE", words, call.session.prefix, call.hub.ids.next()), channel)
 
 
-def set_mode(call: Call, channel: Channel, change: ModeChange) -> Optional[str]:
+def set_mode(call: Call, channel: Channel, change: ModeChange) -> str | None:
     """[+-]i: only who is invited may join; m: only who has a rank may speak; n: only members may; t: only operators set
     the topic; +k <key> | -k [<key>]: only who knows it may join; +l <members> | -l: no more may join"""
     letter, value = change.letter, change.param
@@ -3228,7 +3222,7 @@ def set_mode(call: Call, channel: Channel, change: ModeChange) -> Optional[str]:
     return value
 
 
-def set_ban(call: Call, channel: Channel, change: ModeChange) -> Optional[str]:
+def set_ban(call: Call, channel: Channel, change: ModeChange) -> str | None:
     """[+-]b <mask>: whom it matches may neither join nor, without a rank, speak"""
     mask = full_mask(change.param)
     if not is_word(mask, MASK_BYTES):
@@ -3246,7 +3240,7 @@ def set_ban(call: Call, channel: Channel, change: ModeChange) -> Optional[str]:
     return mask
 
 
-def set_rank(call: Call, channel: Channel, change: ModeChange) -> Optional[str]:
+def set_rank(call: Call, channel: Channel, change: ModeChange) -> str | None:
     """[+-]o <name>: operator; [+-]v <name>: may speak in a moderated channel"""
     if not change.param:
         raise CommandError(ERR_NEEDMOREPARAMS, "MODE")
@@ -3259,7 +3253,7 @@ def set_rank(call: Call, channel: Channel, change: ModeChange) -> Optional[str]:
     return member.nick
 
 
-MODES: Dict[str, ModeHandler] = {"b": set_ban, "o": set_rank, "v": set_rank, **dict.fromkeys("imntkl", set_mode)}
+MODES: dict[str, ModeHandler] = {"b": set_ban, "o": set_rank, "v": set_rank, **dict.fromkeys("imntkl", set_mode)}
 
 
 def send_modes(call: Call, channel: Channel) -> None:
@@ -3401,7 +3395,7 @@ TARGETS_BATCH = "draft/chathistory-targets"
 Span = Tuple[int, int]  # the first and the last sequence number that a reference means
 Page = Tuple[int, int, int, bool]  # low, high, limit, newest: see MemoryHistory.fetch
 # What a subcommand of CHATHISTORY asks for, from its references and limit.
-PAGES: Dict[str, Callable[[List[Span], int], List[Page]]] = {
+PAGES: dict[str, Callable[[list[Span], int], list[Page]]] = {
     "LATEST": lambda spans, limit: [(spans[0][1], MAX_SEQUENCE, limit, True)],
     "BEFORE": lambda spans, limit: [(0, spans[0][0], limit, True)],
     "AFTER": lambda spans, limit: [(spans[0][1], MAX_SEQUENCE, limit, False)],
@@ -3448,16 +3442,16 @@ def chathistory(call: Call) -> None:
 
 
 def page_messages(
-    logs: Tuple[str, ...], pages: List[Page], since: Dict[int, str], history: MemoryHistory
-) -> List[Message]:
+    logs: tuple[str, ...], pages: list[Page], since: dict[int, str], history: MemoryHistory
+) -> list[Message]:
     """Pages of what was said in a channel, by its own time where `since` has their low."""
     found = (history.fetch_all(logs, *page, since.get(page[0], "")) for page in pages)
     return [strip_private_tags(message) for page in found for message in page]
 
 
 def target_messages(
-    server: str, names: Dict[Tuple[str, ...], str], spans: List[Span], limit: int, history: MemoryHistory
-) -> List[Message]:
+    server: str, names: dict[tuple[str, ...], str], spans: list[Span], limit: int, history: MemoryHistory
+) -> list[Message]:
     """Of channels, logs -> name, those whose last message is in a span of time."""
     last = {name: item for logs, name in names.items() for item in history.fetch_all(logs, 0, MAX_SEQUENCE, 1, True)}
     start, end = (server_time((first + 500) / 1e6) for first, _ in spans)
@@ -3483,7 +3477,7 @@ def who(call: Call) -> Rows:
     yield RPL_ENDOFWHO, safe_param(mask)
 
 
-def who_fields(call: Call, member: Session, channel: Optional[Channel]) -> Dict[str, str]:
+def who_fields(call: Call, member: Session, channel: Channel | None) -> dict[str, str]:
     """What WHO tells of a member, by the letters of WHOX."""
     rank = signs(channel.members[member], call.session.dialect.caps) if channel else ""
     return {
@@ -3520,7 +3514,7 @@ def whois(call: Call) -> Rows:
     yield RPL_ENDOFWHOIS, safe_param(call.params[-1])
 
 
-def find_registered(call: Call, nicks: Iterable[str]) -> List[Session]:
+def find_registered(call: Call, nicks: Iterable[str]) -> list[Session]:
     """The registered sessions with one of these nicks."""
     found = [call.hub.nicks.get(fold(nick)) for nick in nicks]
     return [session for session in found if session and session.registered]
@@ -3564,7 +3558,7 @@ def whowas(call: Call) -> Rows:
     yield RPL_ENDOFWHOWAS, safe_param(call.params[0])
 
 
-REPORTS: Dict[str, Callable[[Call], Rows]] = {
+REPORTS: dict[str, Callable[[Call], Rows]] = {
     "VERSION [<server>]": lambda call: [
         (RPL_VERSION, VERSION, call.hub.name, "a small chat that is one file"),
         *ISUPPORT,
@@ -3593,14 +3587,14 @@ for grammar, report in REPORTS.items():
 # all that is one sequence of bytes. In the mailer's thread, without the hub's lock.
 
 
-def commit(hub: Hub, batch: List[Call]) -> List[Effect]:
+def commit(hub: Hub, batch: list[Call]) -> list[Effect]:
     """Stores the batch in one transaction and runs its history queries. If storing fails, nothing of it is delivered
     and the senders get an error."""
     pending = [item for call in batch for item in call.stored if item.stored is None and item.log_name]
     states = [effect for call in batch for effect in call.effects if type(effect) is ChannelState]
     if pending or states:
         store_batch(hub, list(dict.fromkeys(pending)), states)  # a resend may be in the same batch
-    effects: List[Effect] = []
+    effects: list[Effect] = []
     for call in batch:
         if call.stored:
             settle(hub, call)
@@ -3626,7 +3620,7 @@ def settle(hub: Hub, call: Call) -> None:
             call.acknowledge(item.original)
 
 
-def store_batch(hub: Hub, items: List[StoredMessage], states: List[ChannelState]) -> None:
+def store_batch(hub: Hub, items: list[StoredMessage], states: list[ChannelState]) -> None:
     """Stores states of channels and messages, each with the token of a sender who may resend it, but for those that are
     stored already; or sets hub.storage_error."""
     hub.unsaved.update((state.channel, state) for state in states)
@@ -3670,10 +3664,10 @@ def prune(hub: Hub) -> None:
     hub.history.prune()
 
 
-def answers(call: Call) -> Sequence[Union[Message, Lines]]:
+def answers(call: Call) -> Sequence[Message | Lines]:
     """The replies of a call, with those of the history, and its label: on the only one, on the batch that they are, or
     on a batch around them; without any, an ACK (IRCv3 labeled-response)."""
-    found: List[Union[Message, Lines]] = []
+    found: list[Message | Lines] = []
     for reply in call.replies:
         if isinstance(reply, (Message, Lines)):
             found.append(reply)
@@ -3700,10 +3694,10 @@ class Feed:
     __slots__ = ("_lines", "broadcasts")
 
     def __init__(self) -> None:
-        self.broadcasts: List[Broadcast] = []
-        self._lines: Dict[Dialect, List[bytes]] = {}
+        self.broadcasts: list[Broadcast] = []
+        self._lines: dict[Dialect, list[bytes]] = {}
 
-    def lines(self, dialect: Dialect) -> List[bytes]:
+    def lines(self, dialect: Dialect) -> list[bytes]:
         """They so far, encoded."""
         lines = self._lines.setdefault(dialect, [])
         if len(lines) < len(self.broadcasts):
@@ -3718,7 +3712,7 @@ class Cursor:
 
     def __init__(self, feed: Feed) -> None:
         self.feed, self.start = feed, 0
-        self.lines: List[bytes] = []
+        self.lines: list[bytes] = []
 
 
 class FanOut:
@@ -3730,13 +3724,13 @@ class FanOut:
     the `send`.
     """
 
-    def __init__(self, effects: List[Effect]) -> None:
+    def __init__(self, effects: list[Effect]) -> None:
         broadcasts = [effect for effect in effects if type(effect) is Broadcast]
         self._active = dict.fromkeys(channel for broadcast in broadcasts for channel in broadcast.channels)
-        self._feeds: Dict[FrozenSet[Channel], Feed] = {}  # by the active channels that a session is in
+        self._feeds: dict[frozenset[Channel], Feed] = {}  # by the active channels that a session is in
         # By channel, the feed of those first who are in no other.
-        self._feeds_of: Dict[Channel, List[Feed]] = {channel: [] for channel in self._active}
-        self._cursors: Dict[Session, Cursor] = {}
+        self._feeds_of: dict[Channel, list[Feed]] = {channel: [] for channel in self._active}
+        self._cursors: dict[Session, Cursor] = {}
         for channel in self._active:
             self._feed((channel,))
         if len(self._active) > 1:
@@ -3755,7 +3749,7 @@ class FanOut:
                 cursor.feed = self._feed(effect.session.audiences)
                 cursor.start = len(cursor.feed.broadcasts)
 
-    def payloads(self) -> Iterator[Tuple[bytes, Collection[Session], int]]:
+    def payloads(self) -> Iterator[tuple[bytes, Collection[Session], int]]:
         """The bytes, who gets them, and how many messages they are."""
         odd = self._cursors
         for channel in self._active:
@@ -3782,7 +3776,7 @@ class FanOut:
 
     def _find_overlap(self) -> None:
         """Gives a cursor to everybody who is in several of the channels."""
-        seen: Set[Session] = set()
+        seen: set[Session] = set()
         for channel in sorted(self._active, key=lambda channel: sum(map(len, channel.audience.values()))):
             for group in channel.audience.values():
                 for session in seen.intersection(group):
@@ -3904,7 +3898,7 @@ class TlsSocket:
             raise BlockingIOError(errno.EAGAIN, "no text yet")
         return text
 
-    def send(self, data: Union[bytes, bytearray], flags: int = 0) -> int:
+    def send(self, data: bytes | bytearray, flags: int = 0) -> int:
         """Sends, without waiting, as much as the socket takes; returns how much that was. Raises OSError.
 
         Raises BlockingIOError if nothing more fits; the next call must begin with the same bytes.
@@ -3989,7 +3983,7 @@ def client_context(pinned: bool) -> ssl.SSLContext:
     return context
 
 
-def wait_for(readers: Sequence[Any], writers: Sequence[Any], seconds: Optional[float] = None) -> List[Any]:
+def wait_for(readers: Sequence[Any], writers: Sequence[Any], seconds: float | None = None) -> list[Any]:
     """Waits until something can be read or written; returns what can. select takes only descriptors below 1024."""
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
         for sock in {*readers, *writers}:
@@ -4115,9 +4109,9 @@ class Mailer:
         hub.wake = self._wakeup.wake
         self._selector = selectors.DefaultSelector()  # for connections with something queued
         self._selector.register(self._wakeup, selectors.EVENT_READ)
-        self._done: Deque[Connection] = collections.deque()  # whose readers have returned
-        self._connections: Dict[Session, Connection] = {}
-        self._closing: Set[Connection] = set()  # with a deadline
+        self._done: collections.deque[Connection] = collections.deque()  # whose readers have returned
+        self._connections: dict[Session, Connection] = {}
+        self._closing: set[Connection] = set()  # with a deadline
         self._check_at = self._prune_at = self._stop_at = 0.0  # monotonic
         self.thread = threading.Thread(target=self._run, name="mailer", daemon=True)
 
@@ -4192,7 +4186,7 @@ class Mailer:
                 else:
                     self._wakeup.clear()
 
-    def _deliver(self, effects: List[Effect]) -> None:
+    def _deliver(self, effects: list[Effect]) -> None:
         for data, sessions, count in FanOut(effects).payloads():
             self.delivered += count * len(sessions)
             size, flags = len(data), DONTWAIT
@@ -4226,7 +4220,7 @@ class Mailer:
             self._bind(connection)
         return len(data)
 
-    def _send(self, connection: Connection, data: Union[bytes, bytearray]) -> int:
+    def _send(self, connection: Connection, data: bytes | bytearray) -> int:
         """Sends what the socket takes, and returns how much that was."""
         try:
             return connection.sock.send(data, DONTWAIT)
@@ -4301,12 +4295,12 @@ class Server:
         self,
         host: str,
         port: int,
-        hub: Optional[Hub] = None,
-        context: Optional[ssl.SSLContext] = None,
+        hub: Hub | None = None,
+        context: ssl.SSLContext | None = None,
         tls_only: bool = False,
     ) -> None:
         self.listener = Listener(host, port)
-        self.address: Tuple[str, int] = self.listener.hosts[0], self.listener.port
+        self.address: tuple[str, int] = self.listener.hosts[0], self.listener.port
         self._context, self._tls_only = context, tls_only
         self.hub = hub or Hub(SERVER_NAME)
         self._reasons = TokenBucket(REASONS, REASON_S)
@@ -4326,7 +4320,7 @@ class Server:
                 selector.register(self._wakeup, selectors.EVENT_READ)
                 for sock in self.listener.sockets:
                     selector.register(sock, selectors.EVENT_READ)
-                ready: List[Any] = []
+                ready: list[Any] = []
                 while self._wakeup not in ready:
                     sys.setswitchinterval(max(SWITCH_S, len(self.hub.sessions) * SWITCH_CLIENT_S))
                     ready = [key.fileobj for key, _ in selector.select(self.hub.tick())]
@@ -4342,7 +4336,7 @@ class Server:
 
     def _accept(self, listening: socket.socket) -> None:
         """Accepts those who wait, so that one address's storm of connections keeps nobody else waiting."""
-        refused: Set[str] = set()  # keys of addresses
+        refused: set[str] = set()  # keys of addresses
         for _ in range(MAX_ACCEPTED):
             try:
                 sock, address = listening.accept()
@@ -4495,7 +4489,7 @@ class Listener:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
         for attempt in range(BIND_ATTEMPTS):
-            self.sockets: List[socket.socket] = []
+            self.sockets: list[socket.socket] = []
             try:
                 self._bind(addresses, port)
                 break
@@ -4503,7 +4497,7 @@ class Listener:
                 self._close_sockets()
                 if port or error.errno != errno.EADDRINUSE or attempt == BIND_ATTEMPTS - 1:
                     raise
-        self.hosts: List[str] = [sock.getsockname()[0] for sock in self.sockets]
+        self.hosts: list[str] = [sock.getsockname()[0] for sock in self.sockets]
         self.port: int = self.sockets[0].getsockname()[1]
         self._reserve = io.FileIO(os.devnull)  # a descriptor to refuse a client with, when all are used
 
@@ -4522,7 +4516,7 @@ class Listener:
         self._close_sockets()
         self._reserve.close()
 
-    def _bind(self, addresses: Sequence[Tuple[int, Any]], port: int) -> None:
+    def _bind(self, addresses: Sequence[tuple[int, Any]], port: int) -> None:
         """Binds what this machine has of the addresses; the first one chooses the port where that is 0."""
         for family, address in addresses:
             try:
@@ -4539,7 +4533,7 @@ class Listener:
             sock.close()
 
 
-def listen(family: int, address: Tuple[Any, ...], alone: bool) -> socket.socket:
+def listen(family: int, address: tuple[Any, ...], alone: bool) -> socket.socket:
     """A listening socket that no other program can take over; `alone`, one for :: takes IPv4 as well."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -4634,10 +4628,10 @@ class KeyParser:
         self._rest = ""
         self._dropping = False  # until the end of a paste that was too long
 
-    def feed(self, text: str) -> List[str]:
+    def feed(self, text: str) -> list[str]:
         """Returns the keys that are complete now; PASTE_BEGIN alone stands for a paste that was too long."""
         text, at = self._rest + text, 0
-        keys: List[str] = []
+        keys: list[str] = []
         while not text.startswith(PASTE_BEGIN, at) or text.find(PASTE_END, at) > 0:
             match = KEY_RE.match(text, at)
             if not match:
@@ -4654,7 +4648,7 @@ class KeyParser:
 class Submission(NamedTuple):
     """What a person submits: a line, or the lines of a paste, in which slash commands are not looked for."""
 
-    lines: List[str]
+    lines: list[str]
     pasted: bool = False
 
 
@@ -4665,26 +4659,26 @@ class LineEditor:
     stand there.
     """
 
-    def __init__(self, complete: Callable[[str], Tuple[int, List[str]]]) -> None:
+    def __init__(self, complete: Callable[[str], tuple[int, list[str]]]) -> None:
         self.text = ""
         self.cursor = 0  # in characters
         self._complete = complete
-        self._candidates: List[str] = []  # what Tab puts before the cursor, one after the other
-        self._pasted: List[str] = []  # pasted lines, while we ask about them
-        self._query: Optional[str] = None  # while the history is searched
-        self._history: List[str] = []
+        self._candidates: list[str] = []  # what Tab puts before the cursor, one after the other
+        self._pasted: list[str] = []  # pasted lines, while we ask about them
+        self._query: str | None = None  # while the history is searched
+        self._history: list[str] = []
         self._index = 0  # place in the history; its length for what is being typed
         self._draft = ""  # what was being typed, while something older is shown
         self._killed = ""
         self._is_kill = self._last_was_kill = False  # this key kills; so did the last one
 
-    def view(self) -> Tuple[str, str, int]:
+    def view(self) -> tuple[str, str, int]:
         """(question that must be answered before typing goes on, or ''; text; cursor in characters)."""
         if self._pasted:
             return f"send {len(self._pasted)} pasted lines? y/n ", "", 0
         return "" if self._query is None else f"search '{escape_controls(self._query)}': ", self.text, self.cursor
 
-    def handle_key(self, key: str) -> Optional[Submission]:
+    def handle_key(self, key: str) -> Submission | None:
         """Carries out a key; returns what it submits. An unknown key does nothing."""
         if len(key) > 1 and key not in BINDINGS and not key.endswith(PASTE_END):
             return None
@@ -4704,14 +4698,14 @@ class LineEditor:
             self._insert(key)
         return None
 
-    def _enter(self) -> Optional[Submission]:
+    def _enter(self) -> Submission | None:
         line, self.text, self.cursor = self.text, "", 0
         if line.strip() and self._history[-1:] != [line]:
             self._history = [*self._history, line][-HISTORY_LINES:]
         self._index = len(self._history)
         return Submission([line]) if line.strip() else None
 
-    def _quit_or_delete(self) -> Optional[Submission]:
+    def _quit_or_delete(self) -> Submission | None:
         if not self.text:
             return Submission(["/quit"])
         self._remove("right")
@@ -4792,7 +4786,7 @@ class LineEditor:
 
 WORD, FIELD = re.compile(r"[\W_]*[^\W_]*"), re.compile(r"\s*\S*")  # with what is between it and the cursor
 # How far the cursor goes, by what stands before it and after it.
-MOVES: Dict[str, Callable[[str, str], int]] = {
+MOVES: dict[str, Callable[[str, str], int]] = {
     "left": lambda before, after: -len(clusters(before)[-1]),
     "right": lambda before, after: len(clusters(after)[0]),
     "home": lambda before, after: -len(before),
@@ -4802,7 +4796,7 @@ MOVES: Dict[str, Callable[[str, str], int]] = {
     "field left": lambda before, after: -next(FIELD.finditer(before[::-1])).end(),
 }
 # What keys do.
-BINDINGS: Dict[str, Callable[[LineEditor], Optional[Submission]]] = {
+BINDINGS: dict[str, Callable[[LineEditor], Submission | None]] = {
     **dict.fromkeys(("\r", "\n"), LineEditor._enter),
     **dict.fromkeys(("\x7f", "\x08"), lambda self: self._remove("left")),
     **dict.fromkeys(("\x01", "\x1b[H", "\x1bOH", "\x1b[1~", "\x1b[7~"), lambda self: self._move("home")),
@@ -4860,7 +4854,7 @@ def text_width(text: str) -> int:
     return len(text) if text.isascii() else sum(map(char_width, text)) + text.count("\ufe0f")
 
 
-def clusters(text: str) -> List[str]:
+def clusters(text: str) -> list[str]:
     """Splits a text into grapheme clusters, roughly as UAX 29: a letter with its marks, joined emoji, a flag."""
     found = [text[:1]]
     for char in text[1:]:
@@ -4913,7 +4907,7 @@ def wrap(line: str, columns: int) -> str:
     return rows
 
 
-def viewport(prompts: List[str], text: str, cursor: int, columns: int) -> Tuple[str, str, str]:
+def viewport(prompts: list[str], text: str, cursor: int, columns: int) -> tuple[str, str, str]:
     """Returns the first prompt that leaves room for typing, and what is shown of a text before and after the cursor.
 
     All three take at most so many columns. A text that is too long scrolls by half of what fits.
@@ -5029,7 +5023,7 @@ class Terminal:
     Windows cannot select on a console. For `complete`, see the editor.
     """
 
-    def __init__(self, wakeup: Wakeup, complete: Callable[[str], Tuple[int, List[str]]]) -> None:
+    def __init__(self, wakeup: Wakeup, complete: Callable[[str], tuple[int, list[str]]]) -> None:
         self.hung_up = False
         self.colours = not os.environ.get("NO_COLOR")
         self._wakeup = wakeup
@@ -5037,7 +5031,7 @@ class Terminal:
         self._parser = KeyParser()
         self._editor = LineEditor(complete)
         self._suspending = False  # as soon as possible; the terminal is the shell's meanwhile
-        self._printed: List[str] = []  # since the last draw
+        self._printed: list[str] = []  # since the last draw
         self._rows = [""]  # ours, as drawn, the last one up to the character under the cursor
         self._last = ""  # the last row, whole
         self._shown: Any = None  # what was drawn last
@@ -5104,7 +5098,7 @@ class Terminal:
         """Clears the screen at the next draw."""
         self._printed = ["\x1b[H\x1b[2J"]
 
-    def draw(self, waiting: List[str], prompts: List[str]) -> None:
+    def draw(self, waiting: list[str], prompts: list[str]) -> None:
         """Draws our rows anew where something changed: lines that wait, cut to a row each, and the line being typed,
         behind the first prompt that fits."""
         size, (question, text, cursor) = self._size(), self._editor.view()
@@ -5176,9 +5170,7 @@ class Phase:
     OFFLINE, DIALING, REGISTERING, JOINING, IN, LEAVING = range(6)
 
 
-def dial(
-    host: str, port: int, context: Optional[ssl.SSLContext] = None, pin: str = ""
-) -> Union[socket.socket, TlsSocket]:
+def dial(host: str, port: int, context: ssl.SSLContext | None = None, pin: str = "") -> socket.socket | TlsSocket:
     """Connects, and shakes hands where there is a `context` for TLS; raises OSError or UnicodeError."""
     plain = connect(host, port)
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -5220,9 +5212,9 @@ class Uplink:
         self.nick = nick  # the one we have, or have asked for
         self.names_tried = 0  # which were taken
         self.userhost = ""  # user@host of ours, as others see it, as far as it is known
-        self.caps: Set[str] = set()  # granted; until then, wanted of those that are offered
+        self.caps: set[str] = set()  # granted; until then, wanted of those that are offered
         self.negotiated = False  # they are granted
-        self.isupport: Dict[str, str] = {}
+        self.isupport: dict[str, str] = {}
         self.fold: Callable[[str], str] = fold  # as the server compares names
         self.error_text = ""  # the server's last words
         self.asked_id = ""  # of a message; the token of a PING
@@ -5251,7 +5243,7 @@ class Uplink:
         self.phase, self.since = Phase.DIALING, time.monotonic()
         threading.Thread(target=run, daemon=True).start()
 
-    def register(self, sock: Any, password: str, granted: Set[str], token: str) -> None:
+    def register(self, sock: Any, password: str, granted: set[str], token: str) -> None:
         """Begins to register, on a new connection. A server that knows us by a token grants what it has granted before;
         it is told the token before it can find that our nick is taken."""
         self.sock, self.phase = sock, Phase.REGISTERING
@@ -5272,7 +5264,7 @@ class Uplink:
         if wakeup in wait_for(readers, [self.sock] if self.sendq else [], max(seconds, 0)):
             wakeup.clear()
 
-    def receive(self) -> List[Message]:
+    def receive(self) -> list[Message]:
         """What has arrived; raises OSError when the connection has ended."""
         try:
             data = self.sock.recv(RECV_BYTES)
@@ -5366,7 +5358,7 @@ class SendQueue:
     everything sent before it."""
 
     def __init__(self) -> None:
-        self.messages: List[Pending] = []
+        self.messages: list[Pending] = []
         self.sent = 0  # of them are SENT or UNCONFIRMED: the first ones
         self.resent = False  # some of them were sent over a connection that is lost
         self.last_progress = time.monotonic()  # something was added, or acknowledged
@@ -5379,7 +5371,7 @@ class SendQueue:
         self.last_progress = time.monotonic()
         self.messages.append(Pending(target, text))
 
-    def having(self, state: int) -> List[Pending]:
+    def having(self, state: int) -> list[Pending]:
         """Those in a state."""
         return [pending for pending in self.messages if pending.state == state]
 
@@ -5436,8 +5428,8 @@ class HistorySync:
         self.asked = time.monotonic()
         self.pages = 0
         self.batch = ""  # the page's reference
-        self.page: List[Message] = []
-        self.held: List[Message] = []  # what was said meanwhile
+        self.page: list[Message] = []
+        self.held: list[Message] = []  # what was said meanwhile
         self.overflowed = False  # more was said, which is to be asked for
 
 
@@ -5446,10 +5438,10 @@ class Room:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.members: Dict[str, str] = {}  # folded nick -> nick; who spoke last, last
+        self.members: dict[str, str] = {}  # folded nick -> nick; who spoke last, last
         self.unread = 0  # messages since we last spoke here
         self.last = ""  # a reference to the last message, or to when we came (draft/chathistory)
-        self.sync: Optional[HistorySync] = None
+        self.sync: HistorySync | None = None
 
 
 class Rooms:
@@ -5458,15 +5450,15 @@ class Rooms:
     def __init__(self, channel: str, fold: Callable[[str], str]) -> None:
         self.active = channel  # where we speak
         self.pending = channel  # the channel that we have asked to join, to speak there; '' for none
-        self.joined: Dict[str, Room] = {}  # folded name -> room
-        self.rejoin: Dict[str, Room] = {}  # the same for those of the last connection, until we are in again
+        self.joined: dict[str, Room] = {}  # folded name -> room
+        self.rejoin: dict[str, Room] = {}  # the same for those of the last connection, until we are in again
         self.fold = fold  # as the server compares names
 
-    def get(self, name: str) -> Optional[Room]:
+    def get(self, name: str) -> Room | None:
         """The room of this name, if we are in it."""
         return self.joined.get(self.fold(name))
 
-    def others(self) -> List[Room]:
+    def others(self) -> list[Room]:
         """The rooms in which we do not speak."""
         here = self.fold(self.active)
         return [room for key, room in self.joined.items() if key != here]
@@ -5476,7 +5468,7 @@ class Rooms:
         target = message.param(0)
         return message.command != "QUIT" and is_channel(target) and self.fold(target) != self.fold(self.active)
 
-    def syncing(self) -> List[Room]:
+    def syncing(self) -> list[Room]:
         """The rooms for which an answer about the past is waited for."""
         return [room for room in self.joined.values() if room.sync]
 
@@ -5510,7 +5502,7 @@ class SeenIds:
     """The last msgids, so that a message is shown once."""
 
     def __init__(self) -> None:
-        self._ids: Dict[str, None] = {}
+        self._ids: dict[str, None] = {}
 
     def add(self, msgid: str) -> bool:
         """Whether the id is new, as one that is empty or too long always is."""
@@ -5558,7 +5550,7 @@ class Client:
         self.password = ""
         self.reconnects = True
         self.replay = 0  # lines that are shown of what was said before we came
-        self.keys: Dict[str, str] = {}  # folded name -> key of a channel that wants one
+        self.keys: dict[str, str] = {}  # folded name -> key of a channel that wants one
         self.ui = UserInterface()
         self.wakeup = Wakeup()
         self.interrupted = False  # set by any thread or signal handler, which then wakes us
@@ -5567,14 +5559,14 @@ class Client:
         self.queue = SendQueue()
         self.seen = SeenIds()
         self.token = secrets.token_hex(16)  # by which a chat.py server knows us again
-        self.granted: Set[str] = set()  # the capabilities that one has granted: asked for at once the next time
-        self.ignored: Dict[str, str] = {}  # folded nick -> nick of those whose messages are not shown
+        self.granted: set[str] = set()  # the capabilities that one has granted: asked for at once the next time
+        self.ignored: dict[str, str] = {}  # folded nick -> nick of those whose messages are not shown
         self.last_private_sender = ""
         self.names_requested = False  # somebody wants to see the next RPL_NAMREPLY
         self.entered = False  # has been in the chat
         self.attempts = 0  # to connect, in vain
         self.retry_at = 0.0  # monotonic
-        self.status: Optional[int] = None  # exit code, once known
+        self.status: int | None = None  # exit code, once known
 
     def run(self) -> int:
         """Talks until one side ends; returns the exit code, raises FatalError."""
@@ -5805,7 +5797,7 @@ def is_banned(uplink: Uplink) -> bool:
     return bool(BANNED_RE.search(uplink.error_text))
 
 
-def split_message(uplink: Uplink, target: str, message: Message) -> List[str]:
+def split_message(uplink: Uplink, target: str, message: Message) -> list[str]:
     """The text of a message in pieces that fit in a line with our prefix; none where the target is too long."""
     nick = uplink.nick.ljust(uplink.limit("NICKLEN", NICK_CHARS, NICK_BYTES))  # it may change on the way
     userhost = uplink.userhost or "~" + "u" * USER_CHARS + "@" + "h" * 64
@@ -5951,7 +5943,7 @@ def end_sync(client: Client, room: Room) -> None:
 # What a message means to the client, a function by its command; True: there is nothing to show.
 
 MessageHandler = Callable[[Client, Message], bool]
-HANDLERS: Dict[str, MessageHandler] = {}
+HANDLERS: dict[str, MessageHandler] = {}
 
 WANTED_CAPS = {
     "batch", "chghost", "draft/chathistory", "echo-message", "message-tags", "server-time", "standard-replies",
@@ -6004,7 +5996,7 @@ def on_cap(client: Client, message: Message) -> bool:
     return True
 
 
-def on_cap_change(client: Client, verb: str, names: Set[str]) -> None:
+def on_cap_change(client: Client, verb: str, names: set[str]) -> None:
     """CAP NEW, DEL, or the answer to what we asked for then."""
     uplink = client.uplink
     wanted = names & WANTED_CAPS - uplink.caps
@@ -6443,7 +6435,7 @@ def enter_help(client: Client, message: Message) -> None:
         client.ui.show_status(line)
 
 
-LOCAL_COMMANDS: Dict[str, Callable[[Client, Message], None]] = {
+LOCAL_COMMANDS: dict[str, Callable[[Client, Message], None]] = {
     "PRIVMSG": Client.say,
     "QUIT": lambda client, message: client.leave(message.text),
     "JOIN": enter_join,
@@ -6474,7 +6466,7 @@ class PipeUI(UserInterface):
         self._source = source
         self._json = as_json
         self._quiet = quiet
-        self._lines: queue.Queue[Union[bytes, FatalError, None]] = queue.Queue(PIPE_WINDOW)  # None: no more
+        self._lines: queue.Queue[bytes | FatalError | None] = queue.Queue(PIPE_WINDOW)  # None: no more
 
     def start(self) -> None:
         threading.Thread(target=self._read, daemon=True).start()
@@ -6503,7 +6495,7 @@ class PipeUI(UserInterface):
                 mark = b""
         self._put(None)
 
-    def _put(self, item: Union[bytes, FatalError, None]) -> None:
+    def _put(self, item: bytes | FatalError | None) -> None:
         self._lines.put(item)  # waits while there is no room
         self._client.wakeup.wake()
 
@@ -6655,7 +6647,7 @@ def local_time(stamp: str) -> time.struct_time:
         return time.localtime()
 
 
-def completions(client: Client, head: str) -> Tuple[int, List[str]]:
+def completions(client: Client, head: str) -> tuple[int, list[str]]:
     """Where the word at the end of `head` begins, and what it may become: a slash command, a room, or whom we heard
     last."""
     start = head.rfind(" ") + 1
@@ -6680,11 +6672,11 @@ class OperatorCommands(cmd.Cmd):
     def __init__(self, server: Server) -> None:
         super().__init__()
         self.server = server
-        self.answers: List[str] = []  # to one line; only collected, because commands hold the hub's lock
+        self.answers: list[str] = []  # to one line; only collected, because commands hold the hub's lock
         docs = {name: getattr(self, f"do_{name}").__doc__ or "" for name in self.completenames("")}
         self.help = {name: doc.partition(": ") for name, doc in docs.items()}  # grammar, colon, text
 
-    def run(self, line: str) -> List[str]:
+    def run(self, line: str) -> list[str]:
         """Runs a line, if it follows its command's grammar; returns the answer, a line each."""
         name, arg, line = self.parseline(line)
         grammar = self.help.get(name, ("",))[0]
@@ -6696,7 +6688,7 @@ class OperatorCommands(cmd.Cmd):
             self.onecmd(line)
         return self.answers
 
-    def parseline(self, line: str) -> Tuple[str, str, str]:
+    def parseline(self, line: str) -> tuple[str, str, str]:
         """The command, its argument, and both; cmd's own makes commands of ?, ! and EOF."""
         name, _, arg = line.strip().partition(" ")
         return name[name.startswith("/") :].lower(), arg.strip(), line.strip()
@@ -6859,7 +6851,7 @@ class OperatorConsole:
         except KeyboardInterrupt:
             self._server.stop()
 
-    def _complete(self, head: str) -> Tuple[int, List[str]]:
+    def _complete(self, head: str) -> tuple[int, list[str]]:
         start = head.rfind(" ") + 1
         word = head[start:]
         if not start:
@@ -6902,7 +6894,7 @@ def run_server(args: argparse.Namespace) -> int:
     return serve_until_stopped(server, greeting, args.verbose, log_file)
 
 
-def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: Optional[logging.Handler]) -> int:
+def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: logging.Handler | None) -> int:
     """Lets a server serve, with its log and its terminal; returns the exit code."""
     console = OperatorConsole(server) if is_interactive() else None
     handle_signals(server, console, log_file)
@@ -6933,7 +6925,7 @@ def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: 
     return status
 
 
-def handle_signals(server: Server, console: Optional[OperatorConsole], log_file: Optional[logging.Handler]) -> None:
+def handle_signals(server: Server, console: OperatorConsole | None, log_file: logging.Handler | None) -> None:
     """Lets signals end the server; but SIGHUP only when it tells that the operator's terminal is gone."""
 
     def hang_up(*_: Any) -> None:
@@ -6960,7 +6952,7 @@ def is_interactive() -> bool:
     return bool(there) and in_foreground()
 
 
-def tls_from_args(args: argparse.Namespace) -> Tuple[str, Optional[ssl.SSLContext]]:
+def tls_from_args(args: argparse.Namespace) -> tuple[str, ssl.SSLContext | None]:
     """The fingerprint of the server's certificate, and what it encrypts with; ('', None) for no TLS."""
     if not (args.tls or args.tls_only or args.tls_cert):
         if args.tls_key:
@@ -7058,7 +7050,7 @@ class RateLimitFilter(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kinds: Dict[str, Tuple[TokenBucket, List[int]]] = {}  # text before values are put in -> [left out]
+        self._kinds: dict[str, tuple[TokenBucket, list[int]]] = {}  # text before values are put in -> [left out]
 
     def filter(self, record: logging.LogRecord) -> bool:
         bucket, left_out = self._kinds.setdefault(record.msg, (TokenBucket(LOG_BURST, LOG_INTERVAL_S), [0]))
@@ -7070,7 +7062,7 @@ class RateLimitFilter(logging.Filter):
         return True
 
 
-def join_instructions(hosts: List[str], port: int, fingerprint: str, tls_only: bool) -> str:
+def join_instructions(hosts: list[str], port: int, fingerprint: str, tls_only: bool) -> str:
     """How to join, ready to paste."""
     lines = []
     addresses = own_addresses() if {"0.0.0.0", "::"} & set(hosts) else hosts
@@ -7086,7 +7078,7 @@ def join_instructions(hosts: List[str], port: int, fingerprint: str, tls_only: b
     return "\n".join(lines)
 
 
-def own_addresses() -> List[str]:
+def own_addresses() -> list[str]:
     """The addresses under which others may reach this machine. Sends nothing: a datagram socket only picks a route."""
     found = []
     for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # RFC 5737, 3849
@@ -7107,7 +7099,7 @@ class Interrupts:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._looping = False
-        self.terminal: Optional[Terminal] = None
+        self.terminal: Terminal | None = None
         for number in self.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._interrupt)
@@ -7134,7 +7126,7 @@ class Interrupts:
             _thread.start_new_thread(end_soon, (130, self.terminal))
 
 
-def end_soon(status: int, terminal: Optional[Terminal]) -> None:
+def end_soon(status: int, terminal: Terminal | None) -> None:
     """Ends the program after END_S: perhaps a terminal or a pipe takes nothing, and holds up what would end it."""
     time.sleep(END_S)
     try:
@@ -7167,7 +7159,7 @@ def run_client(args: argparse.Namespace) -> int:
         interrupts.ignore()
 
 
-def tls_context(args: argparse.Namespace) -> Optional[ssl.SSLContext]:
+def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
     """What our end of each connection encrypts with; None for clear text."""
     if not (args.tls or args.fingerprint):
         return None
@@ -7177,7 +7169,7 @@ def tls_context(args: argparse.Namespace) -> Optional[ssl.SSLContext]:
         raise FatalError(f"this Python has no TLS: {error}") from None
 
 
-def names_from_args(args: argparse.Namespace) -> Tuple[str, str, str]:
+def names_from_args(args: argparse.Namespace) -> tuple[str, str, str]:
     """Our name, the channel and its key ('' for none), all fit to be sent; raises FatalError."""
     channel, _, key = args.channel.partition(" ")
     try:
@@ -7212,7 +7204,7 @@ def ui_from_args(
     return TerminalUI(client, terminal)
 
 
-def read_password(path: Optional[str]) -> str:
+def read_password(path: str | None) -> str:
     """The first line of a file, what is typed for -, CHAT_PASSWORD, or ''. Never an argument: those can be listed."""
     if path is None:
         return normalize_password(os.environ.get("CHAT_PASSWORD", ""))
@@ -7240,7 +7232,7 @@ def check_password(password: str) -> None:
         raise FatalError("the password cannot be used: whoever types exit leaves")
 
 
-def irc_url(text: str) -> Dict[str, Any]:
+def irc_url(text: str) -> dict[str, Any]:
     """The type of an argument irc://[nick@]host[:port]/[channel[?key]]; ircs is with TLS: draft-butcher-irc-url."""
     form = r"(ircs?)://(?:([^/@]*)@)?(\[[0-9a-f:.]+\]|[^][/:@?#]+)(?::([0-9]{1,5}))?(?:/([^?]*)(?:\?(.*))?)?"
     match = re.fullmatch(form, text, re.IGNORECASE)
@@ -7252,7 +7244,7 @@ def irc_url(text: str) -> Dict[str, Any]:
     scheme, user, host, port, channel, key = parts
     if ":" in user:
         raise argparse.ArgumentTypeError("others can read a password here: use --password-file or CHAT_PASSWORD")
-    found: Dict[str, Any] = {"host": host.strip("[]"), "port": IRC_PORT}
+    found: dict[str, Any] = {"host": host.strip("[]"), "port": IRC_PORT}
     if scheme.lower() == "ircs":
         found.update(port=IRC_TLS_PORT, tls=True)
     if port:
@@ -7396,7 +7388,7 @@ def add_history(modes: Any) -> None:
     history.set_defaults(run=run_history)
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     args = parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):

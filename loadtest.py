@@ -73,7 +73,6 @@ from typing import (
     Optional,
     Pattern,
     Sequence,
-    Set,
     Tuple,
     TypeVar,
     cast,
@@ -209,7 +208,7 @@ class History(NamedTuple):
     name: str
     sender: int  # its own number as a sender, or -1
     order: array[int]  # message numbers as they arrived, typecode 'I', unchecked
-    strange: List[bytes]  # lines that resemble a message of the run and are none
+    strange: list[bytes]  # lines that resemble a message of the run and are none
     first: int  # it was joined for messages first..last-1: only these may be demanded of it
     last: int
 
@@ -226,16 +225,16 @@ class Finding(NamedTuple):
 class View(NamedTuple):
     """What one or several receivers saw alike."""
 
-    receivers: List[History]
+    receivers: list[History]
     order: array[int]  # the first arrival of every message that was sent; no other numbers
 
 
 class Merged(NamedTuple):
     """One order of all messages: that of all views where they agree, else one that most follow."""
 
-    order: List[int]
-    astray: List[Tuple[View, int, int]]  # views that do not follow it: how often they step back in it, how far at least
-    jam: List[Tuple[int, View]]  # where no message was first in all its views: the next message of each view
+    order: list[int]
+    astray: list[tuple[View, int, int]]  # views that do not follow it: how often they step back in it, how far at least
+    jam: list[tuple[int, View]]  # where no message was first in all its views: the next message of each view
 
 
 class Evidence:
@@ -245,7 +244,7 @@ class Evidence:
         self.sent, self.histories, self.echo = sent, histories, echo
         self.ordered = ordered  # an order of all is demanded, so finding it pays
         self.numbers = {number for number, sender in enumerate(sent.senders) if sender >= 0}
-        alike: Dict[bytes, List[History]] = {}
+        alike: dict[bytes, list[History]] = {}
         for history in histories:
             alike.setdefault(history.order.tobytes(), []).append(history)
         self.views = [View(receivers, self.arrivals(receivers[0].order)) for receivers in alike.values()]
@@ -279,7 +278,7 @@ Found = Tuple[int, str]
 def find_loss(evidence: Evidence) -> Found:
     losses, least = 0, (len(evidence.sent.senders), "")
     for view in evidence.views:
-        absent: Dict[Tuple[int, int], Set[int]] = {}
+        absent: dict[tuple[int, int], set[int]] = {}
         for receiver in view.receivers:
             span = receiver.first, receiver.last
             if span not in absent:
@@ -363,10 +362,10 @@ def find_order(evidence: Evidence) -> Found:
     return faults, f"{len(cycle)} receivers together fit no order: {'; '.join(texts)}"
 
 
-def fifo_violations(sent: Sent, order: Sequence[int]) -> List[Tuple[int, int]]:
+def fifo_violations(sent: Sent, order: Sequence[int]) -> list[tuple[int, int]]:
     """Places of a sender's messages next to each other in `order`, the later message first."""
     found = []
-    last: Dict[int, int] = {}
+    last: dict[int, int] = {}
     senders = sent.senders
     for place, message in enumerate(order):
         before = last.get(senders[message], place)
@@ -376,7 +375,7 @@ def fifo_violations(sent: Sent, order: Sequence[int]) -> List[Tuple[int, int]]:
     return found
 
 
-def causality_violations(sent: Sent, order: Sequence[int]) -> List[Tuple[int, int]]:
+def causality_violations(sent: Sent, order: Sequence[int]) -> list[tuple[int, int]]:
     """Places of messages and of what their senders had received before, which comes later in `order`."""
     place = dict(zip(order, itertools.count()))
     causes = map(place.get, map(sent.after.__getitem__, order), repeat(-1))
@@ -384,15 +383,15 @@ def causality_violations(sent: Sent, order: Sequence[int]) -> List[Tuple[int, in
 
 
 def judge(
-    evidence: Evidence, faults: Callable[[Sent, Sequence[int]], List[Tuple[int, int]]]
-) -> Tuple[int, Optional[View], int, int]:
+    evidence: Evidence, faults: Callable[[Sent, Sequence[int]], list[tuple[int, int]]]
+) -> tuple[int, View | None, int, int]:
     """How many `faults` all views have, and the closest two messages, with the view that saw them in this order."""
     suspects = evidence.views
     # A view that follows an order without faults has none.
     if evidence.ordered and not faults(evidence.sent, evidence.merged.order):
         suspects = [view for view, _, _ in evidence.merged.astray]
     total, closest = 0, 0
-    found: Tuple[Optional[View], int, int] = (None, 0, 0)
+    found: tuple[View | None, int, int] = (None, 0, 0)
     for view in suspects:
         pairs = faults(evidence.sent, view.order)
         total += len(pairs) * len(view.receivers)
@@ -410,7 +409,7 @@ def merge(views: Sequence[View], size: int) -> Merged:
     """
     views = sorted(views, key=lambda view: len(view.order), reverse=True)
     rank = [-1] * size  # place in `order`, or -1
-    taken: List[int] = []
+    taken: list[int] = []
     misfits = list(range(len(views)))
     while misfits:
         taken += misfits[: CHAINS + 4 * len(taken)]
@@ -422,29 +421,29 @@ def merge(views: Sequence[View], size: int) -> Merged:
     return Merged(order, [(view, *back) for view, back in zip(views, steps) if back[0]], jam)
 
 
-def first_inversion(order: Sequence[int], rank: List[int]) -> Tuple[int, int]:
+def first_inversion(order: Sequence[int], rank: list[int]) -> tuple[int, int]:
     """How often `order` steps back in rank, or to a message without rank; and how far at least."""
     ranks = [-1, *map(rank.__getitem__, order)]
     steps = [one - other for one, other in zip(ranks, islice(ranks, 1, None)) if one >= other]
     return len(steps), min(steps, default=0)
 
 
-def interleave(views: Sequence[View]) -> Tuple[List[int], List[Tuple[int, View]]]:
+def interleave(views: Sequence[View]) -> tuple[list[int], list[tuple[int, View]]]:
     """Topological sort of all messages of `views`; and where it jammed first (there is no such order), or [].
 
     A message is ready when it stands at the head of all views that hold it. When none is, the one goes that fewest
     receivers have further back: each of them will step back to it.
     """
-    order: List[int] = []
-    jam: List[Tuple[int, View]] = []
-    forced: Set[int] = set()
+    order: list[int] = []
+    jam: list[tuple[int, View]] = []
+    forced: set[int] = set()
     feeds = [filterfalse(forced.__contains__, view.order) for view in views]
-    heads: Dict[int, List[int]] = {}  # message -> the views at whose head it is
-    behind: Dict[int, int] = defaultdict(int)  # message -> receivers that have it further back
+    heads: dict[int, list[int]] = {}  # message -> the views at whose head it is
+    behind: dict[int, int] = defaultdict(int)  # message -> receivers that have it further back
     for view in views:
         for message in view.order:
             behind[message] += len(view.receivers)
-    ready: List[int] = []
+    ready: list[int] = []
     moving: Iterable[int] = reversed(range(len(views)))
     while True:
         for number in moving:
@@ -464,11 +463,11 @@ def interleave(views: Sequence[View]) -> Tuple[List[int], List[Tuple[int, View]]
         moving = heads.pop(order[-1])
 
 
-def disagreement(view: View, others: Sequence[View]) -> Tuple[Optional[View], int, int]:
+def disagreement(view: View, others: Sequence[View]) -> tuple[View | None, int, int]:
     """One of `others` and two messages that `view` saw in this order and the other one in the opposite: the closest."""
     place = dict(zip(view.order, itertools.count()))
     closest = 0
-    found: Tuple[Optional[View], int, int] = (None, 0, 0)
+    found: tuple[View | None, int, int] = (None, 0, 0)
     for other in others:
         shared = list(filter(place.__contains__, other.order))
         at = list(map(place.__getitem__, shared))
@@ -481,9 +480,9 @@ def disagreement(view: View, others: Sequence[View]) -> Tuple[Optional[View], in
     return found
 
 
-def find_cycle(jam: List[Tuple[int, View]]) -> List[int]:
+def find_cycle(jam: list[tuple[int, View]]) -> list[int]:
     """Some messages that block each other in a circle."""
-    blocks: Dict[int, int] = {}  # message -> one that a view saw before it
+    blocks: dict[int, int] = {}  # message -> one that a view saw before it
     heads = {message for message, _ in jam}
     for head, view in jam:
         blocks.update((message, head) for message in heads.intersection(view.order) if message != head)
@@ -493,9 +492,9 @@ def find_cycle(jam: List[Tuple[int, View]]) -> List[int]:
     return chased[chased.index(blocks[chased[-1]]) :]
 
 
-def smallest_cycle(messages: Sequence[int], views: Sequence[View]) -> List[Tuple[int, View]]:
+def smallest_cycle(messages: Sequence[int], views: Sequence[View]) -> list[tuple[int, View]]:
     """Of `messages` the fewest, each with the view that saw it before the next one, the last one before the first."""
-    later: Dict[int, Dict[int, View]] = {message: {} for message in messages}
+    later: dict[int, dict[int, View]] = {message: {} for message in messages}
     for view in views:
         for one, other in combinations(filter(later.__contains__, view.order), 2):
             later[one].setdefault(other, view)
@@ -503,9 +502,9 @@ def smallest_cycle(messages: Sequence[int], views: Sequence[View]) -> List[Tuple
     return min(filter(None, cycles), key=len)
 
 
-def cycle_through(start: int, later: Dict[int, Dict[int, View]]) -> List[Tuple[int, View]]:
+def cycle_through(start: int, later: dict[int, dict[int, View]]) -> list[tuple[int, View]]:
     """The shortest way from `start` back to it, or []."""
-    came: Dict[int, Tuple[int, View]] = {}
+    came: dict[int, tuple[int, View]] = {}
     queue = [start]
     for message in queue:
         for following, view in later[message].items():
@@ -520,7 +519,7 @@ def cycle_through(start: int, later: Dict[int, Dict[int, View]]) -> List[Tuple[i
     return cycle[::-1]
 
 
-FINDERS: Dict[str, Callable[[Evidence], Found]] = {
+FINDERS: dict[str, Callable[[Evidence], Found]] = {
     "loss": find_loss,
     "duplicate": find_duplicate,
     "corruption": find_corruption,
@@ -531,7 +530,7 @@ FINDERS: Dict[str, Callable[[Evidence], Found]] = {
 CHECKS = tuple(FINDERS)
 
 
-def check(sent: Sent, histories: Sequence[History], echo: bool, checks: Collection[str] = CHECKS) -> List[Finding]:
+def check(sent: Sent, histories: Sequence[History], echo: bool, checks: Collection[str] = CHECKS) -> list[Finding]:
     """Judge a complete run: one Finding for each of CHECKS, in that order; those not in `checks` are skipped.
 
     `echo`: senders get their own messages back; if not, these are not demanded of them. Ten million deliveries take
@@ -573,7 +572,7 @@ MEASURES = (*PERMILLE, "throughput", "cpu", "lost")
 PROMISES = {"duplicate": "once", "corruption": "unchanged", "order": "in one order"}  # what a passed check proves
 
 
-def summarize(values: Sequence[float], per_ms: float = 1) -> Dict[str, float]:
+def summarize(values: Sequence[float], per_ms: float = 1) -> dict[str, float]:
     """Exact nearest-rank percentiles in ms of `values`, of which `per_ms` make one ms; {"samples": 0} of none.
 
     Quickest where the values are sorted already.
@@ -585,14 +584,14 @@ def summarize(values: Sequence[float], per_ms: float = 1) -> Dict[str, float]:
     return {"samples": count, **{name: ordered[rank - 1] / per_ms for name, rank in ranks.items()}}
 
 
-def histogram(ordered: Sequence[float], per_ms: float = 1) -> List[List[float]]:
+def histogram(ordered: Sequence[float], per_ms: float = 1) -> list[list[float]]:
     """[upper bound in ms, how many are at most that and above the one before] of sorted values, empty ends cut off."""
     places = [0, *(bisect_right(ordered, round(bound * per_ms, 6)) for bound in BOUNDS)]
     first, last = bisect_right(places, 0) - 1, bisect_right(places, len(ordered) - 1)
     return [[BOUNDS[i], places[i + 1] - places[i]] for i in range(first, last)]
 
 
-def curve(ordered: Sequence[float], per_ms: float = 1) -> List[List[float]]:
+def curve(ordered: Sequence[float], per_ms: float = 1) -> list[list[float]]:
     """[quantile, ms] of sorted values, ten points for each further nine of the quantile, the last one [1, maximum]."""
     count, points, whole = len(ordered), [], 100
     while count * 100 >= whole:
@@ -604,7 +603,7 @@ def curve(ordered: Sequence[float], per_ms: float = 1) -> List[List[float]]:
     return [*points, [1.0, ordered[-1] / per_ms]] if count else []
 
 
-def fit_exponent(points: Sequence[Tuple[float, float]]) -> Optional[float]:
+def fit_exponent(points: Sequence[tuple[float, float]]) -> float | None:
     """The b of the least-squares fit y = a * x**b; None unless two different x > 0 have a y > 0."""
     logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
     if len({x for x, _ in logs}) < 2:
@@ -631,7 +630,7 @@ def parse_threshold(text: str) -> Threshold:
     return measure, comparison, float(number) * TIMES.get(unit, 1.0)
 
 
-def measured(measure: str, result: Result) -> Optional[float]:
+def measured(measure: str, result: Result) -> float | None:
     """What `result` has for one of MEASURES, in the unit of its thresholds; None where not known."""
     value = _at(result, "latency", "corrected", measure)
     if measure == "throughput":
@@ -660,7 +659,7 @@ def _at(tree: Any, *path: str) -> Any:
     return tree
 
 
-def _checks(result: Result, *verdicts: str) -> List[Result]:
+def _checks(result: Result, *verdicts: str) -> list[Result]:
     return [check for check in result.get("checks") or [] if check["verdict"] in verdicts]
 
 
@@ -688,7 +687,7 @@ def escape_controls(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-FORMATS: Dict[str, Callable[[Any], str]] = {
+FORMATS: dict[str, Callable[[Any], str]] = {
     "t": duration,
     "s": lambda seconds: duration(seconds * 1000),
     "n": count,
@@ -740,7 +739,7 @@ def _say(values: Result, phrases: str) -> str:
     return ", ".join(said)
 
 
-def _entry(label: str, text: str) -> List[str]:
+def _entry(label: str, text: str) -> list[str]:
     """`text` wrapped beside its label; nothing where there is no text."""
     first, others = label.ljust(LABEL), " " * LABEL
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
@@ -750,7 +749,7 @@ def _known(text: Callable[[float], str], value: Any) -> str:
     return "-" if value is None else text(value)
 
 
-def _table(*rows: Sequence[str]) -> List[str]:
+def _table(*rows: Sequence[str]) -> list[str]:
     """Columns as wide as their widest text, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
@@ -774,7 +773,7 @@ def text_report(result: Result) -> str:
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def _latency_text(result: Result) -> List[str]:
+def _latency_text(result: Result) -> list[str]:
     rows = [["latency", *PERMILLE, "samples"]]
     for name in ("corrected", "uncorrected", "complete", "undisturbed", "disturbed", "newcomers"):
         summary = _at(result, "latency", name)
@@ -784,7 +783,7 @@ def _latency_text(result: Result) -> List[str]:
     return (_table(*rows) if rows[1:] else []) + _entry("clock", _say(result, "{clock}"))
 
 
-def _histogram_text(buckets: Sequence[Sequence[float]]) -> List[str]:
+def _histogram_text(buckets: Sequence[Sequence[float]]) -> list[str]:
     """A bar for each bucket, neighbours merged until they fit; a dot is something, but less than half a mark."""
     step = -(-len(buckets) // HISTOGRAM_ROWS) or 1
     groups = [buckets[i : i + step] for i in range(0, len(buckets), step)]
@@ -797,7 +796,7 @@ def _histogram_text(buckets: Sequence[Sequence[float]]) -> List[str]:
     return lines
 
 
-def _checks_text(result: Result) -> List[str]:
+def _checks_text(result: Result) -> list[str]:
     """What passed in one line, every failure with its witness, and the thresholds."""
     said = []
     for verdict in ("pass", "skipped", "unknown"):
@@ -874,7 +873,7 @@ def faults_text(rows: Sequence[Result]) -> str:
     return "\n".join(said)
 
 
-def fate_text(fate: Optional[Result]) -> str:
+def fate_text(fate: Result | None) -> str:
     """What became of the disturbers of a run, in one sentence."""
     if not fate:
         return "not known"
@@ -886,7 +885,7 @@ def fate_text(fate: Optional[Result]) -> str:
     return ", ".join(said)
 
 
-def median_of(measure: str, name: str, results: Sequence[Result]) -> Optional[float]:
+def median_of(measure: str, name: str, results: Sequence[Result]) -> float | None:
     """The median of what is known of one target."""
     values = [measured(measure, result) for result in results if _at(result, "target", "name") == name]
     known = [value for value in values if value is not None]
@@ -923,7 +922,7 @@ class _Axis(NamedTuple):
     title: str
     low: float
     high: float
-    ticks: Sequence[Tuple[float, str]]
+    ticks: Sequence[tuple[float, str]]
     start: float = LEFT
     end: float = SIZE[0] - RIGHT
 
@@ -954,7 +953,7 @@ def _pre(text: str) -> str:
     return f"<pre>{html.escape(text)}</pre>"
 
 
-def _names(results: Sequence[Result]) -> List[str]:
+def _names(results: Sequence[Result]) -> list[str]:
     """A name for each result that tells it from the others: target, clients where they differ, a number if need be."""
     sizes = {_at(result, "load", "clients") for result in results}
     phrases = "{target[name]}; {fault[name]}" + "; {load[clients]:n} clients" * (len(sizes) > 1)
@@ -979,7 +978,7 @@ def _tail_points(points: Sequence[Sequence[float]]) -> Points:
 
 def _time_figure(name: str, result: Result) -> str:
     rows = result.get("over_time") or [[0, None, None, None]]
-    lines: List[Tuple[str, Points]] = []
+    lines: list[tuple[str, Points]] = []
     for i, measure in enumerate(("p50", "p99", "max"), 1):
         lines.append((measure, [(row[0], row[i]) for row in rows]))
     low, high = int(rows[0][0]), int(rows[-1][0])
@@ -994,14 +993,14 @@ def _sweep_figure(sweep: Result) -> str:
     labels = ("p50", "p99", "CPU per 1,000 deliveries")
     lines = [(label, list(zip(xs, (point[i] for point in points)))) for i, label in enumerate(labels, 1)]
     low, high = (xs[0], max(xs[-1], xs[0] + 0.1)) if xs else (0.0, 1.0)
-    ticks: List[Tuple[float, str]] = []
+    ticks: list[tuple[float, str]] = []
     for x, point in zip(xs, points):
         if not ticks or x - ticks[-1][0] >= (high - low) / 14:  # nearer ones would overlap
             ticks.append((x, count(point[0])))
     return _figure("Latency and cost by clients", _Axis("clients", low, high, ticks), lines)
 
 
-def _figure(title: str, x: _Axis, lines: Sequence[Tuple[str, Points]]) -> str:
+def _figure(title: str, x: _Axis, lines: Sequence[tuple[str, Points]]) -> str:
     """A chart of times in ms over `x` with its legend; nothing where there is nothing to draw."""
     values = [value for _, points in lines for _, value in points if value is not None]
     if not values:
@@ -1066,14 +1065,14 @@ class Target:
     """
 
     def __init__(
-        self, host: str, port: int, command: Optional[List[str]] = None, pid: int = 0, others: Sequence[Server] = ()
+        self, host: str, port: int, command: list[str] | None = None, pid: int = 0, others: Sequence[Server] = ()
     ) -> None:
         self.host, self.port, self.pid, self.others = host, port, pid, others
         here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
         programs = [word.replace(here, "") for word in command or [] if word.endswith(".py")]
         address = " + ".join(f"{host}:{port}" for host, port in self.servers())
         self.name = (programs or [os.path.basename(word) for word in command or []] or [address])[0]
-        self._process: Optional[subprocess.Popen[bytes]] = None
+        self._process: subprocess.Popen[bytes] | None = None
         if command:
             try:
                 self._start(command)
@@ -1081,7 +1080,7 @@ class Target:
                 self.stop()
                 raise
 
-    def _start(self, command: List[str]) -> None:
+    def _start(self, command: list[str]) -> None:
         self.host = "127.0.0.1"
         self.port = free_port()
         filled = [word.replace("{port}", str(self.port)) for word in command]
@@ -1107,7 +1106,7 @@ class Target:
             f"{' '.join(filled)} does not listen on port {self.port} (as {{port}} in the command says){ended}"
         )
 
-    def servers(self) -> List[Server]:
+    def servers(self) -> list[Server]:
         """Where clients can join."""
         return [(self.host, self.port), *self.others]
 
@@ -1130,7 +1129,7 @@ class Target:
             elif self._process:
                 self._process.terminate()
 
-    def usage(self) -> Optional[Dict[str, float]]:
+    def usage(self) -> dict[str, float] | None:
         """CPU seconds so far, resident MB and threads of the server's process; None where that cannot be seen."""
         if not self.pid or not os.path.exists(f"/proc/{self.pid}/stat"):
             return None
@@ -1175,12 +1174,12 @@ class Client:
         self.name = f"{run.prefix}{number}"
         self.number = number
         self.order = array("I")  # message numbers in the order of arrival, big-endian until the end
-        self.chunks: List[Tuple[int, int, int]] = []  # watched: (time in ns, from, to) in `order`
-        self.strange: List[bytes] = []
+        self.chunks: list[tuple[int, int, int]] = []  # watched: (time in ns, from, to) in `order`
+        self.strange: list[bytes] = []
         self.joined_s = 0.0
         self.failure = ""
         self.until = 0  # end of its last turn to watch, in ns
-        self.present: Set[bytes] = set()  # who is in the channel, as far as it has asked
+        self.present: set[bytes] = set()  # who is in the channel, as far as it has asked
         family, self.address = run.addresses[number % len(run.addresses)]
         self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.lock = threading.Lock()  # of sending: its sender and its answers to PING
@@ -1297,7 +1296,7 @@ class Client:
         if not run.stopping:
             self.failure = self.failure or "the connection was closed"
 
-    def _chunk(self, wait: bool) -> Tuple[Optional[bytes], int]:
+    def _chunk(self, wait: bool) -> tuple[bytes | None, int]:
         """The next bytes (b'' at the end), and when they arrived in ns or 0; None when nothing is there to wait for."""
         try:
             if not KERNEL_CLOCK:
@@ -1349,11 +1348,11 @@ class TlsClient(Client):
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         self.sock = context.wrap_socket(self.sock)
 
-    def _chunk(self, wait: bool) -> Tuple[Optional[bytes], int]:
+    def _chunk(self, wait: bool) -> tuple[bytes | None, int]:
         self.sock.setblocking(False)
         return self._try(partial(self.sock.recv, RECV_BYTES)), time.time_ns()
 
-    def _try(self, call: Callable[[], T]) -> Optional[T]:
+    def _try(self, call: Callable[[], T]) -> T | None:
         """What the call returns; None after some waiting when it could not be done yet."""
         try:
             with self.lock:
@@ -1373,7 +1372,7 @@ def last_line(data: bytes) -> str:
     return (data.decode(errors="replace").strip().splitlines() or ["the connection was closed"])[-1]
 
 
-def with_hint(reason: str, hints: Dict[str, str] = HINTS) -> str:
+def with_hint(reason: str, hints: dict[str, str] = HINTS) -> str:
     """Why a server let somebody down, with the setting that lifts that, where one is known."""
     hint = next((hint for word, hint in hints.items() if word in reason.lower()), "")
     return f"{escape_controls(reason)} (perhaps {hint})" if hint else escape_controls(reason)
@@ -1438,7 +1437,7 @@ class Sender:
                 self.client.send(run.wire.line(number))
 
 
-def resolve(host: str, port: int) -> Tuple[int, Any]:
+def resolve(host: str, port: int) -> tuple[int, Any]:
     """Family and address of a server; raises FatalError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -1469,14 +1468,14 @@ class Run:
         self.stopping = False
         self.behind = self.held = False  # senders without a schedule wait for our receivers now; had to at all
         self.interrupted = False
-        self.visits: Dict[int, float] = {}  # when a newcomer came (ns) -> seconds until it had joined; 0: not yet
+        self.visits: dict[int, float] = {}  # when a newcomer came (ns) -> seconds until it had joined; 0: not yet
         self.clients = [self.client(number) for number in range(load.clients)]
         self.senders = [Sender(self, client) for client in self.clients[: load.senders]]
         self.joined = threading.Semaphore(0)
-        self.threads: List[threading.Thread] = []
+        self.threads: list[threading.Thread] = []
         self.throttled = False  # the server still trickled out messages when we stopped waiting
-        self.before: Optional[Dict[str, float]] = None  # of the server: Target.usage
-        self.afterwards: Optional[Dict[str, float]] = None
+        self.before: dict[str, float] | None = None  # of the server: Target.usage
+        self.afterwards: dict[str, float] | None = None
         self.cpu_s = self.elapsed_s = self.joining_s = 0.0
 
     def client(self, number: int) -> Client:
@@ -1629,7 +1628,7 @@ def reflect(port: int) -> None:
     """The least that a broadcast server can do, for `--calibrate`: passes on what comes, and checks nothing."""
     selector, listener = selectors.DefaultSelector(), socket.create_server(("127.0.0.1", port), backlog=1024)
     selector.register(listener, selectors.EVENT_READ)
-    members: Dict[socket.socket, bytes] = {}  # -> its nick
+    members: dict[socket.socket, bytes] = {}  # -> its nick
     while True:
         for key, _ in selector.select():
             if key.fileobj is listener:
@@ -1640,7 +1639,7 @@ def reflect(port: int) -> None:
                 reflect_from(cast(socket.socket, key.fileobj), selector, members)
 
 
-def reflect_from(sock: socket.socket, selector: selectors.BaseSelector, members: Dict[socket.socket, bytes]) -> None:
+def reflect_from(sock: socket.socket, selector: selectors.BaseSelector, members: dict[socket.socket, bytes]) -> None:
     """Answers or passes on what one socket sent; lines come whole, because our clients send them so."""
     try:
         data = sock.recv(65536)
@@ -1681,11 +1680,11 @@ class Peer:
     What it does may return, to do it again at once. It lets OSError pass, which tells that it was closed.
     """
 
-    def __init__(self, load: Load, address: Tuple[int, Any], over: threading.Event, number: int) -> None:
+    def __init__(self, load: Load, address: tuple[int, Any], over: threading.Event, number: int) -> None:
         self.load, self.over, self.number = load, over, number
         self.random = random.Random(f"{load.seed} {number}")
         self.lives = self.written = self.answers = self.stayed = 0
-        self.closed: List[Tuple[str, Optional[float]]] = []  # why, and after how many seconds, where that is known
+        self.closed: list[tuple[str, float | None]] = []  # why, and after how many seconds, where that is known
         self.sock: socket.socket
         self._address = address
         self._heard = b""
@@ -1729,7 +1728,7 @@ class Peer:
         text = str(said[-1], "utf-8", "replace") if said else error.strerror or str(error)
         return re.sub(r"\bd\d+x\d+\b", "...", text)
 
-    def rest(self, seconds: Optional[float] = None) -> None:
+    def rest(self, seconds: float | None = None) -> None:
         """Does nothing."""
         if self.over.wait(seconds):
             raise Over
@@ -1918,7 +1917,7 @@ FAULTS = {
 }
 
 
-def disturb(fault: Fault, load: Load, address: Tuple[int, Any]) -> int:
+def disturb(fault: Fault, load: Load, address: tuple[int, Any]) -> int:
     """The process of the disturbers: says that it is ready, does it from a line on standard input to its end, and says,
     as JSON, what became of them.
     """
@@ -1943,9 +1942,9 @@ def disturb(fault: Fault, load: Load, address: Tuple[int, Any]) -> int:
     return 0
 
 
-def fates(peers: Sequence[Peer]) -> Dict[str, Any]:
+def fates(peers: Sequence[Peer]) -> dict[str, Any]:
     """What became of disturbers; those that were closed by the reason, with the median of the seconds it took."""
-    closed: Dict[str, List[Optional[float]]] = defaultdict(list)
+    closed: dict[str, list[float | None]] = defaultdict(list)
     for words, after in itertools.chain.from_iterable(peer.closed for peer in peers):
         closed[words].append(after)
     known = {words: [after for after in times if after is not None] for words, times in closed.items()}
@@ -1982,7 +1981,7 @@ class Disturbance:
         command += ["--password-file", args.password_file] if args.password_file else []
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
-        self._witness: Optional[threading.Thread] = None
+        self._witness: threading.Thread | None = None
         cast(Any, self._process.stdout).readline()  # it is ready: starting must not disturb yet
 
     def watch(self, run: Run) -> None:
@@ -1996,7 +1995,7 @@ class Disturbance:
                 cast(Any, self._process.stdin).write(b"\n")
                 cast(Any, self._process.stdin).flush()
 
-    def end(self) -> Optional[Dict[str, Any]]:
+    def end(self) -> dict[str, Any] | None:
         """Ends it; what became of them."""
         try:
             out = self._process.communicate(timeout=2 * STOP_S)[0]
@@ -2011,7 +2010,7 @@ class Disturbance:
 # -----------------------------------------------------------------------------
 
 
-def collect(run: Run) -> Tuple[Sent, array[int]]:
+def collect(run: Run) -> tuple[Sent, array[int]]:
     """What was sent, and when (ns), by message number."""
     total = 1 + max((max(sender.numbers) for sender in run.senders if sender.numbers), default=-1)
     senders, after, times = array("i", [-1]) * total, array("i", [-1]) * total, array("q", [0]) * total
@@ -2032,9 +2031,9 @@ class Latencies:
         self.halves = array("d"), array("d")  # before and since disturbers began
         visits = [(came, 1e3 * took or (time.time_ns() - came) / 1e6) for came, took in list(run.visits.items())]
         self.newcomers = array("d", (took for came, took in visits if came + took * 1e6 >= run.disturbed_at > 0))
-        self.seconds: Dict[int, array[float]] = collections.defaultdict(lambda: array("d"))
-        self.last: Dict[int, float] = {}  # message -> until its last watching receiver had it
-        self.medians: List[Tuple[float, str]] = []
+        self.seconds: dict[int, array[float]] = collections.defaultdict(lambda: array("d"))
+        self.last: dict[int, float] = {}  # message -> until its last watching receiver had it
+        self.medians: list[tuple[float, str]] = []
         start = run.begin + int(run.load.warmup_s * 1e9)
         due = [run.due(number) if run.load.rate else moment for number, moment in enumerate(times)]
         for client in run.clients:
@@ -2054,7 +2053,7 @@ class Latencies:
             if own:
                 self.medians.append((statistics.median(own), client.name))
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """All that the result tells of latency."""
         ordered = sorted(self.corrected)
         complete = array("d", self.last.values())
@@ -2073,7 +2072,7 @@ class Latencies:
             "fairness": self.fairness(),
         }
 
-    def over_time(self) -> List[List[float]]:
+    def over_time(self) -> list[list[float]]:
         """[second, p50, p99, max] for each second."""
         rows = []
         for second, values in sorted(self.seconds.items()):
@@ -2081,7 +2080,7 @@ class Latencies:
             rows.append([second, summary["p50"], summary["p99"], summary["max"]])
         return rows
 
-    def fairness(self) -> Optional[Dict[str, Any]]:
+    def fairness(self) -> dict[str, Any] | None:
         """How the medians of the receivers differ."""
         if len(self.medians) < 2:
             return None
@@ -2089,7 +2088,7 @@ class Latencies:
         return {"best": best, "worst": worst, "ratio": worst / best if best > 0 else None, "slowest": slowest}
 
 
-def analyse(run: Run, args: argparse.Namespace, floor: Optional[Dict[str, float]] = None) -> Dict[str, Any]:
+def analyse(run: Run, args: argparse.Namespace, floor: dict[str, float] | None = None) -> dict[str, Any]:
     """The result of a run, in the form that JSON_HELP describes."""
     if sys.byteorder == "little":
         for client in run.clients:
@@ -2100,7 +2099,7 @@ def analyse(run: Run, args: argparse.Namespace, floor: Optional[Dict[str, float]
     verdicts = {finding.verdict for finding in findings}
     latencies, delivered, sends = Latencies(run, sent, times), run.delivered(), run.sent()
     seconds = max(run.elapsed_s, 1e-9)
-    result: Dict[str, Any] = {
+    result: dict[str, Any] = {
         **conditions(run, args),
         "join": joining(run),
         "sent": sends,
@@ -2125,7 +2124,7 @@ def analyse(run: Run, args: argparse.Namespace, floor: Optional[Dict[str, float]
     return result
 
 
-def judgement(run: Run, args: argparse.Namespace, sent: Sent, echo: bool) -> List[Finding]:
+def judgement(run: Run, args: argparse.Namespace, sent: Sent, echo: bool) -> list[Finding]:
     """What the checker finds. Everybody was joined before the first message and until after the last."""
     checks = set(args.check) - ({"loss"} if run.interrupted else set())  # what was under way is not lost
     histories = []
@@ -2135,7 +2134,7 @@ def judgement(run: Run, args: argparse.Namespace, sent: Sent, echo: bool) -> Lis
     return check(sent, histories, echo, checks)
 
 
-def conditions(run: Run, args: argparse.Namespace) -> Dict[str, Any]:
+def conditions(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """What was run, where, and against what."""
     return {
         "loadtest": VERSION,
@@ -2162,7 +2161,7 @@ def clock(run: Run) -> str:
     return source if run.groups == 1 else f"{source}, of one receiver in {run.groups} at a time, in turn"
 
 
-def failures(run: Run) -> List[str]:
+def failures(run: Run) -> list[str]:
     """Why clients were thrown out, and what else went wrong."""
     found = sorted({with_hint(client.failure) for client in run.clients if client.failure})
     thrown = [f"a client was disconnected: {failure}" for failure in found]
@@ -2171,16 +2170,14 @@ def failures(run: Run) -> List[str]:
     return thrown
 
 
-def joining(run: Run) -> Dict[str, float]:
+def joining(run: Run) -> dict[str, float]:
     """How joining went."""
     took = summarize(array("d", (client.joined_s * 1e3 for client in run.clients)))
     rate = len(run.clients) / max(run.joining_s, 1e-9)
     return {"connects_per_s": rate, "all_joined_s": run.joining_s, "p50": took["p50"], "p99": took["p99"]}
 
 
-def generator(
-    run: Run, times: array[int], floor: Optional[Dict[str, float]], found: Dict[str, float]
-) -> Dict[str, Any]:
+def generator(run: Run, times: array[int], floor: dict[str, float] | None, found: dict[str, float]) -> dict[str, Any]:
     """What the load tester itself adds: lateness of its sends (ms), its share of a core, and whether it limits."""
     late = array("d", [0.0])
     if run.load.rate:
@@ -2205,7 +2202,7 @@ def generator(
     }
 
 
-def cost(run: Run, delivered: int) -> Optional[Dict[str, float]]:
+def cost(run: Run, delivered: int) -> dict[str, float] | None:
     """What the run cost the server, where its process can be seen."""
     if not run.before or not run.afterwards:
         return None
@@ -2243,10 +2240,10 @@ def progress(run: Run) -> None:
 
 
 def one(
-    target: Target, load: Load, args: argparse.Namespace, floor: Optional[Dict[str, float]] = None, fault: str = ""
-) -> Dict[str, Any]:
+    target: Target, load: Load, args: argparse.Namespace, floor: dict[str, float] | None = None, fault: str = ""
+) -> dict[str, Any]:
     """Runs a load against a target, perhaps with a fault in its second half, and analyses it."""
-    disturbance: Optional[Disturbance] = None
+    disturbance: Disturbance | None = None
 
     def turn(run: Run) -> None:
         if disturbance:
@@ -2285,7 +2282,7 @@ def open_target(kind: str, value: str, args: argparse.Namespace) -> Iterator[Tar
         target.stop()
 
 
-def split(command: str) -> List[str]:
+def split(command: str) -> list[str]:
     """A command in words; raises FatalError."""
     try:
         words = shlex.split(command)
@@ -2296,7 +2293,7 @@ def split(command: str) -> List[str]:
     return words
 
 
-def targets(args: argparse.Namespace) -> List[Tuple[str, str]]:
+def targets(args: argparse.Namespace) -> list[tuple[str, str]]:
     """What is to be tested, one or two; raises FatalError."""
     found = [("command", command) for command in args.server_command]
     network = [f"{args.host}:{args.port}"] * bool(args.port) + args.target
@@ -2323,7 +2320,7 @@ def chat_server(chat: str, *more: str) -> str:
     return shlex.join([sys.executable, chat, "server", "--port", "{port}", *more])
 
 
-def calibrate(load: Load, args: argparse.Namespace) -> Optional[Dict[str, float]]:
+def calibrate(load: Load, args: argparse.Namespace) -> dict[str, float] | None:
     """p50 and p99 in ms of the same load against the reflector: what nobody can go below here."""
     command = shlex.join([sys.executable, os.path.abspath(__file__), "--reflect", "{port}"])
     with open_target("command", command, args) as target:
@@ -2348,10 +2345,10 @@ def fault_requirements(args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def run_faults(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
+def run_faults(load: Load, args: argparse.Namespace) -> dict[str, Any]:
     """Each fault in turn, some rounds of that."""
     ((kind, value),) = targets(args)
-    results: List[Dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for fault in args.faults * args.rounds:
         if not args.interrupted:
             with open_target(kind, value, args) as target:
@@ -2359,13 +2356,13 @@ def run_faults(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
     return {"results": results, "sweep": None, "versus": None, "faults": summarize_faults(results)}
 
 
-def summarize_faults(results: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def summarize_faults(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What each fault did to the others: sums and medians of its rounds; the fate of its disturbers in the last."""
     rows = []
     for name in dict.fromkeys(result["fault"]["name"] for result in results):
         rounds = [result for result in results if result["fault"]["name"] == name]
         counts = [(item["check"], item["count"]) for result in rounds for item in result["checks"]]
-        p99: List[Optional[float]] = []
+        p99: list[float | None] = []
         for half in ("undisturbed", "disturbed", "newcomers"):
             known = list(filter(None, (_at(result, "latency", half, "p99") for result in rounds)))
             p99.append(statistics.median(known) if known else None)
@@ -2384,13 +2381,13 @@ def summarize_faults(results: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
     return rows
 
 
-def document(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
+def document(load: Load, args: argparse.Namespace) -> dict[str, Any]:
     """All that the arguments ask for: one result, a sweep, two targets in turn, or faults."""
     if args.faults:
         return run_faults(load, args)
     found = targets(args)
     rounds = args.rounds if len(found) > 1 else 1
-    results: List[Dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for _ in range(rounds):
         for size in args.sweep or [load.clients]:
             this = load._replace(clients=size, senders=min(load.senders, size))
@@ -2411,13 +2408,13 @@ def document(load: Load, args: argparse.Namespace) -> Dict[str, Any]:
     }
 
 
-def tell_apart(pair: List[Dict[str, Any]]) -> None:
+def tell_apart(pair: list[dict[str, Any]]) -> None:
     """Gives the second of two results another name if it has the first's."""
     if len(pair) == 2 and pair[0]["target"]["name"] == pair[1]["target"]["name"]:
         pair[1]["target"]["name"] += " (2)"
 
 
-def sweep_result(results: List[Dict[str, Any]]) -> Dict[str, Any]:
+def sweep_result(results: list[dict[str, Any]]) -> dict[str, Any]:
     """How latency and cost grow with the number of clients; the exponent is that of the server's CPU per message."""
     points = []
     for result in results:
@@ -2428,7 +2425,7 @@ def sweep_result(results: List[Dict[str, Any]]) -> Dict[str, Any]:
     return {"points": points, "exponent": fit_exponent(growth)}
 
 
-def compare_result(names: List[str], results: List[Dict[str, Any]], rounds: int) -> Dict[str, Any]:
+def compare_result(names: list[str], results: list[dict[str, Any]], rounds: int) -> dict[str, Any]:
     """Ratios, first to second, of the medians of two targets."""
     ratios = {}
     for measure in MEASURES[:-1]:
@@ -2438,7 +2435,7 @@ def compare_result(names: List[str], results: List[Dict[str, Any]], rounds: int)
     return {"names": names[:2], "rounds": rounds, "ratios": ratios}
 
 
-def exit_code(found: Dict[str, Any], args: argparse.Namespace) -> int:
+def exit_code(found: dict[str, Any], args: argparse.Namespace) -> int:
     """0 passed, 1 violation or nothing known, 3 the load tester was the limit (--strict), 99 threshold, 130 stopped."""
     results = found["results"]
     if any(result["verdict"] == "FAIL" for result in results):
@@ -2480,7 +2477,7 @@ def address(text: str) -> str:
     return text
 
 
-def rival(text: str) -> Tuple[str, str]:
+def rival(text: str) -> tuple[str, str]:
     """The type of --versus: what `open_target` takes."""
     if os.path.isfile(text):
         return "command", chat_server(text)
@@ -2490,22 +2487,22 @@ def rival(text: str) -> Tuple[str, str]:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a file nor HOST:PORT") from None
 
 
-def numbers(text: str) -> List[int]:
+def numbers(text: str) -> list[int]:
     """The type of --sweep."""
     return [int_between(2, 100_000)(item) for item in text.split(",")]
 
 
-def checks(text: str) -> List[str]:
+def checks(text: str) -> list[str]:
     """The type of --check."""
     return choice(text, CHECKS)
 
 
-def faults(text: str) -> List[str]:
+def faults(text: str) -> list[str]:
     """The type of --faults."""
     return choice(text, FAULTS)
 
 
-def choice(text: str, known: Collection[str]) -> List[str]:
+def choice(text: str, known: Collection[str]) -> list[str]:
     """Some of the known names."""
     names = text.split(",")
     if not set(names) <= set(known):
@@ -2568,14 +2565,7 @@ def parser() -> argparse.ArgumentParser:
     load("-r", "--rate", type=non_negative, default=100.0, help="messages/s in all; 0: as accepted (%(default)s)")
     load("-d", "--duration", type=non_negative, default=8.0, help="seconds measured (%(default)s)")
     load("-w", "--warmup", type=non_negative, default=1.0, help="seconds before that, not measured (%(default)s)")
-    load(
-        "-s",
-        "--size",
-        type=int_between(MIN_SIZE, MAX_SIZE),
-        metavar="BYTES",
-        default=64,
-        help="of a text (%(default)s)",
-    )
+    load("-s", "--size", type=int_between(MIN_SIZE, MAX_SIZE), metavar="N", default=64, help="bytes (%(default)s)")
     load("--seed", type=int, default=1, help="of the texts (%(default)s)")
     load("--proto", choices=("irc", "plain", "json"), default="irc", help="(%(default)s)")
     load("--channel", default="#chat", help="(%(default)s)")
@@ -2649,7 +2639,7 @@ def raise_descriptor_limit(needed: int) -> None:
             raise FatalError(f"{needed} descriptors are needed and {soft} allowed; raise that with ulimit -n {needed}")
 
 
-def write_output(found: Dict[str, Any], args: argparse.Namespace) -> None:
+def write_output(found: dict[str, Any], args: argparse.Namespace) -> None:
     """Prints the report, and writes the files that were asked for."""
     for path, content in ((args.json, json.dumps(found, indent=1)), (args.html, html_report(found))):
         if path:
@@ -2667,7 +2657,7 @@ def write_output(found: Dict[str, Any], args: argparse.Namespace) -> None:
             print(text(found[key]))
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs what the arguments ask for; returns the exit code."""
     top = parser()
     args = top.parse_args(argv)

@@ -60,7 +60,7 @@ import xml.etree.ElementTree as ElementTree
 from array import array
 from fractions import Fraction
 from itertools import combinations
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Sequence
 from unittest import mock
 
 try:
@@ -85,7 +85,7 @@ SOURCES = {module: (HERE / f"{module.__name__}.py").read_text(encoding="utf-8") 
 class Shape(unittest.TestCase):
     """The file itself: its map, its layers, the size of its pieces."""
 
-    def sections(self, source: str) -> Dict[str, Tuple[int, int]]:
+    def sections(self, source: str) -> dict[str, tuple[int, int]]:
         lines = source.splitlines()
         bar = "# " + "-" * 77
         starts = [i for i in range(1, len(lines) - 1) if lines[i - 1] == lines[i + 1] == bar]
@@ -146,7 +146,7 @@ class Readme(unittest.TestCase):
     def test_it_is_short(self) -> None:
         self.assertLessEqual(len(README.splitlines()), 300)
 
-    def commands(self, program: str) -> List[List[str]]:
+    def commands(self, program: str) -> list[list[str]]:
         """The arguments of each command that runs a program, up to a pipe or a redirection."""
         found = []
         for match in re.finditer(rf"python3? {program}\.py(?: +([^`\n]*))?", README):
@@ -334,7 +334,7 @@ class WireFormat(unittest.TestCase):
                 self.assertEqual(chat.format_line(message), line)
 
     def test_line_buffer(self) -> None:
-        cases: List[Tuple[bytes, List[Optional[bytes]], bytes]] = [
+        cases: list[tuple[bytes, list[bytes | None], bytes]] = [
             (b"a\nb\r\nc", [b"a", b"b"], b"c"),
             (b"\n\r\n\n", [], b""),
             (b"a\rb\n", [b"a\rb"], b""),
@@ -655,7 +655,7 @@ class HistoryCase(unittest.TestCase):
         stamp = {"time": chat.server_time(number / 1e6), "msgid": f"{number:x}"}
         return Message("PRIVMSG", ("#chat", text), "bob!bob@host", {**stamp, **tags})
 
-    def lines(self, history: chat.MemoryHistory, channel: str) -> List[int]:
+    def lines(self, history: chat.MemoryHistory, channel: str) -> list[int]:
         return [chat.sequence(item) for item in history.fetch(channel, 0, chat.MAX_SEQUENCE, chat.MAX_SEQUENCE, True)]
 
 
@@ -667,7 +667,7 @@ class Kept(HistoryCase):
         rng = random.Random(5)
         names = ("#chat", "#chat 1f", "#chat 2f", "#chatter", "#empty")
         for history in (chat.MemoryHistory(), self.sqlite()):
-            known: List[Tuple[str, Message]] = []
+            known: list[tuple[str, Message]] = []
             last = 0
             for _ in range(60):
                 batch = []
@@ -894,7 +894,7 @@ class HistoryFiles(HistoryCase):
 
     def test_starting_takes_no_longer_with_many_channels(self) -> None:
         """Counts SQLite's steps, not time."""
-        steps: List[int] = []
+        steps: list[int] = []
         connect: Any = chat.SqliteHistory._connect
 
         def counted(*args: Any) -> Any:
@@ -949,8 +949,8 @@ class State(unittest.TestCase):
         hub = chat.Hub("s")
         sessions = [self.session(f"u{number}", rng.choice(self.DIALECTS)) for number in range(rng.randint(1, 12))]
         channels = [chat.Channel(f"#{name}") for name in "abc"[: rng.randint(1, 3)]]
-        expected: Dict[chat.Session, List[bytes]] = {session: [] for session in sessions}
-        got: Dict[chat.Session, bytes] = {session: b"" for session in sessions}
+        expected: dict[chat.Session, list[bytes]] = {session: [] for session in sessions}
+        got: dict[chat.Session, bytes] = {session: b"" for session in sessions}
         for step in range(rng.randint(1, 60)):
             session, channel = rng.choice(sessions), rng.choice(channels)
             message = Message("PRIVMSG", (channel.name, str(step)), session.prefix, {"time": "T"})
@@ -988,8 +988,8 @@ class State(unittest.TestCase):
         session.dialect = session.output = dialect
         return session
 
-    def collect(self, hub: chat.Hub, got: Dict[chat.Session, bytes]) -> None:
-        seen: Set[chat.Session] = set()
+    def collect(self, hub: chat.Hub, got: dict[chat.Session, bytes]) -> None:
+        seen: set[chat.Session] = set()
         for data, sessions, count in chat.FanOut(chat.commit(hub, hub.drain_log())).payloads():
             self.assertEqual(data.count(b"\n"), count)
             for session in sessions:
@@ -1087,7 +1087,7 @@ class State(unittest.TestCase):
         with mock.patch.object(hub.idle, "wait"):  # for the mailer, between two queries
             for line in ("JOIN #a", "CHATHISTORY LATEST #a * 5", "CAP REQ :batch", "CHATHISTORY LATEST #a * 5"):
                 chat.handle_line(hub, session, line.encode())
-        got: Dict[chat.Session, bytes] = {session: b""}
+        got: dict[chat.Session, bytes] = {session: b""}
         self.collect(hub, got)
         lines = [chat.parse(line).command for line in got[session].decode().splitlines()]
         self.assertEqual(lines[-3:], ["CAP", "BATCH", "BATCH"])
@@ -1127,7 +1127,7 @@ class StateParts(unittest.TestCase):
 
     def test_a_turnstile_lets_through_one_after_another(self) -> None:
         lock, is_open = threading.Lock(), False
-        through: List[int] = []
+        through: list[int] = []
         turnstile = chat.Turnstile(lock, lambda: is_open)
 
         def wait(number: int) -> None:
@@ -1170,18 +1170,18 @@ class StateParts(unittest.TestCase):
 class Peer:
     """A raw connection to a server under test."""
 
-    def __init__(self, port: int, data: str = "", sock: Optional[socket.socket] = None) -> None:
+    def __init__(self, port: int, data: str = "", sock: socket.socket | None = None) -> None:
         self.sock = sock or socket.create_connection(("127.0.0.1", port), PATIENCE)
         self.sock.settimeout(PATIENCE)
         self.buffer = b""
-        self.seen: List[str] = []
+        self.seen: list[str] = []
         if data:
             self.send(data)
 
     def send(self, data: str) -> None:
         self.sock.sendall(data.encode())
 
-    def line(self) -> Optional[str]:
+    def line(self) -> str | None:
         """The next line without its end; None when the connection has ended."""
         while b"\n" not in self.buffer:
             try:
@@ -1214,7 +1214,7 @@ class Peer:
         before, _, self.buffer = self.buffer.partition(end)
         return before + end
 
-    def rest(self) -> List[str]:
+    def rest(self) -> list[str]:
         """All lines up to the end of the connection, for whose other half nobody then has to wait."""
         lines = list(iter(self.line, None))
         with contextlib.suppress(OSError):
@@ -1227,7 +1227,7 @@ class Peer:
             below.setblocking(False)
             return len(below.recv(1 << 24, socket.MSG_PEEK))
 
-    def sync(self) -> List[str]:
+    def sync(self) -> list[str]:
         """IRC: everything that the server had sent before it answered a PING."""
         token = f"sync{random.random()}"
         self.send(f"PING {token}\r\n")
@@ -1278,7 +1278,7 @@ class ServerCase(Waiting):
     def serve(self, server: chat.Server) -> None:
         """Begins a server, and ends it after the test."""
         self.server, self.port = server, server.address[1]
-        self.watcher: Optional[Peer] = None
+        self.watcher: Peer | None = None
         self.thread = threading.Thread(target=server.serve)
         self.thread.start()
         self.addCleanup(self.stop, self.server, self.thread)
@@ -1289,9 +1289,9 @@ class ServerCase(Waiting):
         self.assertFalse(thread.is_alive(), "the server did not stop")
 
     @contextlib.contextmanager
-    def logs(self, least: int = logging.INFO) -> Iterator[List[str]]:
+    def logs(self, least: int = logging.INFO) -> Iterator[list[str]]:
         """What is logged meanwhile, with its level, which is `least` or higher; something has to be."""
-        found: List[str] = []
+        found: list[str] = []
 
         def log_later(level: int, text: str, *values: object) -> None:
             if level >= least:
@@ -1318,7 +1318,7 @@ class ServerCase(Waiting):
         """How many there are, also of those who are to be told something before they are closed."""
         return len(self.server.mailer)
 
-    def counts(self, asker: Optional[Peer] = None) -> Tuple[int, int, int]:
+    def counts(self, asker: Peer | None = None) -> tuple[int, int, int]:
         """How many hold a name, how many connections have none, and how many channels there are.
 
         Somebody is asked who does not count, or `asker`, who does.
@@ -1365,7 +1365,7 @@ class ServerCase(Waiting):
         peer.until(" 366 ")
         return peer
 
-    def two(self, *caps: str) -> Tuple[Peer, Peer]:
+    def two(self, *caps: str) -> tuple[Peer, Peer]:
         """Clients ann and bob in #chat, who have read all that they were sent."""
         ann, bob = self.irc("ann", *caps), self.irc("bob", *caps)
         ann.sync()
@@ -1405,7 +1405,7 @@ class ServerCase(Waiting):
             said = [line.rpartition(" ")[2] for line in told[0] if line.startswith(f":u{number}!")]
             self.assertEqual(said, [str(n) for n in range(count)])
 
-    def answers(self, peer: Peer, rows: List[Tuple[str, List[str]]]) -> None:
+    def answers(self, peer: Peer, rows: list[tuple[str, list[str]]]) -> None:
         """Sends lines of IRC, and compares what is answered with what must be in it."""
         for line, replies in rows:
             with self.subTest(line):
@@ -1573,10 +1573,10 @@ class PlainPeople(ServerCase):
 
 
 class JsonScripts(ServerCase):
-    def script(self, *items: Dict[str, Any]) -> Peer:
+    def script(self, *items: dict[str, Any]) -> Peer:
         return self.peer("".join(json.dumps(item) + "\n" for item in items))
 
-    def next(self, peer: Peer) -> Dict[str, Any]:
+    def next(self, peer: Peer) -> dict[str, Any]:
         item = json.loads(peer.line() or "null")
         self.assertIsInstance(item, dict)
         item.pop("time", None)
@@ -1800,7 +1800,7 @@ class Leaving(ServerCase):
         self.bot = self.peer('{"type":"join","user":"bot"}\n')
         self.bot.until("bot joined")
 
-    def leave(self, name: str) -> Tuple[str, str, str]:
+    def leave(self, name: str) -> tuple[str, str, str]:
         """How people, scripts and IRC clients are told that somebody has left."""
         told = json.loads(self.bot.until(f"*** {name} left"))
         return self.ann.until(f"*** {name} left"), told["text"], self.eye.until(f":{name}!{name}@localhost QUIT")
@@ -1955,7 +1955,7 @@ class Stage(ServerCase):
         for name in ("eve", "bob", "ann"):
             self.people[name].sync()
 
-    def play(self, *steps: Tuple[str, str, str | Dict[str, List[str]]]) -> None:
+    def play(self, *steps: tuple[str, str, str | dict[str, list[str]]]) -> None:
         """Lets somebody send a line; what they get, or what each gets, but for the server's name, and nothing else."""
         for name, line, wanted in steps:
             with self.subTest(f"{name}: {line}"):
@@ -1968,10 +1968,10 @@ class Stage(ServerCase):
                 self.assertEqual({who: lines for who, lines in found.items() if lines}, expected)
 
     @staticmethod
-    def names(to: str, channel: str, names: str) -> List[str]:
+    def names(to: str, channel: str, names: str) -> list[str]:
         return [f"353 {to} = {channel} :{names}", f"366 {to} {channel} :End of NAMES list"]
 
-    def both(self, line: str) -> Dict[str, List[str]]:
+    def both(self, line: str) -> dict[str, list[str]]:
         return {"ann": [f":ann!ann@localhost {line}"], "bob": [f":ann!ann@localhost {line}"]}
 
 
@@ -2028,7 +2028,7 @@ class ChannelModes(Stage):
         )  # fmt: skip
 
     def test_who_may_speak(self) -> None:
-        def said(text: str) -> List[str]:
+        def said(text: str) -> list[str]:
             return [f":bob!bob@localhost PRIVMSG #chat :{text}"]
 
         silent = "404 bob #chat :you are banned from #chat, so you cannot write there"
@@ -2260,7 +2260,7 @@ class Capabilities(ServerCase):
 
     LABELS = ("batch", "labeled-response", "message-tags", "server-time")
 
-    def pair(self, *caps: str) -> Tuple[Peer, Peer, Peer]:
+    def pair(self, *caps: str) -> tuple[Peer, Peer, Peer]:
         """One with the capabilities, one without, and bob, whom they are about."""
         able, plain, bob = self.irc("able", *caps), self.irc("plain"), self.irc("bob")
         for peer in (able, plain):
@@ -2380,7 +2380,7 @@ class Identity(ServerCase):
     def test_exactly_one_of_many_gets_a_name(self) -> None:
         peers = [self.peer() for _ in range(20)]
         gate = threading.Barrier(len(peers))
-        answers: List[Optional[str]] = []
+        answers: list[str | None] = []
 
         def ask(peer: Peer) -> None:
             gate.wait(PATIENCE)
@@ -2490,7 +2490,7 @@ class Pressure(ServerCase):
         stalled = Peer(self.port, "NICK mud\r\nUSER mud 0 * :mud\r\nJOIN #chat\r\n", sock)
         self.addCleanup(stalled.close)
         ann.until("mud!mud@localhost JOIN")
-        texts: List[str] = []
+        texts: list[str] = []
         with at_once(functools.partial(self.write, bob, 30000)), self.logs(logging.WARNING):
             while len(texts) < 30000:
                 line = ann.line() or self.fail("ann was dropped")
@@ -2515,7 +2515,7 @@ class Pressure(ServerCase):
         longest = 0
         commit = chat.commit
 
-        def watched(hub: chat.Hub, batch: List[chat.Call]) -> List[chat.Effect]:
+        def watched(hub: chat.Hub, batch: list[chat.Call]) -> list[chat.Effect]:
             nonlocal longest
             effects = commit(hub, batch)
             messages = sum(len(effect.messages) for effect in effects if isinstance(effect, chat.Unicast))
@@ -2900,7 +2900,7 @@ class SlowStart(socket.socket):
 class TlsSockets(TlsCase):
     """TlsSocket as a server and as a client, opposite another one or Python's own."""
 
-    def pair(self) -> Tuple[socket.socket, socket.socket]:
+    def pair(self) -> tuple[socket.socket, socket.socket]:
         """Two connected sockets with little room."""
         with socket.create_server(("127.0.0.1", 0)) as listening:
             client = socket.create_connection(listening.getsockname(), PATIENCE)
@@ -2912,13 +2912,13 @@ class TlsSockets(TlsCase):
             self.addCleanup(sock.close)
         return server, client
 
-    def unmet(self, pin: str = "") -> Tuple[chat.TlsSocket, chat.TlsSocket]:
+    def unmet(self, pin: str = "") -> tuple[chat.TlsSocket, chat.TlsSocket]:
         """A server and a client before the handshake."""
         below = self.pair()
         server = chat.TlsSocket(below[0], self.server_context(), True)
         return server, chat.TlsSocket(below[1], chat.client_context(True), pin=pin)
 
-    def ends(self) -> Tuple[chat.TlsSocket, chat.TlsSocket]:
+    def ends(self) -> tuple[chat.TlsSocket, chat.TlsSocket]:
         """A server and a client after the handshake, non-blocking."""
         server, client = self.unmet()
         self.both(server.handshake, client.handshake)
@@ -2935,7 +2935,7 @@ class TlsSockets(TlsCase):
         ends = self.ends()
         sizes = {ends[0]: 5_000_000, ends[1]: 3_000_000}
         texts = {sock: random.Random(size).getrandbits(8 * size).to_bytes(size, "big") for sock, size in sizes.items()}
-        found: Dict[chat.TlsSocket, bytes] = {}
+        found: dict[chat.TlsSocket, bytes] = {}
 
         def send(sock: chat.TlsSocket) -> None:
             rest = memoryview(texts[sock])
@@ -2958,7 +2958,7 @@ class TlsSockets(TlsCase):
 
     def test_it_talks_with_another_tls(self) -> None:
         below = self.pair()
-        other: List[ssl.SSLSocket] = []
+        other: list[ssl.SSLSocket] = []
         sock = chat.TlsSocket(below[0], self.server_context(), True)
         self.both(sock.handshake, lambda: other.append(chat.client_context(True).wrap_socket(below[1])))
         self.addCleanup(other[0].close)
@@ -3123,7 +3123,7 @@ class Encrypted(ServerCase, TlsCase):
                     tls.handshake()
                     self.assertEqual(self.receive(tls, 17), b"Enter your name: ")
 
-    def sessions(self, count: int) -> List[chat.Session]:
+    def sessions(self, count: int) -> list[chat.Session]:
         self.eventually(lambda: len(self.server.hub.sessions) == count, "not all are there")
         return list(self.server.hub.sessions)
 
@@ -3220,14 +3220,14 @@ class PastCase(ServerCase):
         "standard-replies",
     )  # fmt: skip
 
-    def talk(self, count: int) -> Tuple[Peer, List[Message]]:
+    def talk(self, count: int) -> tuple[Peer, list[Message]]:
         """ann, who has said `count` lines, and their echoes."""
         ann = self.irc("ann", *self.CAPS)
         for number in range(count):
             ann.send(f"PRIVMSG #chat :line {number}\r\n")
         return ann, [chat.parse(ann.until(" PRIVMSG ")) for _ in range(count)]
 
-    def ask(self, peer: Peer, command: str) -> List[Message]:
+    def ask(self, peer: Peer, command: str) -> list[Message]:
         """The messages of the batch that answers a command."""
         peer.send(f"{command}\r\n")
         lines = [chat.parse(line) for line in peer.sync()]
@@ -3413,14 +3413,14 @@ class Unreliable(chat.MemoryHistory):
         self.may_go = threading.Event()
         self.may_go.set()
 
-    def append(self, messages: List[Tuple[str, Message]], states: Sequence[chat.ChannelState] = ()) -> None:
+    def append(self, messages: list[tuple[str, Message]], states: Sequence[chat.ChannelState] = ()) -> None:
         self.waits = not self.may_go.is_set()
         self.may_go.wait(PATIENCE)
         if self.why:
             raise chat.StorageError(self.why)
         super().append(messages, states)
 
-    def fetch(self, *args: Any) -> List[Message]:
+    def fetch(self, *args: Any) -> list[Message]:
         if self.why:
             raise chat.StorageError(self.why)
         return super().fetch(*args)
@@ -3450,7 +3450,7 @@ class Receipts(ServerCase):
     def test_a_repeat_is_confirmed_only_if_the_first_was_stored(self) -> None:
         ann = self.irc("ann", "echo-message", "message-tags", "standard-replies", chat.RESUME_CAP)
         other = self.irc("bob", "echo-message", "message-tags", "standard-replies", token="x" * 16)
-        obeyed: List[Tuple[Any, ...]] = []
+        obeyed: list[tuple[Any, ...]] = []
 
         def counted(*args: Any, handle_line: Any = chat.handle_line) -> None:
             handle_line(*args)
@@ -3483,8 +3483,8 @@ class Receipts(ServerCase):
         crew = [self.irc(name, *caps, token=name * 8) for name in ("ann", "bob", "cat")]
         other = sqlite3.connect(path, isolation_level=None)
         self.addCleanup(other.close)
-        echoed: Set[str] = set()
-        failed: Set[str] = set()
+        echoed: set[str] = set()
+        failed: set[str] = set()
         with mock.patch.object(chat, "DEDUP_IDS", 3), self.logs():
             for turn in range(4):
                 other.execute("BEGIN IMMEDIATE")
@@ -3563,7 +3563,7 @@ class ResumeCase(ServerCase):
         start = f"CAP REQ :{caps}\r\nRESUME {token}\r\nNICK {name}\r\nUSER {name} 0 * :x\r\nCAP END\r\n"
         return self.peer_from(address, self.port, start)
 
-    def both(self) -> Tuple[Peer, Peer]:
+    def both(self) -> tuple[Peer, Peer]:
         """ann, and bob who can come back, in one channel."""
         ann, bob = self.irc("ann"), self.bob()
         bob.send("JOIN #chat\r\n")
@@ -3783,9 +3783,9 @@ class Resent(ResumeCase):
             peer.sync()
         line = f"@{chat.ID_TAG}=1 PRIVMSG #chat :hello\r\n"
         commit = chat.commit
-        batches: List[chat.Call] = []
+        batches: list[chat.Call] = []
 
-        def held_up(hub: chat.Hub, batch: List[chat.Call]) -> List[chat.Effect]:
+        def held_up(hub: chat.Hub, batch: list[chat.Call]) -> list[chat.Effect]:
             batches.extend(batch)
             whole = [] if sum(call.message.text == "hello" for call in batches) < 2 else list(batches)
             del batches[: len(whole)]
@@ -3828,7 +3828,7 @@ class Restarted(ServerCase):
         peer.sync()
         return peer
 
-    def tried(self, peer: Peer, channel: str) -> List[str]:
+    def tried(self, peer: Peer, channel: str) -> list[str]:
         """What somebody gets who joins, from a file and from memory."""
         peer.send(f"JOIN {channel}\r\n")
         return [line.partition(" ")[2] if line.startswith(":chat") else line for line in peer.sync()]
@@ -3971,7 +3971,7 @@ class Soup:
     def text(self) -> str:
         return " ".join(self.word() for _ in range(self.rng.choice((0, 1, 1, 2, 3, 5))))
 
-    def tags(self) -> Dict[str, str]:
+    def tags(self) -> dict[str, str]:
         return {self.rng.choice(self.TAGS): self.word() for _ in range(self.rng.choice((0, 0, 0, 1, 1, 2, 4)))}
 
     def message(self, commands: Sequence[str], sources: Sequence[str] = ("",)) -> Message:
@@ -3990,7 +3990,7 @@ class Soup:
 
     def json(self) -> str:
         kinds = ("chat", "chat", "chat", "command", "private", "join", "odd", 1, None)
-        item: Dict[str, Any] = {"type": self.rng.choice(kinds)}
+        item: dict[str, Any] = {"type": self.rng.choice(kinds)}
         for key in ("text", "text", "to", "ref", "user", "channel", "odd"):
             if self.rng.random() < 0.5:
                 item[key] = self.rng.choice((*[self.text()] * 20, None, 1, [], {"a": [{}]}, 1e400))
@@ -4183,7 +4183,7 @@ class Disturber:
         self.reads = reads or end == "half"
 
     @staticmethod
-    def pump(disturbers: List[Disturber]) -> None:
+    def pump(disturbers: list[Disturber]) -> None:
         """Lets those who can send and read; takes out those who have done."""
         reading = [one for one in disturbers if one.reads]
         writing = [one for one in disturbers if one.data]
@@ -4223,7 +4223,7 @@ class FuzzServer(ServerCase):
     CHANNELS = ("#a", "#b", "#c")
     # How a visit begins in each dialect, how something is said, and what else is done:
     # {0} name, {1} text, {2} channel, {3} capabilities.
-    DIALECTS: List[Tuple[str, str, List[str]]] = [
+    DIALECTS: list[tuple[str, str, list[str]]] = [
         ("{0}", "{1}", ["/who", "/join {2}", "/nick {0}x", "/topic {1}", "/msg ann {1}", "/away", "/whois bob", "/"]),
         (
             '{{"type": "join", "user": "{0}"}}',
@@ -4239,7 +4239,7 @@ class FuzzServer(ServerCase):
     ]  # fmt: skip
 
     def setUp(self) -> None:
-        self.flaws: List[str] = []
+        self.flaws: list[str] = []
         self.handled = itertools.count()
         for patch in (
             mock.patch.multiple(chat, ERROR_PAUSE_S=0.0, RESUME_GRACE_S=0.05, PROMPT_S=60.0, MAX_RESUMABLE=3),
@@ -4261,7 +4261,7 @@ class FuzzServer(ServerCase):
         for witness in self.witnesses:
             witness.seen = []
 
-    def checked(self, effects: List[chat.Effect], fan_out: Any = chat.FanOut) -> Any:
+    def checked(self, effects: list[chat.Effect], fan_out: Any = chat.FanOut) -> Any:
         """All that is sent to anybody passes here."""
         payloads = list(fan_out(effects).payloads())
         for data, sessions, _ in payloads:
@@ -4344,7 +4344,7 @@ class FuzzServer(ServerCase):
                 disturber.close()
         self.talk()
 
-    def left(self) -> List[Any]:
+    def left(self) -> list[Any]:
         """What of others is still there, as ann is told, and as the process shows."""
         counts = self.counts(self.ann)
         self.ann.send("NAMES #chat\r\nLIST\r\n")
@@ -4355,7 +4355,7 @@ class FuzzServer(ServerCase):
         return [pair for pair in zip(found, wanted) if pair[0] != pair[1]]
 
     @staticmethod
-    def held() -> Tuple[int, int]:
+    def held() -> tuple[int, int]:
         """Threads and descriptors of this process."""
         return threading.active_count(), len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
 
@@ -4367,9 +4367,10 @@ class FuzzServer(ServerCase):
 
     def test_a_server_under_nonsense(self) -> None:
         self.talk()
+        gc.collect()  # what earlier tests in this process left is closed now, not meanwhile
         self.held_at_first = self.held()
         count = half = 0
-        defects: List[str] = []
+        defects: list[str] = []
 
         def log_later(level: int, text: str, *values: object) -> None:
             if level == logging.ERROR:
@@ -4414,7 +4415,7 @@ class LineEditing(unittest.TestCase):
     def editor(self) -> chat.LineEditor:
         return chat.LineEditor(lambda head: (0, []))
 
-    def press(self, editor: chat.LineEditor, keys: str) -> List[str]:
+    def press(self, editor: chat.LineEditor, keys: str) -> list[str]:
         entered = [editor.handle_key(key) for key in chat.KeyParser().feed(keys)]
         return [line for item in entered if item for line in item.lines]
 
@@ -4637,7 +4638,7 @@ class FakeTerminal(chat.Terminal):
         super().__init__(client.wakeup, functools.partial(chat.completions, client))
         self.written = self.prompt = ""
 
-    def draw(self, waiting: List[str], prompts: List[str]) -> None:
+    def draw(self, waiting: list[str], prompts: list[str]) -> None:
         self.prompt = prompts[0]
         super().draw(waiting, prompts)
 
@@ -4656,9 +4657,9 @@ class Dialed:
 
     def __init__(self, client: chat.Client) -> None:
         self.client = client
-        self.sent: List[str] = []
+        self.sent: list[str] = []
         self.sock: Any = None
-        self._sockets: List[socket.socket] = []  # of all connections
+        self._sockets: list[socket.socket] = []  # of all connections
         self._lines = chat.LineBuffer(1 << 20)
         client.dial = self._dial
 
@@ -4791,13 +4792,13 @@ class PersonCase(unittest.TestCase):
         return self.screen.written
 
     @property
-    def lines(self) -> List[str]:
+    def lines(self) -> list[str]:
         """What the client sent."""
         self.server.take()
         return self.server.sent
 
     @property
-    def said(self) -> List[Message]:
+    def said(self) -> list[Message]:
         """What it said."""
         return [message for message in map(chat.parse, self.lines) if message.command == "PRIVMSG"]
 
@@ -4805,18 +4806,18 @@ class PersonCase(unittest.TestCase):
     def prompt(self) -> str:
         return self.screen.prompt
 
-    def pieces(self, text: str) -> List[int]:
+    def pieces(self, text: str) -> list[int]:
         """How long the pieces are in which a text is sent."""
         pieces = chat.split_message(self.client.uplink, "#chat", Message("PRIVMSG", ("#chat", text)))
         return list(map(len, pieces))
 
     @property
-    def members(self) -> List[str]:
+    def members(self) -> list[str]:
         room = self.client.rooms.get(self.client.rooms.active)
         return list(room.members.values()) if room else []
 
     @property
-    def queued(self) -> List[Tuple[str, str]]:
+    def queued(self) -> list[tuple[str, str]]:
         return [(pending.target, pending.text) for pending in self.client.queue.messages]
 
 
@@ -5417,7 +5418,7 @@ class Missed(PersonCase):
         """Returns what is shown when somebody says "live"."""
         return self.shown(":cat!c@h PRIVMSG #chat :<live>")
 
-    def asked(self) -> List[str]:
+    def asked(self) -> list[str]:
         """What was asked for: references and numbers."""
         return [line.split(" ", 3)[3] for line in self.lines if line.startswith("CHATHISTORY")]
 
@@ -5543,7 +5544,7 @@ class AtAStrictServer(PersonCase):
         self.addCleanup(patch.stop)
         super().setUp()
 
-    def texts_read(self, seconds: int) -> List[str]:
+    def texts_read(self, seconds: int) -> list[str]:
         """Lets the server read, and the client do what is due; returns what was said."""
         penalty, read = 0.0, []
         for _ in range(seconds):
@@ -5688,7 +5689,7 @@ class FromAHostileServer(PersonCase):
     def test_windows(self) -> None:
         """The console of Windows, as far as it can be played here."""
         typed = [*"a\xe0K\xe0\0S\0s\x03", "\ud83d", "\ude00"]
-        taken: List[str] = []
+        taken: list[str] = []
 
         def getwch() -> str:
             taken.append(typed[len(taken)])
@@ -5838,7 +5839,7 @@ class ProgramCase(Waiting):
         program.communicate(timeout=PATIENCE)
 
     @staticmethod
-    def finish(program: subprocess.Popen[str], text: str = "") -> Tuple[int, str, str]:
+    def finish(program: subprocess.Popen[str], text: str = "") -> tuple[int, str, str]:
         """Waits until a program ends; returns its status, and what it wrote."""
         out, err = program.communicate(text or None, timeout=PATIENCE)
         return program.returncode, out, err
@@ -5849,7 +5850,7 @@ class ProgramCase(Waiting):
         self.assertEqual((found, out), (status, ""), err)
         return err
 
-    def server(self, *args: str, **more: Any) -> Tuple[subprocess.Popen[str], int]:
+    def server(self, *args: str, **more: Any) -> tuple[subprocess.Popen[str], int]:
         program = self.start("server", "--port", "0", *args, **more)
         assert program.stdout
         first = program.stdout.readline()
@@ -5860,7 +5861,7 @@ class ProgramCase(Waiting):
         """A client called bob, with a pipe for its input."""
         return self.start("client", "--port", str(port), "--name", "bob", *args, stdin=subprocess.PIPE, **more)
 
-    def run_client(self, port: int, text: str = "", *args: str) -> Tuple[int, str, str]:
+    def run_client(self, port: int, text: str = "", *args: str) -> tuple[int, str, str]:
         return self.finish(self.start("client", "--port", str(port), *args, stdin=subprocess.PIPE), text)
 
     def peer(self, port: int, data: str = "", until: str = "") -> Peer:
@@ -6003,7 +6004,7 @@ class ServerLog(ProgramCase):
 
     def test_what_the_log_cannot_take_is_left_out_and_nobody_waits_for_it(self) -> None:
         taking, written = threading.Event(), threading.Semaphore(0)
-        texts: List[str] = []
+        texts: list[str] = []
 
         def emit(record: logging.LogRecord) -> None:
             texts.append(record.getMessage())
@@ -6140,7 +6141,7 @@ class Listening(ServerCase):
         """Makes these the addresses of each name."""
         find = socket.getaddrinfo
 
-        def found(host: Any, port: Any, *args: Any, **more: Any) -> List[Any]:
+        def found(host: Any, port: Any, *args: Any, **more: Any) -> list[Any]:
             return [item for address in hosts for item in find(address, port, *args, **more)]
 
         return mock.patch.object(socket, "getaddrinfo", found)
@@ -6438,7 +6439,7 @@ class Secured(ProgramCase):
 class AFakeServer(ProgramCase):
     """The client in a pipe, at a server that does what a test wants."""
 
-    def meet(self, *args: str, **more: Any) -> Tuple[FakeServer, subprocess.Popen[str]]:
+    def meet(self, *args: str, **more: Any) -> tuple[FakeServer, subprocess.Popen[str]]:
         """A server, and a client that connects to it."""
         fake = FakeServer(self)
         return fake, self.client(fake.port, *args, **more)
@@ -6611,7 +6612,7 @@ class Glass:
 
     def __init__(self, columns: int, rows: int) -> None:
         self.columns, self.rows = columns, rows
-        self.lines: List[List[str]] = [[]]  # all that were ever on the screen
+        self.lines: list[list[str]] = [[]]  # all that were ever on the screen
         self.row = self.column = 0
         self._saved = 0, 0
         self.bells = 0
@@ -6677,7 +6678,7 @@ class Glass:
 class Seat:
     """A client at a pseudo-terminal, and what it shows."""
 
-    def __init__(self, case: ProgramCase, args: List[str], columns: int, shell: str = "exec %s", **more: str) -> None:
+    def __init__(self, case: ProgramCase, args: list[str], columns: int, shell: str = "exec %s", **more: str) -> None:
         import pty
         import termios
 
@@ -6762,7 +6763,7 @@ class FakeServer:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(PATIENCE)
         self.port = self._listener.getsockname()[1]
-        self._peer: Optional[Peer] = None
+        self._peer: Peer | None = None
         case.addCleanup(self.close)
 
     @property
@@ -6807,7 +6808,7 @@ class SeatCase(ProgramCase):
     def sit(self, port: int, *args: str, columns: int = 80, **more: str) -> Seat:
         return Seat(self, ["client", "--port", str(port), "--name", "bob", *args], columns, **more)
 
-    def both(self, **more: Any) -> Tuple[Peer, Seat]:
+    def both(self, **more: Any) -> tuple[Peer, Seat]:
         """ann, who speaks IRC, and bob at a terminal, at a server."""
         _, port = self.server()
         ann = self.irc(port)
@@ -6816,7 +6817,7 @@ class SeatCase(ProgramCase):
         ann.sync()
         return ann, seat
 
-    def fake(self, **more: Any) -> Tuple[FakeServer, Seat]:
+    def fake(self, **more: Any) -> tuple[FakeServer, Seat]:
         """bob at a terminal, in #chat at a fake server."""
         fake = FakeServer(self)
         seat = self.sit(fake.port, **more)
@@ -7105,7 +7106,7 @@ class AtTheTerminalOfAFake(SeatCase):
 class ReadmeOutput(SeatCase):
     """What the README shows is what the programs print."""
 
-    def block(self, start: str) -> List[str]:
+    def block(self, start: str) -> list[str]:
         """The lines of the README's block of code that begins with `start`."""
         lines = README.splitlines()
         at = lines.index(f"    {start}")
@@ -7123,7 +7124,7 @@ class ReadmeOutput(SeatCase):
         self.assertEqual(re.sub(r"^\d\d:\d\d", "21:16", seat.glass.text(), flags=re.MULTILINE), "\n".join(client))
         self.talk(self.block("$ nc 127.0.0.1 9090")[1:], port, seat)
 
-    def talk(self, lines: List[str], port: int, seat: Seat) -> None:
+    def talk(self, lines: list[str], port: int, seat: Seat) -> None:
         """Plays a conversation at nc: what bob does there he types at his seat."""
         ann = Peer(port)
         self.addCleanup(ann.close)
@@ -7153,7 +7154,7 @@ class ReadmeOutput(SeatCase):
 class Operator(SeatCase):
     """Whoever runs a server, at its terminal."""
 
-    def serve(self, *args: str, shell: str = "exec %s", until: str = "server>") -> Tuple[Seat, int]:
+    def serve(self, *args: str, shell: str = "exec %s", until: str = "server>") -> tuple[Seat, int]:
         seat = Seat(self, ["server", "--port", "0", *args], 100, shell)
         seat.shows(until)
         return seat, self.number(seat, r"listening on 127\.0\.0\.1:(\d+)")
@@ -7540,7 +7541,7 @@ class ForeignServers(SeatCase):
         self.shows(seat, " ann: an alle\n")
         self.assertNotIn("VERSION", seat.glass.text())
         seat.type("é" * 700 + "\r")
-        pieces: List[str] = []
+        pieces: list[str] = []
         while len("".join(pieces)) < 700:
             line = ann.until("PRIVMSG #chat")
             self.assertLessEqual(len(line.encode()) + 2, 512)
@@ -7574,15 +7575,15 @@ class ForeignServers(SeatCase):
 class ForeignClient:
     """An IRC client that others wrote, as a person uses it: lines that are typed, and text on its screen."""
 
-    FILES: Dict[str, str] = {}  # that it finds
+    FILES: dict[str, str] = {}  # that it finds
     COMMAND: Sequence[str]
     SCREEN: Sequence[str] = ()  # files of what it shows
-    INPUT: Dict[str, Tuple[str, str]] = {}  # once a file is there: a named pipe, and the form of a line for it
+    INPUT: dict[str, tuple[str, str]] = {}  # once a file is there: a named pipe, and the form of a line for it
     DO = {
         "join": "/join #chat", "say": "{}", "msg": "/msg ann {}", "topic": "/topic {}", "away": "/away {}",
         "nick": "/nick {}", "quit": "/quit {}",
     }  # fmt: skip
-    LOOKS: Dict[str, str]  # regular expressions of what is seen
+    LOOKS: dict[str, str]  # regular expressions of what is seen
 
     def __init__(self, case: unittest.TestCase, port: int) -> None:
         self.case, self.folder = case, temporary_folder(case)
@@ -7792,8 +7793,8 @@ class Recorder(chat.UserInterface):
         self.name = name
         self.client = chat.Client("127.0.0.1", port, name, "#chat")
         self.client.ui = self
-        self.shown: List[str] = []  # what was said, in order
-        self.confirmed: List[str] = []  # of one's own
+        self.shown: list[str] = []  # what was said, in order
+        self.confirmed: list[str] = []  # of one's own
         self._silent = True
         self._done = False
         self._said = 0
@@ -7841,12 +7842,12 @@ class Durable(ProgramCase):
     def serve(self) -> subprocess.Popen[str]:
         return self.server("--port", str(self.port), "--history", self.history, file=self.file)[0]
 
-    def printed(self, *args: str, **more: Any) -> Tuple[str, str]:
+    def printed(self, *args: str, **more: Any) -> tuple[str, str]:
         """What is printed of what was stored, and complained."""
         out, err = self.start("history", self.history, *args, **more).communicate(timeout=PATIENCE)
         return out, err
 
-    def findings(self, crew: List[Recorder]) -> List[str]:
+    def findings(self, crew: list[Recorder]) -> list[str]:
         """What is wrong with what was confirmed, shown and stored."""
         stored = [json.loads(line)["text"] for line in self.printed("--json")[0].splitlines()]
         found = []
@@ -7866,7 +7867,7 @@ class Durable(ProgramCase):
             found.append("stored twice")
         return found
 
-    def disturb(self, rng: random.Random, server: subprocess.Popen[str], crew: List[Recorder], kill_only: bool) -> Any:
+    def disturb(self, rng: random.Random, server: subprocess.Popen[str], crew: list[Recorder], kill_only: bool) -> Any:
         """Kills the server, ends it or cuts some connections, a while later; returns the server that is there then."""
         goal = sum(len(person.confirmed) for person in crew) + rng.randrange(100)
         self.eventually(lambda: sum(len(person.confirmed) for person in crew) > goal, "they say no more")
@@ -7882,7 +7883,7 @@ class Durable(ProgramCase):
                     sock.shutdown(socket.SHUT_RDWR)
         return server
 
-    def chaos(self, rng: random.Random, rounds: int, kill_only: bool = False) -> List[str]:
+    def chaos(self, rng: random.Random, rounds: int, kill_only: bool = False) -> list[str]:
         server = self.serve()
         crew = [Recorder(f"c{number}", self.port) for number in range(10)]
         self.eventually(lambda: all(person.client.entered for person in crew), "not all came in")
@@ -7921,7 +7922,7 @@ class Durable(ProgramCase):
         found = self.chaos(random.Random(1), 3, kill_only=True)
         self.assertTrue(any("but not stored" in line for line in found), found)
 
-    def talking(self) -> Tuple[Peer, Peer]:
+    def talking(self) -> tuple[Peer, Peer]:
         """ann and bob, who has heard of ann: one."""
         ann, bob = (joined(self, self.port, f"{name}\n", "joined") for name in ("ann", "bob"))
         ann.send("one\n")
@@ -7961,7 +7962,7 @@ class Durable(ProgramCase):
         (self.folder / "history-lock").unlink()
         self.folder.chmod(0o555)
         self.addCleanup(self.folder.chmod, 0o755)
-        bound: Dict[str, Any] = {}
+        bound: dict[str, Any] = {}
         if os.getuid() == 0:  # who may do everything
             if not sys.platform.startswith("linux"):
                 self.skipTest("must not be run by root")
@@ -7994,15 +7995,15 @@ SAW = re.compile(r"(\w+) saw (\d+) \(from s\d+\) before (\d+) \(from s\d+\), at 
 OTHER_WAY = re.compile(r"; (\w+) saw them the other way, at (\d+) and (\d+)$")
 
 
-def sent(senders: Sequence[int], after: Optional[Sequence[int]] = None) -> Sent:
+def sent(senders: Sequence[int], after: Sequence[int] | None = None) -> Sent:
     return Sent(array("i", senders), array("i", after or [-1] * len(senders)))
 
 
-def saw(name: str, order: Iterable[int], sender: int = -1, span: Tuple[int, int] = (0, 99), *strange: bytes) -> History:
+def saw(name: str, order: Iterable[int], sender: int = -1, span: tuple[int, int] = (0, 99), *strange: bytes) -> History:
     return History(name, sender, array("I", order), list(strange), *span)
 
 
-def seen(*rows: str) -> List[History]:
+def seen(*rows: str) -> list[History]:
     """What c0, c1 ... got, a digit for each message; `/1-3`: only 1 and 2 were to come to it; `=0`: it is sender 0."""
     found = []
     for number, row in enumerate(rows):
@@ -8011,15 +8012,15 @@ def seen(*rows: str) -> List[History]:
     return found
 
 
-def results(findings: Sequence[Finding]) -> Dict[str, Tuple[str, int, str]]:
+def results(findings: Sequence[Finding]) -> dict[str, tuple[str, int, str]]:
     return {name: (verdict, count, witness) for name, verdict, count, witness in findings}
 
 
 class Case(NamedTuple):
     title: str
     sent: Sent
-    histories: List[History]
-    failing: Dict[str, Tuple[int, str]]  # check -> count, witness; all others are as `rest`
+    histories: list[History]
+    failing: dict[str, tuple[int, str]]  # check -> count, witness; all others are as `rest`
     echo: bool = True
     rest: str = "pass"
 
@@ -8136,7 +8137,7 @@ class CheckerTables(unittest.TestCase):
 
 class Played(NamedTuple):
     sent: Sent
-    histories: List[History]
+    histories: list[History]
     echo: bool
 
 
@@ -8241,18 +8242,18 @@ def reply_first(rng: random.Random, run: Played, victim: History) -> int:
 
 
 Mutation = Callable[[random.Random, Played, History], int]
-MUTATIONS: Dict[Mutation, str] = {
+MUTATIONS: dict[Mutation, str] = {
     swap: "order", drop: "loss", double: "duplicate", alter: "corruption", invent: "corruption", delay: "order",
     swap_of_one_sender: "fifo", reply_first: "causality",
 }  # fmt: skip
 
 
-def first_arrivals(run: Played, history: History) -> List[int]:
+def first_arrivals(run: Played, history: History) -> list[int]:
     known = {n for n, sender in enumerate(run.sent.senders) if sender >= 0}
     return [n for n in dict.fromkeys(history.order) if n in known]
 
 
-def counts(run: Played) -> Dict[str, int]:
+def counts(run: Played) -> dict[str, int]:
     """What each check but that of the order must count, straight from its definition."""
     senders, after = run.sent
     known = {n for n, sender in enumerate(senders) if sender >= 0}
@@ -8273,7 +8274,7 @@ def counts(run: Played) -> Dict[str, int]:
 class CheckerRandom(unittest.TestCase):
     """Random histories, against the definitions: clean runs, the same with one fault, and thousands of tiny ones."""
 
-    def judge(self, run: Played, order: Optional[int], title: object) -> List[Finding]:
+    def judge(self, run: Played, order: int | None, title: object) -> list[Finding]:
         """All is found as often as the definitions say, `order` as often as is said here, and has a true witness."""
         findings = loadtest.check(*run)
         expected = {**counts(run), "order": results(findings)["order"][1] if order is None else order}
@@ -8344,7 +8345,7 @@ class CheckerRandom(unittest.TestCase):
                 self.judge(run, min(faulty, 100 - faulty), faulty)
 
     def test_tiny_runs(self) -> None:
-        seen: Dict[Tuple[str, str], int] = {}
+        seen: dict[tuple[str, str], int] = {}
         for seed in range(6000):
             run = tiny_run(random.Random(seed))
             found = results(self.judge(run, None, seed))
@@ -8369,7 +8370,7 @@ class CheckerRandom(unittest.TestCase):
                 self.assertTrue(found["order"][2].startswith(f"{length} receivers together fit no order: c"), found)
 
 
-EXAMPLE: Dict[str, Any] = {
+EXAMPLE: dict[str, Any] = {
     "loadtest": "0.1", "when": "2026-11-20T05:00:00Z", "command": "python loadtest.py -n 200",
     "machine": {"python": "CPython 3.11.7", "system": "Linux 6.1 x86_64", "cpus": 2},
     "target": {"name": "chat.py", "host": "127.0.0.1", "port": 40123, "proto": "irc"},
@@ -8432,7 +8433,7 @@ POINTS = [[50, 0.2, 0.9, 1.9, 49000.0], [100, 0.3, None, None, 99000.0], [1000, 
 SWEEP = {"points": POINTS, "exponent": 1.02}
 
 
-def changed(**changes: Any) -> Dict[str, Any]:
+def changed(**changes: Any) -> dict[str, Any]:
     """The example with other values; `generator__limited=True` reaches into a section."""
     result = copy.deepcopy(EXAMPLE)
     for path, value in changes.items():
@@ -8441,7 +8442,7 @@ def changed(**changes: Any) -> Dict[str, Any]:
     return result
 
 
-def verdicts(**verdicts: Any) -> List[Dict[str, Any]]:
+def verdicts(**verdicts: Any) -> list[dict[str, Any]]:
     """The example's checks, with (verdict, count, witness) for some of them."""
     passed = ("pass", 0, "")
     return [dict(zip(("check", "verdict", "count", "witness"), (name, *verdicts.get(name, passed)))) for name in CHECKS]
@@ -8471,7 +8472,7 @@ class StatisticsTest(unittest.TestCase):
         self.assertEqual(loadtest.summarize(array("d")), {"samples": 0})
 
     def test_histogram(self) -> None:
-        cases: List[Any] = [
+        cases: list[Any] = [
             ("nothing", [], 1, []),
             ("one", [1.0], 1, [[1.0, 1]]),
             ("a bound belongs below it", [1.0, 1.25, 1.2500001], 1, [[1.0, 1], [1.25, 1], [1.6, 1]]),
@@ -8528,7 +8529,7 @@ class StatisticsTest(unittest.TestCase):
         self.assertLess(Counted.touched, 4000)
 
     def test_exponent(self) -> None:
-        cases: List[Any] = [
+        cases: list[Any] = [
             ("linear", [(50, 100), (100, 200), (200, 400)], 1.0),
             ("quadratic", [(1, 3), (2, 12), (5, 75)], 2.0),
             ("flat", [(1, 7), (10, 7)], 0.0),
@@ -8581,7 +8582,7 @@ class ThresholdTest(unittest.TestCase):
                 self.assertTrue(loadtest.exceeded(loadtest.parse_threshold(text), {"latency": None, "server": None}))
 
     def test_lost_is_what_the_checker_counted(self) -> None:
-        cases: List[Any] = [
+        cases: list[Any] = [
             ("a duplicate does not make up for a loss", changed(checks=verdicts(loss=("FAIL", 3, ""))), 3),
             ("without the check", changed(checks=verdicts(loss=("skipped", 0, "")), deliveries=1989990), 10),
             ("without the check, with duplicates", changed(checks=None, deliveries=2000000), 0),
@@ -8687,7 +8688,7 @@ class TextTest(unittest.TestCase):
         over = [{"text": "p99>1ms", "value": 2.2, "exceeded": True}, {"text": "cpu>2", "value": None, "exceeded": True}]
         raw = "red \x1b[31m, bidi \u202e, half \ud800, \u043f\u0440\u0438"
         wrapped = "command      python loadtest.py --server-command x --server-command x\n"
-        cases: List[Tuple[Dict[str, Any], str]] = [
+        cases: list[tuple[dict[str, Any], str]] = [
             ({"latency__complete": {"samples": 0}}, f"\ncomplete           -{'        -' * 4}          0\n"),
             ({"load__rate": 0}, "load         200 clients, 20 senders, as fast as the server accepts, 64 bytes\n"),
             ({"generator__limited": True, "generator__why": "it used 97% of a core"}, LIMITED),
@@ -8710,7 +8711,7 @@ class TextTest(unittest.TestCase):
         over = [{"text": "lost>0", "value": 3, "exceeded": True}]
         lost, unordered = verdicts(loss=("FAIL", 3, "")), verdicts(order=("skipped", 0, ""))
         twice, unknown = verdicts(duplicate=("skipped", 0, "")), verdicts(order=("unknown", 0, ""))
-        cases: List[Tuple[Dict[str, Any], str]] = [
+        cases: list[tuple[dict[str, Any], str]] = [
             ({"checks": lost, "deliveries": 1989997, "verdict": "FAIL"},
              "FAIL  1,989,997 of 1,990,000 deliveries, loss 3"),
             ({"thresholds": over}, f"PASS  {some}, exceeded lost>0"),
@@ -8768,17 +8769,17 @@ class TextTest(unittest.TestCase):
         self.assertEqual(storm, {**common, "name": "storm", "lost": 0, "wrong": 0, **dict.fromkeys(times)})
 
 
-def figures(page: str) -> List[ElementTree.Element]:
+def figures(page: str) -> list[ElementTree.Element]:
     """The charts of a page, parsed: what is not well-formed raises."""
     return [ElementTree.fromstring(svg) for svg in re.findall("<svg.*?</svg>", page, re.DOTALL)]
 
 
-def lines_of(svg: ElementTree.Element) -> List[str]:
+def lines_of(svg: ElementTree.Element) -> list[str]:
     return [path.get("d", "") for path in svg.iter("path") if path.get("class") == "line"]
 
 
 class HtmlTest(unittest.TestCase):
-    def page(self, *results: Dict[str, Any], **more: Any) -> str:
+    def page(self, *results: dict[str, Any], **more: Any) -> str:
         return loadtest.html_report({"results": list(results), "sweep": None, "versus": None, **more})
 
     def test_the_page_is_self_contained_and_has_the_text_report(self) -> None:
@@ -8820,7 +8821,7 @@ class HtmlTest(unittest.TestCase):
         self.assertEqual(labels, ["0", "1", "2", "3", *latencies[1:], "time in seconds"])
 
     def test_ticks_do_not_crowd(self) -> None:
-        def labels(svg: ElementTree.Element) -> List[Any]:
+        def labels(svg: ElementTree.Element) -> list[Any]:
             return [text.text for text in svg.iter("text") if text.get("text-anchor") == "middle"][:-1]
 
         for seconds, expected in ((12, list(range(13))), (13, list(range(0, 13, 2))), (120, list(range(0, 121, 10)))):
@@ -8851,7 +8852,7 @@ class HtmlTest(unittest.TestCase):
 
     def test_results_are_told_apart(self) -> None:
         more, other = changed(load__clients=1000), changed(target__name="ngircd")
-        cases: List[Any] = [
+        cases: list[Any] = [
             ([EXAMPLE], ["chat.py"]),
             ([EXAMPLE, other], ["chat.py", "ngircd"]),
             ([EXAMPLE, other, EXAMPLE, other], ["chat.py #1", "ngircd #1", "chat.py #2", "ngircd #2"]),
@@ -8888,7 +8889,7 @@ class Proxy:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.seen = 0
-        self.held: List[bytes] = []
+        self.held: list[bytes] = []
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self) -> None:
@@ -8902,7 +8903,7 @@ class Proxy:
                 threading.Thread(target=self.pump, args=(client, server, None), daemon=True).start()
                 threading.Thread(target=self.pump, args=(server, client, spoil), daemon=True).start()
 
-    def pump(self, source: socket.socket, sink: socket.socket, spoil: Optional[Callable[[bytes], List[bytes]]]) -> None:
+    def pump(self, source: socket.socket, sink: socket.socket, spoil: Callable[[bytes], list[bytes]] | None) -> None:
         lines, data = chat.LineBuffer(1 << 20), b"\n"
         with contextlib.suppress(OSError), source, sink:
             while data:
@@ -8912,7 +8913,7 @@ class Proxy:
                         sink.sendall(out + b"\r\n")
             sink.shutdown(socket.SHUT_RDWR)
 
-    def spoil(self, line: bytes) -> List[bytes]:
+    def spoil(self, line: bytes) -> list[bytes]:
         if b" PRIVMSG " not in line:
             return [line]
         self.seen += 1
@@ -8955,12 +8956,12 @@ class LoadTestCase(ProgramCase):
     def loadtest(self, *args: str) -> subprocess.Popen[str]:
         return self.start(*args, file="loadtest.py")
 
-    def whole(self, found: Dict[str, Any]) -> None:
+    def whole(self, found: dict[str, Any]) -> None:
         """All that a QUICK run sent has arrived: 240 messages, each at 7; or fewer, on a machine that is too busy."""
         self.assertEqual((found["deliveries"], found["expected"] % 7), (found["expected"], 0))
         self.assertIn(found["expected"], range(1680 // 2, 1680 + 1))
 
-    def done(self, program: subprocess.Popen[str]) -> Tuple[int, str, str]:
+    def done(self, program: subprocess.Popen[str]) -> tuple[int, str, str]:
         out, err = program.communicate(timeout=3 * PATIENCE)
         return program.returncode, out, err
 
@@ -9030,7 +9031,7 @@ class LoadTest(LoadTestCase):
             self.passes(program)
 
     def test_every_kind_of_damage_is_caught(self) -> None:
-        wanted: Dict[str, Set[str]] = {
+        wanted: dict[str, set[str]] = {
             "swap": {"order"}, "delay": {"order"}, "drop": {"loss"}, "drop_last": {"loss"}, "double": {"duplicate"},
             "alter": {"corruption", "loss"}, "invent": {"corruption"}, "": set(),
         }  # fmt: skip
@@ -9145,7 +9146,7 @@ class Disturbers(LoadTestCase):
         return loadtest.Load(2, 1, 1.0, 1.0, 0.0, 64, 1, "irc", "#load", "secret", 1.0, False)
 
     @contextlib.contextmanager
-    def peer(self, port: int, act: Any) -> Iterator[loadtest.Peer]:
+    def disturber(self, port: int, act: Any) -> Iterator[loadtest.Peer]:
         """Somebody who does something, until the end."""
         over = threading.Event()
         peer = loadtest.Peer(self.load(), (socket.AF_INET, ("127.0.0.1", port)), over, 0)
@@ -9189,7 +9190,7 @@ class Disturbers(LoadTestCase):
         for name, sight in wanted.items():
             with self.subTest(name):
                 self.setUp()  # a witness of its own: what is on its way from the last one is no matter
-                with self.peer(self.port, loadtest.FAULTS[name].act):
+                with self.disturber(self.port, loadtest.FAULTS[name].act):
                     found = self.witness.sees(sight)
                 self.assertTrue(found, self.witness.seen[:1000])
 
@@ -9197,7 +9198,7 @@ class Disturbers(LoadTestCase):
         bad = b":s 464 d :No\r\nERROR :Bad password for d0x1\r\n"
         for text, words in ((bad, "Bad password for ..."), (b"", "without")):
             with self.subTest(text), socket.create_server(("127.0.0.1", 0)) as listener:
-                with self.peer(listener.getsockname()[1], loadtest.Peer.listen) as peer:
+                with self.disturber(listener.getsockname()[1], loadtest.Peer.listen) as peer:
                     for _ in range(3):
                         with listener.accept()[0] as sock:
                             sock.sendall(text)
@@ -9207,7 +9208,7 @@ class Disturbers(LoadTestCase):
 
     def test_who_was_dropped_without_reading_finds_out_at_the_end(self) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
-        with self.peer(listener.getsockname()[1], loadtest.FAULTS["stalled"].act) as peer:
+        with self.disturber(listener.getsockname()[1], loadtest.FAULTS["stalled"].act) as peer:
             with listener, listener.accept()[0] as sock:
                 sock.sendall(b":s 001 d :hi\r\n")
                 seen = b""
@@ -9370,7 +9371,7 @@ def work(pipe: Any, program: str) -> None:
         os._exit(130)
 
 
-def outcome(test: unittest.TestCase, result: unittest.TestResult) -> List[Tuple[str, str]]:
+def outcome(test: unittest.TestCase, result: unittest.TestResult) -> list[tuple[str, str]]:
     """What came of one test, as methods of a TestResult, each with a text."""
     found = [("addSkip", reason) for _, reason in result.skipped]
     for method, broken in (("addFailure", result.failures), ("addError", result.errors)):
@@ -9401,7 +9402,7 @@ class Worker:
 
     def tell(self, result: unittest.TestResult) -> bool:
         """Adds what came of the test; False when its process is no more."""
-        found: List[Tuple[str, str]] = []
+        found: list[tuple[str, str]] = []
         try:
             found = self.pipe.recv()
         except (EOFError, OSError):
@@ -9441,10 +9442,10 @@ class Spread(unittest.TestSuite):
             self.spread(waiting, result, str(program))
         return result
 
-    def spread(self, waiting: List[Any], result: unittest.TestResult, program: str) -> None:
+    def spread(self, waiting: list[Any], result: unittest.TestResult, program: str) -> None:
         """Runs tests, the last one first."""
-        idle: List[Worker] = []
-        busy: Dict[Any, Worker] = {}
+        idle: list[Worker] = []
+        busy: dict[Any, Worker] = {}
         try:
             while (waiting or busy) and not result.shouldStop:
                 while waiting and len(busy) < self.WORKERS:
