@@ -7115,6 +7115,7 @@ class Interrupts:
         """No signal does anything any more."""
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
 
     def _interrupt(self, *_: object) -> None:
         if self._client.interrupted:
@@ -7157,6 +7158,7 @@ def run_client(args: argparse.Namespace) -> int:
             client.password = normalize_password(getpass.getpass(f"password for {client.where}: "))
     finally:
         interrupts.ignore()
+        client.wakeup.close()
 
 
 def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:

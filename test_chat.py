@@ -7318,7 +7318,9 @@ class OperatorsCommands(ServerCase):
     def test_commands_and_names_are_completed(self) -> None:
         self.plain("eve")
         self.plain("Eva")
-        complete = chat.OperatorConsole(self.server)._complete
+        console = chat.OperatorConsole(self.server)
+        self.addCleanup(console.wakeup.close)
+        complete = console._complete
         names = ["eve", "Eva"]
         cases = {"/s": (0, ["/say ", "/stats ", "/stop "]), "k": (0, ["/kick "]), "x": (0, [])}
         for head, found in {**cases, "/kick ev": (6, names), "say x e": (6, names)}.items():
@@ -7804,6 +7806,7 @@ class Recorder(chat.UserInterface):
     def run(self) -> None:
         with contextlib.suppress(chat.FatalError):  # a line that was not delivered, at a server that is wrong
             self.client.run()
+        self.client.wakeup.close()
 
     def talk(self, silent: bool = False, done: bool = False) -> None:
         """Talks from now on, or no more, or leaves. Any thread."""
