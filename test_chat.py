@@ -4442,13 +4442,14 @@ class LineEditing(unittest.TestCase):
                 self.assertEqual([key for char in text for key in single.feed(char)], keys)
 
     def test_a_paste_that_is_too_long_is_not_taken(self) -> None:
-        for size in (1, 7, 1000, chat.PASTE_CHARS * 2):
-            keys = chat.KeyParser()
-            text = "\x1b[200~" + "line\r" * (chat.PASTE_CHARS // 2) + "\x1b[201~a"
-            found = [key for at in range(0, len(text), size) for key in keys.feed(text[at : at + size])]
-            if size < chat.PASTE_CHARS:
-                self.assertEqual(found, [chat.PASTE_BEGIN, "a"])
-            self.assertEqual(keys.feed("\x1b[A"), ["\x1b[A"])
+        with mock.patch.object(chat, "PASTE_CHARS", 1 << 12):
+            for size in (1, 7, 1000, chat.PASTE_CHARS * 2):
+                keys = chat.KeyParser()
+                text = "\x1b[200~" + "line\r" * (chat.PASTE_CHARS // 2) + "\x1b[201~a"
+                found = [key for at in range(0, len(text), size) for key in keys.feed(text[at : at + size])]
+                if size < chat.PASTE_CHARS:
+                    self.assertEqual(found, [chat.PASTE_BEGIN, "a"])
+                self.assertEqual(keys.feed("\x1b[A"), ["\x1b[A"])
 
     def test_editing(self) -> None:
         for keys, shown in (
