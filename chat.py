@@ -56,6 +56,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import errno
 import functools
 import gc
@@ -72,6 +73,7 @@ import logging.handlers
 import math
 import os
 import pathlib
+import platform
 import queue
 import random
 import re
@@ -81,7 +83,9 @@ import selectors
 import shutil
 import signal
 import socket
+import stat
 import string
+import struct
 import subprocess
 import sys
 import threading
@@ -100,6 +104,7 @@ from typing import (
     List,
     Mapping,
     NamedTuple,
+    NoReturn,
     Optional,
     Sequence,
     Tuple,
@@ -111,7 +116,10 @@ if TYPE_CHECKING:  # imported where it is needed: Python can be built without it
     import ssl
 
 VERSION = "chat.py-0.1"
-PYTHON = "python" if sys.platform == "win32" else "python3"  # in the commands that we tell people to type
+# The name of this Python, for the commands that we tell people to type. orig_argv: since 3.10.
+PYTHON = os.path.basename((getattr(sys, "orig_argv", None) or [sys.executable])[0]) or "python3"
+if sys.platform == "win32":
+    PYTHON = "py" if shutil.which("py") else "python"
 
 # -----------------------------------------------------------------------------
 # limits and numerics
@@ -185,6 +193,8 @@ PRUNE_LINES, PRUNE_S = 200, 1.0  # removed at a time, when they are too old; and
 MIGRATED_LINES = 10_000  # the last ones of an older file, of which one that is sent again is recognised, too
 CHECKED_BYTES = 64 << 20  # a file up to this is read through at the start: 0.2 s
 SCANNED_LINES = 10_000  # at most, to find those of a page after the clock was set back: 10 ms
+FOREGROUND_S = 1.0  # between two looks whether the shell's fg has brought a server to its terminal
+OPERATORS_S = 3600.0  # after a restart a channel that all have left still waits for its operators
 SAVED_CHANNELS = 10_000  # whose modes are restored at the start
 SQLITE_ID = 0x63686174  # in the header of our SQLite files: "chat"
 MAX_SEQUENCE = 1 << 62  # above every message's number
@@ -230,6 +240,7 @@ GOODBYE_S = 3.0  # for the server to say goodbye
 CLOSE_S = 0.5  # for a socket to take the last lines
 CLIENT_TICK_S = 0.2  # between two looks at what is due, while something is waited for
 RETRY_S, RETRY_MAX_S = 0.5, 30.0  # pause before we first connect again, and the longest; each at random less
+PASSWORD_TRIES = 3  # that are asked for, as ssh does
 GIVE_UP_S = 60.0  # without connection, for a pipe that ended: whoever waits for it wants an answer
 FRAME_S = 0.05  # between two drawings while much arrives
 MIN_PIECE = 100  # bytes of text that must fit beside a target's name
@@ -247,11 +258,14 @@ NAMES_SHOWN = 20  # on entering a channel
 UNREAD_KEYS = 100  # reads of keys that wait for the loop
 HISTORY_LINES = 500  # typed lines that can be called back
 PASTE_CHARS = 1 << 16  # at most, of one paste
+KEY_S = 0.5  # between the bytes of one key, at most, as in readline: a key that comes later was not typed with Alt
 ANSWER_CHARS = 1000  # of an answer of the terminal; one without an end, Alt-], does not swallow more of what is typed
 WAITING_ROWS = 5  # shown of our lines that are not confirmed
-# Looks: parameters of Select Graphic Rendition (ECMA-48, 8.3.117); names in colours seen on dark and light ground.
-BOLD, DIM, REVERSE, RED, MAGENTA = 1, 2, 7, 31, 35
-NAME_COLOURS = (32, 33, 34, 35, 36, 91, 92, 94, 95, 96)
+# Looks: parameters of Select Graphic Rendition (ECMA-48, 8.3.117). Names and marks can be read on black and on white:
+# 256 colours have a contrast (WCAG 2.1) of at least 4, the 16, which differ from terminal to terminal, of 2.5.
+BOLD, DIM, REVERSE, RED, MAGENTA = 1, 2, 7, 91, 95
+NAME_COLOURS = tuple(f"38;5;{number}" for number in (27, 28, 30, 64, 98, 129, 130, 131, 132, 161, 163, 31))
+FEW_COLOURS = ("91", "94", "95", "31")
 
 
 def limit(default: float, flag: str, unit: str, text: str) -> float:
@@ -376,9 +390,9 @@ ERR_ERRONEUSNICKNAME = Numeric(
     "432",
     "bad-name",
     "a name is a letter, then letters, digits or _[]{{}}|^`-, all of one script,"
-    f" at most {NICK_CHARS} long; send another",
+    f" at most {NICK_CHARS} long; choose another",
 )
-ERR_NICKNAMEINUSE = Numeric("433", "name-taken", "that name is taken; send another")
+ERR_NICKNAMEINUSE = Numeric("433", "name-taken", "that name is taken; choose another")
 ERR_NICKTOOFAST = Numeric("438", "name-too-fast", "too many name changes; wait a little")
 ERR_USERNOTINCHANNEL = Numeric("441", "user-not-in-channel", "{0} is not in {1}")
 ERR_NOTONCHANNEL = Numeric("442", "not-in-channel", "you are not in {0}")
@@ -387,7 +401,8 @@ ERR_USERONCHANNEL = Numeric("443", "user-in-channel", "{0} is in {1} already")
 ERR_NOTREGISTERED = Numeric("451", "not-joined", "say who you are first")
 ERR_NEEDMOREPARAMS = Numeric("461", "too-few-parameters", "{0} needs more than that")
 ERR_ALREADYREGISTERED = Numeric("462", "already-joined", "you have said who you are")
-ERR_PASSWDMISMATCH = Numeric("464", "wrong-password", "the right password is wanted")
+ERR_PASSWDMISMATCH = Numeric("464", "wrong-password", "that is not the password")
+ERR_NO_PASSWORD = ERR_PASSWDMISMATCH._replace(text="a password is needed to join")
 ERR_YOUREBANNEDCREEP = Numeric("465", "banned", "you are banned from this server")
 ERR_CHANNELISFULL = Numeric("471", "channel-full", "{0} has as many members as it may have")
 ERR_UNKNOWNMODE = Numeric("472", "unknown-mode", "{0} is not a channel mode here")
@@ -483,6 +498,11 @@ def is_nick(nick: str) -> bool:
         and not INVISIBLE.search(nick)
         and (len(scripts) <= 1 or any(scripts <= mixed for mixed in MIXED_SCRIPTS))
     )
+
+
+def with_channel_type(name: str) -> str:
+    """A channel's name as people may write it: without a sign it is one with #."""
+    return name if name.startswith(tuple(CHANNEL_TYPES)) else f"#{name}"
 
 
 def check_nick(nick: str) -> str:
@@ -854,6 +874,11 @@ def is_unsafe(char: str) -> bool:
     return unicodedata.category(char) in UNSAFE_CATEGORIES or bool(INVISIBLE.match(char))
 
 
+def plural(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: 1 line, 2 lines."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def safe_param(text: str) -> str:
     """`text` as a parameter that is not the last: one word, not empty, short."""
     return cut(escape_controls(text).lstrip(" :").partition(" ")[0], NICK_BYTES) or "*"
@@ -920,10 +945,19 @@ class SlashCommand(NamedTuple):
     words: int  # the last word takes the rest of the line
     message: Callable[[str, tuple[str, ...]], Message]
     local: bool = False  # done by the bundled client itself, so unknown to the plain dialect
+    more: tuple[str, ...] = ()  # lines that /help COMMAND adds
+
+
+MODE_HELP = (
+    "+o NAME: may moderate; +v NAME: may speak in spite of +m; - takes each away again",
+    "+b MASK: may not come or speak, as bob, or *!*@HOST as /whois shows it; +b alone lists them",
+    "+i: only who is invited comes; +k KEY: only who knows it; +l NUMBER: no more than so many",
+    "+m: only +o and +v speak; +n: only who is here; +t: only +o sets the topic",
+)
 
 
 SLASH_COMMANDS = {
-    "help": SlashCommand("", "shows this", 0, 1, lambda here, words: Message("HELP", words)),
+    "help": SlashCommand("[COMMAND]", "shows this, or more", 0, 1, lambda here, words: Message("HELP", words)),
     "nick": SlashCommand("NAME", "takes another name", 1, 2, lambda here, words: Message("NICK", words[:1])),
     "msg": SlashCommand("NAME TEXT", "speaks to one person", 2, 2, lambda here, words: Message("PRIVMSG", words)),
     "reply": SlashCommand(
@@ -932,13 +966,16 @@ SLASH_COMMANDS = {
     "me": SlashCommand(
         "TEXT", "says what you do", 1, 1, lambda here, words: Message("PRIVMSG", (here, action(words[0])))
     ),
-    "who": SlashCommand("", "shows who is here", 0, 1, lambda here, words: Message("NAMES", (here,))),
+    "who": SlashCommand(
+        "[#NAME]", "shows who is here, or there", 0, 2, lambda here, words: Message("NAMES", words[:1] or (here,))
+    ),
+    "list": SlashCommand("", "shows the channels", 0, 1, lambda here, words: Message("LIST", words)),
     "whois": SlashCommand("NAME", "tells more about somebody", 1, 2, lambda here, words: Message("WHOIS", words[:1])),
     "join": SlashCommand(
         "#NAME [KEY]", "speaks in another channel", 1, 3, lambda here, words: Message("JOIN", words[:2])
     ),
     "part": SlashCommand(
-        "[#NAME]", "leaves a channel", 0, 2, lambda here, words: Message("PART", words[:1] or (here,)), True
+        "[#NAME]", "leaves a channel", 0, 2, lambda here, words: Message("PART", words[:1] or (here,))
     ),
     "topic": SlashCommand(
         "[TEXT]", "shows or sets the topic", 0, 1, lambda here, words: Message("TOPIC", (here, *words))
@@ -948,7 +985,12 @@ SLASH_COMMANDS = {
     ),
     "kick": SlashCommand("NAME [TEXT]", "puts somebody out", 1, 2, lambda here, words: Message("KICK", (here, *words))),
     "mode": SlashCommand(
-        "[MODES]", "shows or sets modes: +o NAME", 0, 9, lambda here, words: Message("MODE", (here, *words))
+        "[MODES]",
+        "shows or sets modes: +o NAME",
+        0,
+        9,
+        lambda here, words: Message("MODE", (here, *words)),
+        more=MODE_HELP,
     ),
     "away": SlashCommand("[TEXT]", "says why you do not answer", 0, 1, lambda here, words: Message("AWAY", words)),
     "ignore": SlashCommand(
@@ -957,6 +999,7 @@ SLASH_COMMANDS = {
     "clear": SlashCommand("", "clears the screen", 0, 1, lambda here, words: Message("CLEAR"), True),
     "quit": SlashCommand("[TEXT]", "leaves, as does exit alone", 0, 1, lambda here, words: Message("QUIT", words)),
 }
+ALIASES = {"names": "who", "exit": "quit", "leave": "part"}
 
 
 def parse_input(line: str, here: str, local: bool = False) -> Message:
@@ -966,7 +1009,7 @@ def parse_input(line: str, here: str, local: bool = False) -> Message:
     if not line.startswith("/") or line.startswith("//"):
         return Message("PRIVMSG", (here, line[1:] if line.startswith("/") else line))
     name, _, rest = line[1:].partition(" ")
-    slash = SLASH_COMMANDS.get(name.lower())
+    slash = SLASH_COMMANDS.get(ALIASES.get(name.lower(), name.lower()))
     if slash is None or (slash.local and not local):
         raise CommandError(
             FAIL_BAD_SLASH, f"/{name} is not a command; /help lists them (//text sends a line with a slash)"
@@ -977,10 +1020,15 @@ def parse_input(line: str, here: str, local: bool = False) -> Message:
     return slash.message(here, words)
 
 
-def help_lines(local: bool = False) -> list[str]:
-    """What /help says, a line each."""
-    shown = [(f"/{name} {slash.grammar}", slash) for name, slash in SLASH_COMMANDS.items() if local or not slash.local]
-    return [f"{usage:18}{slash.help}" for usage, slash in shown]
+def help_lines(asked: str, local: bool = False) -> list[str]:
+    """What /help says, a line each: of all commands, or of the one that was asked for."""
+    wanted = asked.lstrip("/").lower()
+    wanted = ALIASES.get(wanted, wanted)
+    shown = {name: slash for name, slash in SLASH_COMMANDS.items() if local or not slash.local}
+    if wanted and wanted not in shown:
+        return [f"{safe_param(asked)} is not a command; /help lists them"]
+    lines = [f"{f'/{name} {slash.grammar}':18}{slash.help}" for name, slash in shown.items() if wanted in ("", name)]
+    return [*lines, *(shown[wanted].more if wanted else ())]
 
 
 # -----------------------------------------------------------------------------
@@ -1185,6 +1233,8 @@ class Json(Dialect):
         if kind == "join":
             user, password = self._field(item, "user", ""), self._field(item, "password", "")
             steps = registration_commands(user, "json", self._field(item, "channel", DEFAULT_CHANNEL), password)
+            if registered and user:
+                check_nick(user)
             return steps[-1:] if registered else steps
         if kind == "chat":
             return [Message("PRIVMSG", (CURRENT_CHANNEL, self._field(item, "text")))]
@@ -1913,17 +1963,28 @@ class Channel:
         self.modes = dict(NEW_MODES)  # letter -> parameter, or ''
         self.closed_after = 0  # the last message id before it got a key or was for the invited; 0 where it is not
         self.bans: dict[str, Ban] = {}  # by folded mask
+        # Before a restart: the tokens by which those who could moderate resume, '' without one; who comes again can.
+        self.operators: list[str] = []
         self.members: dict[Session, str] = {}  # -> rank: '', 'o', 'v' or 'ov'; at the log's write end
         self.audience: dict[Dialect, dict[Session, None]] = {}  # the same by dialect, at the log's read end
         self._banned: dict[str, bool] = {}  # prefix -> whether a mask matches, as far as that was asked
         self._names: dict[frozenset[str], list[str]] = {}  # of NAMES_CAPS -> texts for 353
 
     def add(self, session: Session, rank: str = "") -> None:
-        """Adds a member; the first one becomes operator."""
-        self.members[session] = rank if self.members else rank or "o"
+        """Adds a member. An operator of before a restart is operator; so is the first member where there was none."""
+        if self.awaits(session):
+            self.operators.remove(session.token)
+            rank = rank or "o"
+        elif not (self.members or self.operators):
+            rank = rank or "o"
+        self.members[session] = rank
         session.channels[self] = None
         for caps, texts in self._names.items():
             texts[-1:] = split_text(" ".join([*texts[-1:], self._name(session, caps)]), NAMES_BYTES)
+
+    def awaits(self, session: Session) -> bool:
+        """Whether a session was operator before a restart."""
+        return session.token != "" and session.token in self.operators
 
     def remove(self, session: Session) -> None:
         del self.members[session], session.channels[self]
@@ -1963,11 +2024,13 @@ class Channel:
         return (self.folded, f"{self.folded} {self.closed_after:x}") if self.closed_after else (self.folded,)
 
     def state(self) -> str:
-        """What is restored after a restart: topic, modes and bans; '' where that is what a new channel has."""
-        if not (self.topic or self.bans or self.modes != NEW_MODES):
+        """What is restored after a restart: topic, modes, bans, operators; '' where that is what a new channel has."""
+        operators = self.operators + [member.token for member, rank in self.members.items() if "o" in rank]
+        if not (self.topic or self.bans or self.modes != NEW_MODES or operators):
             return ""
         bans = [ban[:3] for ban in self.bans.values()]
-        return json.dumps({**{key: getattr(self, key) for key in CHANNEL_STATE}, "bans": bans})
+        values = {key: getattr(self, key) for key in CHANNEL_STATE}
+        return json.dumps({**values, "bans": bans, "operators": operators})
 
     @staticmethod
     def restored(state: str) -> Channel:
@@ -1979,6 +2042,7 @@ class Channel:
                 setattr(channel, key, values[key])
             for ban in values["bans"]:
                 channel.set_ban(*ban)
+            channel.operators = list(values.get("operators", ()))
         except (ValueError, LookupError, TypeError):
             raise CommandError(FAIL_MESSAGE_ERROR) from None
         return channel
@@ -2181,20 +2245,28 @@ class Call:
         """Adds the caller to a channel. Tells nobody."""
         self.hub.channels[channel.folded] = channel
         channel.add(self.session, rank)
+        if "o" in channel.members[self.session]:
+            self.save(channel)
         self._update(self.session)
 
     def leave(self, session: Session, *channels: Channel) -> None:
         """Removes a session from channels. Tells nobody."""
         for channel in channels:
+            moderated = "o" in channel.members[session]
             channel.remove(session)
-            if not channel.members:
-                del self.hub.channels[channel.folded]
-                if channel.state():
-                    self.save(channel, reopened=True)
+            if channel.members:
+                if moderated:
+                    self.save(channel)
+                continue
+            del self.hub.channels[channel.folded]
+            channel.operators = channel.operators if time.time() < self.hub.started + OPERATORS_S else []
+            self.save(channel, reopened=True)
+            if channel.operators:
+                self.hub.restored[channel.folded] = channel.state()
         self._update(session)
 
     def save(self, channel: Channel, reopened: bool = False) -> None:
-        """Has what a restart keeps of a channel stored: nothing once it has no members.
+        """Has what a restart keeps of a channel stored: nothing once it has no members, and waits for none.
 
         With `reopened`, others may come in than those for whom it was closed: see Channel.logs.
         """
@@ -2204,7 +2276,8 @@ class Call:
         if closed and not channel.closed_after:
             self.hub.ids.next()  # no two times that a channel is closed begin alike
             channel.closed_after = self.hub.ids.last
-        self.effects.append(ChannelState(channel.folded, channel.state() if channel.members else ""))
+        kept = channel.members or channel.operators
+        self.effects.append(ChannelState(channel.folded, channel.state() if kept else ""))
 
     def _update(self, session: Session) -> None:
         self.effects.append(Update(session, session.dialect, tuple(session.channels)))
@@ -2778,7 +2851,7 @@ def password_error(session: Session) -> CommandError:
     """A wrong or missing password. Plain and JSON clients may try again; IRC clients are disconnected."""
     farewell = "" if session.dialect.single else "Wrong password"
     farewell = "Too many wrong passwords; try again later" if session.address.locked_out() else farewell
-    return CommandError(ERR_PASSWDMISMATCH, farewell=farewell)
+    return CommandError(ERR_PASSWDMISMATCH if session.wrong_password else ERR_NO_PASSWORD, farewell=farewell)
 
 
 def check_admitted(call: Call) -> None:
@@ -2977,6 +3050,8 @@ def join_channel(call: Call, name: str, key: str) -> None:
         call.save(channel, reopened=True)
     tags = {**hub.ids.next(), COUNT_TAG: str(len(channel.members))}
     call.broadcast(join_message(session, channel, tags), channel)
+    if channel.members[session] and len(channel.members) > 1:  # again, after a restart
+        call.broadcast(Message("MODE", (channel.name, "+o", session.nick), hub.name, hub.ids.next()), channel)
     if session.away:
         tags = {**hub.ids.next(), FOR_TAG: "away-notify"}
         call.broadcast(Message("AWAY", (session.away,), session.prefix, tags), channel, echo=False)
@@ -2988,11 +3063,11 @@ def join_channel(call: Call, name: str, key: str) -> None:
 
 def check_can_join(session: Session, channel: Channel, key: str) -> None:
     """Raises CommandError where the modes of a channel do not let a session in. The first one after a restart needs no
-    invitation, for nobody could give it."""
+    invitation, for nobody could give it, nor do its operators."""
     modes = channel.modes
     if channel.is_banned(session):
         raise CommandError(ERR_BANNEDFROMCHAN, channel.name)
-    if "i" in modes and channel.members and channel not in session.invites:
+    if "i" in modes and channel.members and not (channel in session.invites or channel.awaits(session)):
         raise CommandError(ERR_INVITEONLYCHAN, channel.name)
     if "k" in modes and not hmac.compare_digest(key.encode(), modes["k"].encode()):
         raise CommandError(ERR_BADCHANNELKEY, channel.name)
@@ -3110,8 +3185,13 @@ def names(call: Call) -> None:
 
 
 def send_names(call: Call, channel: Channel) -> None:
-    """353 for each text of names, then 366"""
-    call.reply_lines(RPL_NAMREPLY, "=", channel.name, texts=channel.names(call.session.dialect.caps))
+    """353 for each text of names, then 366. A person at nc, for whom there is no WHO, sees who is away."""
+    texts = channel.names(call.session.dialect.caps)
+    away = {member.nick for member in channel.members if member.away} if call.session.dialect.single else ()
+    if away:
+        names = [f"{name} (away)" if name.lstrip("@+") in away else name for name in " ".join(texts).split()]
+        texts = split_text(" ".join(names), NAMES_BYTES)
+    call.reply_lines(RPL_NAMREPLY, "=", channel.name, texts=texts)
     call.reply(RPL_ENDOFNAMES, channel.name)
 
 
@@ -3179,8 +3259,9 @@ def parse_modes(params: tuple[str, ...]) -> Iterator[ModeChange]:
             yield ModeChange(on, letter, param)
 
 
-def change_modes(call: Call, channel: Channel, changes: list[ModeChange]) -> None:
-    """Makes changes, as far as each is possible, and tells the members in one line what has changed."""
+def change_modes(call: Call, channel: Channel, changes: list[ModeChange], source: str = "") -> None:
+    """Makes changes, as far as each is possible, and tells the members in one line what has changed, and that it was
+    the caller, or `source`."""
     done: list[ModeChange] = []
     for change in changes:
         try:
@@ -3196,10 +3277,10 @@ def change_modes(call: Call, channel: Channel, changes: list[ModeChange]) -> Non
     flags = ""
     for on, same in itertools.groupby(done, key=lambda change: change.on):
         flags += ("+" if on else "-") + "".join(change.letter for change in same)
-    if any(change.letter not in "ov" for change in done):
+    if any(change.letter != "v" for change in done):
         call.save(channel, reopened=any(change.letter in "ik" and not change.on for change in done))
     words = (channel.name, flags, *(change.param for change in done if change.param))
-    call.broadcast(Message("MODE", words, call.session.prefix, call.hub.ids.next()), channel)
+    call.broadcast(Message("MODE", words, source or call.session.prefix, call.hub.ids.next()), channel)
 
 
 def set_mode(call: Call, channel: Channel, change: ModeChange) -> str | None:
@@ -3570,7 +3651,10 @@ REPORTS: dict[str, Callable[[Call], Rows]] = {
     ],
     "TIME [<server>]": lambda call: [(RPL_TIME, call.hub.name, server_time(time.time()))],
     "LINKS": lambda call: [(RPL_LINKS, call.hub.name, call.hub.name, f"0 {VERSION}"), (RPL_ENDOFLINKS, "*")],
-    "HELP": lambda call: [*((RPL_HELPTXT, "*", line) for line in help_lines()), (RPL_ENDOFHELP, "*")],
+    "HELP [<command>]": lambda call: [
+        *((RPL_HELPTXT, "*", line) for line in help_lines(call.message.param(0))),
+        (RPL_ENDOFHELP, "*"),
+    ],
     # For operators of the server, whom IRC does not know here.
     "OPER <name> <password>": lambda call: [(ERR_NOOPERHOST,)],
     "KILL <name> :<reason>": lambda call: [(ERR_NOPRIVILEGES,)],
@@ -4024,7 +4108,7 @@ class Wakeup:
 
 MAX_WATCHED = 500 if sys.platform == "win32" else 1 << 20  # select there takes 512 sockets
 BIND_ATTEMPTS = 10  # for a port that is free on all addresses of a name
-TLS_ONLY = "This server speaks TLS only"
+TLS_ONLY = "This server speaks TLS only: client --fingerprint SHA256, as its operator sees it, or --tls"
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FULL = "This server is full; try again later"
 
@@ -4596,6 +4680,7 @@ def raise_descriptor_limit() -> None:
 # A key is what a terminal sends for it: "a", "\x01" (Ctrl-A), "\x1b[A" (up), "\x1bb" (Alt-B): ECMA-48 and xterm.
 
 PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"  # bracketed paste, as xterm has it
+BRACKETED_OFF = "\x1b[?2004l"
 KEY_RE = re.compile(
     r"\x1b\[200~.*?\x1b\[201~"  # a paste, whole
     r"|\x1b\[\d+\$"  # rxvt, with Shift
@@ -4628,8 +4713,13 @@ class KeyParser:
         self._rest = ""
         self._dropping = False  # until the end of a paste that was too long
 
-    def feed(self, text: str) -> list[str]:
-        """Returns the keys that are complete now; PASTE_BEGIN alone stands for a paste that was too long."""
+    def feed(self, text: str, pause: float = 0.0) -> list[str]:
+        """Returns the keys that are complete now; PASTE_BEGIN alone stands for a paste that was too long.
+
+        After a `pause` of KEY_S seconds the rest does not come any more: it was Esc alone, and not Alt.
+        """
+        if pause > KEY_S and not self._rest.startswith(PASTE_BEGIN):
+            self._rest = ""
         text, at = self._rest + text, 0
         keys: list[str] = []
         while not text.startswith(PASTE_BEGIN, at) or text.find(PASTE_END, at) > 0:
@@ -4682,9 +4772,16 @@ class LineEditor:
         """Carries out a key; returns what it submits. An unknown key does nothing."""
         if len(key) > 1 and key not in BINDINGS and not key.endswith(PASTE_END):
             return None
+        if key == "\x03":
+            self.clear()
+            return None
         if self._pasted:
             lines, self._pasted = self._pasted, []
-            return Submission(lines, True) if key in ("y", "Y") else None
+            if key in ("y", "Y"):
+                return Submission(lines, True)
+            self._history = [*self._history, *lines][-HISTORY_LINES:]
+            self._index = len(self._history)
+            return None
         if self._query is not None and self._handle_search_key(key, self._query):
             return None
         self._last_was_kill, self._is_kill = self._is_kill, False
@@ -4697,6 +4794,15 @@ class LineEditor:
         elif unicodedata.category(key) != "Cc":
             self._insert(key)
         return None
+
+    def is_busy(self) -> bool:
+        """Whether something is being typed, or asked about."""
+        return bool(self.text or self._pasted) or self._query is not None
+
+    def clear(self) -> None:
+        """Drops what is being typed."""
+        self.text, self.cursor, self._pasted, self._query, self._candidates = "", 0, [], None, []
+        self._index = len(self._history)
 
     def _enter(self) -> Submission | None:
         line, self.text, self.cursor = self.text, "", 0
@@ -4835,7 +4941,7 @@ Ctrl-G: end the search
 Tab, Shift-Tab: complete a name or a command
 Ctrl-L: clear the screen
 Enter: send
-Ctrl-C, Ctrl-D on an empty line: leave"""
+Ctrl-C: drop the line; on an empty one, leave, as does Ctrl-D"""
 
 # Widths are the largest that terminals have: joined emoji are two columns in kitty and tmux, two each in xterm and VTE;
 # and variation selector 16 makes its base wide in some. A row that is narrower than we think breaks nothing.
@@ -5025,12 +5131,15 @@ class Terminal:
 
     def __init__(self, wakeup: Wakeup, complete: Callable[[str], tuple[int, list[str]]]) -> None:
         self.hung_up = False
-        self.colours = not os.environ.get("NO_COLOR")
+        self._dumb = not can_draw()  # only goes on, and back in its row
+        many = sys.platform == "win32" or "256color" in os.environ.get("TERM", "") or "COLORTERM" in os.environ
+        self.colours = () if os.environ.get("NO_COLOR") or self._dumb else NAME_COLOURS if many else FEW_COLOURS
         self._wakeup = wakeup
-        self._input: queue.Queue[str] = queue.Queue(UNREAD_KEYS)
+        self._input: queue.Queue[tuple[str, float]] = queue.Queue(UNREAD_KEYS)  # with the seconds before it
         self._parser = KeyParser()
         self._editor = LineEditor(complete)
         self._suspending = False  # as soon as possible; the terminal is the shell's meanwhile
+        self._clearing = False  # what is typed, as soon as possible
         self._printed: list[str] = []  # since the last draw
         self._rows = [""]  # ours, as drawn, the last one up to the character under the cursor
         self._last = ""  # the last row, whole
@@ -5043,14 +5152,14 @@ class Terminal:
         if hasattr(signal, "SIGTSTP"):
             signal.signal(signal.SIGTSTP, lambda *_: setattr(self, "_suspending", True))
             signal.signal(signal.SIGWINCH, lambda *_: None)  # wakes us
-        self._write("\x1b[?2004h")
+        self._write("" if self._dumb else "\x1b[?2004h")
         return self
 
     def __exit__(self, *exc: object) -> None:
         if hasattr(signal, "SIGTSTP"):
             signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         with contextlib.suppress(*TERMINAL_ERRORS):  # it may be gone
-            self._write(f"{self._erased()}{''.join(self._printed)}\x1b[?2004l")
+            self._write(f"{self._erased()}{''.join(self._printed)}{'' if self._dumb else BRACKETED_OFF}")
         self._rows, self._last, self._shown, self._printed = [""], "", None, []
         self.restore()
         self._modes = None
@@ -5065,15 +5174,26 @@ class Terminal:
         """Begins to read keys."""
         threading.Thread(target=self._read, daemon=True).start()
 
+    def interrupt(self) -> bool:
+        """Ctrl-C: has what is being typed cleared soon; False if there is nothing, or if that did not come to pass.
+        For signal handlers."""
+        if self._clearing or not self._editor.is_busy():
+            return False
+        self._clearing = True
+        return True
+
     def submissions(self) -> Iterator[Submission]:
         """What has been entered meanwhile. Raises KeyboardInterrupt for Ctrl-C that the terminal makes no signal of."""
         if self._suspending:
             self._suspend()
+        if self._clearing:
+            self._editor.clear()
+            self._clearing = False
         while not self._input.empty():
-            text = self._input.get()
+            text, pause = self._input.get()
             self.hung_up = not text
-            for key in self._parser.feed(text):
-                if key == "\x03":
+            for key in self._parser.feed(text, pause):
+                if key == "\x03" and not self._editor.is_busy():
                     raise KeyboardInterrupt
                 if key == PASTE_BEGIN:
                     self.print(f"*** Error: a paste of more than {PASTE_CHARS} characters is not taken")
@@ -5081,7 +5201,7 @@ class Terminal:
                 if submission:
                     yield submission
 
-    def paint(self, text: str, *codes: int) -> str:
+    def paint(self, text: str, *codes: int | str) -> str:
         """`text` in a look (ECMA-48, Select Graphic Rendition), if colours are wanted."""
         return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self.colours and text else text
 
@@ -5096,7 +5216,7 @@ class Terminal:
 
     def clear(self) -> None:
         """Clears the screen at the next draw."""
-        self._printed = ["\x1b[H\x1b[2J"]
+        self._printed = ["\n" if self._dumb else "\x1b[H\x1b[2J"]
 
     def draw(self, waiting: list[str], prompts: list[str]) -> None:
         """Draws our rows anew where something changed: lines that wait, cut to a row each, and the line being typed,
@@ -5107,20 +5227,23 @@ class Terminal:
         if shown == self._shown and not self._printed:
             return
         columns = max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
-        rows = [truncate(line, columns) for line in waiting[: max(min(size.lines - 2, WAITING_ROWS), 0)]]
+        most = 0 if self._dumb else max(min(size.lines - 2, WAITING_ROWS), 0)
+        rows = [truncate(line, columns) for line in waiting[:most]]
         prompt, before, after = viewport(prompts, text, cursor, columns)
         dim = [self.paint(line, DIM) + "\n" for line in rows]
-        typing = self.paint(prompt, BOLD) + before + (f"\x1b7{after}\x1b8" if after else "")
+        rest = after + "\b" * text_width(after) if self._dumb else f"\x1b7{after}\x1b8" if after else ""
+        typing = self.paint(prompt, BOLD) + before + rest
         self._write("".join([self._erased(), *self._printed, *dim, typing]))
         self._rows, self._last = [*rows, prompt + before + after[:1]], prompt + before + after
         self._shown, self._printed = shown, []
 
     def _read(self) -> None:
         """A thread: ends when the terminal is gone."""
-        text = "?"
+        text, last = "?", time.monotonic()
         while text:
-            text = read_keys()
-            self._input.put(text)
+            text, before = read_keys(), last
+            last = time.monotonic()
+            self._input.put((text, last - before))
             self._wakeup.wake()
 
     def _suspend(self) -> None:
@@ -5135,6 +5258,8 @@ class Terminal:
     def _erased(self) -> str:
         """The sequence that erases our rows, of which a terminal that became narrower has made several each."""
         columns = self._size().columns
+        if self._dumb:
+            return f"\r{' ' * text_width(self._last)}\r"
         above = sum(row_count(row, columns) for row in self._rows) - 1
         if above or row_count(self._last, columns) > 1:
             return f"\r\x1b[{above}A\x1b[J" if above else "\r\x1b[J"
@@ -5161,7 +5286,7 @@ class FatalError(Exception):
 
 
 class PasswordRequired(FatalError):
-    """The server asks for a password that was not given."""
+    """The server asks for a password that was not given, or for another one."""
 
 
 class Phase:
@@ -5502,16 +5627,16 @@ class SeenIds:
     """The last msgids, so that a message is shown once."""
 
     def __init__(self) -> None:
-        self._ids: dict[str, None] = {}
+        self.ids: dict[str, None] = {}
 
     def add(self, msgid: str) -> bool:
         """Whether the id is new, as one that is empty or too long always is."""
-        if msgid in self._ids:
+        if msgid in self.ids:
             return False
         if 0 < len(msgid) < NAME_CHARS:
-            self._ids[msgid] = None
-            if len(self._ids) > SEEN_IDS:
-                del self._ids[next(iter(self._ids))]
+            self.ids[msgid] = None
+            if len(self.ids) > SEEN_IDS:
+                del self.ids[next(iter(self.ids))]
         return True
 
 
@@ -5562,7 +5687,7 @@ class Client:
         self.granted: set[str] = set()  # the capabilities that one has granted: asked for at once the next time
         self.ignored: dict[str, str] = {}  # folded nick -> nick of those whose messages are not shown
         self.last_private_sender = ""
-        self.names_requested = False  # somebody wants to see the next RPL_NAMREPLY
+        self.who: list[str] | None = None  # that RPL_WHOREPLY has told, as long as that is asked for
         self.entered = False  # has been in the chat
         self.attempts = 0  # to connect, in vain
         self.retry_at = 0.0  # monotonic
@@ -5627,9 +5752,7 @@ class Client:
             hint = "" if "fingerprint" in str(result) else "; its own terminal may show one to give as --fingerprint"
             raise FatalError(f"{self.where} cannot be trusted, so nothing was sent: {result}{hint}")
         if isinstance(result, Exception):
-            hint = f"is the server running, and there? ({PYTHON} chat.py server)"
-            reason = getattr(result, "strerror", None) or result
-            self.lose(f"cannot connect to {self.where}: {reason}; {hint}")
+            self.lose(f"cannot connect to {self.where}: {connect_error(result, self.where.rpartition(':')[0])}")
         else:
             self.uplink.register(result, self.password, self.granted, self.token)
 
@@ -5658,13 +5781,14 @@ class Client:
             raise FatalError(reason)
         now = time.monotonic()
         if phase == Phase.IN:
-            self.ui.show_status(f"{reason}; trying again")
+            limit = "" if self.ui.patient else f", for {GIVE_UP_S:.0f} s after the end of the input"
+            self.ui.show_status(f"{reason}; trying again{limit}")
             if now > self.uplink.since + RETRY_MAX_S:
                 self.attempts = 0
         self.rooms.lose()
         lost = self.queue.requeue()
         if lost:
-            self.ui.show_status(f"your last {lost} line(s) may be lost: this server confirms nothing")
+            self.ui.show_status(f"your last {plural(lost, 'line')} may be lost: this server confirms nothing")
             if not self.ui.patient:
                 raise FatalError("it is not known whether all lines were delivered")
         self.retry_at = now + min(RETRY_S * 2**self.attempts, RETRY_MAX_S) * random.uniform(0.7, 1)
@@ -5682,7 +5806,7 @@ class Client:
     def end(self) -> None:
         """Leaves at once."""
         if self.queue:
-            raise FatalError(f"not delivered: {len(self.queue)} line(s)")
+            raise FatalError(f"not delivered: {plural(len(self.queue), 'line')}")
         self.status = 0
 
     def enter(self, text: str, commands: bool) -> None:
@@ -5740,6 +5864,14 @@ class Client:
         return self.uplink.fold(name)
 
 
+def connect_error(error: Exception, host: str) -> str:
+    """Why there is no connection, and what may help."""
+    hint = f"is the server running, and there? ({PYTHON} chat.py server)"
+    if isinstance(error, socket.gaierror) and re.fullmatch(r"\w+", host):
+        hint = f"to be called {host}, say --name {host}"
+    return f"{getattr(error, 'strerror', None) or error}; {hint}"
+
+
 def check_deadlines(client: Client, now: float) -> None:
     """Gives up what has taken too long; connects again when it is time."""
     uplink = client.uplink
@@ -5747,7 +5879,8 @@ def check_deadlines(client: Client, now: float) -> None:
         if now > uplink.deadline:
             client.end()
     elif client.ui.ended and now > client.queue.last_progress + GIVE_UP_S:
-        raise FatalError(f"not delivered: {len(client.queue)} line(s); {client.where} does not confirm them")
+        lines = plural(len(client.queue), "line")
+        raise FatalError(f"not delivered within {GIVE_UP_S:.0f} s: {lines}; {client.where} does not confirm them")
     elif uplink.phase == Phase.OFFLINE:
         if now > client.retry_at:
             client.connect()
@@ -5915,15 +6048,22 @@ def end_page(client: Client, room: Room) -> None:
         return
     page, last = sync.page, room.last
     sync.page, sync.batch, sync.pages = [], "", sync.pages + 1
-    if page and not sync.missed:
-        client.ui.show_status(f"the last {len(page)} line(s), said before you came:")
+    old = [message for message in page if not sync.missed and is_shown(client, message)]
+    if old:
+        client.ui.show_status(f"the last {plural(len(old), 'line')}, said before you came:")
     for message in page:
         client.handle(message if sync.missed else message._replace(tags={**message.tags, REPLAYED_TAG: ""}))
-    if page and not sync.missed:
+    if old:
         client.ui.show_status("end of what was said before you came")
     if room.sync is sync:
         more = sync.missed and len(page) >= sync.most and room.last != last and sync.pages < HISTORY_PAGES
         (request_history if more else end_sync)(client, room)
+
+
+def is_shown(client: Client, message: Message) -> bool:
+    """Whether a message of the past would be shown: not one of somebody ignored, nor one that was."""
+    new = message.tags.get("msgid", "") not in client.seen.ids
+    return new and client.fold(message.nick) not in client.ignored and text_form(message) != ""
 
 
 def end_sync(client: Client, room: Room) -> None:
@@ -6208,10 +6348,10 @@ def on_join_error(client: Client, message: Message) -> bool:
             return on_message_error(client, message)
     if uplink.phase >= Phase.IN:
         return on_message_error(client, message)
-    if code == "464" and not client.password and not client.entered:
-        raise PasswordRequired(f"{client.where} wants a password: give it in CHAT_PASSWORD or with --password-file")
+    if code == "464" and client.password:
+        raise PasswordRequired(f"{client.where} does not accept this password")
     if code == "464":
-        raise FatalError(f"{client.where} does not accept this password")
+        raise PasswordRequired(f"{client.where} wants a password: give it in CHAT_PASSWORD or with --password-file")
     if code == "465":
         raise FatalError(f"{client.where} does not let you in: {text}")
     key_hint = f"its key goes behind it: --channel '{client.rooms.pending} KEY'"
@@ -6284,16 +6424,34 @@ def on_names(client: Client, message: Message) -> bool:
     if room:
         for name in message.text.split():
             client.rooms.meet(room, name.lstrip(ranks).partition("!")[0])
-    return not client.names_requested
+    return True
 
 
 @handles("366")
 def on_names_end(client: Client, message: Message) -> bool:
     """366 <name> <channel> :<text>"""
     room = client.rooms.get(message.param(1))
-    if room and not client.names_requested and client.fold(client.rooms.active) == client.fold(room.name):
+    if room and client.fold(client.rooms.active) == client.fold(room.name):
         client.ui.on_names()
-    client.names_requested = False
+    return True
+
+
+@handles("352")
+def on_who(client: Client, message: Message) -> bool:
+    """352 <name> <channel> <user> <host> <server> <nick> <H|G>[*][@+] :<hops> <real name>; G: is away"""
+    flags = message.param(6)
+    if client.who is not None and len(client.who) < MAX_MEMBERS:
+        away = " (away)" if flags.startswith("G") else ""
+        client.who.append(f"{flags.lstrip('HG*')[:1]}{message.param(5)}{away}")
+    return True
+
+
+@handles("315")
+def on_who_end(client: Client, message: Message) -> bool:
+    """315 <name> <mask> :<text>"""
+    if client.who is not None:
+        client.ui.show_status(f"In {message.param(1)}: {' '.join(client.who) or 'nobody whom you may see'}")
+    client.who = None
     return True
 
 
@@ -6378,14 +6536,18 @@ def send_command(client: Client, message: Message) -> None:
     if client.uplink.phase != Phase.IN:
         client.ui.show_status("Error: not connected; only messages wait until we are")
         return
-    client.names_requested = client.names_requested or message.command == "NAMES"
     client.uplink.send(message.command, *message.params)
+
+
+def enter_who(client: Client, message: Message) -> None:
+    """/who [#NAME]: WHO tells who is away, too"""
+    client.who = []
+    send_command(client, Message("WHO", message.params))
 
 
 def enter_join(client: Client, message: Message) -> None:
     """/join #NAME [KEY]: speaks there from now on"""
-    channel = message.param(0)
-    channel = channel if channel.startswith(tuple(CHANNEL_TYPES)) else f"#{channel}"
+    channel = with_channel_type(message.param(0))
     if client.uplink.phase != Phase.IN:
         send_command(client, message)
     elif client.rooms.pending or not can_join(channel):
@@ -6429,9 +6591,10 @@ def enter_ignore(client: Client, message: Message) -> None:
 
 
 def enter_help(client: Client, message: Message) -> None:
-    """/help [keys]"""
-    lines = [*help_lines(True), f"{'/help keys':18}shows what the keys do"]
-    for line in KEY_HELP.splitlines() if message.param(0) == "keys" else lines:
+    """/help [COMMAND or keys]"""
+    asked = message.param(0)
+    lines = KEY_HELP.splitlines() if asked == "keys" else help_lines(asked, local=True)
+    for line in lines if asked else [*lines, f"{'/help keys':18}shows what the keys do"]:
         client.ui.show_status(line)
 
 
@@ -6440,6 +6603,7 @@ LOCAL_COMMANDS: dict[str, Callable[[Client, Message], None]] = {
     "QUIT": lambda client, message: client.leave(message.text),
     "JOIN": enter_join,
     "PART": enter_part,
+    "NAMES": enter_who,
     "REPLY": enter_reply,
     "IGNORE": enter_ignore,
     "HELP": enter_help,
@@ -6466,6 +6630,7 @@ class PipeUI(UserInterface):
         self._source = source
         self._json = as_json
         self._quiet = quiet
+        self._timed = commands or is_regular_file(sys.stdout)  # a pipe's reader wants the lines alone
         self._lines: queue.Queue[bytes | FatalError | None] = queue.Queue(PIPE_WINDOW)  # None: no more
 
     def start(self) -> None:
@@ -6517,13 +6682,12 @@ class PipeUI(UserInterface):
 
     def show(self, message: Message, mine: bool) -> None:
         if self._json:
-            shown = JSON.encode(message._replace(command="ACK") if mine else message).decode()
-        else:
-            hidden = mine and fold(message.param(0)) != fold(message.nick)
-            elsewhere = self._client.rooms.is_elsewhere(message)
-            shown = "" if hidden or self._quiet else text_form(message, elsewhere=elsewhere) + "\n"
-        if shown.strip():
-            print(shown, end="", flush=True)
+            write_json(message._replace(command="ACK") if mine else message)
+            return
+        hidden = self._quiet or (mine and fold(message.param(0)) != fold(message.nick))
+        shown = "" if hidden else text_form(message, elsewhere=self._client.rooms.is_elsewhere(message))
+        if shown:
+            print(f"{timestamp(message)} {shown}" if self._timed else shown, flush=True)
 
     def show_status(self, text: str) -> None:
         if sys.stderr:
@@ -6604,9 +6768,11 @@ class TerminalUI(UserInterface):
         return f"[private to {escape_controls(message.param(0))}]{text[9:]}" if text.startswith("[private] ") else text
 
     def _name(self, mentioned: bool, nick: str) -> str:
-        """A sender's name, in the colour that it always has."""
-        colour = NAME_COLOURS[zlib.crc32(fold(nick).encode()) % len(NAME_COLOURS)]
-        return self._terminal.paint(escape_controls(nick), *((BOLD, REVERSE) if mentioned else ()), colour)
+        """A sender's name, in the colour that it always has; our own stands out, and who means us even more."""
+        colours = self._terminal.colours
+        colour = colours[zlib.crc32(fold(nick).encode()) % len(colours)] if colours else ""
+        look = (BOLD, REVERSE) if mentioned else (BOLD,) if self._client.uplink.is_me(nick) else ()
+        return self._terminal.paint(escape_controls(nick), *look, colour)
 
     def _print(self, text: str, moment: time.struct_time, past: bool = False) -> None:
         if moment[:3] > self._day or past and moment[:3] != self._day:
@@ -6728,6 +6894,20 @@ class OperatorCommands(cmd.Cmd):
             else:
                 self.answers.append(f"Error: nobody here is called {nick}")
 
+    def do_op(self, arg: str) -> None:
+        """/op NAME: lets somebody moderate the channels that they are in"""
+        with self.server.hub as hub:
+            session = hub.nicks.get(fold(arg))
+            channels = session.channels if session else ()
+            for channel in channels:
+                assert session
+                call = Call(hub, session)
+                change_modes(call, channel, [ModeChange(True, "o", session.nick)], hub.name)
+                hub.append(call)
+            names = " ".join(channel.name for channel in channels)
+            problem = "is in no channel" if session else "is not here"
+            self.answers.append(f"{arg} may moderate {names}" if names else f"Error: {arg} {problem}")
+
     def do_ban(self, arg: str) -> None:
         """/ban [NAME or ADDRESS]: shuts an address out, or no more; alone: shows which"""
         with self.server.hub as hub:
@@ -6737,27 +6917,34 @@ class OperatorCommands(cmd.Cmd):
     def do_say(self, arg: str) -> None:
         """/say TEXT: tells everybody"""
         with self.server.hub as hub:
-            people = [session for session in hub.sessions if session.registered]
+            sessions = [session for session in hub.sessions if session.registered]
             pieces = split_text(escape_controls(arg), TOPIC_BYTES)
-            for session in people:
+            for session in sessions:
                 call = Call(hub, session)
                 call.replies += [Message("NOTICE", ("*", f"From the operator: {piece}"), hub.name) for piece in pieces]
                 hub.append(call)
-        self.answers.append(f"told {len(people)} people")
+        self.answers.append(f"told {plural(len(sessions), 'person', 'people')}")
 
     def do_stats(self, arg: str) -> None:
         """/stats: shows what the server has done"""
         with self.server.hub as hub:
-            people = sum(session.registered for session in hub.sessions)
+            people = plural(sum(session.registered for session in hub.sessions), "person", "people")
+            channels, connections = plural(len(hub.channels), "channel"), plural(len(self.server.mailer), "connection")
             self.answers += [
-                f"{people} people in {len(hub.channels)} channels, {len(self.server.mailer)} connections",
-                f"{hub.messages} messages, {self.server.mailer.delivered} deliveries",
+                f"{people} in {channels}, {connections}",
+                f"{plural(hub.messages, 'message')}, {plural(self.server.mailer.delivered, 'delivery', 'deliveries')}",
             ]
         self.answers.append(f"{memory_used()}, up for {format_duration(time.time() - hub.started)}")
 
     def do_stop(self, arg: str) -> None:
         """/stop: ends the chat"""
-        self.server.stop()
+        stop_server(self.server, "/stop")
+
+
+def stop_server(server: Server, reason: str) -> None:
+    """Ends a server, with the reason in the log."""
+    log_later(logging.INFO, "stopped by %s", reason)
+    server.stop()
 
 
 def toggle_ban(hub: Hub, who: str) -> str:
@@ -6769,10 +6956,9 @@ def toggle_ban(hub: Hub, who: str) -> str:
         address = session.address if session and session.host != "localhost" else hub.access.address(who)
         key = address.key
     except ValueError:
-        try:
-            key = fold(check_nick(who))
-        except CommandError:
-            return f"Error: {who} is neither a name nor an address"
+        key = fold(who)
+        if not session and key not in banned:
+            return f"Error: {who} is neither the name of somebody here nor an address"
     if banned.pop(key, None):
         return f"{who} may come back"
     banned[key] = f"{who} ({key})" if session and key == session.address.key else who
@@ -6813,16 +6999,26 @@ class OperatorConsole:
     def __init__(self, server: Server) -> None:
         self.wakeup = Wakeup()
         self.terminal = Terminal(self.wakeup, self._complete)
+        self.in_front = in_foreground()  # or started with & and waiting for the shell's fg
         self._server, self._commands = server, OperatorCommands(server)
         self._lines: queue.Queue[str] = queue.Queue(LOG_QUEUE)  # of the log
 
     def show(self, line: str) -> None:
         """Shows a line; waits while too many have not been shown. Any thread but the main one."""
+        if not self.in_front:
+            print(line, file=sys.stderr, flush=True)
+            return
         self._lines.put(line)
         self.wakeup.wake()
 
     def run(self, serving: threading.Thread) -> None:
         """Until the server ends, or the terminal is gone: then it may raise one of TERMINAL_ERRORS."""
+        while serving.is_alive() and not self.in_front:
+            if wait_for([self.wakeup], [], FOREGROUND_S):
+                self.wakeup.clear()
+            self.in_front = in_foreground()
+        if not self.in_front:
+            return
         with self.terminal as terminal:
             terminal.start()
             while serving.is_alive() and not terminal.hung_up:
@@ -6849,7 +7045,7 @@ class OperatorConsole:
                     for answer in self._commands.run(line):
                         terminal.print(escape_controls(answer))
         except KeyboardInterrupt:
-            self._server.stop()
+            stop_server(self._server, "Ctrl-C")
 
     def _complete(self, head: str) -> tuple[int, list[str]]:
         start = head.rfind(" ") + 1
@@ -6881,8 +7077,8 @@ def run_server(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise FatalError(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
     certificate, context = tls_from_args(args)
-    # Before others can connect.
-    log_file = logging.handlers.WatchedFileHandler(args.log, encoding="utf-8") if args.log else None
+    with naming("--log", args.log):  # before others can connect
+        log_file = logging.handlers.WatchedFileHandler(args.log, encoding="utf-8") if args.log else None
     try:
         server = Server(args.host, args.port, hub, context, args.tls_only)
     except (OSError, UnicodeError) as error:
@@ -6891,12 +7087,16 @@ def run_server(args: argparse.Namespace) -> int:
         reason = getattr(error, "strerror", None) or str(error)
         raise FatalError(f"cannot listen on {args.host}:{args.port}: {reason}") from None
     greeting = join_instructions(server.listener.hosts, server.listener.port, certificate, args.tls_only)
-    return serve_until_stopped(server, greeting, args.verbose, log_file)
+    extras = [f"history in {args.history or 'memory'}", "a password" if password else "no password"]
+    extras.append("TLS only" if args.tls_only else "TLS" if context else "no TLS")
+    return serve_until_stopped(server, greeting, ", ".join(extras), args.verbose, log_file)
 
 
-def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: logging.Handler | None) -> int:
+def serve_until_stopped(
+    server: Server, greeting: str, extras: str, verbose: bool, log_file: logging.Handler | None
+) -> int:
     """Lets a server serve, with its log and its terminal; returns the exit code."""
-    console = OperatorConsole(server) if is_interactive() else None
+    console = OperatorConsole(server) if has_terminal() else None
     handle_signals(server, console, log_file)
     handler = log_file or logging.StreamHandler()
     if console and not log_file and sys.stderr.isatty():
@@ -6904,6 +7104,9 @@ def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: 
     end_log = begin_log(handler, verbose)
     host, port = server.address
     print(f"listening on {host}:{port}\n{greeting}", flush=True)
+    if not isinstance(handler, ConsoleHandler):
+        where = ", ".join(f"{host}:{port}" for host in server.listener.hosts)
+        log_later(logging.INFO, "%s, Python %s: listening on %s; %s", VERSION, platform.python_version(), where, extras)
     reachable = [host for host in server.listener.hosts if not plain_address(host).is_loopback]
     if reachable and not server.hub.access.password_required:
         text = "there is no password: whoever reaches %s can join (--password-file sets one)"
@@ -6928,15 +7131,17 @@ def serve_until_stopped(server: Server, greeting: str, verbose: bool, log_file: 
 def handle_signals(server: Server, console: OperatorConsole | None, log_file: logging.Handler | None) -> None:
     """Lets signals end the server; but SIGHUP only when it tells that the operator's terminal is gone."""
 
-    def hang_up(*_: Any) -> None:
-        if console and not sys.stdin.isatty():
-            server.stop()
-        elif log_file:  # which opens its file anew for a record
-            log_later(logging.INFO, "SIGHUP: the log file is opened anew")
+    def on_signal(number: int, _: object) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGHUP" and not (console and console.in_front and not sys.stdin.isatty()):
+            if log_file:  # which opens its file anew for a record
+                log_later(logging.INFO, "SIGHUP: the log file is opened anew")
+        elif name != "SIGINT" or not (console and console.terminal.interrupt()):
+            stop_server(server, name)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), hang_up if name == "SIGHUP" else lambda *_: server.stop())
+            signal.signal(getattr(signal, name), on_signal)
 
 
 def serve_and_end(server: Server, console: OperatorConsole) -> None:
@@ -6946,10 +7151,9 @@ def serve_and_end(server: Server, console: OperatorConsole) -> None:
     console.wakeup.wake()
 
 
-def is_interactive() -> bool:
-    """Whether there is a person who could type here."""
-    there = sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty() and can_draw()
-    return bool(there) and in_foreground()
+def has_terminal() -> bool:
+    """Whether a person could type here, and see what comes of it."""
+    return bool(sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty())
 
 
 def tls_from_args(args: argparse.Namespace) -> tuple[str, ssl.SSLContext | None]:
@@ -7065,9 +7269,15 @@ class RateLimitFilter(logging.Filter):
 def join_instructions(hosts: list[str], port: int, fingerprint: str, tls_only: bool) -> str:
     """How to join, ready to paste."""
     lines = []
-    addresses = own_addresses() if {"0.0.0.0", "::"} & set(hosts) else hosts
+    addresses = [host for host in hosts if not plain_address(host).is_unspecified]
+    for family in (socket.AF_INET, socket.AF_INET6) if "::" in hosts else (socket.AF_INET,) * ("0.0.0.0" in hosts):
+        addresses += own_addresses(family)
     if all(plain_address(host).is_loopback for host in hosts):
         lines.append("only this machine can join; --host 0.0.0.0 opens the chat to the network")
+    elif not addresses:
+        addresses = ["127.0.0.1"]
+        how = "ipconfig" if sys.platform == "win32" else "ifconfig" if sys.platform == "darwin" else "ip address"
+        lines.append(f"no address of this machine is known here; for others, look for one with: {how}")
     for address in addresses:
         secured = f" --fingerprint {fingerprint}" if fingerprint else ""
         lines.append(f"  {PYTHON} chat.py client --host {address} --port {port}{secured}")
@@ -7078,14 +7288,30 @@ def join_instructions(hosts: list[str], port: int, fingerprint: str, tls_only: b
     return "\n".join(lines)
 
 
-def own_addresses() -> list[str]:
-    """The addresses under which others may reach this machine. Sends nothing: a datagram socket only picks a route."""
+def own_addresses(family: int) -> list[str]:
+    """The addresses under which others may reach this machine, the one that leads furthest first.
+
+    Sends nothing: a datagram socket only chooses the address from which it would send, to somewhere else (RFC 5737,
+    3849) where there is a route, then to a group of neighbours at each interface, for which none is needed.
+    """
+    elsewhere, group = ("192.0.2.1", "224.0.0.1") if family == socket.AF_INET else ("2001:db8::1", "ff0e::1")
     found = []
-    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # RFC 5737, 3849
+    for index in [0, *(index for index, _ in socket.if_nameindex())]:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((elsewhere, 9))
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
+            elif index:  # struct ip_mreqn; on Windows, an address 0.x.x.x
+                form = "!I" if sys.platform == "win32" else "8xi"
+                probe.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, struct.pack(form, index))
+            probe.connect((group if index else elsewhere, 9))
             found.append(probe.getsockname()[0])
-    return found or ["127.0.0.1"]
+    addresses = {address: plain_address(address) for address in found}
+    return [text for text, address in addresses.items() if is_reachable(address)]
+
+
+def is_reachable(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether others may use an address: an IPv6 one that is link-local needs the name of an interface of theirs."""
+    return not (address.is_loopback or address.is_unspecified or (address.version == 6 and address.is_link_local))
 
 
 class Interrupts:
@@ -7117,8 +7343,10 @@ class Interrupts:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
 
-    def _interrupt(self, *_: object) -> None:
+    def _interrupt(self, number: int, _: object) -> None:
         if self._client.interrupted:
+            return
+        if number == signal.SIGINT and self._looping and self.terminal and self.terminal.interrupt():
             return
         self._client.interrupted = True
         if not self._looping:
@@ -7139,23 +7367,26 @@ def end_soon(status: int, terminal: Terminal | None) -> None:
 
 def run_client(args: argparse.Namespace) -> int:
     """chat.py client"""
-    vars(args).update(args.url or {})
     nick, channel, key = names_from_args(args)
     password, context = read_password(args.password_file), tls_context(args)
     client = Client(args.host, args.port, nick, channel)
     client.dial = functools.partial(dial, args.host, args.port, context, args.fingerprint or "")
     client.password, client.reconnects, client.keys = password, args.reconnect, {fold(channel): key}
-    interrupts = Interrupts(client)
+    interrupts, asked = Interrupts(client), 0
     try:
         while True:
             try:
                 with interrupts, contextlib.ExitStack() as stack:
                     client.ui = ui_from_args(args, client, interrupts, stack)
                     return client.run()
-            except PasswordRequired:
-                if client.interrupted or not (sys.stdin and sys.stdin.isatty()):
+            except PasswordRequired as error:
+                person = sys.stdin and sys.stdin.isatty()
+                may_ask = asked < PASSWORD_TRIES if asked else not client.password  # none came from elsewhere
+                if not (person and may_ask) or client.entered or client.interrupted:
                     raise
-            client.password = normalize_password(getpass.getpass(f"password for {client.where}: "))
+                if asked:
+                    print(f"*** {escape_controls(str(error))}", file=sys.stderr)
+            client.password, asked = normalize_password(getpass.getpass(f"password for {client.where}: ")), asked + 1
     finally:
         interrupts.ignore()
         client.wakeup.close()
@@ -7174,14 +7405,12 @@ def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
 def names_from_args(args: argparse.Namespace) -> tuple[str, str, str]:
     """Our name, the channel and its key ('' for none), all fit to be sent; raises FatalError."""
     channel, _, key = args.channel.partition(" ")
+    channel = with_channel_type(channel)
     try:
         nick = check_nick(args.name)
-        if channel.startswith(tuple(CHANNEL_TYPES)):  # what else a server wants of it, it will say
-            channel = channel[0] + check_channel(f"#{channel[1:]}")[1:]
-        else:
-            check_channel(channel)
+        channel = channel[0] + check_channel(f"#{channel[1:]}")[1:]  # what else a server wants of it, it will say
     except CommandError as refused:
-        raise FatalError(refused.numeric.text.format().replace("; send another", "")) from None
+        raise FatalError(refused.numeric.text.format()) from None
     key = key.strip()
     if key and not is_word(key, LINE_BYTES // 2):
         raise FatalError("a channel's key is one word without a comma")
@@ -7195,8 +7424,8 @@ def ui_from_args(
     client.replay = args.replay or 0
     if args.message is not None:
         return PipeUI(client, io.BytesIO(os.fsencode("\n".join(args.message))), as_json=args.json, quiet=True)
-    person = bool(sys.stdin) and sys.stdin.isatty()
-    if not (person and sys.stdout and sys.stdout.isatty() and can_draw()) or args.json:
+    if not has_terminal() or args.json:
+        person = bool(sys.stdin) and sys.stdin.isatty()
         source = sys.stdin and getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
         return PipeUI(client, source, commands=person, as_json=args.json)
     client.replay = REPLAY_LINES if args.replay is None else args.replay
@@ -7206,6 +7435,23 @@ def ui_from_args(
     return TerminalUI(client, terminal)
 
 
+def is_regular_file(stream: Any) -> bool:
+    """Whether a stream, which may be None, is written into a file."""
+    with contextlib.suppress(AttributeError, OSError):
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    return False
+
+
+@contextlib.contextmanager
+def naming(option: str, path: str) -> Iterator[None]:
+    """Has an error with a file raised as FatalError that names the option."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else error.strerror or error
+        raise FatalError(f"{option} {path}: {reason}") from None
+
+
 def read_password(path: str | None) -> str:
     """The first line of a file, what is typed for -, CHAT_PASSWORD, or ''. Never an argument: those can be listed."""
     if path is None:
@@ -7213,7 +7459,7 @@ def read_password(path: str | None) -> str:
     if path == "-":
         password = getpass.getpass("password: ")
     else:
-        with open(path, encoding="utf-8") as file:
+        with naming("--password-file", path), open(path, encoding="utf-8") as file:
             password = file.readline().rstrip("\r\n")
     password = normalize_password(password)
     if not password:
@@ -7254,8 +7500,7 @@ def irc_url(text: str) -> dict[str, Any]:
     if user:
         found["name"] = user
     if channel:
-        prefix = "" if channel.startswith(tuple(CHANNEL_TYPES)) else "#"
-        found["channel"] = f"{prefix}{channel} {key}"
+        found["channel"] = f"{channel} {key}"
     return found
 
 
@@ -7264,18 +7509,36 @@ def run_history(args: argparse.Namespace) -> int:
     if not os.path.exists(args.file):
         raise FatalError(f"there is no {args.file}")
     history = SqliteHistory(args.file, readonly=True)
-    for message in history.transcript(args.since, fold(args.channel or "")):
+    for message in history.transcript(args.since, fold(with_channel_type(args.channel)) if args.channel else ""):
         if args.json:
-            print(JSON.encode(message).decode(), end="")
+            write_json(message)
         else:
-            when = time.strftime("%Y-%m-%d %H:%M:%S", local_time(message.tags["time"]))
-            print(f"{when} {escape_controls(message.param(0))} {text_form(message)}")
+            print(f"{timestamp(message)} {escape_controls(message.param(0))} {text_form(message)}")
     return 0
+
+
+def timestamp(message: Message) -> str:
+    """The local date and time of a message, as they stand in a file."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", local_time(message.tags.get("time", "")))
+
+
+def write_json(message: Message) -> None:
+    """Writes a message to standard output as a JSON object in UTF-8, whatever the locale; what a terminal could obey
+    is escaped."""
+    for line in JSON.encode(message).splitlines():
+        text = json.dumps(json.loads(line), ensure_ascii=False)
+        text = "".join(json.dumps(char)[1:-1] if is_unsafe(char) else char for char in text)
+        sys.stdout.flush()
+        sys.stdout.buffer.write(f"{text}\n".encode())
+        sys.stdout.buffer.flush()
 
 
 def parse_local_time(text: str) -> float:
     """The type of an argument that is a local time."""
-    return datetime.datetime.fromisoformat(text).timestamp()
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise argparse.ArgumentTypeError("it is a local time such as 2026-01-31 or 2026-01-31T12:00") from None
 
 
 def login_name() -> str:
@@ -7296,9 +7559,12 @@ def fingerprint(text: str) -> str:
 
 def positive(text: str) -> float:
     """The type of an argument that is a number."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not number >= 0.01:
-        raise argparse.ArgumentTypeError("must be at least 0.01")
+        raise argparse.ArgumentTypeError(f"it must be a number of at least 0.01, not {text}")
     return number
 
 
@@ -7306,21 +7572,73 @@ def int_between(low: int, high: int) -> Callable[[str], int]:
     """The type of an argument that is a whole number from `low` to `high`."""
 
     def convert(text: str) -> int:
-        if not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}")
+        if not (re.fullmatch("[0-9]{1,9}", text) and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"it must be a whole number from {low} to {high}, not {text}")
         return int(text)
 
     return convert
 
 
+EXAMPLES = f"""\
+{PYTHON} chat.py server                   lets people on this machine join; --host 0.0.0.0 opens it to the network
+{PYTHON} chat.py client --name bob        joins a chat on this machine
+{PYTHON} chat.py client bob@192.168.1.20  joins one on another machine; --help tells more"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and name the flag that is most similar to one that is not known."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {escape_controls(message)}; {self.prog} --help tells more\n")
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        for word in unknown:
+            flag = word.partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            self.error(f"{flag} is not known" + (f": did you mean {near[0]}?" if near else ""))
+        return found, unknown
+
+
+class Target(argparse.Action):
+    """Takes HOST, HOST PORT, HOST:PORT, NICK@HOST, NICK@HOST:PORT or an irc:// address."""
+
+    def __call__(self, parser: argparse.ArgumentParser, args: Any, values: Any, option: str | None = None) -> None:
+        words = [values] if isinstance(values, str) else values
+        try:
+            vars(args).update(target_from_words(*words) if words else {})
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{option or 'ADDRESS'}: {error}")
+
+
+def target_from_words(address: str, port: str = "", *more: str) -> dict[str, Any]:
+    """What `address` and `port` mean as arguments; raises ArgumentTypeError."""
+    if "://" in address:
+        return irc_url(address)
+    nick, at, rest = address.rpartition("@")
+    match = re.fullmatch(
+        r"(?:\[(.+)\]|([^:]+))(?::(\w+))?|([^][]*:[^][]*:[^][]*)", rest
+    )  # the last one: IPv6 without brackets
+    if not match or more or (match[3] and port):
+        raise argparse.ArgumentTypeError("it is HOST, HOST PORT, HOST:PORT or NICK@HOST")
+    found: dict[str, Any] = {"host": match[1] or match[2] or match[4]}
+    if port or match[3]:
+        found["port"] = int_between(0, 65535)(port or match[3])
+    if at:
+        found["name"] = nick
+    return found
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="chat.py", description="A small chat that is one file.")
+    top = Parser(prog="chat.py", description="A small chat that is one file.")
+    top.add_argument("--version", action="version", version=f"{VERSION}, Python {platform.python_version()}")
     modes = top.add_subparsers(metavar="server | client | history", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--host", default="127.0.0.1", help="address (default %(default)s)")
+    text = "address, or address:port (default %(default)s)"
+    shared.add_argument("--host", action=Target, default="127.0.0.1", metavar="HOST", help=text)
     port = int_between(0, 65535)
-    shared.add_argument("--port", type=port, default=DEFAULT_PORT, help="TCP port (default %(default)s)")
+    shared.add_argument("-p", "--port", type=port, default=DEFAULT_PORT, help="TCP port (default %(default)s)")
     add_server(modes, shared)
     add_client(modes, shared)
     add_history(modes)
@@ -7362,10 +7680,10 @@ def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
     """The arguments of `chat.py client`."""
     client = modes.add_parser("client", parents=[shared], help="join a chat", description="Joins a chat.")
     add = client.add_argument
-    add(
-        "url", nargs="?", type=irc_url, metavar="URL", help="irc://[nick@]host[:port]/[channel[?key]], ircs:// with TLS"
-    )
-    add("--name", default=login_name(), help="what others call you (default: the login name)")
+    text = "HOST, HOST PORT, HOST:PORT, NICK@HOST, or irc://[nick@]host[:port]/[channel[?key]], ircs:// with TLS"
+    add("target", nargs="*", action=Target, metavar="ADDRESS", help=text)
+    text = "what others call you (default: the login name)"
+    add("--name", "--nick", "--user", default=login_name(), metavar="NAME", help=text)
     add("--channel", default=DEFAULT_CHANNEL, help="where to talk, '#x KEY' with a key (default %(default)s)")
     add("--password-file", metavar="FILE", help="its first line is the password; - asks (or set CHAT_PASSWORD)")
     add("--tls", action="store_true", help="encrypt; the server must have a certificate that this system trusts")
@@ -7392,6 +7710,10 @@ def add_history(modes: Any) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        print(EXAMPLES, file=sys.stderr)
+        return 2
     args = parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # no text may end the program because the terminal cannot show it

@@ -35,6 +35,7 @@ import multiprocessing.connection
 import os
 import pathlib
 import pickle
+import platform
 import py_compile
 import queue
 import random
@@ -427,7 +428,7 @@ class TextForm(unittest.TestCase):
         (":chat.local NOTICE * hi", "*** hi"), (":s FAIL JOIN NO :not now", "*** Error: not now"),
         (":s WARN * SOON :a restart is due", "*** Warning: a restart is due"),
         (":s NOTE * NEWS :we have moved", "*** we have moved"), (":s 001 ann Welcome", ""), (":s PONG a b", ""),
-        (f":chat.local 433 * bob :{chat.ERR_NICKNAMEINUSE.text}", "*** Error: that name is taken; send another"),
+        (f":chat.local 433 * bob :{chat.ERR_NICKNAMEINUSE.text}", "*** Error: that name is taken; choose another"),
         (":s 353 ann = #chat :@ann bob", "*** In #chat: @ann bob"),
         ("PRIVMSG #chat :\x1b[31mred\x9b\u202e", "bob: \\x1b[31mred\\x9b<U+202E>"),
         ("PRIVMSG #chat :你好\u3000世界\xa0\U0001fae8 a\u200db", "bob: 你好\u3000世界\xa0\U0001fae8 a<U+200D>b"),
@@ -583,8 +584,8 @@ class Dialects(unittest.TestCase):
             "type": "system", "event": "join", "user": "bob", "channel": "#chat", "text": "*** bob joined (3 here)",
             **STAMP,
         }),
-        (Message("433", ("*", "bob", "that name is taken; send another"), "s"), {
-            "type": "error", "code": "name-taken", "text": "that name is taken; send another",
+        (Message("433", ("*", "bob", "that name is taken; choose another"), "s"), {
+            "type": "error", "code": "name-taken", "text": "that name is taken; choose another",
         }),
         (Message("QUIT", ("Quit: #secret is gone",), BOB), {
             "type": "system", "event": "leave", "user": "bob", "text": "*** bob left: #secret is gone",
@@ -1031,7 +1032,8 @@ class State(unittest.TestCase):
             call.quit(session, "gone", "")
             hub.append(call)
         effects = chat.commit(hub, hub.drain_log())
-        self.assertEqual(len(effects), 300)  # for each: what changes, the QUIT, the end of its connection
+        # For each: what changes, the QUIT, the end of its connection; the first was operator of both.
+        self.assertEqual(len(effects), 302)
         init = chat.Feed.__init__
         with mock.patch.object(chat.Feed, "__init__", autospec=True, side_effect=init) as feeds:
             payloads = list(chat.FanOut(effects).payloads())
@@ -1445,14 +1447,27 @@ class PlainPeople(ServerCase):
     def test_help_who_join(self) -> None:
         ann, bob = self.plain("ann"), self.plain("bob")
         bob.send("/msg bob\n/who\n/help\n")
-        self.told(bob, "*** Error: it is /msg NAME TEXT", "*** In #chat: @ann bob", "*** /help             shows this")
+        self.told(
+            bob,
+            "*** Error: it is /msg NAME TEXT",
+            "*** In #chat: @ann bob",
+            "*** /help [COMMAND]   shows this, or more",
+        )
         bob.until("/quit")
         bob.send("/join #tea\nanyone?\n/join nothing\n")
         self.told(bob, "*** bob left: went to #tea", "*** bob joined (1 here)")
         self.assertRegex(bob.line() or "", r"^\*\*\* Error: a channel is #")
         ann.until("*** bob left: went to #tea")
-        ann.send("/who\n")
-        self.told(ann, "*** In #chat: @ann")
+        bob.send("/away tea time\n")
+        bob.until("away")
+        ann.send("/who\n/names #tea\n/list\n/help mode\n/help /dance\n/part\n")
+        self.told(ann, "*** In #chat: @ann", "*** In #tea: @bob (away)", "*** #chat: 1 here. ", "*** #tea: 1 here. ")
+        self.told(
+            ann, "*** /mode [MODES]     shows or sets modes: +o NAME", *(f"*** {line}" for line in chat.MODE_HELP)
+        )
+        self.told(ann, "*** /dance is not a command; /help lists them", "*** ann left")
+        ann.send("/exit\n")
+        self.assertEqual(ann.rest()[-1], "*** Goodbye")
 
     def test_a_program_that_was_prompted_gets_whole_lines(self) -> None:
         with mock.patch.object(chat, "PROMPT_S", 0.1):
@@ -1470,9 +1485,9 @@ class PlainPeople(ServerCase):
     def test_wrong_names_are_refused_and_asked_again(self) -> None:
         self.plain("bob")
         late = self.peer("BOB\nan n\n\x1b[31m\nbоb\nann\nhello\n")
-        self.assertEqual(late.line(), "*** Error: that name is taken; send another")
+        self.assertEqual(late.line(), "*** Error: that name is taken; choose another")
         for _ in range(3):
-            self.assertRegex(late.line() or "", r"^\*\*\* Error: a name is a letter, .*; send another$")
+            self.assertRegex(late.line() or "", r"^\*\*\* Error: a name is a letter, .*; choose another$")
         self.assertEqual(late.line(), "*** ann joined (2 here)")
 
     def test_a_user_cannot_look_like_the_system_or_another(self) -> None:
@@ -1612,6 +1627,8 @@ class JsonScripts(ServerCase):
         self.assertRegex(self.next(self.script({"type": "join"}))["user"], r"^guest\d+$")
         wrong = self.script({"type": "chat", "text": "hi"}, {"type": "join", "user": "1"})
         self.assertEqual([self.next(wrong)["code"] for _ in range(2)], ["not-joined", "bad-name"])
+        late = self.script({"type": "join", "user": "late"}, {"type": "join", "user": "1", "channel": "#tea"})
+        self.assertEqual([self.next(late).get("code") for _ in range(2)], [None, "bad-name"])
 
     def test_what_is_private_is_never_said_in_public(self) -> None:
         ann, bot = self.plain("ann"), self.peer('{"type":"join","user":"bot"}\n')
@@ -1671,7 +1688,7 @@ class IrcClients(ServerCase):
         ("ISON bob nobody ANN", ["303 ann :bob ann"]),
         ("USERHOST bob ann", ["302 ann :bob=-bob@localhost ann=+ann@localhost"]), ("MOTD", ["375 ", "372 ", "376 "]),
         ("LUSERS", ["251 ann :There are 2 users", "252 ", "253 ", "254 ann 2 ", "255 "]), ("AWAY :gone", ["306 "]),
-        ("AWAY", ["305 "]), ("NICK bob", ["433 ann bob :that name is taken; send another"]),
+        ("AWAY", ["305 "]), ("NICK bob", ["433 ann bob :that name is taken; choose another"]),
         ("NICK 5", ["432 ann 5 :"]), ("NICK", ["431 ann :"]), ("USER a b c d", ["462 "]), ("PASS x", ["462 "]),
         ("DANCE", ["421 ann DANCE :DANCE is not a command here"]), ("JOIN", ["461 ann JOIN :"]),
         ("JOIN nothing", ["476 "]), ("PART #tea", ["442 "]), ("PART #nix", ["403 ann #nix :there is no channel #nix"]),
@@ -2390,7 +2407,7 @@ class Identity(ServerCase):
         with at_once(*(functools.partial(ask, peer) for peer in peers)):
             pass
         self.assertEqual(answers.count("*** bob joined (1 here)"), 1)
-        self.assertEqual(answers.count("*** Error: that name is taken; send another"), 19)
+        self.assertEqual(answers.count("*** Error: that name is taken; choose another"), 19)
 
     def test_a_name_is_free_after_its_holder_left(self) -> None:
         self.plain("bob").close()
@@ -2743,21 +2760,23 @@ class Passwords(ServerCase):
         ann.until(" 366 ")
         ann.send("PASS again\r\n")
         ann.until(" 462 ")
-        refused = ":chat.local 464 * :the right password is wanted"
-        for knock in ("NICK ann\r\nUSER a 0 * :a\r\n", "PASS sesame\r\nNICK ann\r\n"):
+        for knock, why in (
+            ("NICK ann\r\nUSER a 0 * :a\r\n", "a password is needed to join"),
+            ("PASS sesame\r\nNICK ann\r\n", "that is not the password"),
+        ):
             with self.subTest(knock):
-                self.assertEqual(self.peer(knock).rest(), [refused, f"{ERROR}Wrong password"])
+                self.assertEqual(self.peer(knock).rest(), [f":chat.local 464 * :{why}", f"{ERROR}Wrong password"])
         self.assertEqual(ann.sync(), [])
 
     def test_a_person_is_asked(self) -> None:
         ann = self.peer("ann\n")
         ann.send("sesame\n")
-        self.assertEqual(ann.line(), "Enter the password: *** Error: the right password is wanted")
+        self.assertEqual(ann.line(), "Enter the password: *** Error: that is not the password")
         self.eventually(lambda: "WARNING wrong password from 127.0.0.1" in self.log, "it was not logged")
         ann.send("öpen sesame\n")
         self.assertEqual(ann.line(), "*** ann joined (1 here)")
         bob = self.peer("ann\nöpen sesame\n")
-        self.assertEqual(bob.line(), "Enter the password: *** Error: that name is taken; send another")
+        self.assertEqual(bob.line(), "Enter the password: *** Error: that name is taken; choose another")
         bob.send("bob\nhello\n")
         ann.until("bob: hello")
         self.assertEqual(self.peer("eve\nexit\n").rest(), ["Enter the password: *** Goodbye"])
@@ -2766,7 +2785,7 @@ class Passwords(ServerCase):
         for end in ("\n", "\r\n", "\r\0"):
             bob = self.peer(end.join(("bob", "wrong", "öpen sesame", "exit", "")))
             data = b"".join(iter(functools.partial(bob.sock.recv, 1000), b"")).decode()
-            wrong = "Enter the password: *** Error: the right password is wanted"
+            wrong = "Enter the password: *** Error: that is not the password"
             lines = [wrong, "*** bob joined (1 here)", "*** Goodbye", ""]
             self.assertEqual(data, end.replace("\0", "\n").join(lines))
             bob.close()
@@ -3818,8 +3837,8 @@ class Restarted(ServerCase):
         else:
             self.serve(chat.Server("127.0.0.1", 0))
 
-    def someone(self, name: str, *caps: str) -> Peer:
-        peer = self.irc(name, *caps)
+    def someone(self, name: str, *caps: str, token: str = "") -> Peer:
+        peer = self.irc(name, *caps, token=token)
         peer.send("PART #chat\r\n")
         peer.sync()
         return peer
@@ -3830,13 +3849,13 @@ class Restarted(ServerCase):
         return [line.partition(" ")[2] if line.startswith(":chat") else line for line in peer.sync()]
 
     def test_key_bans_and_topic_are_there_again(self) -> None:
-        ann = self.someone("ann")
+        ann = self.someone("ann", token="ann" * 6)
         ann.send("JOIN #Tea\r\nMODE #tea +klbm cup 5 eve!*@*\r\nTOPIC #tea :hot\r\nPRIVMSG #tea :psst\r\n")
         ann.send("MODE #tea\r\nMODE #tea b\r\n")
         modes = [line for line in ann.sync() if re.search(" (324|329|367) ", line)]
         for _ in range(2):  # also if nobody has been there meanwhile
             self.restart()
-        eve, cat, ann = self.someone("eve"), self.someone("cat"), self.someone("ann")
+        eve, cat, ann = self.someone("eve"), self.someone("cat"), self.someone("ann", token="ann" * 6)
         self.assertIn("474 eve #Tea", self.tried(eve, "#tea cup")[0])
         self.assertIn("475 cat #Tea", self.tried(cat, "#tea")[0])
         told = "\n".join(self.tried(ann, "#tea cup"))
@@ -3853,26 +3872,68 @@ class Restarted(ServerCase):
 
     def test_nobody_reads_what_was_said_under_a_key_that_is_lost(self) -> None:
         for kept in (True, False):
-            for modes, end in (
-                ("+k cup", "PART #tea"), ("+i", "QUIT"), ("+k cup", "MODE #tea -k"), ("+i", "MODE #tea -i"),
+            for tea, modes, end in (
+                ("#a", "+k cup", "PART #a"), ("#b", "+i", "QUIT"), ("#c", "+k cup", "MODE #c -k"),
+                ("#d", "+i", "MODE #d -i"),
             ):  # fmt: skip
                 with self.subTest(modes=modes, end=end, kept=kept):
                     ann = self.someone("ann", *self.CAPS)
-                    ann.send(f"JOIN #tea\r\nMODE #tea {modes}\r\nPRIVMSG #tea :psst\r\n{end}\r\n")
+                    ann.send(f"JOIN {tea}\r\nMODE {tea} {modes}\r\nPRIVMSG {tea} :psst\r\n{end}\r\n")
                     ann.sync() if end != "QUIT" else ann.rest()
                     eve, cat = self.someone("eve"), self.someone("cat", *self.CAPS)
-                    told = self.tried(eve, "#tea") + self.tried(cat, "#tea")
-                    cat.send("CHATHISTORY LATEST #tea * 10\r\n")
+                    told = self.tried(eve, tea) + self.tried(cat, tea)
+                    cat.send(f"CHATHISTORY LATEST {tea} * 10\r\n")
                     told += cat.sync()
                     self.assertNotIn("psst", "\n".join(told))
-                    eve.send("PRIVMSG #tea :hello\r\n")
+                    eve.send(f"PRIVMSG {tea} :hello\r\n")
                     eve.sync()
-                    self.assertIn("hello", "\n".join(self.tried(self.someone("dan"), "#tea")))
+                    self.assertIn("hello", "\n".join(self.tried(self.someone("dan"), tea)))
                 self.restart(kept)
             self.restart(False)
         history = chat.SqliteHistory(self.path, readonly=True)
         self.addCleanup(history.close)
         self.assertEqual([item.text for item in history.transcript(0)], ["psst", "hello"] * 4)  # the owner reads all
+
+    def test_who_moderates_after_a_restart(self) -> None:
+        ann, bob = self.someone("ann", token="ann" * 6), self.someone("bob", token="bob" * 6)
+        ann.send("JOIN #tea\r\nMODE #tea +i\r\nINVITE bob #tea\r\n")
+        ann.sync()
+        bob.send("JOIN #tea\r\nJOIN #cup\r\nPART #cup\r\n")
+        bob.sync()
+        for _ in range(2):
+            self.restart()
+            bob, ann = self.someone("bob", token="bob" * 6), self.someone("ann", token="ann" * 6)
+            self.assertIn("353 bob = #tea :bob", "\n".join(self.tried(bob, "#tea")))
+            bob.send("PART #tea\r\n")  # coming first once more does not help
+            self.assertIn("353 bob = #tea :bob", "\n".join(self.tried(bob, "#tea")))
+            self.assertIn("353 ann = #tea :bob @ann", "\n".join(self.tried(ann, "#tea")))  # uninvited
+            self.assertEqual(bob.until(" MODE "), ":chat.local MODE #tea +o :ann")
+            self.assertIn("353 bob = #cup :@bob", "\n".join(self.tried(bob, "#cup")))  # it had ended
+            bob.send("PART #cup\r\n")
+            bob.sync()
+        ann.send("PART #tea\r\n")
+        ann.sync()
+        self.assertNotIn("@", "\n".join(self.tried(ann, "#tea")))  # whoever leaves has left that, too
+        bob.send("PART #tea\r\n")
+        bob.sync()
+        ann.send("PART #tea\r\n")
+        ann.sync()
+        self.assertIn(":@bob", "\n".join(self.tried(bob, "#tea")))
+
+    def test_a_channel_whose_operator_does_not_come_back_begins_anew(self) -> None:
+        ann = self.someone("ann")
+        ann.send("JOIN #tea\r\n")
+        ann.sync()
+        self.restart()
+        for waiting, told in ((chat.OPERATORS_S, ":bob"), (-1, ":@bob")):
+            with mock.patch.object(chat, "OPERATORS_S", waiting):
+                bob = self.someone("bob")
+                self.tried(bob, "#tea")
+                bob.send("PART #tea\r\n")
+                bob.sync()
+                self.assertIn(told, "\n".join(self.tried(bob, "#tea")))
+                bob.send("QUIT\r\n")
+                bob.rest()
 
     def test_what_everybody_could_read_stays_when_a_channel_was_closed_for_a_while(self) -> None:
         for modes in ("+k cup", "+i"):
@@ -3894,7 +3955,7 @@ class Restarted(ServerCase):
         self.restart()
         eve, ann = self.someone("eve"), self.someone("ann")
         told = "\n".join(self.tried(eve, "#tea"))  # nobody is there who could invite
-        self.assertIn(":@eve", told)
+        self.assertIn(":eve", told)
         self.assertNotIn("secret", told)
         self.assertIn("473 ann #tea", self.tried(ann, "#tea")[0])
 
@@ -4481,6 +4542,21 @@ class LineEditing(unittest.TestCase):
         self.assertEqual(self.press(editor, "\x15" + UP + UP + "!\r" + UP), ["one!"])
         self.assertEqual(editor.view()[1], "one!")
 
+    def test_what_is_dropped(self) -> None:
+        for keys in ("half\x03", "\x12ha\x03", "\x1b[200~a\rb\x1b[201~\x03", "one\r" + UP + "\x03"):
+            editor = self.editor()
+            self.press(editor, keys)
+            self.assertEqual((editor.view(), editor.is_busy()), (("", "", 0), False), keys)
+
+    def test_escape_alone_takes_no_later_letter_with_it(self) -> None:
+        for pause, keys in ((0.0, ["\x1bb"]), (chat.KEY_S + 0.1, ["b"])):
+            parser = chat.KeyParser()
+            self.assertEqual(parser.feed("\x1b"), [])
+            self.assertEqual(parser.feed("b", pause), keys)
+        parser = chat.KeyParser()
+        parser.feed("\x1b[200~one\r")
+        self.assertEqual(parser.feed("two\x1b[201~", 9.0), ["\x1b[200~one\rtwo\x1b[201~"])  # of a slow paste
+
     def test_search(self) -> None:
         editor = self.editor()
         self.press(editor, "make tea\rtake coffee\rmake toast\rdraft")
@@ -4515,6 +4591,8 @@ class LineEditing(unittest.TestCase):
             entered = editor.handle_key(answer)
             self.assertEqual(entered or chat.Submission([]), chat.Submission(lines, bool(lines)))
             self.assertEqual(editor.view(), ("", "typed", 5))
+            self.press(editor, UP)
+            self.assertEqual(editor.view()[1], "typed" if lines else "exit")  # what is not sent can be called back
 
     def test_clear_and_leave(self) -> None:
         editor = self.editor()
@@ -4632,7 +4710,8 @@ class FakeTerminal(chat.Terminal):
     """A terminal that writes into a string, and of which nobody reads keys."""
 
     def __init__(self, client: chat.Client) -> None:
-        super().__init__(client.wakeup, functools.partial(chat.completions, client))
+        with mock.patch.dict(os.environ, TERM="xterm-256color", NO_COLOR=""):
+            super().__init__(client.wakeup, functools.partial(chat.completions, client))
         self.written = self.prompt = ""
 
     def draw(self, waiting: list[str], prompts: list[str]) -> None:
@@ -4828,21 +4907,21 @@ class ForPeople(PersonCase):
             (":ann!a@b PRIVMSG #chat :hello bobby", f" \x1b[{ann}mann\x1b[0m: hello bobby\n"),
             (":ANN!a@b PRIVMSG #chat :same colour", f" \x1b[{ann}mANN\x1b[0m: same colour\n"),
             (":ann!a@b PRIVMSG #chat :hello BOB!", f"\x1b[1;7;{ann}mann\x1b[0m: hello BOB!\n"),
-            (":ann!a@b PRIVMSG bob :psst", f"\x1b[35m[private]\x1b[0m \x1b[{ann}mann\x1b[0m: psst\n"),
+            (":ann!a@b PRIVMSG bob :psst", f"\x1b[95m[private]\x1b[0m \x1b[{ann}mann\x1b[0m: psst\n"),
             (":ann!a@b PRIVMSG #chat :\x01ACTION waves\x01", f" * \x1b[{ann}mann\x1b[0m waves\n"),
             (":ann!a@b JOIN #chat", "\x1b[2m*** ann joined\x1b[0m\n"),
-            (f":s 401 bob nobody :{nobody}", f"\x1b[31m*** Error: {nobody}\x1b[0m\n"),
+            (f":s 401 bob nobody :{nobody}", f"\x1b[91m*** Error: {nobody}\x1b[0m\n"),
         ):
             with self.subTest(line):
                 written = self.arrive(line)
                 self.assertIn(look, written)
                 self.assertEqual("\a" in written, "BOB" in line or "psst" in line)
-        self.screen.colours = False
+        self.screen.colours = ()
         written = self.arrive(":ann!a@b PRIVMSG #chat :bob")
         self.assertRegex(written, r"^\r\x1b\[K\x07\d\d:\d\d ann: bob\n\[#chat 2\] bob> $")
 
     def test_times_and_days(self) -> None:
-        self.screen.colours = False
+        self.screen.colours = ()
         now = time.time()
         clock = time.strftime("%H:%M ann: now", time.localtime(now))
         self.assertIn(clock, self.arrive(f"@time={chat.server_time(now)} :ann!a@b PRIVMSG #chat :now"))
@@ -4868,11 +4947,11 @@ class ForPeople(PersonCase):
         self.assertEqual(line.params, ("#chat", "hello"))
         written = self.arrive(f"@{chat.ID_TAG}={line.tags[chat.ID_TAG]} :bob!b@h PRIVMSG #chat :hello")
         self.assertNotIn("...", written)
-        self.assertRegex(written, "m\\d\\d:\\d\\d\x1b\\[0m \x1b\\[\\d+mbob\x1b\\[0m: hello\n")
+        self.assertRegex(written, "m\\d\\d:\\d\\d\x1b\\[0m \x1b\\[1;38;5;\\d+mbob\x1b\\[0m: hello\n")
 
     def test_a_paste_that_is_too_long_is_refused(self) -> None:
         for _ in range(2):  # reads; it is told once
-            self.screen._input.put("\x1b[200~" + "x" * chat.PASTE_CHARS)
+            self.screen._input.put(("\x1b[200~" + "x" * chat.PASTE_CHARS, 0.0))
         self.screen.written = ""
         self.server.turn()
         told = f"*** Error: a paste of more than {chat.PASTE_CHARS} characters is not taken\n"
@@ -4918,9 +4997,11 @@ class WhatItMeans(PersonCase):
             self.assertIn(shown, written)
             self.assertNotIn("spam", written)
         self.assertEqual(self.lines, [])
-        shown = self.play("/whois ann", "/who", ":s 353 bob = #chat :ann bob", ":s 366 bob #chat :end")
-        self.assertIn("In #chat: ann bob", shown)
-        self.assertEqual(self.lines, ["WHOIS ann", "NAMES #chat"])
+        who = (":s 352 bob #chat a h s ann G@ :0 a", ":s 352 bob #chat b h s bob H :0 b", ":s 315 bob #chat :end")
+        self.assertIn("*** In #chat: @ann (away) bob", self.play("/whois ann", "/who", *who))
+        self.assertIn("*** In #tea: nobody whom you may see", self.play("/names #tea", ":s 315 bob #tea :end"))
+        self.assertEqual(self.lines, ["WHOIS ann", "WHO #chat", "WHO #tea"])
+        self.assertEqual(self.play(*who), self.screen.written)  # nobody has asked
         self.lose()
         self.assertIn("Error: not connected", self.type("/nick rob"))
 
@@ -4999,7 +5080,7 @@ class AtOtherServers(PersonCase):
     """What a client makes of a server's own ways."""
 
     def test_local_channels_are_no_people(self) -> None:
-        self.screen.colours = False
+        self.screen.colours = ()
         line = ":ann!a@b PRIVMSG &local :hi"
         self.assertIn("[&local] ann: hi\n", self.arrive(line))
         item = json.loads(chat.JSON.encode(chat.parse(line)))
@@ -5075,6 +5156,18 @@ class AtOtherServers(PersonCase):
         self.play("/join #tea", ":bob!b@h JOIN #tea")
         self.assertEqual(self.lines, ["JOIN #tea", "CHATHISTORY LATEST #tea * :5"])
 
+    def test_a_past_of_which_nothing_is_new_is_not_announced(self) -> None:
+        for line, again in (
+            ("@batch=1;msgid=x :ann!a@b PRIVMSG #tea :old", 0), ("@batch=1;msgid=y :eve!a@b JOIN #tea", 1),
+        ):  # fmt: skip
+            self.enter("batch draft/chathistory message-tags")
+            self.client.replay = 20
+            for told in (1, again):  # the second time a message has been shown
+                self.play("/join #tea", ":bob!b@h JOIN #tea")
+                written = self.play("BATCH +1 chathistory #tea", line, "BATCH -1")
+                self.assertEqual(written.count("the last 1 line, said before"), told, line)
+                self.play("/part", ":bob!b@h PART #tea")
+
     def test_a_server_may_look_for_our_host_first(self) -> None:
         for heard, now, text in (
             (0, 11, "is --port right"), (5, 34, ""), (5, 36, "does not let you in"), (100, 119, ""),
@@ -5104,7 +5197,7 @@ class WhichChannelIsOurs(PersonCase):
     """Where a client takes itself to be, whatever a server does with it."""
 
     def test_channels_that_a_server_puts_us_in_are_not_ours(self) -> None:
-        self.screen.colours = False
+        self.screen.colours = ()
         for line, shown in (
             (":bob!b@h JOIN #lobby", "*** [#lobby] bob joined\n"), (":s 353 bob = #lobby :bob dan eve", ""),
             (":s 366 bob #lobby :End", ""), (":dan!d@h JOIN #lobby", "*** [#lobby] dan joined\n"),
@@ -5238,7 +5331,7 @@ class SeveralRooms(PersonCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.screen.colours = False
+        self.screen.colours = ()
         self.arrive(*self.TEA)
 
     def test_what_is_said_elsewhere_is_counted_until_we_speak_there(self) -> None:
@@ -5681,7 +5774,7 @@ class FromAHostileServer(PersonCase):
         self.lines.clear()
         self.play(f":s PONG s :{ids[0]}", ":s PONG s :else")
         self.assertEqual((self.lines, len(self.queued)), ([f"PING {ids[2]}"], 2))
-        self.assertIn("your last 2 line(s) may be lost: this server confirms nothing", self.lose())
+        self.assertIn("your last 2 lines may be lost: this server confirms nothing", self.lose())
 
     def test_windows(self) -> None:
         """The console of Windows, as far as it can be played here."""
@@ -5707,7 +5800,7 @@ class FuzzClient(unittest.TestCase):
     """Whatever a server sends and a person types, the client goes on, or ends with one clear line."""
 
     # What a screen is sent by ourselves; all else is text.
-    OURS = re.compile(r"\x1b[78]|\x1b\[(?:\d+A|[JKH]|2J|(?:0|1|2|7|3[1-6]|9[1-6])(?:;(?:7|3[1-6]|9[1-6]))*m)|[\r\n\a]")
+    OURS = re.compile(r"\x1b[78]|\x1b\[(?:\d+A|[JKH]|2J|(?:0|1|2|9[15]|(?:1;(?:7;)?)?38;5;\d+)m)|[\r\n\a]")
     KEYS = [
         *chat.BINDINGS, *"ab éß你😀\u0301\u202e/#", "\x1b", "\x1b[", "\x1b[9", "\x1bO", chat.CANCEL, "y", "\x1b[200~",
         "\x1b]", "\x1bP", "\x1b[[", "\x1b[M",
@@ -5755,19 +5848,23 @@ class FuzzClient(unittest.TestCase):
         for seed in seeds(10000 if LONG else 60):
             with repeatable(seed) as rng:
                 as_json = seed % 2 == 0
-                client, out, err = chat.Client("host", 1, "bob", "#chat"), io.StringIO(), io.StringIO()
+                client, err = chat.Client("host", 1, "bob", "#chat"), io.StringIO()
+                out = io.TextIOWrapper(io.BytesIO(), "utf-8")
                 client.ui = ui = chat.PipeUI(client, None, rng.random() < 0.5, as_json)
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                     self.live(rng, client, functools.partial(self.pipe, ui))
-                for line in out.getvalue().splitlines() if as_json else ():
+                    out.flush()
+                shown = out.buffer.getvalue().decode()
+                for line in shown.splitlines() if as_json else ():
                     json.loads(line)
-                self.harmless(("" if as_json else out.getvalue().replace("\n", "")) + err.getvalue().replace("\n", ""))
+                self.harmless((shown + err.getvalue()).replace("\n", ""))
 
     def harmless(self, text: str) -> None:
         self.assertEqual([char for char in text if obeyed(char)], [])
 
     def press(self, terminal: chat.Terminal, soup: Soup) -> None:
-        terminal._input.put("".join(soup.rng.choices(self.KEYS, k=soup.rng.randrange(1, 6))))
+        pause = soup.rng.choice((0.0, 0.0, 1.0))
+        terminal._input.put(("".join(soup.rng.choices(self.KEYS, k=soup.rng.randrange(1, 6))), pause))
 
     def pipe(self, ui: chat.PipeUI, soup: Soup) -> None:
         if ui._lines.empty():
@@ -5824,9 +5921,8 @@ class ProgramCase(Waiting):
         self, *args: str, stdin: Any = subprocess.DEVNULL, file: str = "chat.py", **more: Any
     ) -> subprocess.Popen[str]:
         command = [sys.executable, self.CHAT if file == "chat.py" else str(HERE / file), *args]
-        program = subprocess.Popen(
-            command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **more
-        )
+        streams = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+        program = subprocess.Popen(command, text=True, encoding="utf-8", **streams)
         self.addCleanup(self.end, program)
         return program
 
@@ -5892,7 +5988,7 @@ class ServerProgram(ProgramCase):
         assert program.stdout and program.stderr
         out, err = program.stdout.read(), program.stderr.read()  # all of it: a part is in a buffer since the first line
         self.assertEqual(program.wait(PATIENCE), 0)
-        self.assertRegex(err, r"^[-0-9]+ [:,0-9]+ INFO ann from 127\.0\.0\.1 joined\n$")
+        self.assertRegex(err, r"\n[-0-9]+ [:,0-9]+ INFO ann from 127\.0\.0\.1 joined\n")
         self.assertIn("only this machine can join; --host 0.0.0.0 opens the chat to the network", out)
         self.assertIn(f"nc 127.0.0.1 {port}\n", out)
 
@@ -5907,7 +6003,7 @@ class ServerProgram(ProgramCase):
         for path in map(str, (folder, folder / "no" / "such")):
             with self.subTest(path):
                 err = self.complains("server", "--port", str(port), "--log", path)
-                self.assertRegex(err, rf"^chat\.py: \[Errno \d+\] [^\n]*{re.escape(path)}[^\n]*\n$")
+                self.assertRegex(err, rf"^chat\.py: --log {re.escape(path)}: [^\n]*[a-z]\n$")
                 self.assertNotIn(f"port {port}", err)
 
     def test_who_is_warned_of_a_server_without_a_password(self) -> None:
@@ -5922,8 +6018,22 @@ class ServerProgram(ProgramCase):
             self.assertNotIn("sesame", err)
 
     def test_wrong_usage(self) -> None:
-        for args in ("", "dance", "server --port x", "server --port 70000", "server --max-clients 0"):
-            self.assertRegex(self.complains(*args.split(), status=2), "^usage:")
+        port = "argument -p/--port: it must be a whole number from 0 to 65535, not"
+        for args, told in (
+            ("dance", "'dance' (choose from"), ("server --port x", f"{port} x"),
+            ("server --port 70000", f"{port} 70000"),
+            ("server --max-clients 0", "must be a number of at least 0.01, not 0"),
+            ("history f --since x", "a local time"),
+            ("client --hots x", "--hots is not known: did you mean --host?"), ("server x", "x is not known"),
+            ("client a b c", "it is HOST, HOST PORT, HOST:PORT or NICK@HOST"),
+            ("client a:b", "it must be a whole number"),
+            ("server --host [::1]:1:2", "--host: it is HOST"), ("client -p", "expected one argument"),
+        ):  # fmt: skip
+            with self.subTest(args):
+                err = self.complains(*args.split(), status=2)
+                self.assertIn(told, err)
+                self.assertRegex(err, r"^chat\.py( \w+)?: [^\n]*; chat\.py( \w+)? --help tells more\n$")
+        self.assertEqual(self.complains(status=2), f"{chat.EXAMPLES}\n")
 
     def test_each_limit_has_a_flag(self) -> None:
         fields = dataclasses.fields(chat.Limits)
@@ -5981,8 +6091,11 @@ class ServerLog(ProgramCase):
             _, _, err = self.finish(program)
             lines = (path.read_text(encoding="utf-8") if args else err).splitlines()
             told = [line.partition(" INFO ")[2] for line in lines if " INFO " in line]
+            begun = f"{chat.VERSION}, Python {platform.python_version()}: listening on 127.0.0.1:{port}; "
+            begun += "history in memory, no password, no TLS"
             joined = [f"{name} from 127.0.0.1 joined" for name in ("ann", "eve")]
-            self.assertEqual(told[:3], [*joined, "eve from 127.0.0.1 left: Quit: gone\\x1b[2J"])
+            self.assertEqual(told[:4], [begun, *joined, "eve from 127.0.0.1 left: Quit: gone\\x1b[2J"])
+            self.assertIn("stopped by SIGTERM", told)
             self.assertIn("TLS", "\n".join(lines))
 
     @unittest.skipUnless(sys.platform == "linux", "needs Linux")
@@ -6123,6 +6236,84 @@ class ServerStart(ProgramCase):
         self.eventually(lambda: path.exists() and text in path.read_text(encoding="utf-8"), f"{text} is not logged")
 
 
+def luminance(colour: str) -> float:
+    """The relative luminance of rrggbb: WCAG 2.1."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    red, green, blue = (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    """How well two colours can be told apart, from 1 to 21: WCAG 2.1."""
+    dark, light = sorted(map(luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+class Colours(unittest.TestCase):
+    """Names can be read on a black and on a white ground."""
+
+    PALETTES = {
+        "xterm": "000000 cd0000 00cd00 cdcd00 0000ee cd00cd 00cdcd e5e5e5 "
+        "7f7f7f ff0000 00ff00 ffff00 5c5cff ff00ff 00ffff ffffff",
+        "VGA": "000000 aa0000 00aa00 aa5500 0000aa aa00aa 00aaaa aaaaaa "
+        "555555 ff5555 55ff55 ffff55 5555ff ff55ff 55ffff ffffff",
+    }
+
+    def test_of_256(self) -> None:
+        steps = (0, 95, 135, 175, 215, 255)
+        for look in chat.NAME_COLOURS:
+            number = int(look.rpartition(";")[2]) - 16
+            colour = "".join(f"{steps[level]:02x}" for level in (number // 36, number // 6 % 6, number % 6))
+            self.assertGreater(min(contrast(colour, "000000"), contrast(colour, "ffffff")), 4, look)
+        self.assertEqual(len(set(chat.NAME_COLOURS)), 12)
+
+    def test_of_16(self) -> None:
+        for name, palette in self.PALETTES.items():
+            for look in (*chat.FEW_COLOURS, str(chat.RED), str(chat.MAGENTA)):
+                colour = palette.split()[int(look) - (82 if int(look) > 37 else 30)]
+                self.assertGreater(min(contrast(colour, "000000"), contrast(colour, "ffffff")), 2.5, (name, look))
+
+
+@unittest.skipUnless(sys.platform == "linux" and shutil.which("unshare") and shutil.which("ip"), "needs namespaces")
+class WithoutARoute(ProgramCase):
+    """A machine without a default route, which only has neighbours."""
+
+    SCRIPT = (
+        'ip link set lo up; {}; exec "$@"',
+        "ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up; ip address add {} dev v0",
+    )
+
+    def told(self, host: str, *addresses: str) -> list[str]:
+        """What a server says on a machine with these addresses."""
+        steps = [self.SCRIPT[1].format(addresses[0])] if addresses else []
+        steps += [f"ip address add {address} dev v0" for address in addresses[1:]]
+        script = self.SCRIPT[0].format("; ".join(steps) or ":")
+        args = [sys.executable, self.CHAT, "server", "--host", host, "--port", "9090"]
+        command = ["unshare", "--net", "sh", "-c", script, "sh", *args]
+        program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.addCleanup(self.end, program)
+        assert program.stdout
+        first = program.stdout.readline()
+        if not first and "permitted" in program.communicate()[1]:
+            self.skipTest("may not make a network namespace")
+        self.assertIn("listening on", first)
+        return list(itertools.takewhile(lambda line: "IRC client" not in line, program.stdout))
+
+    def test_addresses_are_those_of_the_interfaces(self) -> None:
+        four, six = "172.20.7.1", "fd00:7::5"
+        for host, own in (("0.0.0.0", [four]), ("::", [four, six])):
+            lines = self.told(host, f"{four}/24", f"{six}/64 nodad")
+            shown = [re.search(r"--host (\S+)", line) for line in lines if "client" in line]
+            self.assertEqual([match and match[1] for match in shown], own)
+
+    def test_none_is_known(self) -> None:
+        lines = self.told("0.0.0.0")
+        self.assertEqual(
+            lines[0], "no address of this machine is known here; for others, look for one with: ip address\n"
+        )
+        self.assertIn("--host 127.0.0.1 ", lines[1])
+
+
 @unittest.skipUnless(socket.has_ipv6, "needs IPv6")
 class Listening(ServerCase):
     """A server at a name that has several addresses."""
@@ -6194,6 +6385,44 @@ class Listening(ServerCase):
 
 
 class ClientProgram(ProgramCase):
+    def test_what_people_type_first(self) -> None:
+        for words, host, port, name in (
+            ("", "127.0.0.1", 9090, "me"), ("h", "h", 9090, "me"), ("h 99", "h", 99, "me"), ("h:99", "h", 99, "me"),
+            ("bob@h", "h", 9090, "bob"), ("bob@h:99", "h", 99, "bob"), ("::1", "::1", 9090, "me"),
+            ("[::1]:99", "::1", 99, "me"), ("--host h:99", "h", 99, "me"), ("-p 99 h", "h", 99, "me"),
+            ("--nick bob h", "h", 9090, "bob"), ("h 99 --user bob", "h", 99, "bob"), ("h -p 99", "h", 99, "me"),
+        ):  # fmt: skip
+            with self.subTest(words), mock.patch.object(chat, "login_name", lambda: "me"):
+                args = chat.parser().parse_args(["client", *words.split()])
+                self.assertEqual((args.host, args.port, args.name), (host, port, name))
+        for channel, name in (("tea", "#tea"), ("#tea", "#tea"), ("&tea", "&tea"), ("tea cup", "#tea")):
+            args = chat.parser().parse_args(["client", "--channel", channel])
+            self.assertEqual(chat.names_from_args(args)[1], name)
+        status, out, _ = self.finish(self.start("--version"))
+        self.assertEqual((status, out), (0, f"{chat.VERSION}, Python {platform.python_version()}\n"))
+        unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        self.assertIn("to be called bob, say --name bob", chat.connect_error(unknown, "bob"))
+        self.assertIn("is the server running", chat.connect_error(unknown, "bob.example"))
+
+    def test_into_a_file_go_times_and_utf_8(self) -> None:
+        _, port = self.server()
+        ann = self.ann(port)
+        folder = self.make_folder()
+        for args, wanted in (
+            ((), r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ann: \u00e9\\x1b<U\+202E>$"),
+            (("--json",), r'"text": "\u00e9\\u001b\\u202e"'),
+        ):
+            path = folder / "out"
+            env = {**os.environ, "PYTHONIOENCODING": "latin-1:backslashreplace"} if args else None
+            with path.open("wb") as file:
+                client = self.start("client", "--port", str(port), "--name", "eve", *args, stdout=file, env=env)
+                ann.until("eve joined")
+                ann.send("\u00e9\x1b\u202e\n")
+                self.eventually(lambda: b"202e" in path.read_bytes().lower(), "it is not in the file")  # noqa: B023
+                client.terminate()
+                client.wait(PATIENCE)
+            self.assertRegex(path.read_text(encoding="utf-8"), wanted)
+
     def test_a_pipe_sends_and_confirms_every_line(self) -> None:
         _, port = self.server()
         ann = self.ann(port)
@@ -6474,8 +6703,8 @@ class AFakeServer(ProgramCase):
         fake.until("QUIT")
         fake.drop()
         told = (
-            f"*** the connection to 127.0.0.1:{fake.port} was lost: it was closed; trying again\n"
-            "*** connected again; what was said meanwhile is not known here\n"
+            f"*** the connection to 127.0.0.1:{fake.port} was lost: it was closed; trying again, "
+            "for 60 s after the end of the input\n*** connected again; what was said meanwhile is not known here\n"
             "*** sent again, so perhaps twice: what this server has not confirmed\n"
         )
         self.assertEqual(self.finish(client), (0, "", told))
@@ -6561,7 +6790,7 @@ class AFakeServer(ProgramCase):
         for url, parts in (
             ("irc://[::1]/#a", {"host": "::1", "port": 6667, "channel": "#a "}),
             ("irc://h/&local?sesame", {"host": "h", "port": 6667, "channel": "&local sesame"}),
-            ("irc://h/x?sesame", {"host": "h", "port": 6667, "channel": "#x sesame"}),
+            ("irc://h/x?sesame", {"host": "h", "port": 6667, "channel": "x sesame"}),
             ("ircs://h", {"host": "h", "port": 6697, "tls": True}), ("IRC://h:1/", {"host": "h", "port": 1}),
         ):  # fmt: skip
             self.assertEqual(chat.irc_url(url), parts)
@@ -6570,7 +6799,7 @@ class AFakeServer(ProgramCase):
         self.assertNotIn("secret", err)
         unfit = "its parts cannot contain a space, a comma"
         for url, what in (
-            ("http://localhost/", "it is irc://"), ("irc://localhost:99999/", "must be from 1 to 65535"),
+            ("http://localhost/", "it is irc://"), ("irc://localhost:99999/", "a whole number from 1 to 65535"),
             ("irc://localhost/chat?key%0D%0APRIVMSG%20%23ops%20%3Apwned", unfit), ("irc://localhost/a%20b", unfit),
         ):  # fmt: skip
             self.assertRaisesRegex(argparse.ArgumentTypeError, what, chat.irc_url, url)
@@ -6962,11 +7191,15 @@ class AtTheTerminal(SeatCase):
         _, port = self.server()
         ann = self.irc(port)
         seat = self.sit(port, TERM="dumb")
-        seat.shows("*** bob joined (2 here)\n")
+        seat.shows("*** bob joined (2 here)\n", "*** here: ann; /help tells what you can do")
         seat.type("hello\r/dance\r")
         self.assertIn("PRIVMSG #chat :hello", ann.until(" PRIVMSG "))
+        seat.shows("/dance is not a command")
+        seat.type("half a linx\x7f")
+        seat.prompts("[#chat 2] bob> half a lin")
         ann.send("PRIVMSG #chat :\x1b[2Jhi\n")
-        seat.shows("ann: \\x1b[2Jhi\n", "/dance is not a command")
+        seat.until(lambda: re.search(r"\n\d\d:\d\d ann: \\x1b\[2Jhi\n\[#chat 2\] bob> half a lin$", seat.glass.text()))
+        seat.type("\x01\x06\x06X\x05\x15")
         self.assertNotIn("\x1b", seat.raw)
         seat.type("/quit\r")
         self.assertEqual(seat.wait(), 0)
@@ -7068,7 +7301,7 @@ class AtTheTerminalOfAFake(SeatCase):
             fake.send(f":ann!a@b PRIVMSG #chat :end {number}")
         seat.shows(f"ann: end {len(self.HOSTILE) - 1}\n")
         seat.type("a\t\t\x15/who\r")
-        fake.until("NAMES")
+        fake.until("WHO #chat")
         raw = re.sub(r"\x1b[78]|\x1b\[(?:\d*A|[JK]|\?2004[hl])", "", seat.raw)  # what the client itself may say
         unsafe = {char for char in raw if unicodedata.category(char) in (*chat.UNSAFE_CATEGORIES, "Mn")}
         self.assertLessEqual(unsafe, set("\r\n\a\u0301"))
@@ -7094,6 +7327,13 @@ class AtTheTerminalOfAFake(SeatCase):
         fake.send(":s 464 * :Password incorrect")
         seat.shows(f"password for 127.0.0.1:{fake.port}:")
         fake.drop()
+        for tries, word in enumerate(("sesam", "Sesame"), 2):  # asked for again, twice
+            seat.type(f"{word}\r")
+            self.assertEqual(fake.until("PASS"), f"PASS {word}")
+            fake.send(":s 464 * :Password incorrect")
+            seat.until(lambda: seat.glass.text().count("password for 127") == tries)  # noqa: B023
+            self.assertIn("does not accept this password", seat.glass.text())
+            fake.drop()
         seat.type("sesame\r")
         self.assertEqual(fake.until("PASS"), "PASS sesame")
         fake.welcome()
@@ -7115,6 +7355,7 @@ class ReadmeOutput(SeatCase):
         assert program.stdout
         server = self.block("$ python3 chat.py server")[2:]  # the command; a line that self.server has read
         printed = [program.stdout.readline().rstrip("\n").replace(str(port), "9090") for _ in server]
+        printed = [line.replace(f"{chat.PYTHON} ", "python3 ") for line in printed]
         self.assertEqual(printed, server)
         seat = self.sit(port)
         client = self.block("$ python3 chat.py client --name bob")[1:]
@@ -7175,7 +7416,7 @@ class Operator(SeatCase):
         bob.send("PRIVMSG #chat :one\r\n")
         ann.until("bob: one")
         self.enter(seat, "/who", r"ann from 127\.0\.0\.1, Plain, silent for 0 s: #chat\n")
-        stats = r"3 people in 1 channels, 3 connections\n1 messages, \d+ deliveries\n\d+ MB, up for \d+ s\n"
+        stats = r"3 people in 1 channel, 3 connections\n1 message, \d+ deliveries\n\d+ MB, up for \d+ s\n"
         self.enter(seat, "/stats", stats)
         self.enter(seat, "/say closing at six", "told 3 people\n")
         ann.until("*** From the operator: closing at six")
@@ -7196,7 +7437,8 @@ class Operator(SeatCase):
         self.addCleanup(banned.close)
         self.assertEqual(banned.rest()[-1], "*** You are banned from this server")
         self.enter(seat, "/ban 2001:db8::1", "2001:db8::1 is banned")
-        self.enter(seat, "/ban 10.0.0.0/8", "Error: 10.0.0.0/8 is neither a name nor an address\n")
+        self.enter(seat, "/ban 10.0.0.0/8", "Error: 10.0.0.0/8 is neither the name of somebody here nor an address\n")
+        self.enter(seat, "/ban typo", "Error: typo is neither the name of somebody here nor an address\n")
         self.enter(seat, "/ban", "banned: eve, 2001:db8::1\n")
         self.enter(seat, "/ban eve", "eve may come back\n")
         for peer in (ann, self.plain(port, "eve")):
@@ -7204,6 +7446,14 @@ class Operator(SeatCase):
         seat.type("/stop\r")
         self.assertEqual(carl.rest()[-1], "*** Server is shutting down")
         self.assertEqual((seat.wait(), seat.modes()), (0, seat.modes_at_first))
+
+    def test_who_may_moderate(self) -> None:
+        seat, port = self.serve()
+        self.plain(port, "ann")
+        carl = self.plain(port, "carl")
+        self.enter(seat, "/op nobody", "Error: nobody is not here\n")
+        self.enter(seat, "/op carl", "carl may moderate #chat\n")
+        self.assertEqual(carl.until("set +o"), "*** chat.local set +o carl")
 
     def test_who_is_thrown_out_does_not_come_back_by_itself(self) -> None:
         seat, port = self.serve()
@@ -7218,7 +7468,7 @@ class Operator(SeatCase):
     def test_interrupted(self) -> None:
         seat, port = self.serve("--log", os.devnull)
         ann = self.plain(port, "ann")
-        self.enter(seat, "/stats", "1 people")
+        self.enter(seat, "/stats", "1 person in 1 channel, 1 connection")
         self.assertNotIn("INFO", seat.glass.text())
         seat.type("\x03")
         self.assertEqual(ann.rest()[-1], "*** Server is shutting down")
@@ -7265,6 +7515,20 @@ class Operator(SeatCase):
         self.plain(port, "bob").close()
         os.kill(process, signal.SIGTERM)
         self.assertEqual(seat.wait(), 0)
+
+    def test_brought_to_the_foreground(self) -> None:
+        seat, port = self.serve(shell="set -m; %s & read x; fg >/dev/null", until="any IRC client")
+        self.plain(port).close()
+        seat.shows("ann from 127.0.0.1 joined")
+        seat.type("\r")
+        seat.prompts("server>")
+        seat.type("half a line")
+        seat.prompts("server> half a line")
+        seat.type("\x03")  # which only drops it
+        seat.prompts("server>")
+        self.enter(seat, "/who", "nobody is here\n")
+        seat.type("\x03")
+        self.assertEqual((seat.wait(), seat.modes()), (0, seat.modes_at_first))
 
 
 class OperatorsCommands(ServerCase):
