@@ -1050,10 +1050,11 @@ JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?')  # also one without an end, lest
 TLS_HANDSHAKE = 0x16  # first byte of a TLS ClientHello: RFC 8446, section 5.1
 
 RESUME_CAP = "chat.py/resume"
+SPEAK_CAP = "chat.py/speak"  # may speak in a channel that it could join, so that nobody sees it come and go
 CAPABILITIES = (
-    "away-notify", "batch", "cap-notify", "chat.py/resume", "chghost", "draft/chathistory", "echo-message",
-    "extended-join", "invite-notify", "labeled-response", "message-tags", "multi-prefix", "server-time", "setname",
-    "standard-replies", "userhost-in-names",
+    "away-notify", "batch", "cap-notify", "chat.py/resume", "chat.py/speak", "chghost", "draft/chathistory",
+    "echo-message", "extended-join", "invite-notify", "labeled-response", "message-tags", "multi-prefix", "server-time",
+    "setname", "standard-replies", "userhost-in-names",
 )  # fmt: skip
 # By which capability a client gets a tag; others by message-tags, and that one by none.
 TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: ""}
@@ -3383,8 +3384,7 @@ def relay(call: Call, target: str) -> None:
     hub, session, tags = call.hub, call.session, call.message.tags
     channel, other = None, session
     if target.startswith("#") or target == CURRENT_CHANNEL:
-        channel = find_channel(call, target)
-        check_can_speak(session, channel)
+        channel = find_channel_to_speak(call, target)
     else:
         other = find_user(call, target)
     to = channel.name if channel else other.nick
@@ -3419,17 +3419,24 @@ def relay(call: Call, target: str) -> None:
             del session.sent[next(iter(session.sent))]
 
 
-def check_can_speak(session: Session, channel: Channel) -> None:
-    """Raises CommandError where a session may not speak in a channel."""
+def find_channel_to_speak(call: Call, target: str) -> Channel:
+    """A channel in which the caller may speak; raises CommandError where that is not so."""
+    session, may_stay_out = call.session, SPEAK_CAP in call.session.dialect.caps and target != CURRENT_CHANNEL
+    if may_stay_out and fold(target) not in call.hub.channels:
+        join_channel(call, check_channel(target), "")  # where nobody is
+    channel = find_channel(call, target)
     rank = channel.members.get(session)
     if rank:
-        return
-    if rank is None and "n" in channel.modes:
+        return channel
+    if rank is None and may_stay_out:
+        check_can_join(session, channel, "")
+    elif rank is None and "n" in channel.modes:
         raise CommandError(ERR_CANNOTSENDTOCHAN, channel.name)
     if "m" in channel.modes:
         raise CommandError(ERR_MODERATED, channel.name)
     if channel.is_banned(session):
         raise CommandError(ERR_SILENCED, channel.name)
+    return channel
 
 
 def relay_private(call: Call, other: Session, message: Message) -> None:
@@ -5674,9 +5681,10 @@ class Client:
         self.desired_nick = nick
         self.password = ""
         self.reconnects = True
+        self.wanted_caps: set[str] = WANTED_CAPS
         self.replay = 0  # lines that are shown of what was said before we came
         self.keys: dict[str, str] = {}  # folded name -> key of a channel that wants one
-        self.ui = UserInterface()
+        self.ui: UserInterface = UserInterface()
         self.wakeup = Wakeup()
         self.interrupted = False  # set by any thread or signal handler, which then wakes us
         self.uplink = Uplink(nick)
@@ -5988,6 +5996,9 @@ def enter_chat(client: Client, status: str) -> None:
         if client.queue.resent and not client.uplink.ours:
             client.ui.show_status("sent again, so perhaps twice: what this server has not confirmed")
     client.queue.resent = False
+    if not client.entered:
+        client.entered = True
+        client.ui.start()
 
 
 def set_casemapping(client: Client) -> None:
@@ -6119,12 +6130,12 @@ def on_cap(client: Client, message: Message) -> bool:
     if uplink.negotiated:
         on_cap_change(client, verb, names)
     elif verb == "LS":
-        uplink.caps |= names & WANTED_CAPS
+        uplink.caps |= names & client.wanted_caps
         if message.param(2) != "*":  # the last line of the list
             uplink.negotiated = not uplink.caps
             uplink.send("CAP", *(("REQ", " ".join(sorted(uplink.caps))) if uplink.caps else ("END",)))
     elif verb in ("ACK", "NAK"):
-        uplink.caps, uplink.negotiated = names & WANTED_CAPS if verb == "ACK" else set(), True
+        uplink.caps, uplink.negotiated = names & client.wanted_caps if verb == "ACK" else set(), True
         known, client.granted = client.granted, uplink.caps if uplink.ours else set()
         if known and not uplink.ours:
             client.ui.show_status(f"{client.where} has become another server; trying again")
@@ -6139,7 +6150,7 @@ def on_cap(client: Client, message: Message) -> bool:
 def on_cap_change(client: Client, verb: str, names: set[str]) -> None:
     """CAP NEW, DEL, or the answer to what we asked for then."""
     uplink = client.uplink
-    wanted = names & WANTED_CAPS - uplink.caps
+    wanted = names & client.wanted_caps - uplink.caps
     if verb == "NEW" and wanted:
         uplink.send("CAP", "REQ", " ".join(sorted(wanted)))
     elif verb == "ACK":
@@ -6163,6 +6174,10 @@ def on_welcome(client: Client, message: Message) -> bool:
         client.ui.show_status(f"{client.desired_nick} is {why}; you are {uplink.nick}")
     client.desired_nick = uplink.nick
     set_casemapping(client)
+    if SPEAK_CAP in uplink.caps:
+        client.rooms.pending = ""
+        enter_chat(client, "connected again" if client.entered else "")
+        return True
     for room in client.rooms.rejoin.values():
         request_join(client, room.name)
         if uplink.ours and has_history(uplink):  # others have not told yet how they are to be asked
@@ -6317,9 +6332,6 @@ def enter_room(client: Client, room: Room) -> None:
     if uplink.phase < Phase.IN:
         gap = "" if has_history(uplink) else "; what was said meanwhile is not known here"
         enter_chat(client, f"connected again{gap}" if client.entered else "")
-    if not client.entered:
-        client.entered = True
-        client.ui.start()
 
 
 def is_join_error(client: Client, message: Message) -> bool:
@@ -7372,6 +7384,7 @@ def run_client(args: argparse.Namespace) -> int:
     client = Client(args.host, args.port, nick, channel)
     client.dial = functools.partial(dial, args.host, args.port, context, args.fingerprint or "")
     client.password, client.reconnects, client.keys = password, args.reconnect, {fold(channel): key}
+    client.wanted_caps = WANTED_CAPS | (set() if args.joins else {SPEAK_CAP})
     interrupts, asked = Interrupts(client), 0
     try:
         while True:
@@ -7693,6 +7706,8 @@ def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
     text = f"shown of what was said ({REPLAY_LINES}; in a pipe 0)"
     add("--replay", type=int_between(0, PAGE_LINES), metavar="N", help=text)
     add("--json", action="store_true", help="print events as JSON objects, one a line")
+    text = "only speak: nobody is told of coming and going, and nothing is shown"
+    add("--no-join", dest="joins", action="store_false", help=text)
     add("--no-reconnect", dest="reconnect", action="store_false", help="end when the connection is lost")
     client.set_defaults(run=run_client)
 

@@ -6404,6 +6404,21 @@ class ClientProgram(ProgramCase):
         self.assertIn("to be called bob, say --name bob", chat.connect_error(unknown, "bob"))
         self.assertIn("is the server running", chat.connect_error(unknown, "bob.example"))
 
+    def test_who_only_speaks_is_not_seen_to_come_and_go(self) -> None:
+        _, port = self.server()
+        say = ("--name", "ci", "--no-join", "-m", "build 42 is green")
+        self.assertEqual(self.run_client(port, "", *say), (0, "", ""))  # nobody is there; it is said all the same
+        ann = self.ann(port)
+        ann.until("ci: build 42 is green")
+        ann.until("End of what was said before")
+        self.assertEqual(self.run_client(port, "one\ntwo\n", *say[:3]), (0, "", ""))
+        self.assertEqual([ann.line() for _ in range(2)], ["ci: one", "ci: two"])
+        ann.send("/mode +k sesame\n/who\n")
+        self.assertEqual(ann.until("In #chat"), "*** In #chat: @ann")
+        status, out, err = self.run_client(port, "", *say)  # who could not join cannot speak either
+        self.assertEqual((status, out), (1, ""))
+        self.assertRegex(err, r"^chat\.py: a line was not delivered: .*key[^\n]*\n$")
+
     def test_into_a_file_go_times_and_utf_8(self) -> None:
         _, port = self.server()
         ann = self.ann(port)
