@@ -258,6 +258,7 @@ NAMES_SHOWN = 20  # on entering a channel
 UNREAD_KEYS = 100  # reads of keys that wait for the loop
 HISTORY_LINES = 500  # typed lines that can be called back
 PASTE_CHARS = 1 << 16  # at most, of one paste
+PASTE_MS = 20  # so soon after each other come the keys of what is pasted into a Windows console
 KEY_S = 0.5  # between the bytes of one key, at most, as in readline: a key that comes later was not typed with Alt
 ANSWER_CHARS = 1000  # of an answer of the terminal; one without an end, Alt-], does not swallow more of what is typed
 WAITING_ROWS = 5  # shown of our lines that are not confirmed
@@ -1559,6 +1560,8 @@ class SqliteHistory(MemoryHistory):
         self._opened = contextlib.ExitStack()
         try:
             self._file = self._file.resolve()
+            if self._file.drive.startswith("\\\\"):
+                raise ValueError("it must be on a disk of this machine, not on a share")
             self._wal, lock = (self._file.with_name(f"{self._file.name}-{end}") for end in ("wal", "lock"))
             if readonly:
                 # Where nobody writes, that needs no file beside it, which perhaps could not be created.
@@ -4167,12 +4170,13 @@ class Connection:
 
     def is_progressing(self) -> bool:
         """Whether the peer's system has acknowledged some of what is in flight since the last call, and not all."""
-        before, self.in_flight = self.in_flight, 1  # where that cannot be known (Windows)
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-            import termios
+        before, self.in_flight = self.in_flight, 1  # on Windows it cannot be known
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):
+                import fcntl
+                import termios
 
-            self.in_flight = int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+                self.in_flight = int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         return 0 < self.in_flight < before
 
     def unread_bytes(self) -> int:
@@ -4706,11 +4710,29 @@ ZERO_WIDTH = re.compile("[\u1160-\u11ff\u200c\u200d\U000e0020-\U000e007f]")  # H
 JOINED = re.compile(".*\u200d.|.+[\U0001f3fb-\U0001f3ff]|[\U0001f1e6-\U0001f1ff]{2}", re.DOTALL)
 INDENT = 6  # columns of rows that continue a line; it begins with the time in them
 CLUSTER_CHARS = 16  # at most; a couple with skin tones has 10, a letter with its marks 9
-# The second code of a special key, as msvcrt.getwch has it, and what a terminal would send.
+# What a terminal would send for keys without a character: by virtual key code of Windows, alone and with Ctrl.
 WINDOWS_KEYS = {
-    "H": "\x1b[A", "P": "\x1b[B", "M": "\x1b[C", "K": "\x1b[D", "G": "\x1b[H", "O": "\x1b[F", "S": "\x1b[3~",
-    "s": "\x1b[1;5D", "t": "\x1b[1;5C",
+    0x25: ("\x1b[D", "\x1b[1;5D"), 0x26: ("\x1b[A", "\x1b[A"), 0x27: ("\x1b[C", "\x1b[1;5C"),
+    0x28: ("\x1b[B", "\x1b[B"), 0x23: ("\x1b[F", "\x1b[F"), 0x24: ("\x1b[H", "\x1b[H"), 0x2E: ("\x1b[3~", "\x1b[3~"),
 }  # fmt: skip
+
+
+def windows_keys(events: Iterable[tuple[int, int, int, int]]) -> str:
+    """What a terminal would send for key events of the Windows console: whether down, virtual key code, UTF-16 code
+    unit, state of the control keys (KEY_EVENT_RECORD). What comes at once and is several lines was pasted."""
+    text = ""
+    for down, key, unit, state in events:
+        alt, ctrl, shift = state & 0x3, state & 0xC, state & 0x10
+        if not down and not (key == 0x12 and unit):  # Alt let go, after the digits of a character
+            continue
+        if unit == 9 and shift:
+            text += "\x1b[Z"
+        elif unit:
+            text += ("\x1b" if alt and down and not ctrl else "") + chr(unit)  # with Ctrl, it is AltGr
+        elif key in WINDOWS_KEYS:
+            text += WINDOWS_KEYS[key][bool(ctrl)]
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return f"{PASTE_BEGIN}{text}{PASTE_END}" if "\r" in text[:-1] else text
 
 
 class KeyParser:
@@ -5046,6 +5068,25 @@ if sys.platform == "win32":
     import msvcrt
 
     TERMINAL_ERRORS = (OSError,)
+    KERNEL32 = ctypes.windll.kernel32
+    STDIN, STDOUT = KERNEL32.GetStdHandle(-10), KERNEL32.GetStdHandle(-11)
+
+    class InputRecord(ctypes.Structure):
+        """INPUT_RECORD, as far as it is a KEY_EVENT_RECORD."""
+
+        _fields_ = (
+            ("kind", ctypes.c_uint16), ("down", ctypes.c_int32), ("repeated", ctypes.c_uint16),
+            ("key", ctypes.c_uint16), ("scan", ctypes.c_uint16), ("unit", ctypes.c_uint16), ("state", ctypes.c_uint32),
+        )  # fmt: skip
+
+    def console_mode(handle: int) -> int | None:
+        """The mode of a console; None for what is none."""
+        mode = ctypes.c_uint32()
+        return mode.value if KERNEL32.GetConsoleMode(handle, ctypes.byref(mode)) else None
+
+    def is_terminal(stream: Any) -> bool:
+        """Whether a standard stream, perhaps None, is one; NUL calls itself a terminal, too."""
+        return bool(stream and stream.isatty()) and console_mode(msvcrt.get_osfhandle(stream.fileno())) is not None
 
     def in_foreground() -> bool:
         """Whether the terminal is ours."""
@@ -5053,25 +5094,31 @@ if sys.platform == "win32":
 
     def can_draw() -> bool:
         """Whether the console understands VT sequences, which it is asked to do; not before Windows 10."""
-        kernel32, mode = ctypes.windll.kernel32, ctypes.c_uint32()
-        console = kernel32.GetStdHandle(-11)
-        known = kernel32.GetConsoleMode(console, ctypes.byref(mode))
-        return bool(known and kernel32.SetConsoleMode(console, mode.value | 4))
+        mode = console_mode(STDOUT)
+        return mode is not None and bool(KERNEL32.SetConsoleMode(STDOUT, mode | 0x4))
 
     def raw_mode() -> Any:
-        """Nothing to be done: getwch reads single keys without echo."""
+        """Keys come singly and without echo, but for Ctrl-C; returns what to restore."""
+        mode = console_mode(STDIN)
+        KERNEL32.SetConsoleMode(STDIN, (mode or 0) & ~0x216 | 0x1)  # no lines, echo, mouse, VT input; Ctrl-C a signal
+        return mode
 
     def restore_mode(modes: Any) -> None:
-        """Nothing to be undone."""
+        """Gives the console back as it was."""
+        KERNEL32.SetConsoleMode(STDIN, modes)
 
     def read_keys() -> str:
         """Waits for keys; '' when there will be no more."""
-        char = msvcrt.getwch()
-        if char == "\0" or (char == "\xe0" and msvcrt.kbhit()):  # alone, it is a letter
-            return WINDOWS_KEYS.get(msvcrt.getwch(), "\0")
-        if "\ud800" <= char < "\udc00":  # the first half of a pair
-            char = (char + msvcrt.getwch()).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return char
+        records, count, text = (InputRecord * 256)(), ctypes.c_uint32(), ""
+        while not text:
+            events: list[tuple[int, int, int, int]] = []
+            while not events or KERNEL32.WaitForSingleObject(STDIN, PASTE_MS) == 0:
+                if not KERNEL32.ReadConsoleInputW(STDIN, records, len(records), ctypes.byref(count)):
+                    return ""
+                keys = (record for record in records[: count.value] if record.kind == 1)
+                events += [(record.down, record.key, record.unit, record.state) for record in keys]
+            text = windows_keys(events)
+        return text
 
 else:
     import termios
@@ -5079,6 +5126,10 @@ else:
     DECODER = codecs.getincrementaldecoder("utf-8")("replace")
 
     TERMINAL_ERRORS = (OSError, termios.error)
+
+    def is_terminal(stream: Any) -> bool:
+        """Whether a standard stream, perhaps None, is one."""
+        return bool(stream and stream.isatty())
 
     def in_foreground() -> bool:
         """Whether the terminal is ours; raises nothing: one that is gone, or that sends no signals, is nobody's."""
@@ -5156,14 +5207,14 @@ class Terminal:
     def __enter__(self) -> Terminal:
         self._modes = raw_mode()
         self._wakeup.wake_on_signals()
-        if hasattr(signal, "SIGTSTP"):
+        if sys.platform != "win32":
             signal.signal(signal.SIGTSTP, lambda *_: setattr(self, "_suspending", True))
             signal.signal(signal.SIGWINCH, lambda *_: None)  # wakes us
         self._write("" if self._dumb else "\x1b[?2004h")
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if hasattr(signal, "SIGTSTP"):
+        if sys.platform != "win32":
             signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         with contextlib.suppress(*TERMINAL_ERRORS):  # it may be gone
             self._write(f"{self._erased()}{''.join(self._printed)}{'' if self._dumb else BRACKETED_OFF}")
@@ -5257,8 +5308,9 @@ class Terminal:
         """Lets the shell have the terminal until it lets us go on."""
         self._suspending = False
         self.__exit__()
-        os.kill(0, signal.SIGTSTP)  # without a shell that could let us go on, this does nothing
-        while not in_foreground() and sys.stdin.isatty():
+        if sys.platform != "win32":
+            os.kill(0, signal.SIGTSTP)  # without a shell that could let us go on, this does nothing
+        while not in_foreground() and is_terminal(sys.stdin):
             time.sleep(TICK_S)
         self.__enter__()
 
@@ -6688,7 +6740,7 @@ class PipeUI(UserInterface):
                 raise item
             self.ended = item is None
             if item:
-                client.enter(item.decode(errors="replace"), self._commands)
+                client.enter(decode_input(item), self._commands)
         if self.ended and (self.patient or not client.queue) and client.uplink.phase != Phase.LEAVING:
             client.leave()
 
@@ -6704,6 +6756,14 @@ class PipeUI(UserInterface):
     def show_status(self, text: str) -> None:
         if sys.stderr:
             print(f"*** {escape_controls(text)}", file=sys.stderr, flush=True)
+
+
+def decode_input(line: bytes) -> str:
+    """The text of a line of standard input, in UTF-8; on Windows perhaps in the code page of older programs."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode("oem" if sys.platform == "win32" else "utf-8", "replace")
 
 
 class TerminalUI(UserInterface):
@@ -7000,8 +7060,9 @@ def format_duration(seconds: float) -> str:
 
 def memory_used() -> str:
     """How much of it this process has."""
-    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
-        return f"{int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6:.0f} MB"
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+            return f"{int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6:.0f} MB"
     return f"{threading.active_count()} threads"
 
 
@@ -7111,7 +7172,7 @@ def serve_until_stopped(
     console = OperatorConsole(server) if has_terminal() else None
     handle_signals(server, console, log_file)
     handler = log_file or logging.StreamHandler()
-    if console and not log_file and sys.stderr.isatty():
+    if console and not log_file and is_terminal(sys.stderr):
         handler = ConsoleHandler(console)
     end_log = begin_log(handler, verbose)
     host, port = server.address
@@ -7145,13 +7206,13 @@ def handle_signals(server: Server, console: OperatorConsole | None, log_file: lo
 
     def on_signal(number: int, _: object) -> None:
         name = signal.Signals(number).name
-        if name == "SIGHUP" and not (console and console.in_front and not sys.stdin.isatty()):
+        if name == "SIGHUP" and not (console and console.in_front and not is_terminal(sys.stdin)):
             if log_file:  # which opens its file anew for a record
                 log_later(logging.INFO, "SIGHUP: the log file is opened anew")
         elif name != "SIGINT" or not (console and console.terminal.interrupt()):
             stop_server(server, name)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), on_signal)
 
@@ -7165,7 +7226,7 @@ def serve_and_end(server: Server, console: OperatorConsole) -> None:
 
 def has_terminal() -> bool:
     """Whether a person could type here, and see what comes of it."""
-    return bool(sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty())
+    return is_terminal(sys.stdin) and is_terminal(sys.stdout)
 
 
 def tls_from_args(args: argparse.Namespace) -> tuple[str, ssl.SSLContext | None]:
@@ -7327,11 +7388,13 @@ def is_reachable(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool
 
 
 class Interrupts:
-    """What SIGINT, SIGTERM, SIGHUP and SIGQUIT do to a client: within `with`, they end its loop, which restores the
-    terminal, and raise nothing; outside, they raise KeyboardInterrupt. All but the first do nothing."""
+    """What SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGBREAK do to a client: within `with`, they end its loop, which
+    restores the terminal, and raise nothing; outside, they raise KeyboardInterrupt. All but the first do nothing."""
 
     SIGNALS = tuple(
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
+        getattr(signal, name)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGBREAK")
+        if hasattr(signal, name)
     )
 
     def __init__(self, client: Client) -> None:
@@ -7393,7 +7456,7 @@ def run_client(args: argparse.Namespace) -> int:
                     client.ui = ui_from_args(args, client, interrupts, stack)
                     return client.run()
             except PasswordRequired as error:
-                person = sys.stdin and sys.stdin.isatty()
+                person = is_terminal(sys.stdin)
                 may_ask = asked < PASSWORD_TRIES if asked else not client.password  # none came from elsewhere
                 if not (person and may_ask) or client.entered or client.interrupted:
                     raise
@@ -7438,7 +7501,7 @@ def ui_from_args(
     if args.message is not None:
         return PipeUI(client, io.BytesIO(os.fsencode("\n".join(args.message))), as_json=args.json, quiet=True)
     if not has_terminal() or args.json:
-        person = bool(sys.stdin) and sys.stdin.isatty()
+        person = is_terminal(sys.stdin)
         source = sys.stdin and getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
         return PipeUI(client, source, commands=person, as_json=args.json)
     client.replay = REPLAY_LINES if args.replay is None else args.replay
@@ -7472,8 +7535,11 @@ def read_password(path: str | None) -> str:
     if path == "-":
         password = getpass.getpass("password: ")
     else:
-        with naming("--password-file", path), open(path, encoding="utf-8") as file:
-            password = file.readline().rstrip("\r\n")
+        with naming("--password-file", path), open(path, "rb") as file:
+            data = file.readline()
+            if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise FatalError(f"--password-file {path}: it is UTF-16; save it as UTF-8")
+            password = data.decode().rstrip("\r\n")
     password = normalize_password(password)
     if not password:
         raise FatalError(f"there is no password in {path}")
@@ -7521,12 +7587,13 @@ def run_history(args: argparse.Namespace) -> int:
     """chat.py history"""
     if not os.path.exists(args.file):
         raise FatalError(f"there is no {args.file}")
-    history = SqliteHistory(args.file, readonly=True)
-    for message in history.transcript(args.since, fold(with_channel_type(args.channel)) if args.channel else ""):
-        if args.json:
-            write_json(message)
-        else:
-            print(f"{timestamp(message)} {escape_controls(message.param(0))} {text_form(message)}")
+    channel = fold(with_channel_type(args.channel)) if args.channel else ""
+    with contextlib.closing(SqliteHistory(args.file, readonly=True)) as history:
+        for message in history.transcript(args.since, channel):
+            if args.json:
+                write_json(message)
+            else:
+                print(f"{timestamp(message)} {escape_controls(message.param(0))} {text_form(message)}")
     return 0
 
 
@@ -7733,14 +7800,19 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # no text may end the program because the terminal cannot show it
             stream.reconfigure(errors="backslashreplace")
+            if sys.platform == "win32" and not is_terminal(stream):  # else files have the code page of older programs
+                stream.reconfigure(encoding="utf-8")
     try:
         return int(args.run(args))
-    except BrokenPipeError:  # nobody reads the output any more; nor may its last flush complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except (KeyboardInterrupt, EOFError):  # while a password was asked for
         return 130
     except (FatalError, StorageError, UnicodeError, *TERMINAL_ERRORS) as failed:
+        unread = errno.EINVAL if sys.platform == "win32" else errno.EPIPE
+        if (
+            getattr(failed, "errno", None) == unread
+        ):  # nobody reads the output any more; nor may its last flush complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 1
         print(f"chat.py: {escape_controls(str(failed))}", file=sys.stderr)
         return 1
 

@@ -5776,24 +5776,54 @@ class FromAHostileServer(PersonCase):
         self.assertEqual((self.lines, len(self.queued)), ([f"PING {ids[2]}"], 2))
         self.assertIn("your last 2 lines may be lost: this server confirms nothing", self.lose())
 
+    def test_keys_of_the_windows_console(self) -> None:
+        alt, ctrl, alt_gr, shift = 0x2, 0x8, 0x9, 0x10
+        up = (0, 0x41, ord("a"), 0)
+        for events, text in (
+            ([(1, 0x41, ord("a"), 0), up], "a"), ([(1, 0, 0xE0, 0)], "\xe0"), ([(1, 0x25, 0, 0)], LEFT),
+            ([(1, 0x25, 0, ctrl)], "\x1b[1;5D"), ([(1, 0x2E, 0, 0)], DELETE), ([(1, 0x42, ord("b"), alt)], "\x1bb"),
+            ([(1, 0x51, ord("@"), alt_gr)], "@"), ([(1, 9, 9, shift)], "\x1b[Z"), ([(1, 0x70, 0, 0), up], ""),
+            ([(1, 0, 0xD83D, 0), (1, 0, 0xDE00, 0)], "\U0001f600"), ([(0, 0x12, 0xE9, 0)], "\xe9"),
+            ([(1, 0, ord(char), 0) for char in "hi\r"], "hi\r"),
+            ([(1, 0, ord(char), 0) for char in "/a\rb\r"], "\x1b[200~/a\rb\r\x1b[201~"),
+        ):  # fmt: skip
+            self.assertEqual(chat.windows_keys(events), text)
+
     def test_windows(self) -> None:
-        """The console of Windows, as far as it can be played here."""
-        typed = [*"a\xe0K\xe0\0S\0s\x03", "\ud83d", "\ude00"]
-        taken: list[str] = []
+        """The calls of its console, as far as they can be played here."""
+        modes = {-10: 0x1F7, -11: 0x3}
+        keys = [b"\1\0\0\0" + struct.pack("iHHHHI", 1, 1, 0x41, 0, ord(char), 0) for char in "ab"]
 
-        def getwch() -> str:
-            taken.append(typed[len(taken)])
-            return taken[-1]
+        def get_mode(handle: int, mode: Any) -> int:
+            mode._obj.value = modes.get(handle, 0)
+            return handle in modes
 
-        console = mock.Mock(getwch=getwch, kbhit=lambda: len(taken) == 2)  # alone, e0 is a letter
-        modules = mock.patch.dict(sys.modules, msvcrt=console)
-        with modules, mock.patch.object(sys, "platform", "win32"), mock.patch("ctypes.windll", create=True):
+        def read(handle: int, records: Any, most: int, count: Any) -> int:
+            ctypes.memmove(records, keys[0] + b"\2".ljust(20, b"\0"), 40)  # a key, and the mouse
+            count._obj.value = 2
+            del keys[0]
+            return 1
+
+        kernel = mock.Mock(GetStdHandle=int, GetConsoleMode=get_mode, ReadConsoleInputW=read)
+        kernel.SetConsoleMode.side_effect = lambda handle, mode: modes.update({handle: mode}) or 1
+        kernel.WaitForSingleObject.side_effect = lambda *_: 0 if keys else 258
+        modules = mock.patch.dict(sys.modules, msvcrt=mock.Mock(get_osfhandle=lambda fileno: fileno))
+        windll = mock.patch("ctypes.windll", mock.Mock(kernel32=kernel), create=True)
+        with modules, mock.patch.object(sys, "platform", "win32"), windll:
             windows: Any = types.ModuleType("chat_on_windows")
             sys.modules[windows.__name__] = windows
             exec(compile(SOURCES[chat], "chat.py", "exec"), windows.__dict__)
             self.assertTrue(windows.can_draw())
-            keys = [windows.read_keys() for _ in range(7)]
-        self.assertEqual(keys, ["a", LEFT, "\xe0", DELETE, "\x1b[1;5D", "\x03", "\U0001f600"])
+            self.assertEqual(modes[-11], 0x7)
+            saved = windows.raw_mode()
+            self.assertEqual(modes[-10] & 0x217, 0x1)
+            self.assertEqual(windows.read_keys(), "ab")
+            windows.restore_mode(saved)
+            self.assertEqual(modes[-10], 0x1F7)
+            for stream, there in ((-10, True), (5, False)):  # the other is NUL
+                fake = mock.Mock(isatty=lambda: True, fileno=lambda: stream)  # noqa: B023
+                self.assertEqual(windows.is_terminal(fake), there)
+            self.assertFalse(windows.is_terminal(None))
 
 
 class FuzzClient(unittest.TestCase):
