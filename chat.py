@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A small chat that is one file.
 
-    python3 chat.py server                 then join with the line below, nc, a JSON script or any IRC client
+    python3 chat.py server                 then join with a browser, the line below, nc, JSON or any IRC client
     python3 chat.py client --name bob
 
 Sections, from pure to effectful; each uses only those above it:
@@ -10,13 +10,14 @@ Sections, from pure to effectful; each uses only those above it:
     names                  what a nick or a channel may be called, and when two names are one
     wire format            Message; parse and format a line; LineBuffer: bytes into lines; split_text: a text into lines
     text form              the sentence that a person reads ("*** bob joined"); slash commands, parsed
-    dialects               plain lines, JSON lines, IRC, HTTP: bytes of a line <-> Message
+    web                    HTTP requests and answers; frames of WebSocket; the page
+    dialects               plain lines, JSON lines, IRC, HTTP, and those in WebSocket: bytes of a line <-> Message
     history                what was said in channels: in memory, or in an SQLite file
     chat state             who is here, who is where: Session, Channel, Hub with its log; Call, a command while it runs;
                            who may connect, and how fast: AccessControl, TokenBucket
     commands               dispatch; a function for each command (JOIN, KICK, ...), in a table
     delivery               what becomes of the log: what is stored, and which bytes go to whom
-    transports             TLS round a socket; fingerprints; wakeups
+    transports             TLS and WebSocket round a socket; fingerprints; wakeups
     server                 Server accepts, and its reader threads hold back who sends too fast; Mailer sends
     terminal               line editor and screen, for people
     client                 Client, a loop over its Uplink (the connection), its Rooms and its SendQueue
@@ -64,6 +65,7 @@ import getpass
 import hashlib
 import heapq
 import hmac
+import http
 import io
 import ipaddress
 import itertools
@@ -137,6 +139,7 @@ TAG_BYTES = 4094  # tag data that a client may send: IRCv3 message-tags, "Size l
 CLIENT_INPUT_BYTES = TAG_BYTES + 2 + LINE_BYTES  # the longest line a server accepts: "@tags line"
 SERVER_INPUT_BYTES = 8191 + LINE_BYTES  # the same for a client: servers add tags of their own
 LABEL_BYTES = 64  # IRCv3 labeled-response
+HTTP_BYTES = 16 << 10  # of a request's head, and of its body
 MAX_PARAMS = 15  # RFC 1459, section 2.3
 JSON_NESTING = 32  # ours needs 1; the json module recurses in C and could run through a reader's stack
 RECV_BYTES = 16 << 10  # one read
@@ -188,6 +191,7 @@ STORED_TAGS, STORED_TAG_CHARS = (
 PAGE_LINES = 100  # at most, of one answer to CHATHISTORY
 DEDUP_IDS = 100  # of one client's messages, by which one that is sent again is recognised without the history
 RESUME_QUEUE = 100  # private messages to one of them
+BROWSERS = 1000  # addresses from which HTTP came lately
 STORE_S = 1.0  # that another program may keep the file to itself, while everybody waits
 PRUNE_LINES, PRUNE_S = 200, 1.0  # removed at a time, when they are too old; and how often
 MIGRATED_LINES = 10_000  # the last ones of an older file, of which one that is sent again is recognised, too
@@ -215,6 +219,7 @@ DROPPED_PAUSE_S = 0.05  # between two looks at what somebody goes on to send who
 ERROR_PAUSE_S = 0.01  # for each line that is not understood: nonsense at full speed would take the others' turns
 MAX_RESUMABLE = 1000  # sessions whose connection is lost; then the address that has most loses its oldest
 RESUME_GRACE_S = 30.0  # for a client to come back before the others are told that it left
+WEB_PING_S = 45.0  # longest silence on a WebSocket: nginx ends a connection after 60
 GHOST_PING_S = 10.0  # for the holder of a name that somebody else asks for: a ghost does not answer
 TICK_S = 0.5  # longest sleep of the timers
 HANDSHAKE_S = 20.0  # for the next piece of a TLS handshake; the registration timeout ends it sooner
@@ -425,8 +430,9 @@ ERR_INVALIDMODEPARAM = Numeric("696", "bad-mode-parameter", "mode {1} cannot be 
 FAIL_INVALID_UTF8 = Numeric("FAIL", "invalid-utf8", "that line is not UTF-8 text")
 FAIL_BAD_CHARACTER = Numeric("FAIL", "bad-character", "a line cannot contain NUL, CR or a line break")
 FAIL_BAD_JSON = Numeric("FAIL", "bad-json", "that line is not a JSON object")
-FAIL_BAD_TYPE = Numeric("FAIL", "unknown-type", "type is join, chat, private, leave or command")
+FAIL_BAD_TYPE = Numeric("FAIL", "unknown-type", "type is join, chat, private, leave, history, ping or command")
 FAIL_BAD_FIELD = Numeric("FAIL", "bad-field", "{0} must be a string")
+FAIL_BAD_TOKEN = FAIL_BAD_FIELD._replace(text="{0} must have 16 to 64 characters")
 FAIL_BAD_SLASH = Numeric("FAIL", "bad-command", "{0}")
 FAIL_INVALID_REALNAME = Numeric("FAIL", "invalid-realname", f"a real name has 1 to {REALNAME_BYTES} bytes")
 FAIL_CANNOT_STORE = Numeric("FAIL", "cannot-store", "not said, because it cannot be stored: {0}")
@@ -592,6 +598,7 @@ TAG_UNESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n"}
 CURRENT_CHANNEL = "*"  # as a target: the one channel that the sender is in
 ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msgid
 BY_TAG = "chat.py/by"  # only in the history: who used that id
+NO_REPLAY_TAG = "chat.py/no-replay"  # on JOIN of one who asks for the history
 REPLAYED_TAG = "chat.py/replayed"  # on what was said before, for clients that did not ask
 COUNT_TAG = "chat.py/here"  # on JOIN: how many are in the channel now
 FOR_TAG = "chat.py/for"  # only in the log: the capability without which an IRC client is not told
@@ -811,6 +818,7 @@ EVENT_FORMS = {
 }
 OWN_REASON = "Quit:"  # before what a leaver says, on IRC; what the server says of a leave never begins so
 CONNECTION_CLOSED = "Connection closed"  # what it says of one without a word; people need not see it
+RESUMED_ELSEWHERE = "You have come back on another connection"
 UNSAFE_CATEGORIES = (
     "Cc",
     "Cf",
@@ -1033,6 +1041,144 @@ def help_lines(asked: str, local: bool = False) -> list[str]:
 
 
 # -----------------------------------------------------------------------------
+# web
+# -----------------------------------------------------------------------------
+# HTTP (RFC 9110, RFC 9112), with one request on each connection; the frames of WebSocket (RFC 6455).
+
+HTTP_FIRST = re.compile(rb"[A-Za-z]+ .*HTTP/\d")
+REQUEST_LINE = re.compile(
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (?:[Hh][Tt][Tt][Pp][Ss]?://([^/?]*))?([!-~]*) HTTP/(\d)\.(\d)"
+)
+FIELD_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0-\x08\n-\x1f\x7f]*")
+HOST = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?", re.ASCII)
+LOCAL_NAMES = (".local", ".localhost", ".lan", ".internal", ".home.arpa")  # which no stranger's DNS can give an address
+HTTP_HEADERS = (
+    "Connection: close\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nX-Frame-Options: DENY\r\n"
+    "Referrer-Policy: no-referrer\r\nCross-Origin-Resource-Policy: same-origin\r\n"
+)
+WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
+SUBPROTOCOLS = ("text.ircv3.net", "binary.ircv3.net")  # IRCv3 websocket
+# Section 5.2: opcodes; those from 8 on are of control frames.
+WS_MORE, WS_TEXT, WS_BINARY, WS_CLOSE, WS_PING, WS_PONG = 0, 1, 2, 8, 9, 10
+# Section 7.4: of our ends, by what is said last.
+CLOSE_CODES = {"Goodbye": 1000, "Server is shutting down": 1001, "Ping timeout": 1001, RESUMED_ELSEWHERE: 4001}
+POLICY_VIOLATION = 1008  # all others
+
+
+class HttpError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, text: str = "", **headers: str) -> None:
+        super().__init__(status, text)
+        self.status, self.text = status, text
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Request(NamedTuple):
+    method: str
+    path: str
+    query: dict[str, str]
+    minor: int  # of its version 1.x
+    host: str  # with the port; '' for none, which 1.0 allows
+    headers: Any  # email.message.Message
+
+    def items(self, name: str) -> list[str]:
+        """What a header lists, in lower case."""
+        return [item.strip().lower() for value in self.headers.get_all(name, ()) for item in value.split(",")]
+
+    def body_length(self) -> int:
+        """How long its body is; raises HttpError."""
+        lengths = self.headers.get_all("Content-Length", [])
+        encoded = "Transfer-Encoding" in self.headers
+        if len(lengths) + encoded > 1 or not all(re.fullmatch("[0-9]{1,15}", length.strip()) for length in lengths):
+            raise HttpError(400)
+        if self.method != "POST":
+            return 0
+        if not lengths:
+            raise HttpError(411)
+        if int(lengths[0]) > HTTP_BYTES:
+            raise HttpError(413, f"at most {HTTP_BYTES} bytes at once")
+        return int(lengths[0])
+
+
+def parse_request(head: bytes) -> Request:
+    """A request from its head, without the empty line; raises HttpError."""
+    import email.parser
+
+    first, *fields = [line[: len(line) - line.endswith("\r")] for line in head.decode("latin-1").split("\n")]
+    match = REQUEST_LINE.fullmatch(first)
+    if not match or not all(map(FIELD_LINE.fullmatch, fields)):
+        raise HttpError(400)
+    method, named, target, major, minor = match.groups()
+    if major != "1":
+        raise HttpError(505)
+    headers = email.parser.HeaderParser().parsestr("\n".join(fields))
+    hosts = [host.strip() for host in headers.get_all("Host", [])]
+    host = named if named is not None else "".join(hosts)
+    if len(hosts) > 1 or (hosts or minor != "0" or named) and not HOST.fullmatch(host):
+        raise HttpError(400)
+    path, _, query = target.partition("?")
+    if not path.startswith("/") and named is None:
+        raise HttpError(400)
+    try:
+        return Request(method, path or "/", dict(urllib.parse.parse_qsl(query)), int(minor), host, headers)
+    except ValueError:  # too many parameters
+        raise HttpError(400) from None
+
+
+def http_answer(status: int, body: bytes | str = "", kind: str = "text/plain", **headers: str) -> bytes:
+    """An answer; a body in text ends its last line, and without one the status is said."""
+    import email.utils
+
+    phrase = http.HTTPStatus(status).phrase
+    data = body if isinstance(body, bytes) else f"{body or phrase}\n".encode()
+    more = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return (
+        f"HTTP/1.1 {status} {phrase}\r\nDate: {email.utils.formatdate(usegmt=True)}\r\n{HTTP_HEADERS}{more}"
+        f"Content-Type: {kind}; charset=utf-8\r\nContent-Length: {len(data)}\r\n\r\n"
+    ).encode("latin-1") + data
+
+
+def frame(opcode: int, data: bytes) -> bytes:
+    """A whole message, or a control frame, as a server sends it: not masked (section 5.1)."""
+    size = len(data)
+    if size < 126:
+        return bytes((0x80 | opcode, size)) + data
+    if size < 1 << 16:
+        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + data
+    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + data
+
+
+def close_frame(code: int, reason: str) -> bytes:
+    return frame(WS_CLOSE, code.to_bytes(2, "big") + cut(reason, 123).encode())
+
+
+@functools.lru_cache(maxsize=None)
+def page_policy() -> str:
+    """What the page may do, as a Content-Security-Policy with a place for the host: nothing but run its own parts."""
+    found = []
+    for tag in ("script", "style"):
+        part = re.search(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
+        assert part
+        found.append(binascii.b2a_base64(hashlib.sha256(part[1].encode()).digest(), newline=False).decode())
+    return (
+        f"default-src 'none'; script-src 'sha256-{found[0]}'; style-src 'sha256-{found[1]}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+        "connect-src 'self' ws://{0} wss://{0}"  # older Safari does not count ws as 'self'
+    )
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>chat</title>
+<style>body { font: 16px sans-serif }</style>
+<p>The page is still to be written.</p>
+<script>"use strict"</script>
+</html>
+"""
+
+# -----------------------------------------------------------------------------
 # dialects
 # -----------------------------------------------------------------------------
 
@@ -1046,7 +1192,6 @@ TELNET = re.compile(
 TELNET_REFUSAL = {b"\xfb": b"\xff\xfe", b"\xfd": b"\xff\xfc"}  # WILL: DONT, DO: WONT
 ARE_YOU_THERE = b"\xf6"
 IRC_FIRST = re.compile(rb"(CAP|NICK|USER|PASS|PING) +[^ ]", re.IGNORECASE)
-HTTP_FIRST = re.compile(rb"[A-Z]+ \S+ HTTP/\d")
 JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?')  # also one without an end, lest the search begin anew within it
 TLS_HANDSHAKE = 0x16  # first byte of a TLS ClientHello: RFC 8446, section 5.1
 
@@ -1061,7 +1206,7 @@ CAPABILITIES = (
 TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: ""}
 # Commands that others do not get, or not as they are; a prompt nobody does.
 CAPS_NEEDED = {
-    "TAGMSG": "message-tags", "PROMPT": "none", "TELNET": "none", "JOIN": "extended-join", "FAIL": "standard-replies",
+    "TAGMSG": "message-tags", "PROMPT": "none", "RAW": "none", "JOIN": "extended-join", "FAIL": "standard-replies",
 }  # fmt: skip
 
 
@@ -1154,7 +1299,7 @@ class Plain(Dialect):
         return registration_commands(text.strip(), "plain")
 
     def encode(self, message: Message) -> bytes:
-        if message.command in ("PROMPT", "TELNET"):
+        if message.command in ("PROMPT", "RAW"):
             return message.text.encode("latin-1")
         text = text_form(message)
         return f"{text}{self.end}".encode() if text else b""
@@ -1177,7 +1322,7 @@ class PlainPassword(Plain):
 class Json(Dialect):
     """A JSON object a line, for scripts."""
 
-    caps = frozenset({"labeled-response"})  # ref and ack are what label and ACK are on IRC
+    caps = frozenset({"labeled-response", RESUME_CAP})  # ref and ack are what label and ACK are on IRC
     NAMED = {"nick": 0, "kick": 1}  # events with a name: of a parameter
     # Commands with a channel: in which parameter.
     CHANNEL_AT = {
@@ -1194,7 +1339,7 @@ class Json(Dialect):
         except CommandError as error:
             error.message = NO_MESSAGE._replace(tags={"label": ref} if ref else NO_TAGS)
             raise
-        return [message._replace(tags={"label": ref}) for message in messages] if ref else messages
+        return [message._replace(tags={**message.tags, "label": ref}) for message in messages] if ref else messages
 
     def encode(self, message: Message) -> bytes:
         if message is PROMPT_END:
@@ -1234,10 +1379,22 @@ class Json(Dialect):
         kind = item.get("type")
         if kind == "join":
             user, password = self._field(item, "user", ""), self._field(item, "password", "")
-            steps = registration_commands(user, "json", self._field(item, "channel", DEFAULT_CHANNEL), password)
+            *steps, last = registration_commands(user, "json", self._field(item, "channel", DEFAULT_CHANNEL), password)
+            token, tags = self._field(item, "token", ""), {NO_REPLAY_TAG: ""} if item.get("replay") is False else {}
+            if token and not 16 <= len(token) <= 64:
+                raise CommandError(FAIL_BAD_TOKEN, "token")
+            steps[:0] = [Message("RESUME", (token,))] if token else []
+            join = last._replace(params=(*last.params, self._field(item, "key", "")), tags=tags)
             if registered and user:
                 check_nick(user)
-            return steps[-1:] if registered else steps
+            return [join] if registered else [*steps, join]
+        if kind == "history":
+            side, since = next(((key, item[key]) for key in ("after", "before") if key in item), ("latest", None))
+            reference = "*" if since is None else f"msgid={self._field(item, side)}"
+            words = (side if since is not None else "latest", self._field(item, "channel"), reference, str(PAGE_LINES))
+            return [Message("CHATHISTORY", words)]
+        if kind == "ping":
+            return [Message("PING", ("ping",))]
         if kind == "chat":
             return [Message("PRIVMSG", (CURRENT_CHANNEL, self._field(item, "text")))]
         if kind == "private":
@@ -1253,8 +1410,8 @@ class Json(Dialect):
 
     @staticmethod
     def _describe(message: Message) -> dict[str, Any]:
-        if message.command == "ACK":
-            return {"type": "ack"}
+        if message.command in ("ACK", "PONG"):
+            return {"type": message.command.lower()}
         if not is_system(message):
             channel = message.param(0)
             action = message.action
@@ -1278,6 +1435,7 @@ class Json(Dialect):
             item["name"] = message.param(Json.NAMED[name])
         elif name == "names":
             item["users"] = [user.lstrip("@+") for user in message.text.split()]
+            item["ranks"] = [user[: len(user) - len(user.lstrip("@+"))] for user in message.text.split()]
         return item
 
 
@@ -1340,33 +1498,108 @@ class Irc(Dialect):
 irc = functools.lru_cache(maxsize=IRC_DIALECTS)(Irc)  # one view for all who negotiated the same capabilities
 
 
-class Http(Dialect):
-    """A browser that was pointed at the wrong port is told so."""
+class Framed(Dialect):
+    """What another dialect sends, a WebSocket message for each line, without its end. Made by `framed`."""
 
-    ANSWER = (
-        "HTTP/1.0 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
-        f"This is a chat, not a web server. Join it with an IRC client, with nc, or with: {PYTHON} chat.py client\n"
-    )
-
-    def decode(self, line: bytes, registered: bool) -> list[Message]:
-        return [Message("QUIT")]
+    def __init__(self, dialect: Dialect, opcode: int) -> None:
+        self._dialect, self._opcode = dialect, opcode
 
     def encode(self, message: Message) -> bytes:
-        return self.ANSWER.encode() if message.command == "ERROR" else b""
+        if message.command == "RAW":
+            return message.text.encode("latin-1")
+        if message.command == "PING":  # which a browser answers by itself
+            return frame(WS_PING, b"")
+        data = self._frame(self._dialect.encode(message))
+        if message.command == "ERROR":
+            data += close_frame(CLOSE_CODES.get(message.text, POLICY_VIOLATION), message.text)
+        return data
+
+    def encode_lines(self, lines: Lines) -> bytes:
+        return self._frame(self._dialect.encode_lines(lines))
+
+    def _frame(self, data: bytes) -> bytes:
+        return b"".join([frame(self._opcode, line.rstrip(b"\r")) for line in data.split(b"\n")[:-1]])
+
+
+framed = functools.lru_cache(maxsize=IRC_DIALECTS)(Framed)
+
+
+class Http(Json):
+    """One request and its answer. What POST says are commands, and their receipts become the answer."""
+
+    STATUS = {
+        "wrong-password": 401, "banned": 403, "banned-from-channel": 403, "cannot-send": 403, "invite-only": 403,
+        "bad-key": 403, "channel-full": 403, "name-taken": 409, "cannot-store": 503,
+    }  # fmt: skip
+
+    def __init__(self, first: bytes = b"") -> None:
+        self.request: Request | None = None
+        self.body = b""
+        self._data = first + b"\n"
+        self._ids: list[str] = []  # of what was said; the mailer's
+        self._error: dict[str, Any] = {}  # the first; the mailer's
+
+    def feed(self, data: bytes) -> bytes | None:
+        """What follows the request, once it is complete; raises HttpError."""
+        start = max(len(self._data) - 2, 0)
+        self._data += data
+        if not self.request:
+            end = re.compile(rb"\n\r?\n").search(self._data, start)
+            if (end.start() if end else len(self._data)) > HTTP_BYTES:
+                raise HttpError(431)
+            if not end:
+                return None
+            self.request = parse_request(self._data[: end.start()])
+            self._data = self._data[end.end() :]
+        length = self.request.body_length()
+        if len(self._data) < length:
+            return None
+        self.body, rest = self._data[:length], self._data[length:]
+        return rest
+
+    def decode(self, line: bytes, registered: bool) -> list[Message]:
+        if not self.request:
+            return []
+        query = self.request.query
+        if not registered:
+            return registration_commands(query.get("name", ""), "http", query.get("channel", DEFAULT_CHANNEL))
+        return [Message("PRIVMSG", (CURRENT_CHANNEL, decode_text(line)), tags={"label": "1"})]
+
+    def encode(self, message: Message) -> bytes:
+        if message.command == "RAW":
+            return message.text.encode("latin-1")
+        if message.command == "ERROR":
+            return self._answer(message.text)
+        item = self._describe(message)
+        if item.get("type") == "ack":
+            self._ids.append(message.tags["msgid"])
+        elif item.get("type") == "error":
+            self._error = self._error or item
+        return b""
+
+    def _answer(self, farewell: str) -> bytes:
+        """The answer at the end of the session."""
+        if self._error:
+            return http_answer(self.STATUS.get(self._error["code"], 400), self._error["text"])
+        if farewell == "Goodbye":
+            return http_answer(200, "\n".join(self._ids))
+        return http_answer(408 if self.request is None else 503, farewell)
 
 
 plain = functools.lru_cache()(Plain)  # one for all whose lines end alike
-PLAIN, JSON, HTTP = plain("\n"), Json(), Http()
+PLAIN, JSON = plain("\n"), Json()
 UNDECIDED = Plain()  # before the first line
+UNDECIDED_WEB = Irc()  # before the first message of a WebSocket
 
 
-def dialect_of(first: bytes, end: str = "\n") -> Dialect:
-    """Which dialect a connection's first line speaks, and where there is a choice, with which line ends."""
+def dialect_of(first: bytes, end: str = "\n", web: bool = False) -> Dialect:
+    """Which dialect a connection's first line speaks, and where there is a choice, with which line ends; of a WebSocket
+    its first message."""
     if first.startswith(b"{"):
         return JSON
-    if IRC_FIRST.match(first):
+    if web or IRC_FIRST.match(first):
         return irc()
-    return HTTP if HTTP_FIRST.match(first) else plain(end)
+    return Http(first) if HTTP_FIRST.match(first) else plain(end)
 
 
 # -----------------------------------------------------------------------------
@@ -1836,6 +2069,7 @@ class AccessControl:
         self._digest = digest(password)
         self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
         self._addresses: dict[str, Address] = {}  # by key
+        self.browsers: dict[str, None] = {}  # keys of those from which HTTP came lately
         self._swept = 0.0  # monotonic: when those were last dropped of which nothing has to be remembered
 
     def address(self, text: str, per_address: float = math.inf) -> Address:
@@ -1901,8 +2135,8 @@ class Session:
     __slots__ = (
         "address", "audiences", "authenticated", "away", "channels", "connected_at", "crlf", "deadline", "dialect",
         "flood_bucket", "host", "invites", "last_received", "last_spoke", "negotiating", "nick", "nick_bucket",
-        "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname", "resume_queue", "send", "sent",
-        "signon", "stage", "token", "user", "wrong_password",
+        "opcode", "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname", "resume_queue", "send",
+        "sent", "signon", "stage", "token", "user", "wrong_password",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float, address: Address | None = None, buckets: Buckets | None = None) -> None:
@@ -1910,6 +2144,7 @@ class Session:
         self.address = address or Address()
         self.stage = Stage.NEW
         self.dialect: Dialect = UNDECIDED  # what it speaks, at the log's write end
+        self.opcode = 0  # of the WebSocket messages that it is sent; 0 where there are none
         self.nick = self.user = self.realname = self.away = ""
         self.prefix = ""  # nick!user@host, once registered
         self.authenticated = False  # has given the password, where one is required
@@ -1939,6 +2174,10 @@ class Session:
     def registered(self) -> bool:
         """Whether it has a name that others see."""
         return Stage.REGISTERED <= self.stage <= Stage.DISCONNECTED
+
+    @property
+    def answers_ping(self) -> bool:
+        return self.dialect.pings or bool(self.opcode)
 
     def description(self) -> str:
         """The session in the program's log."""
@@ -2118,7 +2357,7 @@ class Update(NamedTuple):
 
 
 class Close(NamedTuple):
-    """A session has ended: its connection is to be closed after the batch."""
+    """A session, or its connection, has ended: that is to be closed after the batch."""
 
     session: Session
 
@@ -2175,6 +2414,8 @@ class Call:
         if "label" in message.tags and "labeled-response" in session.dialect.caps:
             if "batch" not in session.dialect.caps:
                 self.ref = message.tags["label"]
+                if session.token and session.dialect.single:  # JSON: it is the message's id, too
+                    self.message = message._replace(tags={ID_TAG: self.ref})
             elif len(message.tags["label"].encode()) <= LABEL_BYTES:
                 self.label = message.tags["label"]
 
@@ -2284,7 +2525,8 @@ class Call:
         self.effects.append(ChannelState(channel.folded, channel.state() if kept else ""))
 
     def _update(self, session: Session) -> None:
-        self.effects.append(Update(session, session.dialect, tuple(session.channels)))
+        dialect = framed(session.dialect, session.opcode) if session.opcode else session.dialect
+        self.effects.append(Update(session, dialect, tuple(session.channels)))
 
     def part(self, session: Session, channel: Channel, reason: str) -> None:
         """Removes a session from a channel, which the caller did, and tells its members."""
@@ -2443,17 +2685,17 @@ class Hub:
         with self:
             if session.stage == Stage.DISCONNECTED:
                 return
-            may_resume = session.token and session.registered and not farewell
+            call, may_resume = Call(self, session), session.token and session.registered and not farewell
             if may_resume and self.disconnected >= MAX_RESUMABLE:
                 end_disconnected(self, self.access.oldest_disconnected())
             if may_resume and self.disconnected < MAX_RESUMABLE:
                 self.disconnected += 1
                 session.stage, session.quit_reason = Stage.DISCONNECTED, reason or "Connection lost"
                 self.set_deadline(session, time.monotonic() + RESUME_GRACE_S)
+                call.effects.append(Close(session))
             else:
-                call = Call(self, session)
                 call.quit(session, reason, farewell)
-                self.append(call)
+            self.append(call)
 
     def close(self, reason: str) -> None:
         """Tells everybody that the server ends, and lets nobody stay."""
@@ -2526,12 +2768,13 @@ def check_timeouts(call: Call, now: float) -> float:
         if now >= session.pong_deadline:
             call.quit(session, "Ping timeout", "Ping timeout")
         return session.pong_deadline
-    if not session.dialect.pings:
+    if not session.answers_ping:
         return now + limits.ping_s  # nothing to ask: TCP itself finds out
-    if now >= session.last_received + limits.ping_s:
+    silence = min(limits.ping_s, WEB_PING_S) if session.opcode else limits.ping_s
+    if now >= session.last_received + silence:
         call.ping(session, now, limits.pong_s)
         return session.pong_deadline
-    return session.last_received + limits.ping_s
+    return session.last_received + silence
 
 
 def end_disconnected(hub: Hub, session: Session | None) -> None:
@@ -2558,7 +2801,7 @@ def ping_ghost(call: Call, session: Session) -> None:
     now = time.monotonic()
     asked = session.last_received < session.ping_sent
     quiet = now > session.last_received + GHOST_PING_S
-    if session.dialect.pings and not asked and session.stage == Stage.REGISTERED and quiet:
+    if session.answers_ping and not asked and session.stage == Stage.REGISTERED and quiet:
         call.ping(session, now, GHOST_PING_S)
 
 
@@ -2621,7 +2864,7 @@ def send_rows(call: Call, rows: Rows) -> None:
 
 def handle_line(hub: Hub, session: Session, line: bytes | None) -> None:
     """Runs the commands in a line; None stands for one that was too long. In the session's reader, without the lock."""
-    if session.dialect is UNDECIDED:
+    if session.dialect in (UNDECIDED, UNDECIDED_WEB):
         line = begin(hub, session, line)
     error: CommandError | None = None
     messages: list[Message] = []
@@ -2652,7 +2895,7 @@ def begin(hub: Hub, session: Session, line: bytes | None) -> bytes | None:
             return line
     with hub:
         call = Call(hub, session)
-        call.set_dialect(dialect_of(line or b"", "\r\n" if session.crlf else "\n"))
+        call.set_dialect(dialect_of(line or b"", "\r\n" if session.crlf else "\n", bool(session.opcode)))
         if session.stage == Stage.PROMPTED:
             call.send_to(session, PROMPT_END)
         if session.stage != Stage.GONE:
@@ -2661,14 +2904,16 @@ def begin(hub: Hub, session: Session, line: bytes | None) -> bytes | None:
     return line
 
 
-def answer_telnet(hub: Hub, session: Session, answers: bytearray) -> None:
-    """Answers a telnet program. In the session's reader, without the lock."""
+def send_raw(hub: Hub, session: Session, data: bytes, ends: bool = False) -> None:
+    """Sends bytes that no dialect knows of, and may end the connection. In the session's reader, without the lock."""
     with hub:
         hub.not_full.wait()
         if session.stage != Stage.GONE:
             call = Call(hub, session)
-            call.send_to(session, Message("TELNET", (answers.decode("latin-1"),)))
+            call.send_to(session, Message("RAW", (data.decode("latin-1"),)))
             hub.append(call)
+    if ends:
+        hub.disconnect(session, "")
 
 
 def dispatch_all(hub: Hub, session: Session, messages: list[Message]) -> None:
@@ -2924,7 +3169,7 @@ def resume_session(call: Call, old: Session) -> None:
     if session.flood_bucket and old.flood_bucket:
         session.flood_bucket, old.flood_bucket = old.flood_bucket, session.flood_bucket
     session.sent, old.sent = old.sent or session.sent, {}
-    call.send_to(old, Message("ERROR", ("You have come back on another connection",)))
+    call.send_to(old, Message("ERROR", (RESUMED_ELSEWHERE,)))
     call.forget(old)
 
 
@@ -3060,7 +3305,8 @@ def join_channel(call: Call, name: str, key: str) -> None:
         tags = {**hub.ids.next(), FOR_TAG: "away-notify"}
         call.broadcast(Message("AWAY", (session.away,), session.prefix, tags), channel, echo=False)
     send_channel_info(call, channel)
-    if hub.replay and "draft/chathistory" not in session.dialect.caps:
+    asks = "draft/chathistory" in session.dialect.caps or NO_REPLAY_TAG in call.message.tags
+    if hub.replay and not asks:
         batched = "batch" in session.dialect.caps
         call.query(functools.partial(replay, hub, channel.name, channel.logs, hub.ids.last, batched), hub.replay)
 
@@ -3529,15 +3775,19 @@ def chathistory(call: Call) -> None:
     pages = [(low, min(high, until), size, newest) for low, high, size, newest in PAGES[sub](spans, limit)]
     times = [first for first, last in spans if last > first]  # a time, not a message
     since = {low: server_time((low + 500) / 1e6) for first in times for low in (first - 1, first + 999)}
-    call.query(functools.partial(page_messages, channel.logs, pages, since), limit, "chathistory", channel.name)
+    marks = {REPLAYED_TAG: ""} if call.session.dialect.single else {}
+    run = functools.partial(page_messages, channel.logs, pages, since, marks)
+    call.query(run, limit, "chathistory", channel.name)
+    if call.ref and call.session.dialect.single:  # IRC has batches for that
+        call.replies.append(Message("ACK", (), hub.name, {"label": call.ref}))
 
 
 def page_messages(
-    logs: tuple[str, ...], pages: list[Page], since: dict[int, str], history: MemoryHistory
+    logs: tuple[str, ...], pages: list[Page], since: dict[int, str], marks: dict[str, str], history: MemoryHistory
 ) -> list[Message]:
-    """Pages of what was said in a channel, by its own time where `since` has their low."""
+    """Pages of what was said in a channel, by its own time where `since` has their low; each with `marks`, too."""
     found = (history.fetch_all(logs, *page, since.get(page[0], "")) for page in pages)
-    return [strip_private_tags(message) for page in found for message in page]
+    return [strip_private_tags(message, **marks) for page in found for message in page]
 
 
 def target_messages(
@@ -4045,7 +4295,131 @@ class TlsSocket:
             raise UntrustedPeer(f"its fingerprint is {found}, not {self._pin}: somebody else may be listening there")
 
 
-Transport = Union[socket.socket, TlsSocket]
+AnySocket = Union[socket.socket, TlsSocket]
+
+
+class WebSocket:
+    """A WebSocket connection (RFC 6455) that looks like a socket, at the server's end: it receives messages as lines.
+
+    `feed` is the protocol, without a socket. What is sent has frames already: see Framed. So that all is sent in one
+    place, `control` is called with control frames that are to be sent, and True when the connection is to end by that;
+    until its end, what comes is not read.
+    """
+
+    ERRORS = {1002: "protocol error", 1007: "not UTF-8", 1009: "message too long"}
+
+    def __init__(self, sock: AnySocket, limit: int, control: Callable[[bytes, bool], None], data: bytes = b"") -> None:
+        """Takes over the connection, of which `data` was received. `limit`: bytes of a message."""
+        self._sock, self._limit, self._control = sock, limit, control
+        self.fileno, self.close, self.send, self.shutdown = sock.fileno, sock.close, sock.send, sock.shutdown
+        self.pongs, self.closing = b"", b""  # control frames to be sent
+        self._received = data  # that is not fed yet
+        self._tail = b""  # of a frame that is not complete
+        self._message = bytearray()  # so far
+        self._opcode = 0  # of the message that has begun
+        self._ended = False
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """The next lines; as with TlsSocket.recv, all there are, and BlockingIOError where there is none."""
+        if flags & socket.MSG_PEEK:
+            return self._sock.recv(size, flags)
+        if not self.closing:
+            data, self._received = self._received or self._sock.recv(size), b""
+            if not data:
+                raise ConnectionError("the connection was cut")
+            lines = self.feed(data)
+            pongs, self.pongs = self.pongs, b""
+            if pongs:
+                self._control(pongs, False)
+            if lines:
+                return lines
+        if self.closing and not self._ended:
+            self._ended = True
+            self._control(self.closing, True)
+        elif self._ended and not self._sock.recv(size):  # a reset would eat our last frame
+            return b""
+        raise BlockingIOError(errno.EAGAIN, "no text yet")
+
+    def feed(self, data: bytes) -> bytes:
+        """The messages that are complete with `data`, a line each. May add to `pongs`, and set `closing`."""
+        data, lines, start = self._tail + data, [], 0
+        try:
+            while not self.closing:
+                found = self._parse(data, start)
+                if not found:
+                    break
+                first, payload, start = found
+                if first & 8:
+                    self._obey(first & 15, payload)
+                    continue
+                self._opcode = first & 15 or self._opcode
+                self._message += payload
+                if first & 0x80:
+                    lines.append(self._complete())
+        except _FrameError as error:
+            self.closing = close_frame(error.args[0], self.ERRORS[error.args[0]])
+        self._tail = data[start:]
+        return b"".join(lines)
+
+    def _parse(self, data: bytes, start: int) -> tuple[int, bytes, int] | None:
+        """A frame: its first byte, its payload, and where it ends; None while it is not complete (section 5.2)."""
+        if len(data) < start + 2:
+            return None
+        first, size, at = data[start], data[start + 1] & 0x7F, start + 2
+        opcode = first & 15
+        if opcode & 8:
+            good = opcode <= WS_PONG and first & 0x80 and size <= 125
+        else:
+            good = opcode <= WS_BINARY and bool(opcode) != bool(self._opcode)
+        if not good or first & 0x70 or not data[start + 1] & 0x80:
+            raise _FrameError(1002)
+        if size > 125:
+            at += 2 if size == 126 else 8
+            if len(data) < at:
+                return None
+            size = int.from_bytes(data[start + 2 : at], "big")
+        if not opcode & 8 and size + len(self._message) > self._limit:
+            raise _FrameError(1009)
+        end = at + 4 + size
+        if len(data) < end:
+            return None
+        mask = int.from_bytes((data[at : at + 4] * (size // 4 + 1))[:size], "big")
+        return first, (int.from_bytes(data[at + 4 : end], "big") ^ mask).to_bytes(size, "big"), end
+
+    def _complete(self) -> bytes:
+        """The message that has ended, as a line."""
+        message, opcode = bytes(self._message), self._opcode
+        self._message.clear()
+        self._opcode = 0
+        if opcode == WS_TEXT:
+            self._check_text(message)
+        return message.rstrip(b"\r\n").replace(b"\n", b" ") + b"\n"
+
+    def _obey(self, opcode: int, payload: bytes) -> None:
+        """Does what a control frame asks for (section 5.5)."""
+        if opcode == WS_PING:
+            self.pongs += frame(WS_PONG, payload)
+        if opcode == WS_CLOSE:
+            code = int.from_bytes(payload[:2], "big")
+            known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006) or 3000 <= code <= 4999
+            if payload and not (known and len(payload) > 1):
+                raise _FrameError(1002)
+            self._check_text(payload[2:])
+            self.closing = frame(WS_CLOSE, payload[:2])
+
+    @staticmethod
+    def _check_text(data: bytes) -> None:
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            raise _FrameError(1007) from None
+
+
+class _FrameError(Exception):
+    """What was received breaks the rules; the argument is the code with which that ends the connection."""
+
+
+Transport = Union[socket.socket, TlsSocket, WebSocket]
 
 
 def fingerprint_of(certificate: bytes) -> str:
@@ -4396,7 +4770,7 @@ class Server:
     ) -> None:
         self.listener = Listener(host, port)
         self.address: tuple[str, int] = self.listener.hosts[0], self.listener.port
-        self._context, self._tls_only = context, tls_only
+        self._context, self.tls_only = context, tls_only
         self.hub = hub or Hub(SERVER_NAME)
         self._reasons = TokenBucket(REASONS, REASON_S)
         self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
@@ -4462,7 +4836,7 @@ class Server:
         with contextlib.suppress(OSError):  # it has gone already, as its reader will find out
             prepare(sock, limits)
         session = Session(shown_host(address.key, self._secret), time.monotonic(), address, buckets)
-        if self._tls_only:  # nothing is sent in clear text
+        if self.tls_only:  # nothing is sent in clear text
             session.stage = Stage.HANDSHAKING
         connection = Connection(sock, session)
         self.mailer.add(connection)
@@ -4508,7 +4882,7 @@ class Server:
         session, sock = connection.session, connection.sock
         first = connection.receive(socket.MSG_PEEK)
         if first[:1] != bytes([TLS_HANDSHAKE]):
-            if first and self._tls_only:
+            if first and self.tls_only and not HTTP_FIRST.match(first):  # which is redirected
                 begin(self.hub, session, first.partition(b"\n")[0])
                 self.hub.disconnect(session, "", TLS_ONLY)
             return True
@@ -4529,11 +4903,15 @@ class Server:
             try:
                 return connection.receive()
             except BlockingIOError:
+                connection.session.last_received = time.monotonic()
                 throttle(self.hub, connection)  # what is no text costs as much
 
     def _handle_data(self, connection: Connection, buffer: TelnetBuffer, data: bytes) -> None:
         """Runs commands as they came. Bytes that are no line count as some, for the rate limit."""
         session = connection.session
+        if isinstance(session.dialect, Http):
+            handle_request(self, connection, session.dialect, data)
+            return
         lines = buffer.feed_telnet(data) if isinstance(session.dialect, Plain) else buffer.feed(data)
         session.crlf = buffer.crlf
         if session.stage == Stage.NEW and buffer.begun:  # telnet introduces itself, and says nothing by that
@@ -4546,10 +4924,68 @@ class Server:
                 break
             handle_line(self.hub, session, line)
         if buffer.answers:
-            answer_telnet(self.hub, session, buffer.answers)
+            send_raw(self.hub, session, bytes(buffer.answers))
             buffer.answers.clear()
         if session.stage == Stage.GONE:
             time.sleep(DROPPED_PAUSE_S)
+
+
+def handle_request(server: Server, connection: Connection, dialect: Http, data: bytes) -> None:
+    """Takes in some of an HTTP request, and answers it once it is complete. Whatever follows is ignored."""
+    hub, session = server.hub, connection.session
+    if session.stage == Stage.GONE:
+        time.sleep(DROPPED_PAUSE_S)
+        return
+    try:
+        rest = dialect.feed(data)
+        if rest is None or not dialect.request:
+            return
+        answer = answer_request(server, connection, dialect.request, rest)
+    except HttpError as error:
+        answer = http_answer(error.status, error.text, **error.headers)
+    if answer:
+        if dialect.request and dialect.request.method == "HEAD":
+            answer = answer[: answer.index(b"\r\n\r\n") + 4]
+        send_raw(hub, session, answer, ends=True)
+
+
+def answer_request(server: Server, connection: Connection, request: Request, rest: bytes) -> bytes:
+    """The answer to a request; b'' where what it does will answer it. Raises HttpError."""
+    if server.tls_only and not isinstance(connection.sock, TlsSocket):
+        raise HttpError(308, Location=f"https://{request.host}/")
+    if not request.path.endswith("/"):
+        raise HttpError(404)
+    if request.method not in ("GET", "HEAD"):
+        raise HttpError(405, Allow="GET, HEAD")
+    if "websocket" in request.items("Upgrade"):
+        upgrade(server, connection, request, rest)
+        return b""
+    return http_answer(
+        200, PAGE.encode(), "text/html", Content_Security_Policy=page_policy().format(request.host or "localhost")
+    )
+
+
+def upgrade(server: Server, connection: Connection, request: Request, rest: bytes) -> None:
+    """Goes on with WebSocket: RFC 6455, section 4.2. Raises HttpError."""
+    hub, session, headers = server.hub, connection.session, request.headers
+    key = headers.get("Sec-WebSocket-Key", "").strip()
+    asked = request.method == "GET" and request.minor and "upgrade" in request.items("Connection")
+    if not asked or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
+        raise HttpError(400)
+    if headers.get("Sec-WebSocket-Version", "").strip() != "13":
+        raise HttpError(426, Sec_WebSocket_Version="13")
+    protocol = next((item for item in request.items("Sec-WebSocket-Protocol") if item in SUBPROTOCOLS), "")
+    accept = binascii.b2a_base64(hashlib.sha1((key + WEBSOCKET_GUID).encode()).digest(), newline=False).decode()
+    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
+    lines += [f"Sec-WebSocket-Accept: {accept}", *([f"Sec-WebSocket-Protocol: {protocol}"] if protocol else [])]
+    send_raw(hub, session, "\r\n".join([*lines, "", ""]).encode())
+    session.opcode = WS_BINARY if protocol == SUBPROTOCOLS[1] else WS_TEXT
+    with hub:
+        call = Call(hub, session)
+        call.set_dialect(irc() if protocol else UNDECIDED_WEB)
+        hub.append(call)
+    assert not isinstance(connection.sock, WebSocket)
+    connection.sock = WebSocket(connection.sock, CLIENT_INPUT_BYTES, functools.partial(send_raw, hub, session), rest)
 
 
 def throttle(hub: Hub, connection: Connection) -> None:
