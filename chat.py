@@ -1086,6 +1086,26 @@ class Request(NamedTuple):
         """What a header lists, in lower case."""
         return [item.strip().lower() for value in self.headers.get_all(name, ()) for item in value.split(",")]
 
+    def password(self) -> str:
+        """The one of Authorization, by Bearer or Basic; raises HttpError."""
+        scheme, _, value = self.headers.get("Authorization", "").partition(" ")
+        try:
+            data = value.strip().encode("latin-1")
+            return (binascii.a2b_base64(data).partition(b":")[2] if scheme.lower() == "basic" else data).decode()
+        except ValueError:
+            raise HttpError(400) from None
+
+    def check_host(self, secured: bool, origins: Collection[str]) -> None:
+        """Refuses what a page of somebody else has sent: of another origin, or, if that is not `secured` by TLS, by a
+        name that may lead elsewhere tomorrow (DNS rebinding). Raises HttpError."""
+        host, origin = self.host.lower(), self.headers.get("Origin")
+        name = re.sub(r"\.?(:\d*)?$", "", host)
+        known = name.endswith(LOCAL_NAMES) or re.fullmatch(r"[^.]*|[\d.]+|\[.*\]", name)
+        if not secured and not known and name not in [re.sub(r".*://|:\d*$", "", origin) for origin in origins]:
+            raise HttpError(421, f"For this name, the server has to be started with --web-origin https://{name}")
+        if origin is not None and origin.lower() not in origins and origin.lower().partition("://")[2] != host:
+            raise HttpError(403, "This is not a page of this server; see --web-origin")
+
     def body_length(self) -> int:
         """How long its body is; raises HttpError."""
         lengths = self.headers.get_all("Content-Length", [])
@@ -1527,15 +1547,17 @@ framed = functools.lru_cache(maxsize=IRC_DIALECTS)(Framed)
 class Http(Json):
     """One request and its answer. What POST says are commands, and their receipts become the answer."""
 
-    STATUS = {
+    STATUS = {  # by the code of an error, or by the last words
         "wrong-password": 401, "banned": 403, "banned-from-channel": 403, "cannot-send": 403, "invite-only": 403,
-        "bad-key": 403, "channel-full": 403, "name-taken": 409, "cannot-store": 503,
+        "bad-key": 403, "channel-full": 403, "name-taken": 409, "cannot-store": 503, RESUMED_ELSEWHERE: 409,
+        "Server is shutting down": 503,
     }  # fmt: skip
 
     def __init__(self, first: bytes = b"") -> None:
         self.request: Request | None = None
-        self.body = b""
+        self.body = self.interim = b""  # interim: to be answered before the body comes (RFC 9110, section 10.1.1)
         self._data = first + b"\n"
+        self._said = 0  # lines of the body
         self._ids: list[str] = []  # of what was said; the mailer's
         self._error: dict[str, Any] = {}  # the first; the mailer's
 
@@ -1551,19 +1573,28 @@ class Http(Json):
                 return None
             self.request = parse_request(self._data[: end.start()])
             self._data = self._data[end.end() :]
+            if "100-continue" in self.request.items("Expect"):
+                self.interim = b"HTTP/1.1 100 Continue\r\n\r\n"
         length = self.request.body_length()
         if len(self._data) < length:
             return None
         self.body, rest = self._data[:length], self._data[length:]
         return rest
 
+    def registration(self, request: Request) -> list[Message]:
+        """The commands by which POST enters, whose Idempotency-Key is a token to resume by; raises HttpError."""
+        name, key = request.query.get("name", ""), request.headers.get("Idempotency-Key")
+        channel = request.query.get("channel", DEFAULT_CHANNEL)
+        *steps, join = registration_commands(name, "http", channel, request.password())
+        token = hashlib.sha256(f"{name} {key}".encode()).hexdigest()
+        resume = [Message("RESUME", (token,))] if key else []
+        return [*resume, *steps, join._replace(tags={NO_REPLAY_TAG: ""})]
+
     def decode(self, line: bytes, registered: bool) -> list[Message]:
         if not self.request:
             return []
-        query = self.request.query
-        if not registered:
-            return registration_commands(query.get("name", ""), "http", query.get("channel", DEFAULT_CHANNEL))
-        return [Message("PRIVMSG", (CURRENT_CHANNEL, decode_text(line)), tags={"label": "1"})]
+        self._said += 1
+        return [Message("PRIVMSG", (CURRENT_CHANNEL, decode_text(line)), tags={"label": f"{self._said}"})]
 
     def encode(self, message: Message) -> bytes:
         if message.command == "RAW":
@@ -1579,11 +1610,13 @@ class Http(Json):
 
     def _answer(self, farewell: str) -> bytes:
         """The answer at the end of the session."""
-        if self._error:
-            return http_answer(self.STATUS.get(self._error["code"], 400), self._error["text"])
-        if farewell == "Goodbye":
+        if farewell == "Goodbye" and not self._error:
             return http_answer(200, "\n".join(self._ids))
-        return http_answer(408 if self.request is None else 503, farewell)
+        if not self._error and farewell.startswith("No name"):
+            return http_answer(408)
+        code, text = self._error.get("code", farewell), self._error.get("text", farewell)
+        status = self.STATUS.get(code, 400 if self._error else 403)
+        return http_answer(status, text, **({"WWW_Authenticate": 'Basic realm="chat"'} if status == 401 else {}))
 
 
 plain = functools.lru_cache()(Plain)  # one for all whose lines end alike
@@ -2069,7 +2102,7 @@ class AccessControl:
         self._digest = digest(password)
         self._exempt = [ipaddress.ip_network(network.strip()) for network in exempt.split(",") if network.strip()]
         self._addresses: dict[str, Address] = {}  # by key
-        self.browsers: dict[str, None] = {}  # keys of those from which HTTP came lately
+        self.browsers: dict[str, None] = {}  # keys of those from which HTTP came, the oldest first
         self._swept = 0.0  # monotonic: when those were last dropped of which nothing has to be remembered
 
     def address(self, text: str, per_address: float = math.inf) -> Address:
@@ -2086,6 +2119,17 @@ class AccessControl:
         if key not in self._addresses:
             self._addresses[key] = Address(key, exempt, per_address)
         return self._addresses[key]
+
+    def add_browser(self, address: Address) -> None:
+        """HTTP has come from an address."""
+        self.browsers.pop(address.key, None)
+        self.browsers[address.key] = None
+        if len(self.browsers) > BROWSERS:
+            del self.browsers[next(iter(self.browsers))]
+
+    def admit(self, address: Address, per_address: float) -> str:
+        """Counts one more connection; or returns why it is refused."""
+        return "You are banned from this server" if address.key in self.banned else address.admit(per_address)
 
     def oldest_disconnected(self) -> Session | None:
         """The oldest disconnected session of the address that has most of them."""
@@ -2757,10 +2801,12 @@ def check_timeouts(call: Call, now: float) -> float:
         call.quit(session, session.quit_reason, "")
         return now
     if not session.registered:
+        # Browsers connect in advance, and take no prompt for an answer.
+        spare = session.stage == Stage.NEW and session.address.key in call.hub.access.browsers
         if now >= session.connected_at + limits.register_s:
             lacking = "password" if isinstance(session.dialect, PlainPassword) else "name"
-            call.quit(session, "", f"No {lacking} within {limits.register_s:.0f} seconds")
-        elif session.stage == Stage.NEW:
+            call.quit(session, "", "" if spare else f"No {lacking} within {limits.register_s:.0f} seconds")
+        elif session.stage == Stage.NEW and not spare:
             session.stage = Stage.PROMPTED
             call.send_to(session, PROMPT)
         return session.connected_at + limits.register_s
@@ -2896,6 +2942,8 @@ def begin(hub: Hub, session: Session, line: bytes | None) -> bytes | None:
     with hub:
         call = Call(hub, session)
         call.set_dialect(dialect_of(line or b"", "\r\n" if session.crlf else "\n", bool(session.opcode)))
+        if isinstance(session.dialect, Http):
+            hub.access.add_browser(session.address)
         if session.stage == Stage.PROMPTED:
             call.send_to(session, PROMPT_END)
         if session.stage != Stage.GONE:
@@ -4767,13 +4815,15 @@ class Server:
         hub: Hub | None = None,
         context: ssl.SSLContext | None = None,
         tls_only: bool = False,
+        web_origins: Collection[str] = (),
     ) -> None:
         self.listener = Listener(host, port)
         self.address: tuple[str, int] = self.listener.hosts[0], self.listener.port
         self._context, self.tls_only = context, tls_only
+        self.web_origins = web_origins  # of pages that may talk to us, but for our own: https://chat.example.org
         self.hub = hub or Hub(SERVER_NAME)
         self._reasons = TokenBucket(REASONS, REASON_S)
-        self._secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
+        self.secret = secrets.token_bytes(16)  # hosts shown to others do not tell addresses
         self._wakeup = Wakeup()
         self.stop = self._wakeup.wake  # makes `serve` return
         self.mailer = Mailer(self.hub, self.stop)
@@ -4803,6 +4853,19 @@ class Server:
             self._wakeup.close()
         return not self.mailer.failed
 
+    def figures(self) -> dict[str, float]:
+        """What /stats and /metrics tell."""
+        with self.hub as hub:
+            return {
+                "chat_people": sum(session.registered for session in hub.sessions),
+                "chat_channels": len(hub.channels),
+                "chat_connections": len(self.mailer),
+                "chat_messages_total": hub.messages,
+                "chat_deliveries_total": self.mailer.delivered,
+                "process_resident_memory_bytes": resident_bytes(),
+                "process_start_time_seconds": hub.started,
+            }
+
     def _accept(self, listening: socket.socket) -> None:
         """Accepts those who wait, so that one address's storm of connections keeps nobody else waiting."""
         refused: set[str] = set()  # keys of addresses
@@ -4826,8 +4889,8 @@ class Server:
         """Lets a client in, or tells it why not."""
         limits = self.hub.limits
         with self.hub:
-            why = "You are banned from this server" if address.key in self.hub.access.banned else ""
-            why = why or (FULL if len(self.mailer) >= limits.clients else address.admit(limits.per_address))
+            full = FULL if len(self.mailer) >= limits.clients else ""
+            why = full or self.hub.access.admit(address, limits.per_address)
             buckets = None if why else address.buckets(limits)
         if why:
             log_later(logging.WARNING, "refused %s: %s", address.key, why)
@@ -4835,7 +4898,7 @@ class Server:
             return False
         with contextlib.suppress(OSError):  # it has gone already, as its reader will find out
             prepare(sock, limits)
-        session = Session(shown_host(address.key, self._secret), time.monotonic(), address, buckets)
+        session = Session(shown_host(address.key, self.secret), time.monotonic(), address, buckets)
         if self.tls_only:  # nothing is sent in clear text
             session.stage = Stage.HANDSHAKING
         connection = Connection(sock, session)
@@ -4915,7 +4978,10 @@ class Server:
         lines = buffer.feed_telnet(data) if isinstance(session.dialect, Plain) else buffer.feed(data)
         session.crlf = buffer.crlf
         if session.stage == Stage.NEW and buffer.begun:  # telnet introduces itself, and says nothing by that
-            self.hub.set_stage(session, Stage.REGISTERING, Stage.NEW)
+            waits = not data.strip() and session.address.key in self.hub.access.browsers
+            self.hub.set_stage(session, Stage.PROMPTED if waits else Stage.REGISTERING, Stage.NEW)
+            if waits:
+                send_raw(self.hub, session, PROMPT.text.encode())
         for _ in range(len(data) // LINE_BYTES - len(lines)):
             throttle(self.hub, connection)
         for line in lines:
@@ -4939,8 +5005,11 @@ def handle_request(server: Server, connection: Connection, dialect: Http, data: 
     try:
         rest = dialect.feed(data)
         if rest is None or not dialect.request:
+            interim, dialect.interim = dialect.interim, b""
+            if interim:
+                send_raw(hub, session, interim)
             return
-        answer = answer_request(server, connection, dialect.request, rest)
+        answer = answer_request(server, connection, dialect, dialect.request, rest)
     except HttpError as error:
         answer = http_answer(error.status, error.text, **error.headers)
     if answer:
@@ -4949,20 +5018,90 @@ def handle_request(server: Server, connection: Connection, dialect: Http, data: 
         send_raw(hub, session, answer, ends=True)
 
 
-def answer_request(server: Server, connection: Connection, request: Request, rest: bytes) -> bytes:
+def answer_request(server: Server, connection: Connection, http: Http, request: Request, rest: bytes) -> bytes:
     """The answer to a request; b'' where what it does will answer it. Raises HttpError."""
-    if server.tls_only and not isinstance(connection.sock, TlsSocket):
-        raise HttpError(308, Location=f"https://{request.host}/")
-    if not request.path.endswith("/"):
+    secured = isinstance(connection.sock, TlsSocket)
+    if server.tls_only and not secured:
+        raise HttpError(308, Location=f"https://{request.host or 'localhost'}/")
+    request.check_host(secured, server.web_origins)
+    use_forwarded_address(server, connection.session, request)
+    name = request.path.rpartition("/")[2]
+    if name not in PAGES_SERVED:
         raise HttpError(404)
-    if request.method not in ("GET", "HEAD"):
-        raise HttpError(405, Allow="GET, HEAD")
-    if "websocket" in request.items("Upgrade"):
+    allowed = ("GET", "HEAD", *([] if name else ["POST"]))
+    if request.method not in allowed:
+        raise HttpError(405, Allow=", ".join(allowed))
+    if not name and "websocket" in request.items("Upgrade"):
         upgrade(server, connection, request, rest)
-        return b""
-    return http_answer(
-        200, PAGE.encode(), "text/html", Content_Security_Policy=page_policy().format(request.host or "localhost")
-    )
+    elif request.method == "POST":
+        say(server.hub, connection, http, http.registration(request))
+    else:
+        return PAGES_SERVED[name](server, connection.session, request)
+    return b""
+
+
+def web_page(server: Server, session: Session, request: Request) -> bytes:
+    policy = page_policy().format(request.host or "localhost")
+    return http_answer(200, PAGE.encode(), "text/html", Content_Security_Policy=policy)
+
+
+def web_program(server: Server, session: Session, request: Request) -> bytes:
+    try:
+        return http_answer(200, pathlib.Path(__file__).read_bytes())
+    except OSError:
+        raise HttpError(404) from None
+
+
+def web_health(server: Server, session: Session, request: Request) -> bytes:
+    return http_answer(200, "ok")
+
+
+def web_metrics(server: Server, session: Session, request: Request) -> bytes:
+    """OpenMetrics 1.0."""
+    if not session.address.exempt and session.host != "localhost":
+        raise HttpError(403)
+    lines = []
+    for name, value in server.figures().items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines += [f"# TYPE {name[: -len('_total')] if kind == 'counter' else name} {kind}", f"{name} {value:.16g}"]
+    return http_answer(200, "\n".join([*lines, "# EOF"]), "application/openmetrics-text; version=1.0.0")
+
+
+PAGES_SERVED = {"": web_page, "chat.py": web_program, "health": web_health, "metrics": web_metrics}
+
+
+def use_forwarded_address(server: Server, session: Session, request: Request) -> None:
+    """Counts who comes by a proxy of an exempt address as one of its own address. Raises HttpError if that may not."""
+    hub, found = server.hub, session.address
+    with hub:
+        for text in reversed(request.items("X-Forwarded-For")):
+            if found.exempt:
+                with contextlib.suppress(ValueError):
+                    found = hub.access.address(text, hub.limits.per_address)
+        if found is session.address:
+            return
+        why = hub.access.admit(found, hub.limits.per_address)
+        if not why:
+            session.address.connections -= 1
+            session.address, session.host = found, shown_host(found.key, server.secret)
+            session.flood_bucket, session.nick_bucket = found.buckets(hub.limits) or (None, session.nick_bucket)
+    if why:
+        raise HttpError(429, why)
+
+
+def say(hub: Hub, connection: Connection, http: Http, registration: list[Message]) -> None:
+    """Says the lines of a body. The dialect makes the answer of the receipts."""
+    session, lines = connection.session, [line.strip() for line in http.body.splitlines() if line.strip()]
+    if not lines:
+        raise HttpError(400, "there is no text to say")
+    with hub:
+        hub.not_full.wait()
+        dispatch_all(hub, session, registration)
+    for line in lines:
+        if session.registered:
+            throttle(hub, connection)
+            handle_line(hub, session, line)
+    hub.disconnect(session, OWN_REASON, "Goodbye")
 
 
 def upgrade(server: Server, connection: Connection, request: Request, rest: bytes) -> None:
@@ -5081,6 +5220,13 @@ def listen(family: int, address: tuple[Any, ...], alone: bool) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def resident_bytes() -> float:
+    """How much memory this process has; NaN where that is not known."""
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return math.nan
 
 
 def prepare(sock: socket.socket, limits: Limits) -> None:
@@ -7435,14 +7581,13 @@ class OperatorCommands(cmd.Cmd):
 
     def do_stats(self, arg: str) -> None:
         """/stats: shows what the server has done"""
-        with self.server.hub as hub:
-            people = plural(sum(session.registered for session in hub.sessions), "person", "people")
-            channels, connections = plural(len(hub.channels), "channel"), plural(len(self.server.mailer), "connection")
-            self.answers += [
-                f"{people} in {channels}, {connections}",
-                f"{plural(hub.messages, 'message')}, {plural(self.server.mailer.delivered, 'delivery', 'deliveries')}",
-            ]
-        self.answers.append(f"{memory_used()}, up for {format_duration(time.time() - hub.started)}")
+        people, channels, connections, messages, deliveries, memory, started = self.server.figures().values()
+        self.answers += [
+            f"{plural(int(people), 'person', 'people')} in {plural(int(channels), 'channel')},"
+            f" {plural(int(connections), 'connection')}",
+            f"{plural(int(messages), 'message')}, {plural(int(deliveries), 'delivery', 'deliveries')}",
+            f"{memory / 1e6:.0f} MB, up for {format_duration(time.time() - started)}",
+        ]
 
     def do_stop(self, arg: str) -> None:
         """/stop: ends the chat"""
@@ -7492,14 +7637,6 @@ def format_duration(seconds: float) -> str:
     if hours < 1:
         return f"{minutes} min"
     return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"
-
-
-def memory_used() -> str:
-    """How much of it this process has."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
-            return f"{int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6:.0f} MB"
-    return f"{threading.active_count()} threads"
 
 
 class OperatorConsole:
@@ -7589,7 +7726,7 @@ def run_server(args: argparse.Namespace) -> int:
     with naming("--log", args.log):  # before others can connect
         log_file = logging.handlers.WatchedFileHandler(args.log, encoding="utf-8") if args.log else None
     try:
-        server = Server(args.host, args.port, hub, context, args.tls_only)
+        server = Server(args.host, args.port, hub, context, args.tls_only, args.web_origin)
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise FatalError(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
@@ -8057,6 +8194,14 @@ def parse_local_time(text: str) -> float:
         raise argparse.ArgumentTypeError("it is a local time such as 2026-01-31 or 2026-01-31T12:00") from None
 
 
+def web_origins(text: str) -> list[str]:
+    """The type of an argument that is a list of origins of pages (RFC 6454)."""
+    origins = [item.strip().rstrip("/").lower() for item in text.split(",")]
+    if not all(re.fullmatch(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?", origin) for origin in origins):
+        raise argparse.ArgumentTypeError("it is https://HOST or https://HOST:PORT, with commas between several")
+    return origins
+
+
 def login_name() -> str:
     """The login name as far as it can be a nick."""
     try:
@@ -8178,6 +8323,8 @@ def add_server(modes: Any, shared: argparse.ArgumentParser) -> None:
     add("--tls-only", action="store_true", help="refuse clear text")
     add("--tls-cert", metavar="FILE", help="in PEM; the certificate to encrypt with")
     add("--tls-key", metavar="FILE", help="in PEM; its key, if that is not in the same file")
+    text = "origins of pages that may talk to this server, for one behind a proxy: https://chat.example.org"
+    add("--web-origin", type=web_origins, default=(), metavar="URL,...", help=text)
     add_limits(server.add_argument_group("limits"))
     server.set_defaults(run=run_server)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import cmd
 import codecs
 import concurrent.futures
@@ -1773,6 +1774,175 @@ class Browsers(ServerCase):
         again.say({"type": "command", "text": "/who"})
         self.assertEqual(again.json("names")["ranks"], ["@", ""])
         self.assertFalse([line for line in ann.seen if "left" in line])
+
+
+class WebRequests(ServerCase):
+    GET = "GET / HTTP/1.1\r\nHost: localhost\r\n"
+    POST = "POST {} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n{}\r\n{}"
+    UPGRADE = (
+        "GET {} HTTP/1.1\r\nHost: localhost\r\nUpgrade: x, WebSocket\r\nConnection: keep-alive, upgrade\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n{}\r\n"
+    )
+    # What is sent, the status, and what is in the answer.
+    REQUESTS = [
+        (f"{GET}\r\n", 200, "\nContent-Type: text/html; charset=utf-8\n"),
+        (f"{GET}\r\n".replace("\r", ""), 200, "</html>"),
+        ("GET /any/path/?x HTTP/1.0\r\n\r\n", 200, "\nConnection: close\n"),
+        (f"{GET}Content-Length: 5\r\n\r\nhello", 200, "</html>"), (f"{GET}Accept: \xe4\r\n\r\n", 200, "</html>"),
+        ("GET http://localhost HTTP/1.1\r\nHost: evil.example\r\n\r\n", 200, "ws://localhost wss://localhost"),
+        ("GET /x/chat.py HTTP/1.0\r\n\r\n", 200, "class Mailer"), ("GET /health HTTP/1.0\r\n\r\n", 200, "\n\nok\n"),
+        ("GET /metrics HTTP/1.0\r\n\r\n", 200, "\n# TYPE chat_messages counter\nchat_messages_total 0\n"),
+        ("GET /favicon.ico HTTP/1.0\r\n\r\n", 404, ""), ("OPTIONS /health HTTP/1.0\n\n", 405, "\nAllow: GET, HEAD\n"),
+        ("PUT / HTTP/1.0\n\n", 405, "\nAllow: GET, HEAD, POST\n"), ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, ""),
+        *((request, 400, "") for request in (
+            "GET  / HTTP/1.1\r\nHost: a\r\n\r\n", "GET / x HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET / HTTP/1.1 \r\nHost: a\r\n\r\n",
+            "GET x HTTP/1.1\r\nHost: a\r\n\r\n", "GET /\xe4 HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET / HTTP/1\r\nHost: a\r\n\r\n",
+            "GET / HTTP/1.1\r\n\r\n", f"{GET}Host: localhost\r\n\r\n", "GET / HTTP/1.1\r\nHost:\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", "GET / HTTP/1.1\r\nHost: a'\r\n\r\n",
+            "GET / HTTP/1.0\r\nHost: [::1\r\n\r\n",
+            f"{GET} folded\r\n\r\n", f"{GET}Name : x\r\n\r\n", f"{GET}Name\r\n\r\n", f"{GET}: x\r\n\r\n",
+            f"{GET}N: a\rb\r\n\r\n",
+            f"{GET}N: a\0\r\n\r\n", f"{GET}N: \x1b\r\n\r\n",
+            f"{GET}Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n",
+            POST.format("/", 1, "Content-Length: 1\r\n", "x"), POST.format("/", "+1", "", "x"), POST.format("/",
+            "1, 1", "", "x"),
+            POST.format("/", 2, "Authorization: Basic x\r\n", "x\n"), POST.format("/?name=1", 2, "", "x\n"),
+        )),
+        ("POST / HTTP/1.1\r\nHost: a\r\n\r\n", 411, ""), (POST.format("/", chat.HTTP_BYTES + 1, "", ""), 413, ""),
+        ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", 411, ""),
+        (GET + "N: x\r\n" * (chat.HTTP_BYTES // 6), 431, ""),
+        *((f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n", 421, "--web-origin") for host in ("evil.example",
+        "1.2.3.4.nip.io.:80")),
+        *((f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n", 200, f"ws://{host} ") for host in (
+            "printer", "a.local:80", "A.Localhost", "x.lan.", "a.internal", "a.home.arpa", "192.168.1.2:9",
+            "[fe80::1]:9",
+            "chat.example.org",
+        )),
+        (f"{GET}Origin: http://localhost\r\n\r\n", 200, ""),
+        (f"{GET}Origin: https://chat.example.org\r\n\r\n", 200, ""),
+        (f"{GET}Origin: http://localhost:80\r\n\r\n", 403, ""), (f"{GET}Origin: null\r\n\r\n", 403, ""),
+        (f"{GET}Origin: http://evil.example\r\n\r\n", 403, ""),
+        (f"{GET}Upgrade: h2c\r\nConnection: Upgrade\r\n\r\n", 200, ""),
+        (UPGRADE.format("/", "").replace("GET", "POST"), 411, ""),
+        (UPGRADE.format("/", "").replace("GET", "HEAD"), 400, ""),
+        (UPGRADE.format("/", "").replace("HTTP/1.1", "HTTP/1.0"), 400, ""), (UPGRADE.format("/x", ""), 404, ""),
+        (UPGRADE.format("/", "").replace("upgrade", "x"), 400, ""),
+        (UPGRADE.format("/", "").replace("Z", "!"), 400, ""),
+        (UPGRADE.format("/", "").replace("dGhl", ""), 400, ""), (UPGRADE.format("/", "Origin: http://a\r\n"), 403, ""),
+        (UPGRADE.format("/", "").replace(": 13", ": 8"), 426, "\nSec-WebSocket-Version: 13\n"),
+    ]  # fmt: skip
+
+    def ask(self, request: str) -> tuple[int, str]:
+        """The status of an answer, and all of it."""
+        peer = self.peer()
+        peer.sock.sendall(request.encode("latin-1"))
+        answer = "\n".join(peer.rest()) + "\n"
+        return int(answer[9:12] or 0), answer
+
+    def test_every_request_gets_its_status(self) -> None:
+        self.server.web_origins = ["https://chat.example.org"]
+        ann = self.plain("ann")
+        for request, status, part in self.REQUESTS:
+            with self.subTest(request[:200]):
+                found, answer = self.ask(request)
+                self.assertEqual(found, status, answer[:200])
+                self.assertIn(part, answer)
+                head, _, body = answer.partition("\n\n")
+                if not request.startswith("HEAD"):
+                    self.assertIn(f"Content-Length: {len(body.encode())}", head)
+                self.assertIn("X-Content-Type-Options: nosniff\n", head)
+        for request, status, _ in self.REQUESTS[:3]:
+            found, answer = self.ask(request.replace("GET", "HEAD"))
+            self.assertEqual((found, answer.partition("\n\n")[2]), (status, ""))
+        ann.send("/who\n")
+        self.told(ann, "*** In #chat: @ann")  # nothing else of all that was heard
+
+    def test_post_says_lines_once_and_is_told_their_ids(self) -> None:
+        ann = self.plain("ann")
+        status, answer = self.ask(self.POST.format("/?name=ci", 25, "", "build 42\r\n\r\n/me is gr\xc3\xbcn\n"))
+        ids = answer.partition("\n\n")[2].split()
+        self.told(ann, "*** ci joined (2 here)", "ci: build 42", "ci: /me is gr\u00fcn", "*** ci left")
+        self.assertEqual((status, len(ids)), (200, 2))
+        for _ in range(2):
+            key = "Idempotency-Key: 1\r\n"
+            answers = [self.ask(self.POST.format("/?name=ci&channel=%23ops", 4, key, "a\nb\n")) for _ in range(2)]
+            self.assertEqual(answers[0][1][-27:], answers[1][1][-27:])
+        bob = self.plain("bob")
+        bob.until("End of what")
+        bob.seen.clear()
+        bob.send("/join #ops\n")
+        bob.until("End of what")
+        self.assertEqual([line for line in bob.seen if line.startswith("ci")], ["ci: a", "ci: b"])
+        for path, body, status, part in (
+            ("/?name=ann", "x", 409, "taken"), ("/?name=ci", "\xff", 400, "UTF-8"), ("/?name=ci", "\n", 400, "no text"),
+            ("/?channel=ops", "x", 400, "a channel is #"), ("/?name=ci", "x" * 500, 400, "too long"),
+            ("/x", "x", 404, ""),
+        ):  # fmt: skip
+            with self.subTest(path, body=body):
+                found, answer = self.ask(self.POST.format(path, len(body), "", body))
+                self.assertEqual(found, status, answer)
+                self.assertIn(part, answer)
+
+    def test_post_needs_the_password(self) -> None:
+        self.server.hub.access = chat.AccessControl(password="s\u00e9cret word")
+        basic = base64.b64encode("x:s\u00e9cret word".encode()).decode()
+        for header, status in (
+            ("", 401), ("Authorization: Bearer wrong\r\n", 401), (f"Authorization: basic {basic}\r\n", 200),
+            ("Authorization: Bearer s\xc3\xa9cret word\r\n", 200), ("Authorization: Digest x\r\n", 401),
+        ):  # fmt: skip
+            found, answer = self.ask(self.POST.format("/", 2, header, "hi"))
+            self.assertEqual(found, status, header)
+            self.assertEqual("\nWWW-Authenticate: Basic" in answer, status == 401)
+
+    def test_a_request_that_does_not_end(self) -> None:
+        self.limit(register_s=0.3)
+        requests = "GET / HTTP/1.1\r\n", f"{self.GET}Cookie: ", self.POST.format("/", 2, "", "x")
+        for peer in [self.peer(request) for request in requests]:
+            self.assertEqual(peer.line(), "HTTP/1.1 408 Request Timeout")
+            peer.rest()
+        self.limit(register_s=PATIENCE)
+        curl = self.peer(self.POST.format("/", 1, "Expect: 100-continue\r\n", ""))
+        self.assertEqual(curl.line(), "HTTP/1.1 100 Continue")
+        self.server.stop()
+        self.assertEqual(curl.rest()[1], "HTTP/1.1 503 Service Unavailable")
+
+    def test_a_browsers_spare_connection_is_not_prompted(self) -> None:
+        with mock.patch.object(chat, "PROMPT_S", 0.1):
+            self.ask("GET / HTTP/1.0\r\n\r\n")
+            spare, typed = self.peer(), self.peer("\n")
+            self.assertEqual(typed.take(b": "), b"Enter your name: ")
+            person = self.peer_from("127.0.0.2", self.port)
+            self.assertEqual(person.take(b": "), b"Enter your name: ")
+            spare.send("GET /health HTTP/1.0\r\n\r\n")
+            self.assertEqual(spare.line(), "HTTP/1.1 200 OK")
+            typed.send("bob\n")
+            typed.until("bob joined")
+            self.limit(register_s=0.2)
+            self.assertEqual(self.peer().rest(), [])
+        access = chat.AccessControl()
+        for number in range(chat.BROWSERS + 1):
+            access.add_browser(chat.Address(str(number)))
+        self.assertEqual((len(access.browsers), next(iter(access.browsers))), (chat.BROWSERS, "1"))
+
+    def test_the_address_that_a_proxy_tells(self) -> None:
+        self.exempt("127.0.0.1,10.0.0.0/8")
+        for source, header, status in (
+            ("127.0.0.1", "", 200), ("127.0.0.1", "X-Forwarded-For: 192.0.2.1\r\n", 403),
+            ("127.0.0.1", "X-Forwarded-For: 127.0.0.1, 192.0.2.1,10.1.1.1\r\n", 403),
+            ("127.0.0.1", "X-Forwarded-For: unknown, 10.1.1.1\r\n", 200), ("127.0.0.1", "X-Forwarded-For: x\r\n", 200),
+            ("127.0.0.2", "X-Forwarded-For: 10.1.1.1\r\n", 200),
+        ):  # fmt: skip
+            peer = self.peer_from(source, self.port, f"GET /metrics HTTP/1.0\r\n{header}\r\n")
+            self.assertIn(f" {status} ", peer.rest()[0], header)
+        self.limit(per_address=1)
+        with self.server.hub as hub:
+            hub.access.banned["192.0.2.2"] = ""
+        for address, status in (("192.0.2.3", 101), ("192.0.2.3", 429), ("192.0.2.2", 429), ("192.0.2.4", 101)):
+            peer = self.peer(self.UPGRADE.format("/", f"X-Forwarded-For: {address}\r\n"))
+            self.assertIn(f" {status} ", peer.line() or "")
+        self.assertEqual({session.host for session in self.server.hub.sessions} & {"localhost"}, set())
 
 
 class IrcClients(ServerCase):
@@ -4211,6 +4381,7 @@ def obeyed(char: str) -> bool:
 
 def flaw(view: chat.Dialect, data: bytes) -> str:
     """What is wrong with whole lines that the server sent to somebody who speaks so; '' where nothing is."""
+    data = re.sub(rb"^Enter your name: (\r?\n)?", b"", data)  # answers an empty line where browsers come from
     if isinstance(view, chat.Plain):
         data = re.sub(b"\xff[\xfc\xfe].", b"", data, flags=re.DOTALL)  # WONT and DONT
         data = data.replace(b"*** Yes, the chat is here\r\n", b"")
