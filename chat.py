@@ -1106,6 +1106,25 @@ class Request(NamedTuple):
         if origin is not None and origin.lower() not in origins and origin.lower().partition("://")[2] != host:
             raise HttpError(403, "This is not a page of this server; see --web-origin")
 
+    def subprotocol(self) -> str:
+        """The one of WebSocket that we take."""
+        return next((item for item in self.items("Sec-WebSocket-Protocol") if item in SUBPROTOCOLS), "")
+
+    def handshake(self) -> bytes:
+        """The answer that goes on with WebSocket: RFC 6455, section 4.2. Raises HttpError."""
+        key = self.headers.get("Sec-WebSocket-Key", "").strip()
+        asks = self.method == "GET" and self.minor and "upgrade" in self.items("Connection")
+        if not asks or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
+            raise HttpError(400)
+        if self.headers.get("Sec-WebSocket-Version", "").strip() != "13":
+            raise HttpError(426, Sec_WebSocket_Version="13")
+        accept = binascii.b2a_base64(hashlib.sha1((key + WEBSOCKET_GUID).encode()).digest()).decode().strip()
+        protocol = f"Sec-WebSocket-Protocol: {self.subprotocol()}\r\n" if self.subprotocol() else ""
+        return (
+            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Accept: {accept}\r\n{protocol}\r\n"
+        ).encode()
+
     def body_length(self) -> int:
         """How long its body is; raises HttpError."""
         lengths = self.headers.get_all("Content-Length", [])
@@ -1522,20 +1541,20 @@ class Framed(Dialect):
     """What another dialect sends, a WebSocket message for each line, without its end. Made by `framed`."""
 
     def __init__(self, dialect: Dialect, opcode: int) -> None:
-        self._dialect, self._opcode = dialect, opcode
+        self.dialect, self._opcode = dialect, opcode
 
     def encode(self, message: Message) -> bytes:
         if message.command == "RAW":
             return message.text.encode("latin-1")
         if message.command == "PING":  # which a browser answers by itself
             return frame(WS_PING, b"")
-        data = self._frame(self._dialect.encode(message))
+        data = self._frame(self.dialect.encode(message))
         if message.command == "ERROR":
             data += close_frame(CLOSE_CODES.get(message.text, POLICY_VIOLATION), message.text)
         return data
 
     def encode_lines(self, lines: Lines) -> bytes:
-        return self._frame(self._dialect.encode_lines(lines))
+        return self._frame(self.dialect.encode_lines(lines))
 
     def _frame(self, data: bytes) -> bytes:
         return b"".join([frame(self._opcode, line.rstrip(b"\r")) for line in data.split(b"\n")[:-1]])
@@ -4403,7 +4422,9 @@ class WebSocket:
                 self._opcode = first & 15 or self._opcode
                 self._message += payload
                 if first & 0x80:
-                    lines.append(self._complete())
+                    lines.append(self.line_of(self._opcode, bytes(self._message)))
+                    self._message.clear()
+                    self._opcode = 0
         except _FrameError as error:
             self.closing = close_frame(error.args[0], self.ERRORS[error.args[0]])
         self._tail = data[start:]
@@ -4434,11 +4455,8 @@ class WebSocket:
         mask = int.from_bytes((data[at : at + 4] * (size // 4 + 1))[:size], "big")
         return first, (int.from_bytes(data[at + 4 : end], "big") ^ mask).to_bytes(size, "big"), end
 
-    def _complete(self) -> bytes:
-        """The message that has ended, as a line."""
-        message, opcode = bytes(self._message), self._opcode
-        self._message.clear()
-        self._opcode = 0
+    def line_of(self, opcode: int, message: bytes) -> bytes:
+        """A message as a line; raises _FrameError."""
         if opcode == WS_TEXT:
             self._check_text(message)
         return message.rstrip(b"\r\n").replace(b"\n", b" ") + b"\n"
@@ -5105,19 +5123,9 @@ def say(hub: Hub, connection: Connection, http: Http, registration: list[Message
 
 
 def upgrade(server: Server, connection: Connection, request: Request, rest: bytes) -> None:
-    """Goes on with WebSocket: RFC 6455, section 4.2. Raises HttpError."""
-    hub, session, headers = server.hub, connection.session, request.headers
-    key = headers.get("Sec-WebSocket-Key", "").strip()
-    asked = request.method == "GET" and request.minor and "upgrade" in request.items("Connection")
-    if not asked or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
-        raise HttpError(400)
-    if headers.get("Sec-WebSocket-Version", "").strip() != "13":
-        raise HttpError(426, Sec_WebSocket_Version="13")
-    protocol = next((item for item in request.items("Sec-WebSocket-Protocol") if item in SUBPROTOCOLS), "")
-    accept = binascii.b2a_base64(hashlib.sha1((key + WEBSOCKET_GUID).encode()).digest(), newline=False).decode()
-    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
-    lines += [f"Sec-WebSocket-Accept: {accept}", *([f"Sec-WebSocket-Protocol: {protocol}"] if protocol else [])]
-    send_raw(hub, session, "\r\n".join([*lines, "", ""]).encode())
+    """Goes on with WebSocket. Raises HttpError."""
+    hub, session, protocol = server.hub, connection.session, request.subprotocol()
+    send_raw(hub, session, request.handshake())
     session.opcode = WS_BINARY if protocol == SUBPROTOCOLS[1] else WS_TEXT
     with hub:
         call = Call(hub, session)

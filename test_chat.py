@@ -26,6 +26,7 @@ import dataclasses
 import errno
 import functools
 import gc
+import importlib.util
 import io
 import itertools
 import json
@@ -1309,11 +1310,10 @@ class WebPeer(Peer):
 
 def masked(data: bytes, opcode: int, first: int = 0x80, mask: bytes = b"\x37\xfa\x21\x3d") -> bytes:
     """A frame of a client."""
-    size = len(data)
-    head = bytes([first | opcode, 0x80 | (size if size < 126 else 126)]) + (
-        size.to_bytes(2, "big") if size > 125 else b""
-    )
-    return head + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+    head = bytearray(chat.frame(opcode, data)[: -len(data) or None])
+    head[0] = first | opcode
+    head[1] |= 0x80
+    return bytes(head) + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
 
 
 @contextlib.contextmanager
@@ -1943,6 +1943,104 @@ class WebRequests(ServerCase):
             peer = self.peer(self.UPGRADE.format("/", f"X-Forwarded-For: {address}\r\n"))
             self.assertIn(f" {status} ", peer.line() or "")
         self.assertEqual({session.host for session in self.server.hub.sessions} & {"localhost"}, set())
+
+
+class WebSocketEcho(chat.WebSocket):
+    """The server's end of a WebSocket that sends back each message, over a socket where the handshake is to come."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        first, _, rest = sock.recv(65536).partition(b"\r\n")
+        http = chat.Http(first)
+        while http.feed(rest) is None:
+            rest = sock.recv(65536)
+        assert http.request
+        sock.sendall(http.request.handshake())
+        super().__init__(sock, 32 << 20, self.answer)
+        self.sock = sock
+        self.echoes: list[bytes] = []
+
+    def answer(self, data: bytes, ends: bool) -> None:
+        self.sock.sendall(data)
+        if ends:
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def line_of(self, opcode: int, message: bytes) -> bytes:
+        line = super().line_of(opcode, message)
+        self.echoes.append(chat.frame(opcode, message))
+        return line
+
+    @classmethod
+    def serve(cls, listening: socket.socket) -> None:
+        """Serves one after another until the socket is closed."""
+        while True:
+            try:
+                sock = listening.accept()[0]
+            except OSError:
+                return
+            with sock, contextlib.suppress(OSError):
+                sock.settimeout(PATIENCE)
+                echo, data = cls(sock), b"x"
+                while data:
+                    with contextlib.suppress(BlockingIOError):
+                        data = echo.recv(65536)
+                    sock.sendall(b"".join(echo.echoes))
+                    echo.echoes.clear()
+
+
+class Conformance(ServerCase):
+    """WebSocket as programs of others understand it."""
+
+    @unittest.skipUnless(importlib.util.find_spec("websockets"), "needs websockets")
+    def test_the_websockets_library(self) -> None:
+        connect = importlib.import_module("websockets.sync.client").connect
+        url, ann = f"ws://127.0.0.1:{self.port}/", self.plain("ann")
+        with connect(url) as bot, connect(url, subprotocols=["binary.ircv3.net", "text.ircv3.net"]) as bob:
+            self.assertEqual((bot.subprotocol, bob.subprotocol), (None, "binary.ircv3.net"))
+            bot.send(json.dumps({"type": "join", "user": "bot"}))
+            self.assertEqual(json.loads(bot.recv(PATIENCE))["event"], "join")
+            for line in (b"NICK bob", b"USER b 0 * :b", b"JOIN #chat"):
+                bob.send(line)
+            self.assertEqual(json.loads(bot.recv(PATIENCE))["user"], "bob")
+            ann.until("bob joined")
+            self.assertTrue(bot.ping(b"x").wait(PATIENCE))
+            ann.send("x" * 300 + "\u00e9\n")
+            self.assertEqual(json.loads(bot.recv(PATIENCE))["text"], "x" * 300 + "\u00e9")
+            while b" PRIVMSG " not in (line := bob.recv(PATIENCE)):
+                pass
+            self.assertEqual(line, b":ann!plain@localhost PRIVMSG #chat :" + b"x" * 300 + "\u00e9".encode())
+            bob.send(b"QUIT :tea")
+            self.assertEqual(list(bob), [b"ERROR :Goodbye"])
+            self.assertEqual(bob.close_code, 1000)
+            ann.until("*** bob left: tea")
+        self.assertEqual(bot.close_code, 1000)
+        ann.until("*** bot left")
+
+    @unittest.skipUnless(shutil.which("wstest"), "needs the Autobahn test suite")
+    def test_autobahn(self) -> None:
+        listening, folder = socket.create_server(("127.0.0.1", 0)), temporary_folder(self)
+        url, cases = f"ws://127.0.0.1:{listening.getsockname()[1]}", [f"{kind}.*" for kind in (1, 2, 3, 4, 5, 6, 7, 10)]
+        spec = {
+            "outdir": str(folder),
+            "servers": [{"agent": "chat", "url": url}],
+            "cases": cases,
+            "exclude-cases": ["6.4.*"],
+        }
+        (folder / "spec.json").write_text(json.dumps({**spec, "options": {}}))
+        thread = threading.Thread(target=WebSocketEcho.serve, args=(listening,), daemon=True)
+        thread.start()
+        command = ["wstest", "--mode", "fuzzingclient", "--spec", str(folder / "spec.json")]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            listening.close()
+            thread.join(PATIENCE)
+        self.assertEqual(done.returncode, 0, done.stdout[-2000:] + done.stderr[-2000:])
+        found = json.loads((folder / "index.json").read_text())["chat"]
+        self.assertEqual(len(found), 243)
+        # Left out: 6.4, as whether text is UTF-8 is judged at its end. The others only tell what is done.
+        odd = {name: case for name, case in found.items() if {case["behavior"], case["behaviorClose"]} != {"OK"}}
+        self.assertEqual(sorted(odd), ["7.1.6", "7.13.1", "7.13.2"], odd)
 
 
 class IrcClients(ServerCase):
@@ -4342,9 +4440,9 @@ class Soup:
         return chat.format_tagged(self.message([*self.commands, *self.NUMERICS, *self.ARRIVING * 3], sources))
 
     def json(self) -> str:
-        kinds = ("chat", "chat", "chat", "command", "private", "join", "odd", 1, None)
+        kinds = ("chat", "chat", "chat", "command", "private", "join", "history", "ping", "odd", 1, None)
         item: dict[str, Any] = {"type": self.rng.choice(kinds)}
-        for key in ("text", "text", "to", "ref", "user", "channel", "odd"):
+        for key in ("text", "text", "to", "ref", "user", "channel", "odd", "after", "token", "replay"):
             if self.rng.random() < 0.5:
                 item[key] = self.rng.choice((*[self.text()] * 20, None, 1, [], {"a": [{}]}, 1e400))
         if item["type"] == "command":
@@ -4359,6 +4457,16 @@ class Soup:
         """A line without its end, sometimes damaged."""
         data = self.rng.choice(kinds)().encode(errors="surrogatepass")
         return (data if self.rng.random() < 0.8 else self.damaged(data)).replace(b"\n", b"")
+
+    def frames(self, line: bytes) -> bytes:
+        """A line as a WebSocket message, in one frame or in pieces with pings between them."""
+        kind, cuts = self.rng.choice((chat.WS_TEXT, chat.WS_TEXT, chat.WS_BINARY)), self.rng.choice((0, 0, 0, 1, 3))
+        at = [0, *sorted(self.rng.randrange(len(line) + 1) for _ in range(cuts)), len(line)]
+        found = b""
+        for number, (start, end) in enumerate(zip(at, at[1:])):
+            found += masked(line[start:end], chat.WS_MORE if number else kind, 0x80 * (number == cuts))
+            found += masked(self.rng.choice((b"", b"x" * 125)), chat.WS_PING) * self.rng.choice((0, 0, 1))
+        return found
 
     def damaged(self, data: bytes) -> bytes:
         start = self.rng.randrange(len(data) + 1)
@@ -4379,8 +4487,22 @@ def obeyed(char: str) -> bool:
     return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") or char == "\u3164"
 
 
+def unframed(data: bytes, end: str) -> bytes:
+    """The lines in what was sent by a WebSocket."""
+    data, lines = re.sub(rb"^HTTP/1.1 101 .*?\r\n\r\n", b"", data, flags=re.DOTALL), b""
+    while data:
+        at = {126: 4, 127: 10}.get(data[1], 2)
+        size = int.from_bytes(data[2:at], "big") or data[1]
+        if data[0] & 15 < chat.WS_CLOSE:
+            lines += data[at : at + size] + end.encode()
+        data = data[at + size :]
+    return lines
+
+
 def flaw(view: chat.Dialect, data: bytes) -> str:
     """What is wrong with whole lines that the server sent to somebody who speaks so; '' where nothing is."""
+    if isinstance(view, chat.Framed):
+        return flaw(view.dialect, unframed(data, view.dialect.end))
     data = re.sub(rb"^Enter your name: (\r?\n)?", b"", data)  # answers an empty line where browsers come from
     if isinstance(view, chat.Plain):
         data = re.sub(b"\xff[\xfc\xfe].", b"", data, flags=re.DOTALL)  # WONT and DONT
@@ -4434,6 +4556,53 @@ class Fuzz(unittest.TestCase):
         ):  # fmt: skip
             with self.subTest(data):
                 self.assertEqual(bool(flaw(view, data)), wrong)
+
+    def test_frames(self) -> None:
+        """Messages are found however they are cut, and nonsense ends them in the same way."""
+        for seed in seeds(20000 if LONG else 40):
+            with repeatable(seed) as rng:
+                soup = Soup(rng)
+                lines = [soup.line([soup.irc, soup.json])[:4000] for _ in range(50)]
+                good = b"".join(map(soup.frames, lines))
+                bad = soup.damaged(good) + masked(b"\x03\xe8", chat.WS_CLOSE)
+                for data in (good, bad, rng.choice((b"", good)) + bad[rng.randrange(len(bad)) :]):
+                    whole, cut = self.web_socket(), self.web_socket()
+                    told, start, pieces = whole.feed(data), 0, []
+                    while start < len(data):
+                        end = start + rng.choice((1, 2, 5, 1000))
+                        pieces.append(cut.feed(data[start:end]))
+                        start = end
+                    self.assertEqual((told, whole.pongs), (b"".join(pieces), cut.pongs))
+                    self.assertEqual(whole.closing, cut.closing)
+                    self.assertRegex(
+                        whole.closing[2:4], b"^(|\x03[\xe8\xea\xef\xf1])$" if data is not good else b"^(|\x03\xef)$"
+                    )
+                    if data is good and not whole.closing:
+                        self.assertEqual(told, b"".join(line.rstrip(b"\r") + b"\n" for line in lines))
+
+    @staticmethod
+    def web_socket() -> chat.WebSocket:
+        return chat.WebSocket(mock.Mock(), chat.CLIENT_INPUT_BYTES, mock.Mock())
+
+    def test_requests(self) -> None:
+        """Whatever is asked, there is an answer."""
+        for seed in seeds(20000 if LONG else 120):
+            with repeatable(seed) as rng:
+                soup = Soup(rng)
+                start = rng.choice(
+                    (WebRequests.UPGRADE.format("/", "X: y\r\n"), WebRequests.POST.format("/?a=b", 3, "", "abc"))
+                )
+                first, _, rest = soup.damaged(start.encode()).partition(b"\n")
+                http, size = chat.Http(first), rng.choice((1, 10, 1000))
+                try:
+                    for at in range(0, len(rest), size):
+                        http.feed(rest[at : at + size])
+                    if http.request:
+                        http.request.check_host(False, ())
+                        http.registration(http.request)
+                        http.request.handshake().decode()
+                except chat.HttpError as error:
+                    chat.http_answer(error.status, error.text, **error.headers)
 
     def test_dialects(self) -> None:
         for seed in seeds(20000 if LONG else 120):
@@ -4667,9 +4836,14 @@ class FuzzServer(ServerCase):
             (f"NICK {name}\n", [soup.from_server]),
             ("", [soup.irc, soup.json, soup.plain, soup.from_server]),
             (rng.choice(("GET / HTTP/1.0\r\n", "\x16\x03\x01")), [soup.plain]),
+            (f"POST /?name={name} HTTP/1.0\nContent-Length: {rng.randrange(999)}\n\n", [soup.plain]),
         ))  # fmt: skip
         end = rng.choice((b"\n", b"\r\n"))
-        data = start.encode() + end.join(soup.line(kinds) for _ in range(rng.randrange(200)))
+        lines = [soup.line(kinds) for _ in range(rng.randrange(200))]
+        data = start.encode() + end.join(lines)
+        if rng.random() < 0.3:
+            data = b"".join(map(soup.frames, [*start.encode().splitlines(), *lines]))
+            data = b"".join([WebRequests.UPGRADE.format("/", "").encode(), data])
         if rng.random() < 0.5:
             data = data[: rng.randrange(len(data) + 1)]
         return Disturber(self.port, rng, data, rng.choice(("close", "reset", "half")), rng.random() < 0.7)
