@@ -2838,7 +2838,7 @@ def check_timeouts(call: Call, now: float) -> float:
     silence = min(limits.ping_s, WEB_PING_S) if session.opcode else limits.ping_s
     if now >= session.last_received + silence:
         call.ping(session, now, limits.pong_s)
-        return session.pong_deadline
+        return min(session.pong_deadline, now + silence)
     return session.last_received + silence
 
 
@@ -4963,8 +4963,10 @@ class Server:
         session, sock = connection.session, connection.sock
         first = connection.receive(socket.MSG_PEEK)
         if first[:1] != bytes([TLS_HANDSHAKE]):
-            if first and self.tls_only and not HTTP_FIRST.match(first):  # which is redirected
-                begin(self.hub, session, first.partition(b"\n")[0])
+            line, end, _ = first.partition(b"\n")
+            redirects = end and re.fullmatch(rb"[ -~]+\r?", line) and isinstance(dialect_of(line), Http)
+            if first and self.tls_only and not redirects:
+                begin(self.hub, session, line)
                 self.hub.disconnect(session, "", TLS_ONLY)
             return True
         if not self._context:

@@ -1753,6 +1753,50 @@ class Browsers(ServerCase):
         self.server.stop()
         self.assertEqual((dan.rest()[-1], dan.code), ("ERROR :Server is shutting down", 1001))
 
+    def test_what_ends_a_connection_is_told_even_amid_a_flood(self) -> None:
+        big = b"x" * (chat.CLIENT_INPUT_BYTES + 1)
+        for frames, code in (
+            (masked(b"", 3), 1002), (masked(b"x", chat.WS_TEXT, 0xC0), 1002), (chat.frame(chat.WS_TEXT, b"{}"), 1002),
+            (masked(b"x" * 126, chat.WS_PING), 1002), (masked(b"", chat.WS_PING, 0), 1002),
+            (masked(b"", chat.WS_MORE), 1002), (masked(b"", chat.WS_TEXT, 0) * 2, 1002),
+            (masked(b"\xff", chat.WS_TEXT), 1007),
+            (masked(b"\xc3", chat.WS_TEXT, 0) + masked(b"\xa9", chat.WS_MORE), 0),
+            (masked(big, chat.WS_TEXT)[:14], 1009),
+            (masked(big[:3000], chat.WS_TEXT, 0) + masked(big[:3000], chat.WS_MORE)[:8], 1009),
+            (masked(b"\x03", chat.WS_CLOSE), 1002), (masked(b"\x03\xed", chat.WS_CLOSE), 1002),
+            (masked(b"\x03\xe8\xff", chat.WS_CLOSE), 1007), (masked(b"\x03\xe9", chat.WS_CLOSE), 1001),
+            (masked(b'{"type":"leave"}', chat.WS_TEXT), 1000),
+        ):  # fmt: skip
+            with self.subTest(frames[:20]):
+                peer = self.web()
+                peer.sock.sendall(frames + masked(b"x" * 125, chat.WS_PING) * 1000 * (code > 0))
+                if not code:
+                    peer.say("", chat.WS_CLOSE)
+                while peer.line() is not None:
+                    pass
+                self.assertEqual(peer.code, code)
+
+    def test_frames_that_come_with_the_request(self) -> None:
+        bob, ann = self.plain("bob"), self.peer()
+        frames = masked(b'{"type":"join","user":"ann"}', chat.WS_TEXT) + masked(
+            b'{"type":"chat","text":"hi"}', chat.WS_TEXT
+        )
+        ann.sock.sendall(WebRequests.UPGRADE.format("/", "").encode() + frames)
+        bob.until("ann: hi")
+
+    def test_who_is_gone_is_found_out(self) -> None:
+        with mock.patch.object(chat, "WEB_PING_S", 0.1):
+            ann, hub = self.web("ann"), self.server.hub
+            with hub:
+                hub.set_deadline(next(iter(hub.sessions)), 0.0)  # not only when the time to register is over
+            for _ in range(2):
+                self.assertEqual(ann.frame(), (chat.WS_PING, b""))
+                ann.say("", chat.WS_PONG)
+            self.limit(pong_s=0.1)
+            while ann.line() is not None:
+                pass
+        self.assertEqual(ann.code, 1001)
+
     def test_json_can_come_back(self) -> None:
         ann, token = self.web("ann", replay=False), "t" * 16
         cid = self.web("cid", token=token, replay=False)
@@ -3542,8 +3586,24 @@ class Encrypted(ServerCase, TlsCase):
         for line, answer in (
             ("ann\n", f"*** {chat.TLS_ONLY}"), ("NICK ann\r\n", f"{ERROR}{chat.TLS_ONLY}"),
             ("GET / HTTP/1.1\r\nHost: [::1]:9\r\n\r\n", "Location: https://[::1]:9/"),
+            ("PASS x HTTP/1.1\r\n", f"{ERROR}{chat.TLS_ONLY}"), ("ann \r\0 HTTP/1.1\r\n", chat.TLS_ONLY),
+            (WebRequests.UPGRADE.format("/", ""), "Location: https://localhost/"),
         ):  # fmt: skip
-            self.assertIn(answer, self.peer(line).rest())
+            self.assertIn(answer, "\n".join(self.peer(line).rest()))
+
+    def test_browsers_by_tls(self) -> None:
+        self.start(True)
+        page = self.secret("GET / HTTP/1.1\r\nHost: any.example:9\r\n\r\n")  # no other name has our certificate
+        self.assertEqual(page.line(), "HTTP/1.1 200 OK")
+        self.assertEqual(page.rest()[-1], "</html>")
+        bob, ann = self.secret("bob\n"), WebPeer(self.port, sock=self.secret().sock)
+        ann.say({"type": "join", "user": "ann"})
+        bob.until("ann joined")
+        bob.send("x" * 400 + "\n")
+        self.assertEqual(ann.json("chat")["text"], "x" * 400)
+        ann.say({"type": "leave"})
+        self.assertIn("Goodbye", ann.rest()[-1])
+        self.assertEqual(ann.code, 1000)
 
     def test_a_hundred_handshakes_that_never_end(self) -> None:
         ann = self.secret("ann\n")
