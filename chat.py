@@ -7936,6 +7936,8 @@ def join_instructions(hosts: list[str], port: int, fingerprint: str, tls_only: b
         lines.append(f"no address of this machine is known here; for others, look for one with: {how}")
     for address in addresses:
         secured = f" --fingerprint {fingerprint}" if fingerprint else ""
+        name = f"[{address}]" if ":" in address else address
+        lines.append(f"  a browser: http{'s' if fingerprint else ''}://{name}:{port}/")
         lines.append(f"  {PYTHON} chat.py client --host {address} --port {port}{secured}")
         if not tls_only:
             lines.append(f"  nc {address} {port}")
