@@ -7190,7 +7190,7 @@ class Secured(ProgramCase):
     def pin_of(server: subprocess.Popen[str]) -> str:
         """The fingerprint that a server tells as it starts."""
         assert server.stdout
-        told = server.stdout.readline() + server.stdout.readline()
+        told = "".join(server.stdout.readline() for _ in range(3))
         return (re.search("--fingerprint ([0-9A-F:]{95})\n", told) or [""])[1]
 
     @unittest.skipUnless(ssl and shutil.which("openssl"), "needs openssl")
