@@ -1428,9 +1428,9 @@ class Json(Dialect):
                 check_nick(user)
             return [join] if registered else [*steps, join]
         if kind == "history":
-            side, since = next(((key, item[key]) for key in ("after", "before") if key in item), ("latest", None))
-            reference = "*" if since is None else f"msgid={self._field(item, side)}"
-            words = (side if since is not None else "latest", self._field(item, "channel"), reference, str(PAGE_LINES))
+            sides = [side for side in ("after", "before") if side in item]
+            reference = f"msgid={self._field(item, sides[0])}" if sides else "*"
+            words = (*sides[:1], "latest")[0], self._field(item, "channel"), reference, str(PAGE_LINES)
             return [Message("CHATHISTORY", words)]
         if kind == "ping":
             return [Message("PING", ("ping",))]
@@ -2478,7 +2478,7 @@ class Call:
             if "batch" not in session.dialect.caps:
                 self.ref = message.tags["label"]
                 if session.token and session.dialect.single:  # JSON: it is the message's id, too
-                    self.message = message._replace(tags={ID_TAG: self.ref})
+                    self.message = message._replace(tags={**message.tags, ID_TAG: self.ref})
             elif len(message.tags["label"].encode()) <= LABEL_BYTES:
                 self.label = message.tags["label"]
 
@@ -4362,7 +4362,8 @@ class TlsSocket:
             raise UntrustedPeer(f"its fingerprint is {found}, not {self._pin}: somebody else may be listening there")
 
 
-AnySocket = Union[socket.socket, TlsSocket]
+class _FrameError(Exception):
+    """What was received breaks the rules; the arguments are those of close_frame."""
 
 
 class WebSocket:
@@ -4373,9 +4374,9 @@ class WebSocket:
     until its end, what comes is not read.
     """
 
-    ERRORS = {1002: "protocol error", 1007: "not UTF-8", 1009: "message too long"}
-
-    def __init__(self, sock: AnySocket, limit: int, control: Callable[[bytes, bool], None], data: bytes = b"") -> None:
+    def __init__(
+        self, sock: socket.socket | TlsSocket, limit: int, control: Callable[[bytes, bool], None], data: bytes = b""
+    ) -> None:
         """Takes over the connection, of which `data` was received. `limit`: bytes of a message."""
         self._sock, self._limit, self._control = sock, limit, control
         self.fileno, self.close, self.send, self.shutdown = sock.fileno, sock.close, sock.send, sock.shutdown
@@ -4425,8 +4426,10 @@ class WebSocket:
                     lines.append(self.line_of(self._opcode, bytes(self._message)))
                     self._message.clear()
                     self._opcode = 0
+        except UnicodeDecodeError:
+            self.closing = close_frame(1007, "not UTF-8")
         except _FrameError as error:
-            self.closing = close_frame(error.args[0], self.ERRORS[error.args[0]])
+            self.closing = close_frame(*error.args)
         self._tail = data[start:]
         return b"".join(lines)
 
@@ -4441,14 +4444,14 @@ class WebSocket:
         else:
             good = opcode <= WS_BINARY and bool(opcode) != bool(self._opcode)
         if not good or first & 0x70 or not data[start + 1] & 0x80:
-            raise _FrameError(1002)
+            raise _FrameError(1002, "protocol error")
         if size > 125:
             at += 2 if size == 126 else 8
             if len(data) < at:
                 return None
             size = int.from_bytes(data[start + 2 : at], "big")
         if not opcode & 8 and size + len(self._message) > self._limit:
-            raise _FrameError(1009)
+            raise _FrameError(1009, "message too long")
         end = at + 4 + size
         if len(data) < end:
             return None
@@ -4456,9 +4459,9 @@ class WebSocket:
         return first, (int.from_bytes(data[at + 4 : end], "big") ^ mask).to_bytes(size, "big"), end
 
     def line_of(self, opcode: int, message: bytes) -> bytes:
-        """A message as a line; raises _FrameError."""
+        """A message as a line; raises UnicodeDecodeError."""
         if opcode == WS_TEXT:
-            self._check_text(message)
+            message.decode()
         return message.rstrip(b"\r\n").replace(b"\n", b" ") + b"\n"
 
     def _obey(self, opcode: int, payload: bytes) -> None:
@@ -4469,20 +4472,9 @@ class WebSocket:
             code = int.from_bytes(payload[:2], "big")
             known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006) or 3000 <= code <= 4999
             if payload and not (known and len(payload) > 1):
-                raise _FrameError(1002)
-            self._check_text(payload[2:])
+                raise _FrameError(1002, "protocol error")
+            payload[2:].decode()
             self.closing = frame(WS_CLOSE, payload[:2])
-
-    @staticmethod
-    def _check_text(data: bytes) -> None:
-        try:
-            data.decode()
-        except UnicodeDecodeError:
-            raise _FrameError(1007) from None
-
-
-class _FrameError(Exception):
-    """What was received breaks the rules; the argument is the code with which that ends the connection."""
 
 
 Transport = Union[socket.socket, TlsSocket, WebSocket]
@@ -5046,7 +5038,7 @@ def answer_request(server: Server, connection: Connection, http: Http, request: 
     request.check_host(secured, server.web_origins)
     use_forwarded_address(server, connection.session, request)
     name = request.path.rpartition("/")[2]
-    if name not in PAGES_SERVED:
+    if name not in RESOURCES:
         raise HttpError(404)
     allowed = ("GET", "HEAD", *([] if name else ["POST"]))
     if request.method not in allowed:
@@ -5056,38 +5048,33 @@ def answer_request(server: Server, connection: Connection, http: Http, request: 
     elif request.method == "POST":
         say(server.hub, connection, http, http.registration(request))
     else:
-        return PAGES_SERVED[name](server, connection.session, request)
+        return RESOURCES[name](server, connection.session, request)
     return b""
 
 
-def web_page(server: Server, session: Session, request: Request) -> bytes:
-    policy = page_policy().format(request.host or "localhost")
-    return http_answer(200, PAGE.encode(), "text/html", Content_Security_Policy=policy)
-
-
-def web_program(server: Server, session: Session, request: Request) -> bytes:
-    try:
-        return http_answer(200, pathlib.Path(__file__).read_bytes())
-    except OSError:
-        raise HttpError(404) from None
-
-
-def web_health(server: Server, session: Session, request: Request) -> bytes:
-    return http_answer(200, "ok")
-
-
-def web_metrics(server: Server, session: Session, request: Request) -> bytes:
-    """OpenMetrics 1.0."""
+def metrics(server: Server, session: Session) -> bytes:
+    """The answer with the server's figures, as OpenMetrics 1.0; raises HttpError."""
     if not session.address.exempt and session.host != "localhost":
         raise HttpError(403)
     lines = []
     for name, value in server.figures().items():
-        kind = "counter" if name.endswith("_total") else "gauge"
-        lines += [f"# TYPE {name[: -len('_total')] if kind == 'counter' else name} {kind}", f"{name} {value:.16g}"]
+        family, counts = re.subn("_total$", "", name)
+        lines += [f"# TYPE {family} {'counter' if counts else 'gauge'}", f"{name} {value:.16g}"]
     return http_answer(200, "\n".join([*lines, "# EOF"]), "application/openmetrics-text; version=1.0.0")
 
 
-PAGES_SERVED = {"": web_page, "chat.py": web_program, "health": web_health, "metrics": web_metrics}
+def page(host: str) -> bytes:
+    policy = page_policy().format(host or "localhost")
+    return http_answer(200, PAGE.encode(), "text/html", Content_Security_Policy=policy)
+
+
+# What GET is answered, by what follows the last slash of the path.
+RESOURCES: dict[str, Callable[[Server, Session, Request], bytes]] = {
+    "": lambda server, session, request: page(request.host),
+    "chat.py": lambda server, session, request: http_answer(200, pathlib.Path(__file__).read_bytes()),
+    "health": lambda server, session, request: http_answer(200, "ok"),
+    "metrics": lambda server, session, request: metrics(server, session),
+}
 
 
 def use_forwarded_address(server: Server, session: Session, request: Request) -> None:

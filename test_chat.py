@@ -1799,7 +1799,8 @@ class Browsers(ServerCase):
 
     def test_json_can_come_back(self) -> None:
         ann, token = self.web("ann", replay=False), "t" * 16
-        cid = self.web("cid", token=token, replay=False)
+        ann.say({"type": "chat", "text": "0"})
+        cid = self.web("cid", token=token, replay=False, ref="0")
         cid.say({"type": "chat", "text": "1", "ref": "a"})
         first = cid.json("ack")["id"]
         cid.close()
@@ -1810,8 +1811,23 @@ class Browsers(ServerCase):
         cid.say({"type": "history", "channel": "#chat", "after": first, "ref": "h"})
         cid.json("ack")
         self.assertEqual([json.loads(line)["text"] for line in cid.seen if '"replayed"' in line], ["2"])
+        for more, wanted in (
+            ({"before": first}, ["0"]),
+            ({}, ["0", "1", "2"]),
+            ({"after": "x"}, []),
+            ({"before": 1}, []),
+        ):
+            cid.seen.clear()
+            cid.say({"type": "history", "channel": "#chat", **more})
+            cid.say({"type": "ping"})
+            cid.json("pong")
+            self.assertEqual([json.loads(line)["text"] for line in cid.seen if '"replayed"' in line], wanted)
+            self.assertEqual(len([line for line in cid.seen if '"error"' in line]), not wanted)
         cid.say({"type": "ping"})
         cid.json("pong")
+        short = self.web()
+        short.say({"type": "join", "user": "dan", "token": "x" * 15})
+        self.assertIn("16 to 64", short.json("error")["text"])
         again = self.web("cid", token=token)
         self.assertIsNone(cid.line() and cid.line())
         self.assertEqual(cid.code, 4001)
