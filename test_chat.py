@@ -1772,6 +1772,8 @@ class Browsers(ServerCase):
                 peer.sock.sendall(frames + masked(b"x" * 125, chat.WS_PING) * 1000 * (code > 0))
                 if not code:
                     peer.say("", chat.WS_CLOSE)
+                peer.sock.shutdown(socket.SHUT_WR)
+                self.eventually(lambda: not self.connections(), "it stays")  # with a reset if not all was read
                 while peer.line() is not None:
                     pass
                 self.assertEqual(peer.code, code)
@@ -1803,7 +1805,8 @@ class Browsers(ServerCase):
         cid = self.web("cid", token=token, replay=False, ref="0")
         cid.say({"type": "chat", "text": "1", "ref": "a"})
         first = cid.json("ack")["id"]
-        cid.close()
+        cid.say(b"\x03\xe9", chat.WS_CLOSE)
+        self.assertIsNone(cid.line())
         ann.say({"type": "chat", "text": "2", "ref": "b"})
         cid = self.web("cid", token=token, replay=False)
         cid.say({"type": "chat", "text": "1", "ref": "a"})  # again
@@ -1982,9 +1985,9 @@ class WebRequests(ServerCase):
             self.limit(register_s=0.2)
             self.assertEqual(self.peer().rest(), [])
         access = chat.AccessControl()
-        for number in range(chat.BROWSERS + 1):
+        for number in [*range(chat.BROWSERS), 0, -1]:
             access.add_browser(chat.Address(str(number)))
-        self.assertEqual((len(access.browsers), next(iter(access.browsers))), (chat.BROWSERS, "1"))
+        self.assertEqual((len(access.browsers), next(iter(access.browsers))), (chat.BROWSERS, "2"))
 
     def test_the_address_that_a_proxy_tells(self) -> None:
         self.exempt("127.0.0.1,10.0.0.0/8")
@@ -2006,6 +2009,7 @@ class WebRequests(ServerCase):
         self.eventually(
             lambda: len({x.host for x in list(sessions)} - {"localhost"}) == len(sessions) == 2, "a proxy's"
         )
+        self.assertEqual(self.server.hub.access.address("127.0.0.1").connections, 0)
 
 
 class WebSocketEcho(chat.WebSocket):
