@@ -1417,16 +1417,7 @@ class Json(Dialect):
     def _messages(self, item: dict[str, Any], registered: bool) -> list[Message]:
         kind = item.get("type")
         if kind == "join":
-            user, password = self._field(item, "user", ""), self._field(item, "password", "")
-            *steps, last = registration_commands(user, "json", self._field(item, "channel", DEFAULT_CHANNEL), password)
-            token, tags = self._field(item, "token", ""), {NO_REPLAY_TAG: ""} if item.get("replay") is False else {}
-            if token and not 16 <= len(token) <= 64:
-                raise CommandError(FAIL_BAD_TOKEN, "token")
-            steps[:0] = [Message("RESUME", (token,))] if token else []
-            join = last._replace(params=(*last.params, self._field(item, "key", "")), tags=tags)
-            if registered and user:
-                check_nick(user)
-            return [join] if registered else [*steps, join]
+            return self._join(item, registered)
         if kind == "history":
             sides = [side for side in ("after", "before") if side in item]
             reference = f"msgid={self._field(item, sides[0])}" if sides else "*"
@@ -1446,6 +1437,18 @@ class Json(Dialect):
         if kind == "leave":
             return [Message("QUIT", (self._field(item, "text", ""),))]
         raise CommandError(FAIL_BAD_TYPE)
+
+    def _join(self, item: dict[str, Any], registered: bool) -> list[Message]:
+        user, password = self._field(item, "user", ""), self._field(item, "password", "")
+        *steps, last = registration_commands(user, "json", self._field(item, "channel", DEFAULT_CHANNEL), password)
+        token, tags = self._field(item, "token", ""), {NO_REPLAY_TAG: ""} if item.get("replay") is False else {}
+        if token and not 16 <= len(token) <= 64:
+            raise CommandError(FAIL_BAD_TOKEN, "token")
+        if registered and user:
+            check_nick(user)
+        steps[:0] = [Message("RESUME", (token,))] if token else []
+        join = last._replace(params=(*last.params, self._field(item, "key", "")), tags=tags)
+        return [join] if registered else [*steps, join]
 
     @staticmethod
     def _describe(message: Message) -> dict[str, Any]:
@@ -1566,6 +1569,7 @@ framed = functools.lru_cache(maxsize=IRC_DIALECTS)(Framed)
 class Http(Json):
     """One request and its answer. What POST says are commands, and their receipts become the answer."""
 
+    caps = Json.caps | {SPEAK_CAP}
     STATUS = {  # by the code of an error, or by the last words
         "wrong-password": 401, "banned": 403, "banned-from-channel": 403, "cannot-send": 403, "invite-only": 403,
         "bad-key": 403, "channel-full": 403, "name-taken": 409, "cannot-store": 503, RESUMED_ELSEWHERE: 409,
@@ -1576,6 +1580,7 @@ class Http(Json):
         self.request: Request | None = None
         self.body = self.interim = b""  # interim: to be answered before the body comes (RFC 9110, section 10.1.1)
         self._data = first + b"\n"
+        self._channel = DEFAULT_CHANNEL
         self._said = 0  # lines of the body
         self._ids: list[str] = []  # of what was said; the mailer's
         self._error: dict[str, Any] = {}  # the first; the mailer's
@@ -1603,17 +1608,16 @@ class Http(Json):
     def registration(self, request: Request) -> list[Message]:
         """The commands by which POST enters, whose Idempotency-Key is a token to resume by; raises HttpError."""
         name, key = request.query.get("name", ""), request.headers.get("Idempotency-Key")
-        channel = request.query.get("channel", DEFAULT_CHANNEL)
-        *steps, join = registration_commands(name, "http", channel, request.password())
+        self._channel = with_channel_type(request.query.get("channel", DEFAULT_CHANNEL))
         token = hashlib.sha256(f"{name} {key}".encode()).hexdigest()
         resume = [Message("RESUME", (token,))] if key else []
-        return [*resume, *steps, join._replace(tags={NO_REPLAY_TAG: ""})]
+        return [*resume, *registration_commands(name, "http", "", request.password())[:-1]]  # it need not join
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
         if not self.request:
             return []
         self._said += 1
-        return [Message("PRIVMSG", (CURRENT_CHANNEL, decode_text(line)), tags={"label": f"{self._said}"})]
+        return [Message("PRIVMSG", (self._channel, decode_text(line)), tags={"label": f"{self._said}"})]
 
     def encode(self, message: Message) -> bytes:
         if message.command == "RAW":
@@ -5221,8 +5225,9 @@ def listen(family: int, address: tuple[Any, ...], alone: bool) -> socket.socket:
 
 def resident_bytes() -> float:
     """How much memory this process has; NaN where that is not known."""
-    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return math.nan
 
 
