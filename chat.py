@@ -7588,7 +7588,7 @@ class OperatorCommands(cmd.Cmd):
             f"{plural(int(people), 'person', 'people')} in {plural(int(channels), 'channel')},"
             f" {plural(int(connections), 'connection')}",
             f"{plural(int(messages), 'message')}, {plural(int(deliveries), 'delivery', 'deliveries')}",
-            f"{memory / 1e6:.0f} MB, up for {format_duration(time.time() - started)}",
+            f"{'?' if math.isnan(memory) else round(memory / 1e6)} MB, up for {format_duration(time.time() - started)}",
         ]
 
     def do_stop(self, arg: str) -> None:
