@@ -1210,10 +1210,540 @@ def page_policy() -> str:
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1, interactive-widget=resizes-content">
 <title>chat</title>
-<style>body { font: 16px sans-serif }</style>
-<p>The page is still to be written.</p>
-<script>"use strict"</script>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath
+ fill='%232f6fde' d='M3 1h10a2 2 0 0 1 2 2v6a2 2 0 0 1-2 2H8l-4 4v-4H3a2 2 0 0 1-2-2V3a2 2 0 0 1 2-2z'/%3E%3C/svg%3E">
+<style>
+:root { color-scheme: light dark; --ground: #fff; --side: #f6f7f9; --edge: #e1e4e9; --ink: #1c2027; --past: #434955;
+  --dim: #626a77; --accent: #1f5fd0; --on-accent: #fff; --error: #b3261e; --private: #8a2f9c; --mark: #fff3d1;
+  --l: 0.5 }
+@media (prefers-color-scheme: dark) { :root { --ground: #16181c; --side: #1c1f24; --edge: #31353d; --ink: #e6e8ec;
+  --past: #bcc2cc; --dim: #98a0ad; --accent: #84b3ff; --on-accent: #0d1b33; --error: #ff8f85; --private: #e29bf0;
+  --mark: #352e1a; --l: 0.8 } }
+* { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; scrollbar-width: thin }
+[hidden] { display: none !important }
+body { height: 100dvh; background: var(--ground); color: var(--ink); overflow: hidden;
+  font: 16px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
+input, textarea, button { border: 1px solid var(--edge); border-radius: 10px; padding: 9px 12px; background: none }
+button { padding: 6px 12px; cursor: pointer } button:hover { border-color: var(--dim) }
+button.main { border-color: transparent; background: var(--accent); color: var(--on-accent); font-weight: 600 }
+::placeholder { color: var(--dim); opacity: 1 }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: -1px }
+h1 { font-size: 17px; font-weight: 650; white-space: nowrap }
+#entry { display: grid; align-content: start; gap: 16px; height: 100%; overflow-y: auto;
+  padding: 12vh max(20px, 50% - 170px) 20px }
+#entry h1 { font-size: 28px } #entry label { display: grid; gap: 4px; font-weight: 600 }
+#entry input { font-weight: 400 } #entry button { padding: 10px } #refusal { color: var(--error) }
+#refusal:empty { display: none } #refusal::first-letter { text-transform: uppercase }
+#room { display: flex; flex-direction: column; height: 100% }
+header, .bar { display: flex; align-items: center; gap: 8px; padding: 9px 12px 9px 20px; border: 0 solid var(--edge) }
+header { border-bottom-width: 1px; min-height: 54px } header button { flex: none; border-color: transparent }
+header button, #topic { color: var(--dim); font-size: 15px } .bar span, #topic { flex: 1; min-width: 0 }
+#topic { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; padding-left: 6px }
+.bar { border-top-width: 1px; background: var(--side); font-size: 15px }
+main { position: relative; flex: 1; display: flex; min-height: 0 }
+#log { flex: 1; overflow-y: auto; overflow-anchor: none; overscroll-behavior: contain; padding: 8px 0 14px }
+.line { position: relative; padding: 1px 20px 1px 17px; border-left: 3px solid transparent; overflow: clip }
+.line > * { max-width: 820px }
+.line::before { display: block; margin: 18px 0 10px; color: var(--dim); font-size: 13px; font-weight: 600 }
+.line[data-day]::before { content: attr(data-day) } .line.new::before { content: "New"; color: var(--error) }
+.line.new[data-day]::before { content: attr(data-day) " · New" } .first { margin-top: 12px } .action { margin-top: 5px }
+.head:not(.first > *) { position: absolute; clip-path: inset(50%); width: 1px; height: 1px }
+.name { color: oklch(var(--l) 0.14 var(--hue)); font-weight: 650; unicode-bidi: isolate }
+time { margin-left: 8px; color: var(--dim); font-size: 12.5px; font-variant-numeric: tabular-nums }
+.text { display: block; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext }
+.action .text, .system .text { display: inline } .action .text { font-style: italic }
+.past .text { color: var(--past) } .system .text, .pending .text { color: var(--dim) }
+.system { padding-top: 2px; padding-bottom: 2px; font-size: 14.5px } .error .text { color: var(--error) }
+.help .text { font: 13.5px/1.3 ui-monospace, monospace } .help time { display: none }
+.line a { color: var(--accent); text-underline-offset: 2px }
+.private { border-left-color: var(--private) } .tag { margin-left: 8px; color: var(--private); font-size: 13.5px }
+.mention { border-left-color: #e0a100; background: var(--mark) } mark { background: none; font-weight: 650 }
+#newer { position: absolute; left: 50%; bottom: 12px; transform: translateX(-50%); border-radius: 99px }
+#people { width: 220px; overflow-y: auto; padding: 14px 12px; background: var(--side);
+  border-left: 1px solid var(--edge) }
+#people h2 { padding: 0 8px 6px; color: var(--dim); font-size: 13px; font-weight: 600 }
+#people li { display: flex; align-items: baseline; gap: 4px; color: var(--dim); font-size: 13px }
+#people button { min-width: 0; padding: 4px 8px; border: 0; overflow: hidden; text-overflow: ellipsis; font-size: 15px }
+#composer { display: flex; align-items: flex-end; gap: 8px; border-top: 1px solid var(--edge);
+  padding: 10px 12px max(10px, env(safe-area-inset-bottom)) }
+#draft { flex: 1; min-width: 0; min-height: 44px; max-height: 30vh; resize: none } #composer button { height: 44px }
+@media (max-width: 699px) { header, .bar, .line { padding-left: 13px; padding-right: 13px }
+  #people { position: absolute; inset: 0 0 0 auto; width: min(260px, 80%); box-shadow: -8px 0 24px #0003 } }
+</style>
+<form id="entry" hidden><h1>chat</h1><p>Choose a name, and talk to everybody in <b id="place"></b>.</p>
+  <label>Name <input id="name" autocomplete="nickname" autocapitalize="none" spellcheck="false" maxlength="24" required>
+  </label>
+  <label id="secret" hidden>Password <input id="password" type="password" autocomplete="current-password"></label>
+  <p id="refusal" role="alert"></p><button class="main">Join</button></form>
+<div id="room" hidden>
+  <header><h1 id="channel"></h1><p id="topic"></p>
+    <button id="notify" hidden>Notify me</button><button id="toggle" aria-controls="people"></button></header>
+  <main><div id="log" role="log" aria-live="polite" aria-label="Messages" tabindex="0"></div>
+    <button id="newer" class="main" hidden></button>
+    <aside id="people" aria-label="People here" hidden><h2>People here</h2><ul id="list" role="list"></ul></aside>
+  </main>
+  <div id="status" class="bar" role="status" hidden><span id="what"></span><button id="act"></button></div>
+  <form id="composer"><textarea id="draft" rows="1" aria-label="Message" enterkeyhint="send"></textarea>
+    <button class="main">Send</button></form>
+</div>
+<script>
+"use strict";
+const LINES = 1000, MOST_LINES = 10000, PAGE = 100, PEOPLE = 500;  // kept at the bottom, at most; fetched; listed
+const DRAW_MS = 20, GROUP_MS = 300e3, NEAR_PX = 30, SILENCE_MS = 40e3, PATIENCE_MS = 8e3;
+const HUES = [145, 90, 260, 325, 200, 25, 125, 240, 300, 180];  // of names, as at a terminal
+const COMMANDS = "away clear help invite join kick me mode msg nick quit reply topic who whois".split(" ");
+const HELP = ["/reply TEXT       answers the last private message", "/clear            clears the page"];  // more of it
+const STAY = { 1000: ["You have left.", "Come back"], 1008: ["", "Try again"],  // codes after which we wait to be asked
+  4001: ["You are here in another tab or window.", "Use this one"] };
+const clock = new Intl.DateTimeFormat([], { timeStyle: "short" });
+const dates = new Intl.DateTimeFormat([], { dateStyle: "full" }), wide = matchMedia("(min-width: 700px)");
+const $ = (id) => document.getElementById(id), log = $("log"), draft = $("draft");
+const encoder = new TextEncoder(), life = hex(4), people = new Map();  // by folded name; who was heard last is last
+const state = {
+  name: load("name") || "", token: load("token") || hex(16), password: load("password") || "", key: "", partner: "",
+  channel: "", wanted: asked(), topic: "", listing: false, toggled: false,
+  socket: null, joined: false, asking: false, chosen: false, tries: 0, retry: 0, patience: 0, heard: 0, notice: "",
+  pending: load("pending") || [], replies: new Map(), pongs: [], count: 0,  // what is not answered yet
+  rows: new Map(), queue: [], gone: [], timer: 0, stuck: true, scrolled: 0, below: 0, unread: 0, fresh: null,
+  newest: "", synced: "", seen: load("seen") || "", caught: false, older: false, fetching: "", fetched: 0,  // by ids
+  typed: [], at: 0, unsent: "", pasted: false, tab: null, stale: true };
+const set = (values) => Object.assign(state, values), later = (one, other) => (one > other ? one : other);
+const fold = (name) => name.normalize("NFKC").toLowerCase(), isMe = (name) => fold(name) === fold(state.name);
+const bytes = (text) => encoder.encode(text).length, keyOf = (id) => id.padStart(16, "0");
+const isOpen = () => state.socket?.readyState === WebSocket.OPEN;
+const attentive = () => !document.hidden && document.hasFocus() && state.stuck, ref = () => `${life}-${state.count++}`;
+function storage(key) { return ["name", "token", "seen"].includes(key) ? localStorage : sessionStorage; }
+function load(key) { try { return JSON.parse(storage(key).getItem(key)); } catch { return null; } }
+function save(key, value) { try { storage(key).setItem(key, JSON.stringify(value)); } catch { /* forbidden */ } }
+function asked() {  // the channel that the address names
+  try { return decodeURIComponent(location.hash) || "#chat"; } catch { return "#chat"; }
+}
+function hex(size) {
+  return [...crypto.getRandomValues(new Uint8Array(size))].map((byte) => (byte + 256).toString(16).slice(1)).join("");
+}
+function safe(text) {  // what would be obeyed, or shows nothing, made visible
+  const unsafe = /[\p{Cc}\p{Cs}\p{Zl}\p{Zp}]|(?![\u200c\u200d\u{e0020}-\u{e007f}])\p{Cf}/gu;
+  const code = (char) => `<U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}>`;
+  return text.replaceAll("\t", "    ").replace(unsafe, code);
+}
+function hue(name) {  // by CRC-32
+  const shift = (sum) => (sum >>> 1) ^ (sum & 1 && 0xedb88320);
+  const sum = encoder.encode(fold(name)).reduce((sum, byte) => [..."12345678"].reduce(shift, sum ^ byte), ~0);
+  return HUES[(~sum >>> 0) % HUES.length];
+}
+function split(text, size) {  // into pieces of at most so many bytes, between words where that is possible
+  if (bytes(text) <= size) return text ? [text] : [];
+  let end = size;
+  while (bytes(text.slice(0, end)) > size || /[\ud800-\udbff]$/.test(text.slice(0, end))) end--;
+  if (text.lastIndexOf(" ", end) > 0) end = text.lastIndexOf(" ", end);
+  return [text.slice(0, end), ...split(text.slice(end).replace(/^ +/, ""), size)];
+}
+function element(tag, look, content, values) {
+  const made = Object.assign(document.createElement(tag), { className: look, ...values });
+  made.append(...content);
+  return made;
+}
+function named(tag, user, values) {
+  const made = element(tag, "name", [safe(user)], values);
+  made.style.setProperty("--hue", hue(user));
+  return made;
+}
+
+// The connection.
+function leave() {
+  if (state.socket) Object.assign(state.socket, { onopen: null, onmessage: null, onclose: null }).close();
+}
+function connect() {
+  leave();
+  clearTimeout(state.retry);
+  const socket = new WebSocket(new URL(".", location).href.replace(/^http/, "ws"));
+  Object.assign(socket, { onopen: enter, onmessage: receive, onclose: lost });
+  set({ socket, retry: 0, notice: "", pongs: [], patience: Date.now() + PATIENCE_MS });
+}
+function send(item) { state.socket.send(JSON.stringify(item)); }
+function enter() {
+  const { name: user, wanted: channel, key, password, token } = state;
+  send({ type: "join", user, channel, token, replay: false, ...(key && { key }), ...(password && { password }) });
+}
+function receive({ data }) {
+  const item = JSON.parse(data);
+  set({ patience: 0, heard: Date.now() }); ON[item.type]?.(item);
+}
+function lost({ code, reason }) {
+  const [text, action] = STAY[code] || [], pause = Math.min(30e3, 500 * 2 ** state.tries) * (0.5 + Math.random() / 2);
+  leave();
+  set({ socket: null, joined: false, patience: 0, fetching: "", replies: new Map() });
+  if (action) set({ notice: text || reason, action });
+  else if (!state.asking) set({ tries: state.tries + 1, retry: setTimeout(connect, pause) });
+  drawSoon();
+}
+function check() {  // whether the server still answers: nobody tells us when a network is gone
+  if (state.patience || !isOpen()) return;
+  send({ type: "ping" });
+  set({ pongs: [...state.pongs, null], patience: Date.now() + PATIENCE_MS });
+}
+function wake() { if (state.retry) connect(); else check(); }
+function tick() {
+  if (state.patience && Date.now() > state.patience) lost({});
+  else if (Date.now() > state.heard + SILENCE_MS) check();
+}
+
+// What arrives.
+const ON = {
+  chat: said, private: said, pong: () => state.pongs.shift()?.(),
+  ack: (item) => answered(item, (line) => show({ ...line, ...item, type: line.type, pending: false })),
+  error(item) {
+    const { code, text } = item, again = !state.joined && ["wrong-password", "bad-name", "name-taken"].includes(code);
+    if (again && (state.chosen || code !== "name-taken")) ask(text, code === "wrong-password");
+    else if (again) enter(setName(state.name.replace(/\d*$/, (number) => (Number(number) || 1) + 1)));
+    else if (!answered(item, (line) => note(`Not sent: ${line.text} (${text})`, "error"))) note(text, "error");
+  },
+  system(item) {
+    const text = item.text.replace(/^\*\*\* /, ""), { event, id, time } = item;
+    if (EVENTS[event]?.(item, text) !== false) note(text, event === "help" ? "help" : "", { id, time });
+    if (event === "help" && text.startsWith("/quit")) HELP.forEach((line) => note(line, "help"));
+    state.stale = true;
+  } };
+const EVENTS = {  // false: is not shown
+  join: (item) => (state.joined && !isMe(item.user) ? meet(item.user) : entered(item)),
+  leave: ({ user }) => void people.delete(fold(user)),
+  kick({ name }, text) {
+    people.delete(fold(name));
+    if (isMe(name)) set({ joined: false, notice: text, action: "Join again" });
+  },
+  nick({ user, name }) {
+    meet(name, people.get(fold(user)));
+    if (fold(user) !== fold(name)) people.delete(fold(user));
+    if (isMe(user)) setName(name);
+  },
+  topic({ user, topic }) { state.topic = topic; return Boolean(user) || !state.listing; },
+  names({ users, ranks }) { users.forEach((name, at) => meet(name, { rank: ranks[at] })); return !state.listing; },
+  mode: (item, text) => void (/^\S+ set [+-]\w*[ov]/.test(text) && listPeople()),
+  away: ({ user }) => (user ? meet(user, { away: true }) && false : true),
+  back: ({ user }) => (user ? meet(user, { away: false }) && false : true),
+  closing: () => false };
+function meet(name, values) { return people.set(fold(name), { rank: "", ...people.get(fold(name)), ...values, name }); }
+function entered({ user, channel, id }) {
+  const first = !state.joined, known = channel === state.channel;
+  set({ joined: true, tries: 0, chosen: false, notice: "", topic: "", caught: false, channel, wanted: channel });
+  setName(user); people.clear();
+  if (!known) {
+    clear();
+    const hash = `#${encodeURIComponent(channel.slice(1))}`;
+    history.replaceState(null, "", channel === "#chat" ? location.pathname + location.search : hash);
+    state.pending.forEach(show);
+  }
+  listPeople();
+  if (first) state.pending.slice().forEach(transmit);
+  catchUp(0);
+  return Boolean(id) || !known;
+}
+function listPeople() {
+  send({ type: "command", text: "/who" }); send({ type: "ping" });
+  set({ listing: true, pongs: [...state.pongs, () => { state.listing = false; }] });
+}
+function fetchLines(side, since, then) {
+  const reply = ref();
+  set({ fetching: side, fetched: 0 });
+  state.replies.set(reply, () => { state.fetching = ""; then(state.fetched >= PAGE); });
+  send({ type: "history", channel: state.channel, ref: reply, ...(since && { [side]: since.replace(/^0+/, "") }) });
+}
+function catchUp(pages) {  // asks for what was missed; for the last of it where that is much
+  const since = state.synced;
+  fetchLines("after", since, (more) => {
+    if (more && since && pages === LINES / PAGE) clear();
+    if (more && since) catchUp(pages + 1);
+    else set({ caught: true, synced: state.newest, older: state.older || more });
+  });
+}
+function answered({ ref }, then) {  // whether this answers a pending line, or a question
+  const line = state.pending.find((one) => ref && one.ref === ref), reply = state.replies.get(ref);
+  state.replies.delete(ref);
+  reply?.();
+  if (!line) return reply;
+  state.gone.push(ref);
+  save("pending", (state.pending = state.pending.filter((one) => one !== line)));
+  return then(line) || true;
+}
+function said(item) {
+  const { user, id, type, text, replayed } = item, key = keyOf(id), person = people.get(fold(user));
+  state.fetched += Boolean(replayed);
+  if (replayed ? state.fetching === "after" : state.caught) state.synced = later(state.synced, key);
+  show({ ...item, mine: isMe(user) });
+  if (isMe(user) || (replayed && (!state.seen || key <= state.seen))) return;
+  if (person && people.delete(fold(user))) people.set(fold(user), person);  // for Tab: who was heard last
+  if (type === "private") state.partner = user;
+  if (attentive()) return;
+  state.unread++;
+  if (type === "private" || state.mention.test(text)) alertTo(item);
+}
+function alertTo({ user, channel, text }) {
+  try {
+    new Notification(`${user} in ${channel || "private"}`, { body: text, tag: "chat" }).onclick = () => window.focus();
+  } catch { /* not allowed, or not here */ }
+}
+function note(text, look = "", stamp = {}) { show({ type: "system", text, look, ...stamp }); }
+
+// What is typed.
+function submit() {
+  const lines = draft.value.split("\n").filter((line) => line.trim()), many = state.pasted && lines.length > 1;
+  if (!lines.length || (many && !confirm(`Send ${lines.length} lines, each as a message?`))) return;
+  state.fresh?.classList.remove("new");
+  set({ typed: [...state.typed, draft.value], at: state.typed.length + 1, fresh: null });
+  toBottom(); setDraft("");
+  lines.forEach((line) => (many ? say(line) : obey(line)));
+}
+function obey(line) {
+  const [, name, rest] = line.match(/^\/(\w+)\s*(.*)$/) || [], local = Object.hasOwn(LOCAL, name) && LOCAL[name];
+  if (!name) say(line.replace(/^\/\//, "/"));
+  else if (local && rest) local(rest, ...rest.split(/\s+/));
+  else if (name === "clear") clear();
+  else if (state.joined) send({ type: "command", text: line });
+  else note("Not connected", "error");
+}
+const LOCAL = {  // commands with words that we carry out ourselves
+  me: (text) => say(text, "", true), msg: (text, to) => say(text.slice(to.length).trim(), to),
+  reply: (text) => (state.partner ? say(text, state.partner) : note("Nobody has written to you", "error")),
+  join: (text, channel, key) => join(channel, key) };
+function join(channel, key = "") {
+  set(state.joined ? { key } : { key, wanted: channel });
+  if (isOpen()) send({ type: "join", channel, replay: false, ...(key && { key }) });
+}
+function say(text, to = "", action = false) {
+  const room = 450 - bytes(state.name + (to || state.channel)) - (action ? 10 : 0);  // of 512 bytes that others get
+  for (const piece of split(text, room)) {
+    const line = { type: to ? "private" : "chat", user: state.name, text: piece, to, action, mine: true, pending: true,
+      channel: to ? "" : state.channel || state.wanted, ref: ref() };
+    state.pending.push(line); show(line);
+    if (state.joined) transmit(line);
+  }
+  save("pending", state.pending);
+}
+function transmit(line) {
+  const { type, text, to, action, channel, ref } = line;
+  if (!to && channel !== state.channel) answered(line, () => note(`Not sent in ${channel}: ${text}`, "error"));
+  else send(action ? { type: "command", text: `/me ${text}`, ref } : { type, text, ref, ...(to && { to }) });
+}
+function setName(name) {
+  const pattern = `(?<![\\p{L}\\p{N}_])(${name.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")})(?![\\p{L}\\p{N}_])`;
+  set({ name, mention: new RegExp(pattern, "iu") });
+  save("name", name);
+}
+function setDraft(text, at = text.length) {
+  draft.value = text;
+  draft.setSelectionRange(at, at);
+  draft.oninput();
+}
+function recall(at) {
+  if (at < 0 || at > state.typed.length) return;
+  if (state.at === state.typed.length) state.unsent = draft.value;
+  setDraft(state.typed[at] ?? state.unsent);
+  state.at = at;
+}
+function complete(step) {  // false where there is nothing to complete
+  const head = draft.value.slice(0, draft.selectionStart), rest = draft.value.slice(draft.selectionStart);
+  if (head !== state.tab?.head) {
+    const start = head.search(/\S*$/), word = fold(head.slice(start)), slash = !start && word[0] === "/";
+    const names = [...people.values()].reverse().map(({ name }) => name).filter((name) => !isMe(name));
+    const found = (slash ? COMMANDS.map((name) => `/${name}`) : names).filter((one) => fold(one).startsWith(word));
+    if (!word || !found.length) return false;
+    const words = found.map((one) => one + (start || slash ? " " : ": "));
+    state.tab = { before: head.slice(0, start), words, at: step > 0 ? -1 : 0 };
+  }
+  const { before, words } = state.tab, at = (state.tab.at + step + words.length) % words.length;
+  setDraft(before + words[at] + rest, (before + words[at]).length);
+  state.tab = { before, words, at, head: before + words[at] };
+  return true;
+}
+function press(event) {
+  const { key, shiftKey } = event, { value, selectionStart, selectionEnd } = draft;
+  if (event.isComposing || event.keyCode === 229 || event.ctrlKey || event.altKey || event.metaKey) return;
+  if (key === "Enter" && !shiftKey) submit();
+  else if (key === "ArrowUp" && !value.slice(0, selectionStart).includes("\n")) recall(state.at - 1);
+  else if (key === "ArrowDown" && !value.slice(selectionEnd).includes("\n")) recall(state.at + 1);
+  else if (key !== "Tab" || !complete(shiftKey ? -1 : 1)) return;
+  event.preventDefault();
+}
+
+// What is seen: drawn in batches, or a flood would be drawn late.
+function show(line) {
+  if (line.channel && line.channel !== state.channel) return;
+  line.key = line.pending ? "~" : line.id ? keyOf(line.id) : state.newest;
+  line.when = new Date(line.time || Date.now());
+  if (!line.pending) state.newest = later(state.newest, line.key);
+  state.queue.push(line);
+  if (state.stuck && state.queue.length > 2 * LINES) state.queue.splice(0, LINES);
+  drawSoon();
+}
+function drawSoon() { state.timer ||= setTimeout(draw, DRAW_MS); }
+function draw() {
+  if (log.scrollTop < state.scrolled) follow();
+  const stuck = state.stuck, seen = (row) => row.offsetTop + row.offsetHeight > log.scrollTop;
+  const top = stuck ? null : [...log.children].find(seen), before = top?.offsetTop;
+  state.timer = 0;
+  state.gone.splice(0).forEach((ref) => forget(state.rows.get(ref)));
+  state.queue.splice(0).forEach(place);
+  while (log.childElementCount > (stuck ? LINES : MOST_LINES)) forget(log.firstElementChild, true);
+  if (stuck) toBottom();
+  else if (top) log.scrollTop += top.offsetTop - before;
+  look();
+}
+function toBottom() { log.scrollTop = log.scrollHeight; set({ stuck: true, scrolled: log.scrollTop }); }
+function follow() { state.stuck = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_PX; }
+function place(line) {  // puts a line where it belongs, once
+  const { pending, ref, id, type, mine, replayed, key } = line, name = pending ? ref : id;
+  const other = !mine && type !== "system";
+  if (state.rows.has(name) || (pending && !state.pending.includes(line))) return;
+  let next = null;
+  for (let last = log.lastElementChild; last?.line.key > key; last = last.previousElementSibling) next = last;
+  const row = log.insertBefore(build(line), next);
+  if (name) state.rows.set(name, row);
+  if (other && !state.fresh && (replayed ? state.seen && key > state.seen : !attentive())) {
+    row.classList.add("new"); state.fresh = row;
+  }
+  if (other && !next && !state.stuck) state.below++;
+  arrange(row);
+  if (next) arrange(next);
+}
+function arrange(row) {  // what depends on the line before it
+  const { type, user, to, when, action } = row.line, last = row.previousElementSibling?.line, day = dates.format(when);
+  if (last && dates.format(last.when) === day) delete row.dataset.day;
+  else row.dataset.day = day;
+  const apart = row.dataset.day || row === state.fresh || last.action || when - last.when > GROUP_MS;
+  const follows = !apart && last.type === type && last.user === user && last.to === to;
+  row.classList.toggle("first", type !== "system" && !action && !follows);
+}
+function build(line) {
+  const { type, user, to, action, mine, pending, replayed, look, when } = line, system = type === "system";
+  const mention = !mine && !system && state.mention.test(line.text), name = named("b", user || "");
+  const looks = [type, look, mention && "mention", action && "action", pending && "pending", replayed && "past"];
+  const time = element("time", "", [clock.format(when)], { dateTime: when.toISOString() });
+  const text = element("span", "text", linked(safe(line.text), mention));
+  const tag = type === "private" ? element("span", "tag", [mine ? `to ${safe(to)}, private` : "private"]) : "";
+  const said = action ? [name, " ", text, tag, time] : [element("span", "head", [name, tag, time]), text];
+  const values = { line, title: when.toLocaleString() };
+  return element("div", `line ${looks.filter(Boolean).join(" ")}`, system ? [text, time] : said, values);
+}
+function linked(text, mention) {  // a text's links, and one's own name in it, as elements
+  return text.split(/(https?:\/\/[^\s<>"]+)/iu).flatMap((part, at) => {
+    const url = bare(part), words = mention ? part.split(state.mention) : [part];
+    if (at % 2 === 0) return words.map((word, nth) => (nth % 2 ? element("mark", "", [word]) : word));
+    const values = { href: url, target: "_blank", rel: "noopener noreferrer" };
+    return [element("a", "", [url], values), part.slice(url.length)];
+  });
+}
+function bare(url) {  // without what belongs to the sentence: punctuation, and brackets that were open before
+  const cut = url.replace(/[.,;:!?'"”’»…]+$/u, ""), last = cut.at(-1), open = { ")": "(", "]": "[", "}": "{" }[last];
+  return open && cut.split(last).length > cut.split(open).length ? bare(cut.slice(0, -1)) : cut;
+}
+function forget(row, older = state.older) {
+  state.rows.delete(row?.line.pending ? row.line.ref : row?.line.id);
+  state.older = older;
+  row?.remove();
+}
+function clear() {
+  log.replaceChildren();
+  set({ rows: new Map(), queue: [], fresh: null, below: 0, older: false, stuck: true, synced: "" });
+}
+function look() {  // draws what is not a line
+  if (attentive()) set({ seen: state.newest, unread: 0 });
+  if (state.stuck) state.below = 0;
+  const { below, unread, channel, wanted, notice, tries, joined, action, topic } = state, place = channel || wanted;
+  const what = joined ? "" : notice || (tries ? "Connection lost. Trying again …" : "");
+  const texts = { newer: below ? `${below} new below` : "", channel: place, topic: safe(topic), what,
+    act: notice ? action : "Try now" };
+  for (const [id, text] of Object.entries(texts)) if ($(id).textContent !== text) $(id).textContent = text;
+  document.title = `${unread ? `(${unread}) ` : ""}${place}`;
+  draft.placeholder = `Message ${place}`;
+  $("newer").hidden = !below;
+  $("status").hidden = !what;
+  $("people").hidden = wide.matches === state.toggled;
+  $("toggle").setAttribute("aria-expanded", !$("people").hidden);
+  log.setAttribute("aria-busy", !state.caught);
+  if (state.stale) listed();
+}
+function listed() {
+  const rank = (person) => ["@", "+", ""].indexOf(person.rank), words = { "@": "operator", "+": "voice" };
+  const order = (one, other) => rank(one) - rank(other) || one.name.localeCompare(other.name);
+  const rows = [...people.values()].sort(order).slice(0, PEOPLE).map((person) => {
+    const more = [isMe(person.name) && "you", words[person.rank], person.away && "away"].filter(Boolean).join(", ");
+    const button = named("button", person.name, { onclick: () => address(person.name), tabIndex: -1 });
+    return element("li", "", [button, more]);
+  });
+  $("list").replaceChildren(...rows); $("toggle").textContent = `${people.size} here`;
+  state.stale = false;
+}
+function address(name) {
+  const at = draft.selectionStart, before = draft.value.slice(0, at) + name + (at ? " " : ": ");
+  setDraft(before + draft.value.slice(at), before.length);
+  state.toggled &&= wide.matches; draft.focus(); drawSoon();
+}
+function ask(text, password) {
+  state.asking = true; $("entry").hidden = !($("room").hidden = true);
+  $("place").textContent = state.wanted;
+  $("refusal").textContent = password && !state.password ? "This chat wants a password" : text;
+  $("secret").hidden &&= !password; $("name").value = state.name;
+  $(password ? "password" : "name").focus();
+}
+function begin() {
+  state.asking = false; $("room").hidden = !($("entry").hidden = true);
+  if (wide.matches) draft.focus();
+  draft.oninput();
+  if (isOpen()) enter();
+  else connect();
+}
+function leaveOff() {  // what comes while nobody looks will be marked as new
+  save("seen", state.seen);
+  if (state.stuck) state.fresh = state.fresh?.classList.remove("new");
+}
+
+// What the browser tells.
+$("entry").onsubmit = (event) => {
+  event.preventDefault();
+  setName($("name").value.trim());
+  save("password", set({ chosen: true, password: $("password").value }).password);
+  begin();
+};
+$("composer").onsubmit = (event) => { event.preventDefault(); submit(); };
+$("act").onclick = () => (state.socket ? join(state.wanted, state.key) : connect());
+$("newer").onclick = () => { toBottom(); look(); };
+$("toggle").onclick = () => { state.toggled = !state.toggled; drawSoon(); };
+$("notify").onclick = () => Notification.requestPermission().then(() => { $("notify").hidden = true; });
+$("notify").hidden = !window.isSecureContext || window.Notification?.permission !== "default";
+draft.onkeydown = press;
+draft.onpaste = (event) => { state.pasted ||= event.clipboardData.getData("text").trim().includes("\n"); };
+draft.oninput = () => {
+  save("draft", draft.value);
+  state.pasted &&= draft.value !== "";
+  draft.style.height = "auto";
+  draft.style.height = `${draft.scrollHeight + 2}px`;
+};
+log.onscroll = () => {
+  follow();
+  const wants = state.older && state.caught && !state.fetching && log.childElementCount < MOST_LINES - PAGE;
+  const first = wants && log.scrollTop < 300 && [...log.children].find((row) => row.line.id);
+  if (first) fetchLines("before", first.line.id, (more) => { state.older = more; });
+  look();
+};
+new ResizeObserver(() => { if (state.stuck) toBottom(); }).observe(log);
+window.visualViewport?.addEventListener("resize", () => {  // Safari's keyboard covers the page, which stays as high
+  if (visualViewport.scale === 1) document.body.style.height = `${visualViewport.height}px`;
+});
+for (const name of ["online", "pageshow", "focus"]) addEventListener(name, () => { wake(); look(); });
+for (const name of ["blur", "pagehide"]) addEventListener(name, leaveOff);
+document.onvisibilitychange = () => { if (document.hidden) leaveOff(); else wake(); look(); };
+addEventListener("offline", () => { if (state.socket) lost({}); });
+addEventListener("hashchange", () => join(asked()));
+addEventListener("keydown", ({ key }) => { if (key === "Escape") drawSoon((state.toggled &&= wide.matches)); });
+wide.onchange = drawSoon;
+setInterval(tick, 1000);
+save("token", state.token);
+setDraft(load("draft") || "");
+if (state.name) begin(setName(state.name));
+else ask("");
+</script>
 </html>
 """
 
@@ -1362,7 +1892,7 @@ class Json(Dialect):
     """A JSON object a line, for scripts."""
 
     caps = frozenset({"labeled-response", RESUME_CAP})  # ref and ack are what label and ACK are on IRC
-    NAMED = {"nick": 0, "kick": 1}  # events with a name: of a parameter
+    MORE = {"nick": ("name", 0), "kick": ("name", 1), "topic": ("topic", -1)}  # a field more: a parameter, or the text
     # Commands with a channel: in which parameter.
     CHANNEL_AT = {
         **dict.fromkeys(("JOIN", "PART", "KICK", "MODE", "TOPIC", "NOTICE"), 0),
@@ -1451,6 +1981,14 @@ class Json(Dialect):
         return [join] if registered else [*steps, join]
 
     @staticmethod
+    def _event_of(message: Message) -> tuple[str, str]:
+        """The same as event_of, also for who is away now, which on IRC takes a capability."""
+        if message.command != "AWAY":
+            return event_of(message)
+        nick, text = escape_controls(message.nick), escape_controls(message.text)
+        return ("away", f"{nick} is away: {text}") if message.params else ("back", f"{nick} is back")
+
+    @staticmethod
     def _describe(message: Message) -> dict[str, Any]:
         if message.command in ("ACK", "PONG"):
             return {"type": message.command.lower()}
@@ -1461,7 +1999,7 @@ class Json(Dialect):
             if not is_channel(channel):
                 said = {"type": "private", "user": message.nick, "text": message.text, "to": channel}
             return said if action is None else {**said, "text": action, "action": True}
-        name, text = event_of(message)
+        name, text = Json._event_of(message)
         if not text:
             return {}
         if text.startswith("Error: "):
@@ -1473,8 +2011,9 @@ class Json(Dialect):
         channel = message.param(Json.CHANNEL_AT.get(message.command, MAX_PARAMS))
         if channel.startswith(tuple(CHANNEL_TYPES)):
             item["channel"] = channel
-        if name in Json.NAMED:
-            item["name"] = message.param(Json.NAMED[name])
+        if name in Json.MORE:
+            key, at = Json.MORE[name]
+            item[key] = message.text if at < 0 else message.param(at)
         elif name == "names":
             item["users"] = [user.lstrip("@+") for user in message.text.split()]
             item["ranks"] = [user[: len(user) - len(user.lstrip("@+"))] for user in message.text.split()]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import binascii
 import cmd
 import codecs
 import concurrent.futures
@@ -59,6 +60,8 @@ import tracemalloc
 import types
 import unicodedata
 import unittest
+import urllib.error
+import urllib.request
 import xml.etree.ElementTree as ElementTree
 from array import array
 from fractions import Fraction
@@ -597,6 +600,18 @@ class Dialects(unittest.TestCase):
             "type": "system", "event": "invite", "user": "bob", "channel": "#tea",
             "text": "*** bob invited ann to #tea",
         }),
+        (Message("TOPIC", ("#tea", "Earl: Grey"), BOB), {
+            "type": "system", "event": "topic", "user": "bob", "channel": "#tea", "topic": "Earl: Grey",
+            "text": "*** bob set the topic: Earl: Grey",
+        }),
+        (Message("332", ("x", "#tea", "Grey"), "s"), {
+            "type": "system", "event": "topic", "channel": "#tea", "topic": "Grey",
+            "text": "*** The topic of #tea is: Grey",
+        }),
+        (Message("AWAY", ("lunch\x07",), BOB), {
+            "type": "system", "event": "away", "user": "bob", "text": "*** bob is away: lunch\\x07",
+        }),
+        (Message("AWAY", (), BOB), {"type": "system", "event": "back", "user": "bob", "text": "*** bob is back"}),
         (Message("FAIL", ("PRIVMSG", "INVALID_UTF8", "no"), "s"), {
             "type": "error", "code": "invalid-utf8", "text": "no",
         }),
@@ -8285,6 +8300,480 @@ INSPIRCD = """<config format="xml">
 <module name="cap"><module name="ircv3_echomessage"><module name="ircv3_ctctags"><module name="ircv3_servertime">
 <module name="conn_join"><autojoin channel="#lobby">
 """  # with the flood limits that Debian installs
+
+
+class Browser:
+    """Chromium without a window, by chromedriver: the WebDriver protocol (W3C)."""
+
+    ARGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        command = ["chromedriver", "--port=0"]
+        self.driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.driver.stdout
+        found = next(filter(None, (re.search(r"successfully on port (\d+)", line) for line in self.driver.stdout)))
+        self.other = f"http://127.0.0.1:{found[1]}/status"  # a page of another origin
+        self.root = f"http://127.0.0.1:{found[1]}/session"
+        options = {"args": [*self.ARGS, f"--user-data-dir={folder}"]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self.root += f"/{self.ask('POST', '', capabilities={'alwaysMatch': wanted})['sessionId']}"
+        self.tab = self.first = self.ask("GET", "/window")
+
+    def ask(self, method: str, path: str, **body: Any) -> Any:
+        data = json.dumps(body).encode() if method == "POST" else None
+        request = urllib.request.Request(self.root + path, data, {"Content-Type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(json.load(error)["value"]["message"]) from None
+
+    def devtools(self, command: str, **params: Any) -> Any:
+        return self.ask("POST", "/goog/cdp/execute", cmd=command, params=params)
+
+    def close(self) -> None:
+        try:
+            self.ask("DELETE", "")
+        finally:
+            self.driver.terminate()
+            self.driver.communicate(timeout=PATIENCE)
+
+
+class Page:
+    """The page of one person, in a tab of its own. Each has an origin, and so a memory, of its own."""
+
+    def __init__(self, browser: Browser, port: int, name: str, at: str = "") -> None:
+        self.browser = browser
+        self.address = f"http://{name or 'nobody'}.localhost:{port}/{at}"
+        self.tab = browser.ask("POST", "/window/new", type="tab")["handle"]
+        self.ask("POST", "/url", url=self.address)
+        if name:
+            self.type(f"{name}\n", "#name")
+            self.until(f"{name} joined")
+
+    def ask(self, method: str, path: str, **body: Any) -> Any:
+        """Asks the browser for something, in this tab."""
+        if self.browser.tab != self.tab:
+            self.browser.ask("POST", "/window", handle=self.tab)
+            self.browser.tab = self.tab
+        return self.browser.ask(method, path, **body)
+
+    def run(self, script: str, *args: Any) -> Any:
+        return self.ask("POST", "/execute/sync", script=script, args=args)
+
+    def type(self, text: str, where: str = "#draft") -> None:
+        found = self.ask("POST", "/element", using="css selector", value=where)
+        path = f"/element/{next(iter(found.values()))}/value"
+        self.ask("POST", path, text=text.replace("\n", "\ue007"))
+
+    def press(self, where: str) -> None:
+        found = self.ask("POST", "/element", using="css selector", value=where)
+        self.ask("POST", f"/element/{next(iter(found.values()))}/click")
+
+    def wait(self, condition: str, *args: Any) -> Any:
+        """Waits until a condition holds in the page; returns its value."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            found = self.run(f"return {condition}", *args)
+            if found:
+                return found
+            assert time.monotonic() < end, (condition, args, self.run("return document.body.innerText"))
+            time.sleep(0.02)
+
+    def until(self, text: str) -> None:
+        """Waits until a line contains a text."""
+        self.wait("log.innerText.includes(arguments[0])", text)
+
+    def lines(self, look: str = "") -> list[str]:
+        """The texts of the lines, in order."""
+        script = "return [...document.querySelectorAll(arguments[0])].map((text) => text.innerText)"
+        return list(self.run(script, f"#log .line{look} .text"))
+
+    def count(self, text: str) -> int:
+        return sum(text in line for line in self.lines())
+
+    def close(self) -> None:
+        self.ask("DELETE", "/window")
+        self.browser.tab = self.browser.first
+        self.browser.ask("POST", "/window", handle=self.browser.first)
+
+    def picture(self, name: str) -> None:
+        """Takes a picture, if somebody wants to look at them."""
+        if os.environ.get("CHAT_TEST_PICTURES"):
+            path = pathlib.Path(os.environ["CHAT_TEST_PICTURES"]) / f"{name}.png"
+            path.write_bytes(binascii.a2b_base64(self.ask("GET", "/screenshot")))
+
+    def look(self, width: int, dark: bool = False) -> None:
+        """Makes the page so wide, in these colours."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.run("")
+        size = {"width": width, "height": 720, "deviceScaleFactor": 1, "mobile": False}
+        self.browser.devtools("Emulation.setDeviceMetricsOverride", **size)
+        self.browser.devtools("Emulation.setEmulatedMedia", features=[scheme])
+
+
+# The least contrast of a text with what is behind it, of all texts that are seen.
+CONTRAST = """
+    const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    function luminance(color) {
+      context.fillStyle = color;
+      context.fillRect(0, 0, 1, 1);
+      const [red, green, blue] = [...context.getImageData(0, 0, 1, 1).data].map((value) =>
+        value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4);
+      return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    }
+    function ground(node) {
+      const color = getComputedStyle(node).backgroundColor;
+      return color !== "rgba(0, 0, 0, 0)" || !node.parentElement ? color : ground(node.parentElement);
+    }
+    function contrast(node, pseudo) {
+      const pair = [luminance(getComputedStyle(node, pseudo).color), luminance(ground(node))].sort();
+      return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+    }
+    const found = [[contrast(draft, "::placeholder"), "placeholder"]];
+    for (const node of document.querySelectorAll("#room *")) {
+      if (!node.checkVisibility()) continue;
+      if ([...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim()))
+        found.push([contrast(node), node.className + node.id + node.tagName + node.textContent]);
+      if (getComputedStyle(node, "::before").content !== "none")
+        found.push([contrast(node, "::before"), "before " + node.className]);
+    }
+    return [found.length, ...found.sort((one, other) => one[0] - other[0])[0]];
+"""
+
+
+@unittest.skipUnless(shutil.which("chromium") and shutil.which("chromedriver"), "needs Chromium")
+class BrowserCase(ProgramCase):
+    """The page as people have it. Plays share a test, as a browser takes seconds to start."""
+
+    DAY = 86400 * 10**6
+
+    def play(self, *plays: Callable[[], None]) -> None:
+        """Runs plays; then nothing may have been complained about on the console."""
+        self.folder = temporary_folder(self)
+        self.history = str(self.folder / "history")
+        self.fill_history()
+        self.program, self.port = self.server("--history", self.history)
+        self.browser = Browser(self.folder / "profile")
+        self.addCleanup(self.browser.close)
+        for play in plays:
+            with self.subTest(play.__name__):
+                play()
+        page = self.page("last")
+        page.run("try { log.innerHTML = 'x' } catch {}")  # which is not allowed: so we see that complaints are seen
+        strange = [line["message"] for line in self.browser.ask("POST", "/se/log", type="browser")]
+        expected = "WebSocket connection to .* failed|/favicon.ico - "  # without a network; of a foreign page
+        strange = [line for line in strange if not re.search(expected, line)]
+        self.assertRegex("\n".join(strange), "^.*This document requires 'TrustedHTML' assignment.*$")
+
+    def fill_history(self) -> None:
+        """Lines of the last days."""
+        history = chat.SqliteHistory(self.history)
+        now = int(time.time() * 1e6)
+        for number in range(130):
+            text = f"line {number} of the day before" if number else "what was said first"
+            history.append([("#chat", HistoryCase.said(now - 2 * self.DAY + number * 10**6, text))])
+        history.append([("#chat", HistoryCase.said(now - self.DAY, "said yesterday"))])
+        history.close()
+
+    def page(self, name: str, at: str = "") -> Page:
+        return Page(self.browser, self.port, name, at)
+
+    def person(self, name: str) -> Peer:
+        return self.peer(self.port, f"{name}\n", "joined")
+
+
+class InTheBrowser(BrowserCase):
+    def test_the_page(self) -> None:
+        plays = self.everybody_talks, self.kinds_of_lines, self.names_and_topic
+        self.play(*plays, self.keyboard, self.pasted_lines, self.scrolling)
+
+    def everybody_talks(self) -> None:
+        """Two pages, nc, an IRC client and the bundled client in one room."""
+        ann, bob = self.page("ann"), self.page("bob")
+        ann.until("bob joined")
+        nick = self.person("nick")
+        ida = self.peer(self.port, "NICK ida\r\nUSER i 0 * :i\r\nJOIN #chat\r\n", " 366 ")
+        dan = self.client(self.port, "--name", "dan")
+        ann.until("dan joined")
+        ann.type("from ann\n")
+        for peer in (nick, ida):
+            peer.until("from ann")
+        ida.send("PRIVMSG #chat :from ida\r\n")
+        nick.send("from nick\n")
+        out, _ = dan.communicate("from dan\n", timeout=PATIENCE)
+        self.assertIn("ann: from ann", out)
+        bob.type("from bob\n")
+        for page in (ann, bob):
+            for name in ("ann", "ida", "nick", "dan", "bob"):
+                page.until(f"from {name}")
+        ann.wait("!document.querySelector('.pending')")
+        self.assertEqual(ann.lines(".chat"), bob.lines(".chat"))
+        ann.close()
+        bob.close()
+
+    def kinds_of_lines(self) -> None:
+        """Each looks like what it is, and markup is text."""
+        eva, bob = self.page("eva"), self.person("bert")
+        eva.type("/topic Release on Friday\nhi all, I am back\n")
+        bob.until("hi all")
+        bob.send("hello eva, look at (https://example.org/a_(b)?c=1), or https://example.org/d.\nand one line more\n")
+        bob.send(
+            "<img src=x onerror=alert(1)><b>bold</b> &amp; javascript:alert(1)\nevil \u202etxt.exe\u2066 \x1b[31m\n"
+        )
+        bob.send("/me waves at everybody\n/msg eva psst, only for you\nthe end\n" + "long " * 80 + "\n")
+        eva.until("the end")
+        eva.type("/reply psst back\n/me nods\n/msg nobody there?\n")
+        bob.until("eva nods")
+        self.assertEqual(bob.seen[-2], "[private] eva: psst back")
+        eva.until("Not sent: there? (nobody here is called nobody)")
+        self.assertEqual(eva.run("return document.querySelectorAll('#log b:not(.name), #log img').length"), 0)
+        eva.until("evil <U+202E>txt.exe<U+2066> <U+001B>[31m")
+        links = eva.run("return [...document.querySelectorAll('#log a')].map((link) => [link.href, link.rel])")
+        self.assertEqual(links, [[f"https://example.org/{end}", "noopener noreferrer"] for end in ("a_(b)?c=1", "d")])
+        self.assertEqual(eva.lines(".mention"), [next(line for line in eva.lines() if "hello eva" in line)])
+        self.assertEqual(eva.lines(".action"), ["waves at everybody", "nods"])
+        self.assertEqual(eva.lines(".private"), ["psst, only for you", "psst back"])
+        self.assertGreaterEqual(eva.run("return document.querySelectorAll('[data-day]').length"), 3)
+        self.assertEqual(eva.run("return document.querySelectorAll('.past').length"), 100)
+        self.looks(eva)
+        eva.close()
+
+    def looks(self, eva: Page) -> None:
+        """Nothing is too wide or too faint, or covers where one types: on phone and desktop, light and dark."""
+        for width, dark in itertools.product((1200, 400), (False, True)):
+            eva.look(width, dark)
+            with self.subTest(width=width, dark=dark):
+                eva.wait(f"innerWidth === {width} && $('people').hidden === {'true' if width < 700 else 'false'}")
+                self.assertEqual(eva.run("return document.documentElement.scrollWidth"), width)
+                if width < 700:
+                    eva.picture(f"narrow-{'dark' if dark else 'light'}")
+                    eva.press("#toggle")
+                    eva.wait("!$('people').hidden")
+                    box = "{0}.getBoundingClientRect()"
+                    inside = f"{box.format('$(`people`)')}.bottom <= {box.format('$(`composer`)')}.top"
+                    self.assertTrue(eva.run(f"return {inside}"), "the drawer covers where one types")
+                eva.picture(f"{'narrow-names' if width < 700 else 'wide'}-{'dark' if dark else 'light'}")
+                count, least, where = eva.run(CONTRAST)
+                self.assertGreater(count, 50)
+                self.assertGreaterEqual(least, 4.5, where)
+                if width < 700:
+                    eva.type("\ue00c", "body")  # Escape
+                    eva.wait("$('people').hidden")
+        eva.run("log.scrollTop = document.querySelectorAll('[data-day]')[1].offsetTop - 200")
+        eva.wait("!state.stuck")
+        eva.picture("narrow-day-dark")
+        eva.look(1200)
+        eva.run("log.scrollTop = document.querySelectorAll('[data-day]')[1].offsetTop - 200")
+        eva.picture("wide-day-light")
+
+    def names_and_topic(self) -> None:
+        """Who is here, with ranks, and the topic are up to date; a tap on a name begins a line to them."""
+        zoe, bob = self.page("zoe", "#tea"), self.person("tom")
+        zoe.wait("$('channel').textContent === '#tea' && $('list').innerText === 'zoe\\nyou, operator'")
+        bob.send("/join #tea\n")
+        bob.until("tom joined (2 here)")
+        zoe.type("/mode +v tom\n/topic Earl Grey\n")
+        zoe.wait("$('topic').textContent === 'Earl Grey' && $('list').innerText.includes('tom\\nvoice')")
+        bob.send("/away lunch\n/nick tommy\n")
+        zoe.wait("$('list').innerText === 'zoe\\nyou, operator\\ntommy\\nvoice, away'")
+        zoe.press("#list li:last-child button")
+        self.assertEqual(zoe.run("return draft.value"), "tommy: ")
+        bob.send("/quit\n")
+        zoe.wait("$('list').innerText === 'zoe\\nyou, operator' && $('toggle').textContent === '1 here'")
+        zoe.type("\ue009a\ue000/join #chat\n")
+        zoe.wait("$('channel').textContent === '#chat' && !location.hash")
+        zoe.until("said yesterday")
+        zoe.close()
+
+    def keyboard(self) -> None:
+        """All goes without a mouse; what an input method composes is not sent."""
+        kim, bob = self.page("kim"), self.person("bartholomew")
+        kim.until("bartholomew joined")
+        kim.type("ba")
+        kim.run("draft.dispatchEvent(new KeyboardEvent('keydown', { key: 'Enter', isComposing: true }))")
+        kim.type("\ue004")
+        self.assertEqual(kim.run("return draft.value"), "bartholomew: ")
+        kim.type("one\ue008\ue007\ue000two\n")  # Shift-Enter
+        self.assertEqual([bob.until("kim: "), bob.until("kim: ")], ["kim: bartholomew: one", "kim: two"])
+        kim.type("\ue013")  # Up
+        self.assertEqual(kim.run("return draft.value"), "bartholomew: one\ntwo")
+        kim.type("\ue009a\ue000/to\ue004")
+        self.assertEqual(kim.run("return draft.value"), "/topic ")
+        kim.type("\ue009a\ue000\ue003")
+        seen: list[list[str]] = []
+        while ["toggle", "solid"] not in seen and len(seen) < 20:  # backwards, by Shift-Tab
+            kim.type("\ue008\ue004\ue000", "*:focus")
+            focus = "document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle"
+            seen.append(kim.run(f"return [{focus}]"))
+        self.assertIn(["toggle", "solid"], seen)
+        self.assertIn(["log", "solid"], seen)
+        kim.close()
+
+    def pasted_lines(self) -> None:
+        """Several lines are asked about, and no command among them is obeyed; a long one is split between words."""
+        pat, bob = self.page("pat"), self.person("pete")
+        paste = """
+            const data = new DataTransfer();
+            data.setData("text/plain", arguments[0]);
+            draft.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data }));
+            setDraft(arguments[0]);
+        """
+        pat.run(paste, "one\n/quit\nthree")
+        pat.type("\n")
+        pat.ask("POST", "/alert/dismiss")
+        self.assertEqual(pat.run("return draft.value"), "one\n/quit\nthree")
+        pat.type("\n")
+        self.assertEqual(pat.ask("GET", "/alert/text"), "Send 3 lines, each as a message?")
+        pat.ask("POST", "/alert/accept")
+        self.assertEqual([bob.until("pat: ") for _ in range(3)], ["pat: one", "pat: /quit", "pat: three"])
+        words = " ".join(f"wort{number}é" for number in range(90))
+        pat.run("setDraft(arguments[0])", words)
+        pat.type("\n")
+        pieces = [bob.until("pat: ")[5:]]
+        while len(" ".join(pieces)) < len(words):
+            pieces.append(bob.until("pat: ")[5:])
+        self.assertEqual(" ".join(pieces), words)
+        pat.close()
+
+    def scrolling(self) -> None:
+        """What arrives is followed at the bottom only; further up, older lines come, and the place stays."""
+        sam, bob = self.page("sam"), self.person("seb")
+        sam.wait("state.caught && state.stuck && log.scrollTop > 300")
+        place = "document.querySelectorAll('.line')[5].getBoundingClientRect().top"
+        text = "document.querySelectorAll('.line')[5].innerText"
+        sam.run("log.scrollTop = 310")
+        sam.wait("!state.stuck")
+        before = sam.run(f"return [{place}, {text}]")
+        bob.send("below\n")
+        sam.wait("$('newer').innerText === '1 new below'")
+        self.assertEqual(sam.run(f"return [{place}, {text}]"), before)
+        self.assertEqual(sam.count("what was said first"), 0)
+        sam.run("log.scrollTop = 0")
+        sam.until("what was said first")
+        sam.wait("!state.fetching && !state.older")
+        self.assertEqual(sam.count("what was said first"), 1)
+        self.assertGreater(sam.run("return log.scrollTop"), 300, "the place was lost")
+        sam.press("#newer")
+        sam.wait("state.stuck && $('newer').hidden")
+        bob.send("".join(f"{number} of many\n" for number in range(1200)))
+        sam.until("1199 of many")
+        self.assertEqual(sam.wait("state.queue.length === 0 && log.childElementCount"), 1000)
+        self.assertTrue(sam.run("return log.scrollHeight - log.scrollTop - log.clientHeight < 30"))
+        sam.close()
+
+
+class BackInTheBrowser(BrowserCase):
+    def test_the_page(self) -> None:
+        plays = self.reload_and_second_tab, self.nobody_looks, self.offline, self.restart
+        self.play(*plays, self.foreign_origin, self.password)
+
+    def reload_and_second_tab(self) -> None:
+        """Neither shows anybody a ghost: the same person comes back, with the draft; of two tabs, one has the chat."""
+        rae, bob = self.page("rae"), self.person("rob")
+        rae.type("kept\n")
+        bob.until("rae: kept")
+        rae.type("a draft")
+        rae.ask("POST", "/refresh")
+        rae.until("kept")
+        self.assertEqual((rae.count("kept"), rae.run("return draft.value")), (1, "a draft"))
+        second = self.page("")
+        second.ask("POST", "/url", url=rae.address)
+        second.until("kept")
+        rae.wait("$('status').innerText.includes('another tab')")
+        rae.picture("another-tab")
+        rae.press("#act")
+        second.wait("$('status').innerText.includes('another tab')")
+        rae.type("!\n/quit bye\n")
+        bob.until("rae left")
+        rae.wait("$('status').innerText.includes('You have left')")
+        self.assertEqual(
+            [line for line in bob.seen if "rae" in line], ["rae: kept", "rae: a draft!", "*** rae left: bye"]
+        )
+        for page in (rae, second):
+            page.close()
+
+    def nobody_looks(self) -> None:
+        """While nobody looks, unread lines are counted in the title, and a line shows where one left off."""
+        lea, bob = self.page("lea"), self.person("leo")
+        lea.run("document.hasFocus = () => false; dispatchEvent(new Event('blur'))")
+        bob.send("unseen one\nunseen two, lea\n")
+        lea.wait("document.title === '(2) #chat'")
+        self.assertEqual(lea.lines(".new"), ["unseen one"])
+        lea.picture("left-off")
+        lea.run("delete document.hasFocus; dispatchEvent(new Event('focus'))")
+        lea.wait("document.title === '#chat'")
+        lea.type("seen\n")
+        lea.wait("!document.querySelector('.new')")
+        lea.close()
+
+    def offline(self) -> None:
+        """What is typed without a network is sent once it is there, once; what was missed is shown, once."""
+        off, bob = self.page("olaf"), self.person("otto")
+        nowhere = {"offline": True, "latency": 0, "throughput": 0}
+        off.ask("POST", "/chromium/network_conditions", network_conditions=nowhere)
+        off.wait("$('status').innerText.includes('Connection lost')")
+        off.type("typed meanwhile\n")
+        bob.send("missed\n")
+        off.wait("document.querySelector('.pending')")
+        off.picture("reconnecting")
+        off.ask("DELETE", "/chromium/network_conditions")
+        self.assertEqual(bob.until("olaf"), "olaf: typed meanwhile")
+        off.wait("$('status').hidden && !document.querySelector('.pending')")
+        off.until("missed")
+        self.assertEqual([line for line in off.lines(".chat")[-2:]], ["missed", "typed meanwhile"])
+        off.close()
+
+    def restart(self) -> None:
+        """The same when the server is killed, and comes back."""
+        ron = self.page("ron")
+        ron.type("before\n")
+        ron.wait("!document.querySelector('.pending')")
+        self.program.kill()
+        self.program.communicate(timeout=PATIENCE)
+        ron.wait("!state.joined")
+        ron.type("meanwhile\n")
+        self.program, _ = self.server("--history", self.history, "--port", str(self.port))
+        bob = self.person("rick")
+        bob.send("/who\n")
+        bob.until("In #chat")
+        ron.wait("state.joined && !document.querySelector('.pending')")
+        bob.send("after\n")
+        ron.until("after")
+        self.assertEqual([line for line in ron.lines(".chat")[-3:]], ["before", "meanwhile", "after"])
+        ron.close()
+
+    def foreign_origin(self) -> None:
+        """Somebody else's page cannot speak here."""
+        page = self.page("mallory")
+        attempt = """
+            const done = arguments[1], socket = new WebSocket(arguments[0]);
+            socket.onopen = () => done("let in");
+            socket.onerror = () => done("refused");
+        """
+        for address, answer in ((page.address, "let in"), (self.browser.other, "refused"), ("data:,x", "refused")):
+            page.ask("POST", "/url", url=address)
+            url = f"ws://mallory.localhost:{self.port}/"
+            self.assertEqual(page.ask("POST", "/execute/async", script=attempt, args=[url]), answer, address)
+        page.close()
+
+    def password(self) -> None:
+        """It is asked for where one is wanted; and a name that is taken is asked for again."""
+        _, port = self.server(env={**os.environ, "CHAT_PASSWORD": "sesame"})
+        self.peer(port, "una\nsesame\n", "una joined")
+        una = Page(self.browser, port, "")
+        una.type("a(b\n", "#name")
+        una.wait("$('refusal').innerText && !$('secret').hidden")
+        una.type("\ue009a\ue000Una\n", "#name")
+        una.wait("!$('entry').hidden && $('name').value === 'Una' && !$('secret').hidden")
+        una.picture("password")
+        una.type("wrong\n", "#password")
+        una.wait("$('refusal').innerText && !$('entry').hidden && state.password === 'wrong'")
+        una.type("\ue009a\ue000sesame\n", "#password")
+        una.wait("$('refusal').innerText.includes('taken') && !$('entry').hidden")
+        una.type("\ue009a\ue000ute\n", "#name")
+        una.until("ute joined")
+        una.close()
 
 
 def ngircd_config(name: str, port: object, slow: bool, more: str) -> str:
