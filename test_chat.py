@@ -6914,7 +6914,7 @@ class WithoutARoute(ProgramCase):
         self.assertEqual(
             lines[0], "no address of this machine is known here; for others, look for one with: ip address\n"
         )
-        self.assertIn("--host 127.0.0.1 ", lines[1])
+        self.assertIn("http://127.0.0.1:9090/", lines[1])
 
 
 @unittest.skipUnless(socket.has_ipv6, "needs IPv6")
