@@ -131,6 +131,7 @@ DEFAULT_PORT = 9090
 IRC_PORT, IRC_TLS_PORT = 6667, 6697  # RFC 7194, section 2
 DEFAULT_CHANNEL = "#chat"
 SERVER_NAME = "chat.local"
+SERVER_INFO = "a small chat that is one file"  # as servers describe themselves
 LOOPBACK = "127.0.0.0/8,::1"
 
 # On the wire, in bytes.
@@ -335,6 +336,8 @@ RPL_LUSEROP = Numeric("252", "operators", "operators online")
 RPL_LUSERUNKNOWN = Numeric("253", "unregistered", "connections without a name yet")
 RPL_LUSERCHANNELS = Numeric("254", "channel-count", "channels formed")
 RPL_LUSERME = Numeric("255", "local-users")
+RPL_LOCALUSERS = Numeric("265", "local-count", "Current local users {0}, max {1}")
+RPL_GLOBALUSERS = Numeric("266", "global-count", "Current global users {0}, max {1}")
 RPL_TRYAGAIN = Numeric("263", "too-fast", "{0} is too much now; wait a little", form="Error: {text}")
 RPL_AWAY = Numeric("301", "away", form="{1} is away: {text}")
 RPL_USERHOST = Numeric("302", "userhost")
@@ -372,6 +375,7 @@ RPL_ENDOFINFO = Numeric("374", "end-of-info", "End of INFO list")
 RPL_MOTDSTART = Numeric("375", "motd-start")
 RPL_ENDOFMOTD = Numeric("376", "motd-end", "End of MOTD")
 RPL_TIME = Numeric("391", "time")
+RPL_HELPSTART = Numeric("704", "help", form="{text}")
 RPL_HELPTXT = Numeric("705", "help", form="{text}")
 RPL_ENDOFHELP = Numeric("706", "end-of-help", "End of HELP")
 
@@ -418,12 +422,14 @@ ERR_BADCHANNELKEY = Numeric("475", "bad-key", "{0} has a key: join it with the r
 ERR_BADCHANMASK = Numeric(
     "476", "bad-channel", f"a channel is # and up to {CHANNEL_CHARS - 1} printable characters without space or comma"
 )
+ERR_BADCHANNAME = ERR_NOSUCHCHANNEL._replace(text=ERR_BADCHANMASK.text)
 ERR_BANLISTFULL = Numeric("478", "too-many-bans", f"{{0}} has {MAX_BANS} bans; remove one first")
 ERR_NOPRIVILEGES = Numeric("481", "no-privileges", "nobody is operator of this server")
 ERR_CHANOPRIVSNEEDED = Numeric("482", "not-operator", "only an operator of {0} may do that")
 ERR_NOOPERHOST = Numeric("491", "no-operators", "nobody can become operator of this server")
 ERR_UMODEUNKNOWNFLAG = Numeric("501", "unknown-user-mode", "that user mode is not known")
 ERR_USERSDONTMATCH = Numeric("502", "not-you", "only your own modes can be seen")
+ERR_HELPNOTFOUND = Numeric("524", "no-help", "there is no help for {0}; HELP alone lists what there is")
 ERR_INVALIDMODEPARAM = Numeric("696", "bad-mode-parameter", "mode {1} cannot be set to that")
 
 # Replies of the IRCv3 standard-replies form: FAIL <command> <code> :<text>.
@@ -535,7 +541,8 @@ def check_channel(name: str) -> str:
         and not INVISIBLE.search(normal)
         and not set(normal) & set(" ,")
     ):
-        raise CommandError(ERR_BADCHANMASK, name)
+        long = name.startswith("#") and name.isprintable()
+        raise CommandError(ERR_BADCHANNAME if long else ERR_BADCHANMASK, name)
     return normal
 
 
@@ -2062,9 +2069,9 @@ class Irc(Dialect):
         if needed and needed not in self.caps:
             if message.command == "JOIN":
                 message = message._replace(params=message.params[:1])
-            elif message.command == "FAIL":
+            elif message.command == "FAIL" and message.param(1) != "INVALID_UTF8":  # IRCv3 UTF8ONLY
                 message = Message("NOTICE", ("*", message.text), message.source, message.tags)
-            else:
+            elif message.command != "FAIL":
                 return b""
         if not self.caps:
             return f"{format_line(message)}\r\n".encode()
@@ -3164,6 +3171,7 @@ class Call:
     def forget(self, session: Session) -> None:
         """Removes a session from the hub; its connection is closed once the log is sent."""
         self.hub.disconnected -= session.stage == Stage.DISCONNECTED
+        self.hub.registered -= session.registered
         session.address.disconnected.pop(session, None)
         session.stage = Stage.GONE
         del self.hub.sessions[session]
@@ -3229,6 +3237,7 @@ class Hub:
         self.messages = 0  # said so far
         self.sessions: dict[Session, None] = {}  # all but those that are gone, in order of arrival
         self.disconnected = 0  # how many of them
+        self.registered = self.most_registered = 0  # how many of them, now and at most
         self.nicks: dict[str, Session] = {}  # folded nick -> who holds it
         self.channels: dict[str, Channel] = {}  # folded name -> a channel that has members
         self.history.in_use = self._is_readable
@@ -3428,7 +3437,7 @@ class Command(NamedTuple):
     run: Handler
     min_params: int
     early: bool  # allowed before registration
-    names_server: bool  # its last parameter may name a server: ours
+    grammar: str
 
 
 COMMANDS: dict[str, Command] = {}
@@ -3438,7 +3447,7 @@ def command(grammar: str, min_params: int = 0, early: bool = False) -> Callable[
     """Enters a function in the table, under the first word of its grammar."""
 
     def enter(run: AnyHandler) -> AnyHandler:
-        COMMANDS[grammar.split()[0]] = Command(run, min_params, early, grammar.endswith("[<server>]"))
+        COMMANDS[grammar.split()[0]] = Command(run, min_params, early, grammar)
         return run
 
     return enter
@@ -3553,7 +3562,7 @@ def dispatch(hub: Hub, session: Session, message: Message) -> bool:
             raise CommandError(ERR_NEEDMOREPARAMS, message.command)
         rows = row.run(call)
         if rows is not None:
-            if row.names_server and message.params:
+            if row.grammar.endswith("[<server>]") and message.params:
                 check_server(call, message.params[-1])
             send_rows(call, rows)
         done = True
@@ -3788,6 +3797,8 @@ def user(call: Call) -> None:
     session = call.session
     if session.registered:
         raise CommandError(ERR_ALREADYREGISTERED)
+    if not call.params[3]:
+        raise CommandError(ERR_NEEDMOREPARAMS, "USER")
     session.user = re.sub("[^A-Za-z0-9._-]", "", call.params[0])[:USER_CHARS] or "user"
     session.realname = cut(call.params[3], REALNAME_BYTES)
     session.prefix = f"{session.nick}!{session.user}@{session.host}"
@@ -3809,6 +3820,8 @@ def register(call: Call) -> None:
         make_room(hub, session.address)
     hub.nicks[fold(session.nick)] = session
     session.stage = Stage.REGISTERED
+    hub.registered += 1
+    hub.most_registered = max(hub.most_registered, hub.registered)
     session.signon = session.last_spoke = time.time()
     log_later(logging.INFO, "%s joined", session.description())
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(hub.started))
@@ -3923,15 +3936,15 @@ def join_channel(call: Call, name: str, key: str) -> None:
 
 def check_can_join(session: Session, channel: Channel, key: str) -> None:
     """Raises CommandError where the modes of a channel do not let a session in. The first one after a restart needs no
-    invitation, for nobody could give it, nor do its operators."""
-    modes = channel.modes
-    if channel.is_banned(session):
+    invitation, for nobody could give it, nor do its operators. An operator's invitation opens all but a key."""
+    modes, invited = channel.modes, channel in session.invites
+    if channel.is_banned(session) and not invited:
         raise CommandError(ERR_BANNEDFROMCHAN, channel.name)
-    if "i" in modes and channel.members and not (channel in session.invites or channel.awaits(session)):
+    if "i" in modes and channel.members and not (invited or channel.awaits(session)):
         raise CommandError(ERR_INVITEONLYCHAN, channel.name)
     if "k" in modes and not hmac.compare_digest(key.encode(), modes["k"].encode()):
         raise CommandError(ERR_BADCHANNELKEY, channel.name)
-    if "l" in modes and len(channel.members) >= int(modes["l"]):
+    if "l" in modes and len(channel.members) >= int(modes["l"]) and not invited:
         raise CommandError(ERR_CHANNELISFULL, channel.name)
 
 
@@ -3946,6 +3959,7 @@ def send_channel_info(call: Call, channel: Channel) -> None:
         send_topic(call, channel)
     if not call.session.dialect.single:
         send_names(call, channel)
+        call.reply(RPL_ENDOFNAMES, channel.name)
 
 
 def replay(
@@ -3976,12 +3990,15 @@ def part(call: Call) -> None:
     for_each_target(call, part_one, most=MAX_JOINS)
 
 
-@command("KICK <channel> <name>{,<name>} [:<reason>]", 2)
+@command("KICK <channel>{,<channel>} <name>{,<name>} [:<reason>]", 2)
 def kick(call: Call) -> None:
-    channel = find_channel(call, call.params[0])
+    """Puts out of one channel, or each name out of the channel in its place: RFC 2812, section 3.2.8."""
     reason = cut(call.message.param(2), REASON_BYTES) or call.session.nick
+    names = targets(call, call.params[1])
+    places = dict(zip(names, call.params[0].split(",") if "," in call.params[0] else call.params[:1] * len(names)))
 
     def kick_one(nick: str) -> None:
+        channel = find_channel(call, places.get(nick, ""))
         check_member(call, channel, "o")  # each time: an operator may kick itself, too
         call.part(find_member(call, channel, nick), channel, reason)
 
@@ -4031,6 +4048,7 @@ def send_topic(call: Call, channel: Channel) -> None:
 
 @command("NAMES <channel>{,<channel>}")
 def names(call: Call) -> None:
+    """353 for each text of names in each channel, then one 366."""
     check_query_rate(call)
 
     def names_of_one(name: str) -> None:
@@ -4039,20 +4057,19 @@ def names(call: Call) -> None:
         except CommandError:
             if call.session.dialect.single:  # a person is told why there is no answer
                 raise
-            call.reply(RPL_ENDOFNAMES, safe_param(name))
 
     for_each_target(call, names_of_one)
+    call.reply(RPL_ENDOFNAMES, ",".join(map(safe_param, targets(call, call.message.param(0)))))
 
 
 def send_names(call: Call, channel: Channel) -> None:
-    """353 for each text of names, then 366. A person at nc, for whom there is no WHO, sees who is away."""
+    """353 for each text of names. A person at nc, for whom there is no WHO, sees who is away."""
     texts = channel.names(call.session.dialect.caps)
     away = {member.nick for member in channel.members if member.away} if call.session.dialect.single else ()
     if away:
         names = [f"{name} (away)" if name.lstrip("@+") in away else name for name in " ".join(texts).split()]
         texts = split_text(" ".join(names), NAMES_BYTES)
     call.reply_lines(RPL_NAMREPLY, "=", channel.name, texts=texts)
-    call.reply(RPL_ENDOFNAMES, channel.name)
 
 
 @command("LIST [<channel>{,<channel>}]")
@@ -4150,7 +4167,7 @@ def set_mode(call: Call, channel: Channel, change: ModeChange) -> str | None:
     if not change.on:
         before = channel.modes.pop(letter, None)
         return None if before is None else "*" if letter == "k" else ""
-    if letter in "kl" and not value:
+    if letter in "kl" and not value and call.message.text:  # there is none; an empty one is a wrong one
         raise CommandError(ERR_NEEDMOREPARAMS, "MODE")
     if letter == "k" and not is_word(value, KEY_BYTES):
         raise CommandError(ERR_INVALIDMODEPARAM, channel.name, "k", "*")
@@ -4263,19 +4280,28 @@ def relay(call: Call, target: str) -> None:
     hub.messages += 1
     item = StoredMessage(channel.logs[-1] if channel and text else "", message, key)
     call.stored += (item,)
-    if channel:
-        echo = session in channel.members and not call.ref and "echo-message" in session.dialect.caps
-        call.broadcast(message, channel, echo=echo)
-    else:
-        echo = other is session
-        relay_private(call, other, message)
-    if not echo:
-        call.acknowledge(message)
+    deliver(call, message, channel, other)
     if key:
         session.sent.pop(key, None)
         session.sent[key] = item
         if len(session.sent) > DEDUP_IDS:
             del session.sent[next(iter(session.sent))]
+
+
+def deliver(call: Call, message: Message, channel: Channel | None, other: Session) -> None:
+    """Sends a message to a channel or to one user, and its echo or receipt to the caller."""
+    session, echoes = call.session, "echo-message" in call.session.dialect.caps
+    if channel:
+        echo = session in channel.members and not call.ref and echoes
+        call.broadcast(message, channel, echo=echo)
+    elif other is session and call.label and echoes:
+        echo = False  # IRCv3 labeled-response: of the two that it gets, the echo has the label
+        call.effects.append(Unicast(session, [message]))
+    else:
+        echo = other is session
+        relay_private(call, other, message)
+    if not echo:
+        call.acknowledge(message)
 
 
 def find_channel_to_speak(call: Call, target: str) -> Channel:
@@ -4488,12 +4514,15 @@ def userhost(call: Call) -> Rows:
 
 @command("LUSERS")
 def lusers(call: Call) -> Rows:
-    named, connected = len(call.hub.nicks), len(call.hub.sessions)
-    yield RPL_LUSERCLIENT, f"There are {named} users on 1 server"
+    hub = call.hub
+    counts = str(hub.registered), str(hub.most_registered)
+    yield RPL_LUSERCLIENT, f"There are {hub.registered} users and 0 invisible on 1 servers"
     yield RPL_LUSEROP, "0"
-    yield RPL_LUSERUNKNOWN, str(connected - named)
-    yield RPL_LUSERCHANNELS, str(len(call.hub.channels))
-    yield RPL_LUSERME, f"I have {connected} clients and 0 servers"
+    yield RPL_LUSERUNKNOWN, str(len(hub.sessions) - hub.registered)
+    yield RPL_LUSERCHANNELS, str(len(hub.channels))
+    yield RPL_LUSERME, f"I have {hub.registered} clients and 0 servers"
+    yield (RPL_LOCALUSERS, *counts)
+    yield (RPL_GLOBALUSERS, *counts)
 
 
 @command("MOTD [<server>]")
@@ -4509,22 +4538,34 @@ def whowas(call: Call) -> Rows:
     yield RPL_ENDOFWHOWAS, safe_param(call.params[0])
 
 
+def help_(call: Call) -> Rows:
+    """What /help says to people; to IRC clients, the commands, or the grammar of one."""
+    asked, subject = call.message.param(0), safe_param(call.message.param(0))
+    lines = help_lines(asked)
+    if not call.session.dialect.single:
+        lines = ["HELP with one of these tells how it is written:", *split_text(" ".join(sorted(COMMANDS)), 80)]
+        if asked:
+            if asked.upper() not in COMMANDS:
+                raise CommandError(ERR_HELPNOTFOUND, asked)
+            lines = [COMMANDS[asked.upper()].grammar, *help_lines(asked)[1:]]
+    for numeric, line in itertools.zip_longest((RPL_HELPSTART,), lines, fillvalue=RPL_HELPTXT):
+        yield numeric, subject, line
+    yield RPL_ENDOFHELP, subject
+
+
 REPORTS: dict[str, Callable[[Call], Rows]] = {
     "VERSION [<server>]": lambda call: [
-        (RPL_VERSION, VERSION, call.hub.name, "a small chat that is one file"),
+        (RPL_VERSION, VERSION, call.hub.name, SERVER_INFO),
         *ISUPPORT,
     ],
     "INFO [<server>]": lambda call: [
-        (RPL_INFO, f"{VERSION}, a small chat that is one file"),
+        (RPL_INFO, f"{VERSION}, {SERVER_INFO}"),
         (RPL_INFO, f"Started {server_time(call.hub.started)}"),
         (RPL_ENDOFINFO,),
     ],
     "TIME [<server>]": lambda call: [(RPL_TIME, call.hub.name, server_time(time.time()))],
-    "LINKS": lambda call: [(RPL_LINKS, call.hub.name, call.hub.name, f"0 {VERSION}"), (RPL_ENDOFLINKS, "*")],
-    "HELP [<command>]": lambda call: [
-        *((RPL_HELPTXT, "*", line) for line in help_lines(call.message.param(0))),
-        (RPL_ENDOFHELP, "*"),
-    ],
+    "LINKS": lambda call: [(RPL_LINKS, call.hub.name, call.hub.name, f"0 {SERVER_INFO}"), (RPL_ENDOFLINKS, "*")],
+    **dict.fromkeys(("HELP [<command>]", "HELPOP [<command>]"), help_),
     # For operators of the server, whom IRC does not know here.
     "OPER <name> <password>": lambda call: [(ERR_NOOPERHOST,)],
     "KILL <name> :<reason>": lambda call: [(ERR_NOPRIVILEGES,)],

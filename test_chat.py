@@ -2139,12 +2139,13 @@ class IrcClients(ServerCase):
             peer, ":chat.local CAP ann NAK :sasl", ":chat.local CAP ann LIST :cap-notify multi-prefix server-time",
         )  # fmt: skip
         self.assertIn(" 410 ann DANCE ", peer.line() or "")
-        codes = [chat.parse(peer.line() or "").command for _ in range(14)]
-        self.assertEqual(" ".join(codes), "001 002 003 004 005 005 251 252 253 254 255 375 372 376")
+        codes = [chat.parse(peer.line() or "").command for _ in range(16)]
+        self.assertEqual(" ".join(codes), "001 002 003 004 005 005 251 252 253 254 255 265 266 375 372 376")
         tokens = [word for line in peer.seen if " 005 " in line for word in line.split(" :")[0].split()[3:]]
         for token in ("CASEMAPPING=ascii", "PREFIX=(ov)@+", "CHANMODES=b,k,l,imnt", "NICKLEN=24", "UTF8ONLY", "WHOX"):
             self.assertIn(token, tokens)
 
+    HELP_LINES = len(chat.split_text(" ".join(chat.COMMANDS), 80))
     REPLIES = [
         ("PING x", [":chat.local PONG chat.local :x"]), ("MODE #chat", ["324 ann #chat :+n", "329 ann #chat "]),
         ("MODE #chat b", ["368 ann #chat :"]), ("MODE #chat +o ann", ["482 ann #chat :"]), ("MODE ann", ["221 ann :+"]),
@@ -2165,22 +2166,31 @@ class IrcClients(ServerCase):
         ("TOPIC #chat", ["331 ann #chat :"]), ("TOPIC #tea", ["442 ann #tea :you are not in #tea"]),
         ("ISON bob nobody ANN", ["303 ann :bob ann"]),
         ("USERHOST bob ann", ["302 ann :bob=-bob@localhost ann=+ann@localhost"]), ("MOTD", ["375 ", "372 ", "376 "]),
-        ("LUSERS", ["251 ann :There are 2 users", "252 ", "253 ", "254 ann 2 ", "255 "]), ("AWAY :gone", ["306 "]),
+        ("LUSERS", [
+            "251 ann :There are 2 users and 0 invisible on 1 servers", "252 ann 0 :", "253 ann 0 :", "254 ann 2 :",
+            "255 ann :I have 2 clients and 0 servers", "265 ann 2 2 :", "266 ann 2 2 :",
+        ]), ("AWAY :gone", ["306 "]),
         ("AWAY", ["305 "]), ("NICK bob", ["433 ann bob :that name is taken; choose another"]),
         ("NICK 5", ["432 ann 5 :"]), ("NICK", ["431 ann :"]), ("USER a b c d", ["462 "]), ("PASS x", ["462 "]),
         ("DANCE", ["421 ann DANCE :DANCE is not a command here"]), ("JOIN", ["461 ann JOIN :"]),
-        ("JOIN nothing", ["476 "]), ("PART #tea", ["442 "]), ("PART #nix", ["403 ann #nix :there is no channel #nix"]),
+        ("JOIN nothing", ["476 "]), (f"JOIN #{'x' * chat.CHANNEL_CHARS}", [f"403 ann #{'x' * chat.CHANNEL_CHARS} :a "]),
+        ("PART #tea", ["442 "]), ("PART #nix", ["403 ann #nix :there is no channel #nix"]),
         ("PRIVMSG", ["411 "]), ("PRIVMSG bob", ["412 "]), ("PRIVMSG #tea :x", ["404 ann #tea :"]),
         ("PRIVMSG nobody,#nix :x", ["401 ", "403 "]), ("PRIVMSG a,b,c,d,e :x", ["407 "]),
         ("PRIVMSG bob :x", ["301 ann bob :brb"]), ("NOTICE nobody :x", []), ("CAP", ["461 "]),
         ("MOTD else.where", ["402 ann else.where :no server here is called else.where"]),
         ("VERSION", ["351 ann chat.py-0.1 chat.local :", "005 ann ", "005 ann "]), ("VERSION x", ["402 ann x :"]),
         ("TIME chat.*", ["391 ann chat.local :20"]), ("INFO", ["371 ann :chat.py", "371 ann :Started 20", "374 ann :"]),
-        ("LINKS", ["364 ann chat.local chat.local :0 ", "365 ann * :"]), ("OPER x y", ["491 ann :"]),
+        ("LINKS", ["364 ann chat.local chat.local :0 a small chat", "365 ann * :"]), ("OPER x y", ["491 ann :"]),
         ("KILL bob :x", ["481 ann :"]), ("WALLOPS x", ["481 ann :"]), ("INVITE bob", ["461 ann INVITE :"]),
         ("INVITE bob #chat", ["443 ann bob #chat :"]), ("INVITE bob #nix", ["403 ann #nix :"]),
         ("INVITE nobody #chat", ["401 ann nobody :"]), ("KICK #chat bob", ["482 ann #chat :"]),
         ("KICK #nix bob", ["403 ann #nix :"]), ("NAMES", ["366 ann * :"]), ("NAMES #a,#a,#a", ["366 ann #a :"]),
+        ("NAMES #tea,#nix,#chat", ["353 ann = #tea :@bob", "353 ann = #chat :@bob ann", "366 ann #tea,#nix,#chat :"]),
+        ("HELP", ["704 ann * :HELP with one of these", *["705 ann * :"] * HELP_LINES, "706 ann * :"]),
+        ("HELPOP privmsg", ["704 ann privmsg :PRIVMSG <target>{,<target>} :<text>", "706 ann privmsg :"]),
+        ("HELP MODE", ["704 ann MODE :MODE <", *["705 ann MODE :+"] * len(chat.MODE_HELP), "706 ann MODE :"]),
+        ("HELP nothing", ["524 ann nothing :there is no help for nothing"]), ("HELPOP :a b", ["524 ann a :"]),
         ("NAMES #a,#b,#c,#d,#e", ["407 ann :"]), ("NICK ANN", [":ann!ann@localhost NICK :ANN"]),
     ]  # fmt: skip
 
@@ -2226,6 +2236,14 @@ class IrcClients(ServerCase):
         self.assertEqual(len([line for line in ann.seen if " NICK :rob" in line]), 1)
         self.assertEqual(ann.sync(), [])
 
+    def test_a_labelled_message_to_oneself_comes_twice(self) -> None:
+        ann = self.irc("ann", "echo-message", "labeled-response", "batch", "message-tags")
+        for command, text in (("PRIVMSG", " :me"), ("NOTICE", " :me"), ("TAGMSG", "")):
+            ann.send(f"@label=L {command} ann{text}\r\n")
+            copy, echo = map(chat.parse, ann.sync())
+            self.assertEqual((copy.command, echo.params), (command, copy.params))
+            self.assertEqual(dict(echo.tags), {**copy.tags, "label": "L"})
+
     def test_echo_tags_and_private_messages(self) -> None:
         ann, bob = self.irc("ann", "echo-message", "message-tags", "server-time"), self.irc("bob")
         ann.sync()
@@ -2269,13 +2287,37 @@ class IrcClients(ServerCase):
     def test_bad_bytes_and_endless_lines(self) -> None:
         ann, bob = self.two()
         bob.sock.sendall(b"PRIVMSG #chat :\xff\r\nPRIVMSG #chat :a\rb\r\nPRIVMSG #chat :a\0b\r\n" + b"\n" * 10000)
-        for text in (chat.FAIL_INVALID_UTF8.text, chat.FAIL_BAD_CHARACTER.text, chat.FAIL_BAD_CHARACTER.text):
-            self.assertEqual(bob.line(), f":chat.local NOTICE * :{text}")
+        self.told(bob, ":chat.local FAIL PRIVMSG INVALID_UTF8 :that line is not UTF-8 text")
+        self.told(bob, *[f":chat.local NOTICE * :{chat.FAIL_BAD_CHARACTER.text}"] * 2)
         bob.sock.sendall(b"x" * (1 << 20))
         bob.until(" 417 ")
         bob.send("\r\nPRIVMSG #chat :still here\r\n@" + "a" * 4096 + " PRIVMSG #chat :x\r\n")
         bob.until(" 417 ")
         self.assertEqual(ann.sync(), [":bob!bob@localhost PRIVMSG #chat :still here"])
+
+    def test_what_is_not_utf8_fails_before_registration_too(self) -> None:
+        eve = self.peer("NICK eve\r\nUSER eve 0 * :\r\n")
+        eve.sock.sendall(b"USER eve 0 * :\xe8ve\r\nNICK \xe8ve\r\n\xe8 x\r\n")
+        failures = [
+            f":chat.local FAIL {what} INVALID_UTF8 :that line is not UTF-8 text" for what in ("USER", "NICK", "*")
+        ]
+        self.told(eve, ":chat.local 461 eve USER :USER needs more than that", *failures)
+        eve.send("USER eve 0 * :eve\r\n")
+        eve.until(" 001 eve ")
+
+    def test_who_has_not_registered_is_counted_as_unknown(self) -> None:
+        ann, eve = self.irc("ann"), self.peer("NICK eve\r\nPING x\r\n")
+        eve.until("PONG")
+        rob = self.irc("rob")
+        ann.sync()
+        self.answers(
+            ann, [("LUSERS", ["251 ann :There are 2 ", "252 ", "253 ann 1 :", "254 ", "255 ", "265 ann 2 2 :", "266 "])]
+        )
+        rob.send("QUIT\r\n")
+        eve.send("QUIT\r\n")
+        rob.rest(), eve.rest()
+        self.assertEqual(self.counts(ann), (1, 0, 1))
+        self.assertIn(":chat.local 265 ann 1 2 :Current local users 1, max 2", ann.seen)
 
     def test_reset_in_mid_line_shows_one_leave(self) -> None:
         ann, bob = self.two()
@@ -2498,6 +2540,7 @@ class ChannelModes(Stage):
         changed["ann"] += [f"472 ann {mode} :{mode} is not a channel mode here" for mode in "z*"]
         self.play(
             ("ann", "MODE #chat +zmz:", changed), ("ann", "MODE #chat +k", few), ("ann", "MODE #chat +o", few),
+            ("ann", "MODE #chat +k :", wrong("k", "*")), ("ann", "MODE #chat +l :", wrong("l", "*")),
             ("ann", "MODE #chat +k a,b", wrong("k", "*")), ("ann", "MODE #chat +k :a b", wrong("k", "*")),
             ("ann", f"MODE #chat +k {'x' * 33}", wrong("k", "*")),
             ("ann", f"MODE #chat +b {'x' * 77}", wrong("b", "x" * 64)), ("ann", "MODE #chat +l 0", wrong("l", "0")),
@@ -2548,6 +2591,7 @@ class ChannelModes(Stage):
         joins = dict.fromkeys(("ann", "bob"), [":eve!eve@localhost JOIN #chat"])
         joins["eve"] = [":eve!eve@localhost JOIN #chat", *self.names("eve", "#chat", "@ann bob eve")]
         parts = dict.fromkeys(("ann", "bob", "eve"), [":eve!eve@localhost PART #chat"])
+        invited = {"ann": ["341 ann eve :#chat"], "eve": [":ann!ann@localhost INVITE eve :#chat"]}
         self.play(
             ("ann", "MODE #chat +k tea", self.both("MODE #chat +k :tea")),
             ("eve", "JOIN #chat", "475 eve #chat :#chat has a key: join it with the right one"),
@@ -2555,16 +2599,17 @@ class ChannelModes(Stage):
             ("eve", "JOIN #chat tea", joins), ("eve", "PART #chat", parts),
             ("ann", "MODE #chat -k+l tea 2", self.both("MODE #chat -k+l * :2")),
             ("eve", "JOIN #chat", "471 eve #chat :#chat has as many members as it may have"),
+            ("ann", "INVITE eve #chat", invited), ("eve", "JOIN #chat", joins), ("eve", "PART #chat", parts),
             ("ann", "MODE #chat +l-l 3", self.both("MODE #chat +l-l :3")),
             ("ann", "MODE #chat +b *@LOCAL*", self.both("MODE #chat +b :*!*@LOCAL*")),
+            ("eve", "JOIN #chat", "474 eve #chat :you are banned from #chat"),
+            ("ann", "INVITE eve #chat", invited), ("eve", "JOIN #chat", joins), ("eve", "PART #chat", parts),
             ("eve", "JOIN #chat", "474 eve #chat :you are banned from #chat"),
             ("ann", "MODE #chat -b+i *!*@local*", self.both("MODE #chat -b+i :*!*@LOCAL*")),
             ("eve", "JOIN #chat", "473 eve #chat :only who was invited may join #chat"),
             ("bob", "INVITE eve #chat", "482 bob #chat :only an operator of #chat may do that"),
-            ("ann", "INVITE eve #chat", {
-                "ann": ["341 ann eve :#chat"], "eve": [":ann!ann@localhost INVITE eve :#chat"],
-            }),
-            ("eve", "JOIN #chat", joins), ("ann", "INVITE eve #chat", "443 ann eve #chat :eve is in #chat already"),
+            ("ann", "INVITE eve #chat", invited), ("eve", "JOIN #chat", joins),
+            ("ann", "INVITE eve #chat", "443 ann eve #chat :eve is in #chat already"),
             ("eve", "PART #chat", parts), ("eve", "JOIN #chat", "473 eve #chat :only who was invited may join #chat"),
         )  # fmt: skip
 
@@ -2685,6 +2730,13 @@ class Operators(Stage):
                 "bob": [":bob!bob@localhost KICK #tea bob :bob", "442 bob #tea :you are not in #tea"],
             }),
             ("ann", "PART #tea", ":ann!ann@localhost PART #tea"),
+            ("bob", "JOIN #chat", {
+                "ann": [":bob!bob@localhost JOIN #chat"],
+                "bob": [":bob!bob@localhost JOIN #chat", *self.names("bob", "#chat", "@ann bob")],
+            }),
+            ("ann", "KICK #nix,#chat eve,bob", {
+                "ann": [f"{out} :ann", "403 ann #nix :there is no channel #nix"], "bob": [f"{out} :ann"]
+            }),
         )  # fmt: skip
         self.assertEqual(self.counts()[2], 1)
 
