@@ -163,11 +163,12 @@ MASK_BYTES, KEY_BYTES = 80, 32  # of a ban, so that MAX_MODES of them fit in a M
 MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
 MAX_JOINS = 50  # channels in one JOIN or PART, and invitations that are remembered
 MAX_MODES = 4  # with a parameter, in one MODE
-MAX_BANS = 100  # of a channel
+MAX_BANS = 100  # of a channel, with exceptions
 MASK_STARS = 10  # in a mask: each makes its pattern longer, which takes 0.06 ms to compile
 BAN_CHECKS = 1000  # masks that one JOIN may have looked at: up to 4 us each
 BANS_CACHED = 10_000  # of whom a channel remembers whether they are banned
 MAX_LISTED = 1000  # channels in one LIST
+MAX_MONITORED, MAX_GONE = 100, 500  # names that a client monitors; those who left, for WHOWAS
 IRC_DIALECTS = 1000  # sets of capabilities that are remembered; there are few, unless somebody tries them all
 NICK_CHANGES, NICK_CHANGE_S = 5, 10.0  # at once, then one each so many seconds: each is told to everybody
 
@@ -348,6 +349,7 @@ RPL_WHOISUSER = Numeric("311", "whois-user", form="{1} is {1}!{2}@{3}: {text}")
 RPL_WHOISSERVER = Numeric("312", "whois-server")
 RPL_ENDOFWHO = Numeric("315", "end-of-who", "End of WHO list")
 RPL_WHOISIDLE = Numeric("317", "whois-idle", "seconds idle, signon time")
+RPL_WHOWASUSER = Numeric("314", "whowas-user")
 RPL_ENDOFWHOIS = Numeric("318", "end-of-whois", "End of WHOIS list")
 RPL_WHOISCHANNELS = Numeric("319", "whois-channels", form="{1} is in {text}")
 RPL_LISTSTART = Numeric("321", "list-start", "Users  Name")
@@ -358,7 +360,12 @@ RPL_CREATIONTIME = Numeric("329", "channel-created")
 RPL_NOTOPIC = Numeric("331", "no-topic", "No topic is set", form="{1} has no topic")
 RPL_TOPIC = Numeric("332", "topic", form="The topic of {1} is: {text}")
 RPL_TOPICWHOTIME = Numeric("333", "topic-by")
+RPL_WHOISBOT = Numeric("335", "whois-bot", "is a bot", form="{1} is a bot")
 RPL_INVITING = Numeric("341", "inviting", form="You invited {1} to {text}")
+RPL_INVEXLIST = Numeric("346", "invite-exception", form="Needs no invitation to {1}: {2}, by {3}")
+RPL_ENDOFINVEXLIST = Numeric("347", "end-of-invite-exceptions", "End of channel invite exception list", form="{text}")
+RPL_EXCEPTLIST = Numeric("348", "ban-exception", form="Never banned from {1}: {2}, by {3}")
+RPL_ENDOFEXCEPTLIST = Numeric("349", "end-of-ban-exceptions", "End of channel ban exception list", form="{text}")
 RPL_VERSION = Numeric("351", "version")
 RPL_WHOREPLY = Numeric("352", "who")
 RPL_NAMREPLY = Numeric("353", "names", form="In {2}: {text}")
@@ -379,12 +386,19 @@ RPL_HELPSTART = Numeric("704", "help", form="{text}")
 RPL_HELPTXT = Numeric("705", "help", form="{text}")
 RPL_ENDOFHELP = Numeric("706", "end-of-help", "End of HELP")
 
+RPL_MONONLINE = Numeric("730", "online")
+RPL_MONOFFLINE = Numeric("731", "offline")
+RPL_MONLIST = Numeric("732", "monitored")
+RPL_ENDOFMONLIST = Numeric("733", "end-of-monitored", "End of MONITOR list")
+ERR_MONLISTFULL = Numeric("734", "too-many-monitored", "Monitor list is full")
+
 ERR_NOSUCHNICK = Numeric("401", "no-such-user", "nobody here is called {0}")
 ERR_NOSUCHSERVER = Numeric("402", "no-such-server", "no server here is called {0}")
 ERR_NOSUCHCHANNEL = Numeric("403", "no-such-channel", "there is no channel {0}")
 ERR_CANNOTSENDTOCHAN = Numeric("404", "cannot-send", "only members may write to {0}")
 ERR_MODERATED = ERR_CANNOTSENDTOCHAN._replace(text="{0} is moderated: only who has a rank may write there")
 ERR_SILENCED = ERR_CANNOTSENDTOCHAN._replace(text="you are banned from {0}, so you cannot write there")
+ERR_NOCTCP = ERR_CANNOTSENDTOCHAN._replace(text="no CTCP but ACTION, which is /me, may be sent to {0}")
 ERR_TOOMANYCHANNELS = Numeric("405", "too-many-channels", "{0} would be one channel too many")
 ERR_WASNOSUCHNICK = Numeric("406", "was-no-such-user", "nothing is known of {0}")
 ERR_TOOMANYTARGETS = Numeric("407", "too-many-targets", "that is too many names in one command")
@@ -423,7 +437,7 @@ ERR_BADCHANMASK = Numeric(
     "476", "bad-channel", f"a channel is # and up to {CHANNEL_CHARS - 1} printable characters without space or comma"
 )
 ERR_BADCHANNAME = ERR_NOSUCHCHANNEL._replace(text=ERR_BADCHANMASK.text)
-ERR_BANLISTFULL = Numeric("478", "too-many-bans", f"{{0}} has {MAX_BANS} bans; remove one first")
+ERR_BANLISTFULL = Numeric("478", "too-many-bans", f"{{0}} has {MAX_BANS} bans and exceptions; remove one first")
 ERR_NOPRIVILEGES = Numeric("481", "no-privileges", "nobody is operator of this server")
 ERR_CHANOPRIVSNEEDED = Numeric("482", "not-operator", "only an operator of {0} may do that")
 ERR_NOOPERHOST = Numeric("491", "no-operators", "nobody can become operator of this server")
@@ -593,6 +607,14 @@ def mask_pattern(mask: str) -> re.Pattern[str]:
         raise ValueError("a mask of too many parts")
     middle = "".join(rf"(?=(.*?{piece}))\{number}" for number, piece in enumerate(rest[:-1], 1))
     return re.compile(f"{head}{middle}.*{rest[-1]}" if rest else head, re.DOTALL)
+
+
+def search_pattern(mask: str) -> re.Pattern[str]:
+    """The same of a mask that is only searched with, for folded text; one that is too long matches nothing."""
+    try:
+        return mask_pattern(fold(mask))
+    except ValueError:
+        return re.compile("(?!)")
 
 
 # -----------------------------------------------------------------------------
@@ -968,7 +990,9 @@ MODE_HELP = (
     "+o NAME: may moderate; +v NAME: may speak in spite of +m; - takes each away again",
     "+b MASK: may not come or speak, as bob, or *!*@HOST as /whois shows it; +b alone lists them",
     "+i: only who is invited comes; +k KEY: only who knows it; +l NUMBER: no more than so many",
+    "+e MASK: never banned; +I MASK: needs no invitation; each alone lists them",
     "+m: only +o and +v speak; +n: only who is here; +t: only +o sets the topic",
+    "+s: hidden from who is not here; +C: no CTCP but /me",
 )
 
 
@@ -1775,8 +1799,8 @@ RESUME_CAP = "chat.py/resume"
 SPEAK_CAP = "chat.py/speak"  # may speak in a channel that it could join, so that nobody sees it come and go
 CAPABILITIES = (
     "away-notify", "batch", "cap-notify", "chat.py/resume", "chat.py/speak", "chghost", "draft/chathistory",
-    "echo-message", "extended-join", "invite-notify", "labeled-response", "message-tags", "multi-prefix", "server-time",
-    "setname", "standard-replies", "userhost-in-names",
+    "echo-message", "extended-join", "extended-monitor", "invite-notify", "labeled-response", "message-tags",
+    "multi-prefix", "server-time", "setname", "standard-replies", "userhost-in-names",
 )  # fmt: skip
 # By which capability a client gets a tag; others by message-tags, and that one by none.
 TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: ""}
@@ -1903,7 +1927,7 @@ class Json(Dialect):
     # Commands with a channel: in which parameter.
     CHANNEL_AT = {
         **dict.fromkeys(("JOIN", "PART", "KICK", "MODE", "TOPIC", "NOTICE"), 0),
-        **dict.fromkeys(("INVITE", "322", "324", "331", "332", "367", "368"), 1),
+        **dict.fromkeys(("INVITE", "322", "324", "331", "332", "346", "347", "348", "349", "367", "368"), 1),
         **dict.fromkeys(("341", "353"), 2),
     }
 
@@ -2747,9 +2771,9 @@ class Session:
 
     __slots__ = (
         "address", "audiences", "authenticated", "away", "channels", "connected_at", "crlf", "deadline", "dialect",
-        "flood_bucket", "host", "invites", "last_received", "last_spoke", "negotiating", "nick", "nick_bucket",
-        "opcode", "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname", "resume_queue", "send",
-        "sent", "signon", "stage", "token", "user", "wrong_password",
+        "flood_bucket", "host", "invites", "last_received", "last_spoke", "modes", "monitored", "negotiating", "nick",
+        "nick_bucket", "opcode", "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname",
+        "resume_queue", "send", "sent", "signon", "stage", "token", "user", "wrong_password",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float, address: Address | None = None, buckets: Buckets | None = None) -> None:
@@ -2760,6 +2784,8 @@ class Session:
         self.opcode = 0  # of the WebSocket messages that it is sent; 0 where there are none
         self.nick = self.user = self.realname = self.away = ""
         self.prefix = ""  # nick!user@host, once registered
+        self.modes = ""  # letters of USER_MODES, sorted
+        self.monitored: dict[str, str] = {}  # folded nick -> as it was given
         self.authenticated = False  # has given the password, where one is required
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
         self.token = ""  # a hash of the secret by which this client may resume
@@ -2818,7 +2844,7 @@ class Channel:
         self.topic_time = 0
         self.modes = dict(NEW_MODES)  # letter -> parameter, or ''
         self.closed_after = 0  # the last message id before it got a key or was for the invited; 0 where it is not
-        self.bans: dict[str, Ban] = {}  # by folded mask
+        self.masks: dict[str, dict[str, Ban]] = {"b": {}, "e": {}, "I": {}}  # lists by their mode, each by folded mask
         # Before a restart: the tokens by which those who could moderate resume, '' without one; who comes again can.
         self.operators: list[str] = []
         self.members: dict[Session, str] = {}  # -> rank: '', 'o', 'v' or 'ov'; at the log's write end
@@ -2850,15 +2876,15 @@ class Channel:
         """A nick or a rank has changed, on which what is cached here depends."""
         self._names = {}
 
-    def set_ban(self, mask: str, by: str, when: str) -> None:
-        """Adds a ban; raises ValueError."""
-        self.bans[fold(mask)] = Ban(mask, by, when, mask_pattern(fold(mask)))
+    def add_mask(self, letter: str, mask: str, by: str, when: str) -> None:
+        """Adds to the bans or to a list of exceptions; raises ValueError."""
+        self.masks[letter][fold(mask)] = Ban(mask, by, when, mask_pattern(fold(mask)))
         self._banned = {}
 
-    def unban(self, mask: str) -> str:
-        """Removes a ban; returns its mask as it was set."""
+    def remove_mask(self, letter: str, mask: str) -> str:
+        """Removes from them; returns the mask as it was set."""
         self._banned = {}
-        return self.bans.pop(fold(mask)).mask
+        return self.masks[letter].pop(fold(mask)).mask
 
     def names(self, caps: frozenset[str] = frozenset()) -> list[str]:
         """All names with their signs, in texts that fit in a 353 line. Kept up to date as members join."""
@@ -2880,13 +2906,13 @@ class Channel:
         return (self.folded, f"{self.folded} {self.closed_after:x}") if self.closed_after else (self.folded,)
 
     def state(self) -> str:
-        """What is restored after a restart: topic, modes, bans, operators; '' where that is what a new channel has."""
+        """What is restored after a restart: topic, modes, masks, operators; '' where that is what a new channel has."""
         operators = self.operators + [member.token for member, rank in self.members.items() if "o" in rank]
-        if not (self.topic or self.bans or self.modes != NEW_MODES or operators):
+        if not (self.topic or any(self.masks.values()) or self.modes != NEW_MODES or operators):
             return ""
-        bans = [ban[:3] for ban in self.bans.values()]
+        masks = {letter: [ban[:3] for ban in found.values()] for letter, found in self.masks.items()}
         values = {key: getattr(self, key) for key in CHANNEL_STATE}
-        return json.dumps({**values, "bans": bans, "operators": operators})
+        return json.dumps({**values, "bans": masks.pop("b"), "exceptions": masks, "operators": operators})
 
     @staticmethod
     def restored(state: str) -> Channel:
@@ -2896,27 +2922,36 @@ class Channel:
             channel = Channel(values["name"])
             for key in CHANNEL_STATE:
                 setattr(channel, key, values[key])
-            for ban in values["bans"]:
-                channel.set_ban(*ban)
+            for letter, bans in {**values.get("exceptions", {}), "b": values["bans"]}.items():
+                for ban in bans:
+                    channel.add_mask(letter, *ban)
             channel.operators = list(values.get("operators", ()))
         except (ValueError, LookupError, TypeError):
             raise CommandError(FAIL_MESSAGE_ERROR) from None
         return channel
 
     def is_banned(self, session: Session) -> bool:
-        """Whether a ban matches a session. Asked for every message, so the answer is kept."""
-        if not self.bans:
+        """Whether a ban matches a session, and no exception. Asked for every message, so the answer is kept."""
+        if not self.masks["b"]:
             return False
         if session.prefix not in self._banned:
             if len(self._banned) >= BANS_CACHED:
                 self._banned = {}
-            folded = fold(session.prefix)
-            self._banned[session.prefix] = any(ban.pattern.fullmatch(folded) for ban in self.bans.values())
+            self._banned[session.prefix] = self.matches("b", session) and not self.matches("e", session)
         return self._banned[session.prefix]
 
-    def ban_checks(self, session: Session) -> int:
-        """How many masks `is_banned` has to look at."""
-        return 0 if session.prefix in self._banned else len(self.bans)
+    def matches(self, letter: str, session: Session) -> bool:
+        """Whether a session is in one of the lists of masks."""
+        folded = fold(session.prefix)
+        return any(ban.pattern.fullmatch(folded) for ban in self.masks[letter].values())
+
+    def mask_checks(self, session: Session) -> int:
+        """How many masks have to be looked at when a session joins."""
+        return sum(len(self.masks[letter]) for letter in ("I" if session.prefix in self._banned else self.masks))
+
+    def is_hidden(self, session: Session) -> bool:
+        """Whether a session may not know who is in the channel, nor that there is one."""
+        return "s" in self.modes and session not in self.members
 
 
 # What a log entry does, in order: messages that others get, and what changes who will get the next ones. The mailer
@@ -3075,6 +3110,10 @@ class Call:
 
     # What others get.
 
+    def tags(self) -> dict[str, str]:
+        """The tags of a message from the caller."""
+        return {**self.hub.ids.next(), "bot": ""} if "B" in self.session.modes else self.hub.ids.next()
+
     def send_to(self, session: Session, message: Message) -> None:
         """Sends a message to one session, unless that would break its TLS handshake."""
         if session.stage == Stage.HANDSHAKING:
@@ -3093,6 +3132,15 @@ class Call:
         self.hub.log_broadcasts += 1
 
     # What changes.
+
+    def set_online(self, session: Session, online: bool) -> None:
+        """A nick has come into use, or is no longer, which WHOWAS remembers: tells those who monitor it."""
+        if not online:
+            row = session.nick, session.user, session.host, "*", session.realname
+            self.hub.gone.appendleft((row, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())))
+        told = session.prefix if online else session.nick
+        messages = [Message((RPL_MONONLINE if online else RPL_MONOFFLINE).code, ("*", told), self.hub.name)]
+        self.effects += [Unicast(watcher, messages) for watcher in self.hub.monitors.get(fold(session.nick), ())]
 
     def set_dialect(self, dialect: Dialect) -> None:
         """Changes what the caller speaks, or has negotiated."""
@@ -3145,7 +3193,7 @@ class Call:
         """Removes a session from a channel, which the caller did, and tells its members."""
         kicked = [] if session is self.session and self.message.command != "KICK" else [session.nick]
         words = (channel.name, *kicked, *([reason] if reason else []))
-        message = Message("KICK" if kicked else "PART", words, self.session.prefix, self.hub.ids.next())
+        message = Message("KICK" if kicked else "PART", words, self.session.prefix, self.tags())
         self.broadcast(message, channel)
         self.leave(session, channel)
 
@@ -3160,6 +3208,8 @@ class Call:
         level = logging.INFO if session.registered else logging.DEBUG
         log_later(level, "%s left: %s", session.description(), escape_controls(reason).rstrip(": "))
         channels = tuple(session.channels)
+        if session.registered:
+            self.set_online(session, False)
         if channels:
             self.leave(session, *channels)
             message = Message("QUIT", (cut(reason, REASON_BYTES),), session.prefix, self.hub.ids.next())
@@ -3172,6 +3222,8 @@ class Call:
         """Removes a session from the hub; its connection is closed once the log is sent."""
         self.hub.disconnected -= session.stage == Stage.DISCONNECTED
         self.hub.registered -= session.registered
+        self.hub.invisible -= "i" in session.modes
+        self.hub.unmonitor(session, session.monitored)
         session.address.disconnected.pop(session, None)
         session.stage = Stage.GONE
         del self.hub.sessions[session]
@@ -3218,11 +3270,7 @@ class Hub:
     """
 
     def __init__(
-        self,
-        name: str,
-        history: MemoryHistory | None = None,
-        replay: int = REPLAY_LINES,
-        limits: Limits | None = None,
+        self, name: str, history: MemoryHistory | None = None, replay: int = REPLAY_LINES, limits: Limits | None = None
     ) -> None:
         self.name = name
         self.history = history or MemoryHistory()  # the mailer's
@@ -3236,9 +3284,11 @@ class Hub:
         self.started = time.time()
         self.messages = 0  # said so far
         self.sessions: dict[Session, None] = {}  # all but those that are gone, in order of arrival
-        self.disconnected = 0  # how many of them
-        self.registered = self.most_registered = 0  # how many of them, now and at most
+        self.disconnected = self.invisible = 0  # how many of them are so
+        self.registered = self.most_registered = 0  # now, and at most
         self.nicks: dict[str, Session] = {}  # folded nick -> who holds it
+        self.monitors: dict[str, dict[Session, None]] = {}  # folded nick -> who is told when it comes and goes
+        self.gone: collections.deque[tuple[tuple[str, ...], str]] = collections.deque(maxlen=MAX_GONE)  # the last first
         self.channels: dict[str, Channel] = {}  # folded name -> a channel that has members
         self.history.in_use = self._is_readable
         # folded name -> Channel.state of one from before the restart, into which nobody has come back
@@ -3350,6 +3400,21 @@ class Hub:
         session.deadline = deadline
         heapq.heappush(self._deadlines, (deadline, next(self._ties), session))
 
+    def monitor(self, session: Session, names: Mapping[str, str]) -> None:
+        """Adds folded nicks, with what was given, to those that a session monitors, as many as there may be."""
+        for folded, name in names.items():
+            if len(session.monitored) < MAX_MONITORED:
+                session.monitored.setdefault(folded, name)
+                self.monitors.setdefault(folded, {})[session] = None
+
+    def unmonitor(self, session: Session, names: Iterable[str]) -> None:
+        """Removes folded nicks from those that a session monitors."""
+        for name in list(names):
+            if session.monitored.pop(name, None):
+                del self.monitors[name][session]
+                if not self.monitors[name]:
+                    del self.monitors[name]
+
     def append(self, call: Call) -> None:
         """Appends a call to the log, if it does anything."""
         if call.effects or call.replies or call.label or call.stored:
@@ -3428,7 +3493,7 @@ def ping_ghost(call: Call, session: Session) -> None:
 # Each function is one command, headed by its grammar. It runs with the hub's lock held, and does everything by the
 # methods of its Call; functions above the first command are the dispatcher's, and what commands share.
 
-Rows = Iterable[Tuple[Any, ...]]  # (numeric, *parameters)
+Rows = Iterable[Tuple[Any, ...]]  # (numeric, *parameters), or () for what was looked at and is not told
 Handler = Callable[[Call], Optional[Rows]]  # a query returns its replies
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
@@ -3465,14 +3530,15 @@ def check_query_rate(call: Call) -> None:
 def send_rows(call: Call, rows: Rows) -> None:
     """Replies with rows. Between two parts of a long answer, lets others have the lock; the caller may leave then."""
     check_query_rate(call)
-    for row in rows:
-        call.reply(*row)
-        if len(call.replies) % QUERY_ROWS == 0:
+    for count, row in enumerate(rows, 1):
+        if row:
+            call.reply(*row)
+        if count % QUERY_ROWS == 0:
+            part = Call(call.hub, call.session)
             if not call.label:  # otherwise they go out as one
-                part = Call(call.hub, call.session)
                 part.replies, call.replies = call.replies, []
-                call.session.address.rows.debit(time.monotonic(), len(part.replies))
                 call.hub.append(part)
+            call.session.address.rows.debit(time.monotonic(), max(len(part.replies), QUERY_ROWS / 10))
             call.hub.pause()
             if call.session.stage == Stage.GONE:
                 return
@@ -3580,14 +3646,15 @@ def charge(call: Call) -> None:
     session, bucket = call.session, call.session.flood_bucket
     if not bucket or len(call.effects) < 2:
         return
-    heard = sum(
-        isinstance(effect, Unicast)
-        or isinstance(effect, Broadcast)
-        and any(len(channel.members) > (session in channel.members) for channel in effect.channels)
+    heard = {id(effect.messages) for effect in call.effects if isinstance(effect, Unicast)}
+    heard |= {
+        id(effect)
         for effect in call.effects
-    )
-    if heard > 1:
-        bucket.debit(time.monotonic(), heard - 1)
+        if isinstance(effect, Broadcast)
+        and any(len(channel.members) > (session in channel.members) for channel in effect.channels)
+    }
+    if len(heard) > 1:
+        bucket.debit(time.monotonic(), len(heard) - 1)
 
 
 def targets(call: Call, text: str) -> list[str]:
@@ -3626,6 +3693,20 @@ def find_channel(call: Call, name: str) -> Channel:
     return channel
 
 
+def find_visible(call: Call, name: str) -> Channel:
+    """The same of one that is not hidden from the caller."""
+    channel = find_channel(call, name)
+    if channel.is_hidden(call.session):
+        raise CommandError(ERR_NOSUCHCHANNEL, name)
+    return channel
+
+
+def is_visible(call: Call, other: Session) -> bool:
+    """Whether the caller may see another session in lists: itself, and whom it shares a channel with, in any case."""
+    mine = call.session.channels
+    return "i" not in other.modes or other is call.session or not mine.keys().isdisjoint(other.channels)
+
+
 def find_user(call: Call, nick: str) -> Session:
     """The registered session with a nick; raises CommandError."""
     session = call.hub.nicks.get(fold(nick))
@@ -3652,10 +3733,8 @@ def check_member(call: Call, channel: Channel, rank: str = "") -> None:
 
 def check_server(call: Call, mask: str) -> None:
     """Raises CommandError if a mask does not match this server's name."""
-    with contextlib.suppress(ValueError):
-        if mask_pattern(fold(mask)).fullmatch(fold(call.hub.name)):
-            return
-    raise CommandError(ERR_NOSUCHSERVER, mask)
+    if not search_pattern(mask).fullmatch(fold(call.hub.name)):
+        raise CommandError(ERR_NOSUCHSERVER, mask)
 
 
 def notify_peers(call: Call, message: Message, cap: str) -> None:
@@ -3666,6 +3745,11 @@ def notify_peers(call: Call, message: Message, cap: str) -> None:
     if call.session.channels:
         told = message._replace(tags={**message.tags, FOR_TAG: cap})
         call.broadcast(told, *call.session.channels, echo=False)
+    shared, channels = [message], call.session.channels
+    for watcher in call.hub.monitors.get(fold(call.session.nick), ()):  # IRCv3 extended-monitor
+        knows = watcher.dialect.caps >= {"extended-monitor", cap}
+        if knows and watcher is not call.session and channels.keys().isdisjoint(watcher.channels):
+            call.effects.append(Unicast(watcher, shared))
 
 
 # Registration.
@@ -3764,8 +3848,18 @@ def change_nick(call: Call, name: str) -> None:
         del hub.nicks[fold(session.nick)]
     if not resumes or holder is session:
         hub.nicks[fold(name)] = session
+    rename(call, name)
+    register(call)
+
+
+def rename(call: Call, name: str) -> None:
+    """Gives the caller another nick, and tells those who see it."""
+    session = call.session
+    is_other = session.registered and fold(name) != fold(session.nick)
+    if is_other:
+        call.set_online(session, False)
     if session.registered:
-        change = Message("NICK", (name,), session.prefix, hub.ids.next())
+        change = Message("NICK", (name,), session.prefix, call.tags())
         if session.channels:
             call.broadcast(change, *session.channels)
         else:
@@ -3774,7 +3868,8 @@ def change_nick(call: Call, name: str) -> None:
     session.prefix = f"{name}!{session.user}@{session.host}"
     for channel in session.channels:
         channel.changed()
-    register(call)
+    if is_other:
+        call.set_online(session, True)
 
 
 def resume_session(call: Call, old: Session) -> None:
@@ -3785,6 +3880,7 @@ def resume_session(call: Call, old: Session) -> None:
         call.leave(old, channel)
     session.resume_queue, session.away, session.invites = old.resume_queue, old.away, old.invites
     session.nick_bucket, old.nick_bucket = old.nick_bucket, session.nick_bucket
+    session.modes, old.modes = old.modes, session.modes
     if session.flood_bucket and old.flood_bucket:
         session.flood_bucket, old.flood_bucket = old.flood_bucket, session.flood_bucket
     session.sent, old.sent = old.sent or session.sent, {}
@@ -3818,6 +3914,7 @@ def register(call: Call) -> None:
         resume_session(call, holder)
     else:
         make_room(hub, session.address)
+        call.set_online(session, True)
     hub.nicks[fold(session.nick)] = session
     session.stage = Stage.REGISTERED
     hub.registered += 1
@@ -3828,7 +3925,7 @@ def register(call: Call) -> None:
     call.reply(RPL_WELCOME, f"Welcome to the chat, {session.prefix}")
     call.reply(RPL_YOURHOST, f"Your host is {hub.name}, running {VERSION}")
     call.reply(RPL_CREATED, f"This server was started {started}")
-    call.reply(RPL_MYINFO, hub.name, VERSION, "i", "biklmnotv")
+    call.reply(RPL_MYINFO, hub.name, VERSION, USER_MODES, "CIbeiklmnostv")
     for row in (*ISUPPORT, *lusers(call), *motd(call)):
         call.reply(*row)
     for channel in session.channels:  # of a resumed session
@@ -3839,11 +3936,12 @@ def register(call: Call) -> None:
 
 
 _TOKENS = (
-    "NETWORK=chat.py CASEMAPPING=ascii CHANTYPES=# PREFIX=(ov)@+ CHANMODES=b,k,l,imnt"
+    "NETWORK=chat.py CASEMAPPING=ascii CHANTYPES=# PREFIX=(ov)@+ CHANMODES=beI,k,l,Cimnst EXCEPTS=e INVEX=I"
     f" NICKLEN={NICK_CHARS} CHANNELLEN={CHANNEL_CHARS} TOPICLEN={TOPIC_BYTES} AWAYLEN={AWAY_BYTES}"
-    f" KICKLEN={REASON_BYTES} KEYLEN={KEY_BYTES} NAMELEN={REALNAME_BYTES} MODES={MAX_MODES} MAXLIST=b:{MAX_BANS}"
+    f" KICKLEN={REASON_BYTES} KEYLEN={KEY_BYTES} NAMELEN={REALNAME_BYTES} MODES={MAX_MODES} MAXLIST=beI:{MAX_BANS}"
     f" TARGMAX=JOIN:{MAX_JOINS},PART:{MAX_JOINS},KICK:{MAX_TARGETS},NAMES:{MAX_TARGETS},NOTICE:{MAX_TARGETS},"
-    f"PRIVMSG:{MAX_TARGETS} UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
+    f"WHOWAS:{MAX_TARGETS},PRIVMSG:{MAX_TARGETS} STATUSMSG=@+ ELIST=CMNTU MONITOR={MAX_MONITORED} BOT=B"
+    f" UTF8ONLY WHOX CHATHISTORY={PAGE_LINES} MSGREFTYPES=msgid,timestamp"
 ).split()
 ISUPPORT = [(RPL_ISUPPORT, *_TOKENS[start : start + 13]) for start in range(0, len(_TOKENS), 13)]  # at most 13 a line
 
@@ -3893,7 +3991,7 @@ def join(call: Call) -> None:
     def join_one(name: str) -> None:
         nonlocal checks
         known = call.hub.channels.get(fold(check_channel(name)))
-        checks += known.ban_checks(session) if known else 0
+        checks += known.mask_checks(session) if known else 0
         if checks > BAN_CHECKS:
             raise CommandError(RPL_TRYAGAIN, "JOIN")
         join_channel(call, check_channel(name), keys.get(name, ""))
@@ -3920,12 +4018,12 @@ def join_channel(call: Call, name: str, key: str) -> None:
     if hub.restored.pop(channel.folded, None) and "i" in channel.modes:  # nobody was there to invite
         channel.topic = ""
         call.save(channel, reopened=True)
-    tags = {**hub.ids.next(), COUNT_TAG: str(len(channel.members))}
+    tags = {**call.tags(), COUNT_TAG: str(len(channel.members))}
     call.broadcast(join_message(session, channel, tags), channel)
     if channel.members[session] and len(channel.members) > 1:  # again, after a restart
         call.broadcast(Message("MODE", (channel.name, "+o", session.nick), hub.name, hub.ids.next()), channel)
     if session.away:
-        tags = {**hub.ids.next(), FOR_TAG: "away-notify"}
+        tags = {**call.tags(), FOR_TAG: "away-notify"}
         call.broadcast(Message("AWAY", (session.away,), session.prefix, tags), channel, echo=False)
     send_channel_info(call, channel)
     asks = "draft/chathistory" in session.dialect.caps or NO_REPLAY_TAG in call.message.tags
@@ -3940,7 +4038,8 @@ def check_can_join(session: Session, channel: Channel, key: str) -> None:
     modes, invited = channel.modes, channel in session.invites
     if channel.is_banned(session) and not invited:
         raise CommandError(ERR_BANNEDFROMCHAN, channel.name)
-    if "i" in modes and channel.members and not (invited or channel.awaits(session)):
+    expected = invited or channel.awaits(session) or channel.matches("I", session)
+    if "i" in modes and channel.members and not expected:
         raise CommandError(ERR_INVITEONLYCHAN, channel.name)
     if "k" in modes and not hmac.compare_digest(key.encode(), modes["k"].encode()):
         raise CommandError(ERR_BADCHANNELKEY, channel.name)
@@ -4016,7 +4115,7 @@ def invite(call: Call) -> None:
         if len(other.invites) > MAX_JOINS:
             del other.invites[next(iter(other.invites))]
     call.reply(RPL_INVITING, other.nick, channel.name)
-    message = Message("INVITE", (other.nick, channel.name), call.session.prefix, call.hub.ids.next())
+    message = Message("INVITE", (other.nick, channel.name), call.session.prefix, call.tags())
     relay_private(call, other, message)
     told = message._replace(tags={**message.tags, FOR_TAG: "invite-notify"})
     call.broadcast(told, channel, echo=False)
@@ -4034,7 +4133,7 @@ def topic(call: Call) -> None:
         raise CommandError(ERR_INPUTTOOLONG)
     channel.topic, channel.topic_by, channel.topic_time = call.params[1], call.session.prefix, int(time.time())
     call.save(channel)
-    call.broadcast(Message("TOPIC", (channel.name, channel.topic), channel.topic_by, call.hub.ids.next()), channel)
+    call.broadcast(Message("TOPIC", (channel.name, channel.topic), channel.topic_by, call.tags()), channel)
 
 
 def send_topic(call: Call, channel: Channel) -> None:
@@ -4053,7 +4152,7 @@ def names(call: Call) -> None:
 
     def names_of_one(name: str) -> None:
         try:
-            send_names(call, find_channel(call, name))
+            send_names(call, find_visible(call, name))
         except CommandError:
             if call.session.dialect.single:  # a person is told why there is no answer
                 raise
@@ -4063,25 +4162,60 @@ def names(call: Call) -> None:
 
 
 def send_names(call: Call, channel: Channel) -> None:
-    """353 for each text of names. A person at nc, for whom there is no WHO, sees who is away."""
+    """353 for each text of names, of those who are visible. A person at nc, who has no WHO, sees who is away."""
     texts = channel.names(call.session.dialect.caps)
+    if call.hub.invisible and call.session not in channel.members:
+        hidden = {member.nick for member in channel.members if not is_visible(call, member)}
+        names = [name for name in " ".join(texts).split() if name.lstrip("@+").partition("!")[0] not in hidden]
+        texts = split_text(" ".join(names), NAMES_BYTES)
     away = {member.nick for member in channel.members if member.away} if call.session.dialect.single else ()
     if away:
         names = [f"{name} (away)" if name.lstrip("@+") in away else name for name in " ".join(texts).split()]
         texts = split_text(" ".join(names), NAMES_BYTES)
-    call.reply_lines(RPL_NAMREPLY, "=", channel.name, texts=texts)
+    if texts:
+        call.reply_lines(RPL_NAMREPLY, "@" if "s" in channel.modes else "=", channel.name, texts=texts)
 
 
-@command("LIST [<channel>{,<channel>}]")
+ELIST = re.compile("([ct]?)([<>])([0-9]{1,9})")
+
+
+def list_test(item: str) -> Callable[[Channel], bool]:
+    """What an item of LIST, folded, asks of a channel: a mask, !mask, >users, C>minutes since it began, T>minutes since
+    the topic was set; or < instead."""
+    condition, pattern = ELIST.fullmatch(item), search_pattern(item.lstrip("!"))
+    if not condition:
+        return lambda channel: bool(pattern.fullmatch(channel.folded)) != item.startswith("!")
+    kind, sign, number = condition[1], 1 if condition[2] == ">" else -1, int(condition[3])
+
+    def test(channel: Channel) -> bool:
+        since = {"c": channel.created, "t": channel.topic_time}.get(kind, 1)
+        value = (time.time() - since) / 60 if kind else len(channel.members)
+        return bool(since) and (value - number) * sign > 0
+
+    return test
+
+
+@command("LIST [<channel or condition>{,<channel or condition>}]")
 def list_(call: Call) -> Rows:
-    channels = call.hub.channels
-    asked = dict.fromkeys(fold(name) for name in call.message.param(0).split(",") if name)
-    found = [channels[key] for key in asked or channels if key in channels]
+    """The channels that are named or match one of the masks, if there are any, and meet all other conditions."""
+    channels, left = call.hub.channels, MAX_LISTED
+    asked = dict.fromkeys(fold(item) for item in call.message.param(0).split(",") if item)
+    names = [item for item in asked if item[0] == "#" and not set("*?") & set(item)]
+    tests = {item: list_test(item) for item in list(asked)[: len(names) + MAX_TARGETS] if item not in names}
+    masks = [test for item, test in tests.items() if item[0] in "*?#"]
+    conditions = [test for item, test in tests.items() if item[0] not in "*?#"]
     yield RPL_LISTSTART, "Channel"
-    for channel in found[:MAX_LISTED]:
-        yield RPL_LIST, channel.name, str(len(channel.members)), channel.topic
-    if len(found) > MAX_LISTED:
-        yield ERR_TOOMANYMATCHES, "LIST"
+    for name in list(channels) if tests or not names else names:
+        channel = channels.get(name)
+        is_asked = channel and (not (names or masks) or name in names or any(test(channel) for test in masks))
+        if not channel or not is_asked or channel.is_hidden(call.session) or not all(x(channel) for x in conditions):
+            yield ()
+        elif left:
+            left -= 1
+            yield RPL_LIST, channel.name, str(len(channel.members)), channel.topic
+        else:
+            yield ERR_TOOMANYMATCHES, "LIST"
+            break
     yield (RPL_LISTEND,)
 
 
@@ -4104,9 +4238,7 @@ def mode(call: Call) -> None:
     if not target.startswith("#") and target != CURRENT_CHANNEL:
         if find_user(call, target) is not call.session:
             raise CommandError(ERR_USERSDONTMATCH)
-        if asked not in ("", "+i", "-i"):  # i, asked for by every client, hides from nothing here
-            raise CommandError(ERR_UMODEUNKNOWNFLAG)
-        call.reply(RPL_UMODEIS, "+")
+        change_user_modes(call, asked)
         return
     channel = find_channel(call, target)
     if not asked:
@@ -4114,9 +4246,9 @@ def mode(call: Call) -> None:
         return
     last = {(change.letter, change.param): change for change in parse_modes(call.params[1:])}
     changes = list(last.values())  # of changes to and fro, the last counts
-    wanted = [change for change in changes if change.letter != "b" or change.param]
-    if len(wanted) < len(changes):
-        send_bans(call, channel)
+    wanted = [change for change in changes if change.letter not in MASK_LISTS or change.param]
+    for letter in dict.fromkeys(change.letter for change in changes if change not in wanted):
+        send_masks(call, channel, letter)
     if wanted:
         check_member(call, channel, "o")
         change_modes(call, channel, wanted)
@@ -4129,11 +4261,36 @@ def parse_modes(params: tuple[str, ...]) -> Iterator[ModeChange]:
         if letter in "+-":
             on = letter == "+"
             continue
-        takes = letter in "bkov" or (letter == "l" and on)
+        takes = letter in "beIkov" or (letter == "l" and on)
         param = next(words, "") if takes else ""
         room -= bool(param)
         if room >= 0 or not param:
             yield ModeChange(on, letter, param)
+
+
+def format_modes(changes: list[ModeChange]) -> str:
+    """Changes as MODE writes them, without their parameters: +ab-c."""
+    groups = itertools.groupby(changes, key=lambda change: change.on)
+    return "".join(("+" if on else "-") + "".join(change.letter for change in same) for on, same in groups)
+
+
+USER_MODES = "Bi"
+
+
+def change_user_modes(call: Call, asked: str) -> None:
+    """[+-]B: is a bot; [+-]i: invisible to strangers"""
+    hub, session = call.hub, call.session
+    if not asked:
+        call.reply(RPL_UMODEIS, f"+{session.modes}")
+    last = {change.letter: change for change in parse_modes((asked,))}
+    if set(last) - set(USER_MODES):
+        call.reply_error(CommandError(ERR_UMODEUNKNOWNFLAG))
+    done = [last[letter] for letter in USER_MODES if letter in last and last[letter].on != (letter in session.modes)]
+    if done:
+        before, after = session.modes, set(session.modes) ^ {change.letter for change in done}
+        session.modes = "".join(sorted(after))
+        hub.invisible += ("i" in after) - ("i" in before)
+        call.send_to(session, Message("MODE", (session.nick, format_modes(done)), session.prefix, call.tags()))
 
 
 def change_modes(call: Call, channel: Channel, changes: list[ModeChange], source: str = "") -> None:
@@ -4151,18 +4308,16 @@ def change_modes(call: Call, channel: Channel, changes: list[ModeChange], source
             done += [change._replace(param=param)] if param is not None else []
     if not done:
         return
-    flags = ""
-    for on, same in itertools.groupby(done, key=lambda change: change.on):
-        flags += ("+" if on else "-") + "".join(change.letter for change in same)
     if any(change.letter != "v" for change in done):
         call.save(channel, reopened=any(change.letter in "ik" and not change.on for change in done))
-    words = (channel.name, flags, *(change.param for change in done if change.param))
-    call.broadcast(Message("MODE", words, source or call.session.prefix, call.hub.ids.next()), channel)
+    words = (channel.name, format_modes(done), *(change.param for change in done if change.param))
+    call.broadcast(Message("MODE", words, source or call.session.prefix, call.tags()), channel)
 
 
 def set_mode(call: Call, channel: Channel, change: ModeChange) -> str | None:
-    """[+-]i: only who is invited may join; m: only who has a rank may speak; n: only members may; t: only operators set
-    the topic; +k <key> | -k [<key>]: only who knows it may join; +l <members> | -l: no more may join"""
+    """[+-]C: no CTCP but ACTION; i: only who is invited may join; m: only who has a rank may speak; n: only members
+    may; s: hidden from who is no member; t: only operators set the topic; +k <key> | -k [<key>]: only who knows it may
+    join; +l <members> | -l: no more may join"""
     letter, value = change.letter, change.param
     if not change.on:
         before = channel.modes.pop(letter, None)
@@ -4180,21 +4335,22 @@ def set_mode(call: Call, channel: Channel, change: ModeChange) -> str | None:
     return value
 
 
-def set_ban(call: Call, channel: Channel, change: ModeChange) -> str | None:
-    """[+-]b <mask>: whom it matches may neither join nor, without a rank, speak"""
-    mask = full_mask(change.param)
+def set_mask(call: Call, channel: Channel, change: ModeChange) -> str | None:
+    """[+-]b <mask>: whom it matches may neither join nor, without a rank, speak; e: may, in spite of b; I: needs no
+    invitation"""
+    letter, mask = change.letter, full_mask(change.param)
     if not is_word(mask, MASK_BYTES):
-        raise CommandError(ERR_INVALIDMODEPARAM, channel.name, "b", change.param)
-    if change.on == (fold(mask) in channel.bans):
+        raise CommandError(ERR_INVALIDMODEPARAM, channel.name, letter, change.param)
+    if change.on == (fold(mask) in channel.masks[letter]):
         return None
     if not change.on:
-        return channel.unban(mask)
-    if len(channel.bans) >= MAX_BANS:
-        raise CommandError(ERR_BANLISTFULL, channel.name, "b")
+        return channel.remove_mask(letter, mask)
+    if sum(map(len, channel.masks.values())) >= MAX_BANS:
+        raise CommandError(ERR_BANLISTFULL, channel.name, letter)
     try:
-        channel.set_ban(mask, call.session.prefix, str(int(time.time())))
+        channel.add_mask(letter, mask, call.session.prefix, str(int(time.time())))
     except ValueError:
-        raise CommandError(ERR_INVALIDMODEPARAM, channel.name, "b", change.param) from None
+        raise CommandError(ERR_INVALIDMODEPARAM, channel.name, letter, change.param) from None
     return mask
 
 
@@ -4211,7 +4367,13 @@ def set_rank(call: Call, channel: Channel, change: ModeChange) -> str | None:
     return member.nick
 
 
-MODES: dict[str, ModeHandler] = {"b": set_ban, "o": set_rank, "v": set_rank, **dict.fromkeys("imntkl", set_mode)}
+MASK_LISTS = {
+    "b": (RPL_BANLIST, RPL_ENDOFBANLIST),
+    "e": (RPL_EXCEPTLIST, RPL_ENDOFEXCEPTLIST),
+    "I": (RPL_INVEXLIST, RPL_ENDOFINVEXLIST),
+}
+MODES: dict[str, ModeHandler] = dict.fromkeys(MASK_LISTS, set_mask)
+MODES.update({**dict.fromkeys("ov", set_rank), **dict.fromkeys("Cimnstkl", set_mode)})
 
 
 def send_modes(call: Call, channel: Channel) -> None:
@@ -4223,11 +4385,12 @@ def send_modes(call: Call, channel: Channel) -> None:
     call.reply(RPL_CREATIONTIME, channel.name, str(channel.created))
 
 
-def send_bans(call: Call, channel: Channel) -> None:
-    """367 for each ban, then 368"""
-    for ban in channel.bans.values():
-        call.reply(RPL_BANLIST, channel.name, ban.mask, ban.by, ban.time)
-    call.reply(RPL_ENDOFBANLIST, channel.name)
+def send_masks(call: Call, channel: Channel, letter: str) -> None:
+    """367 for each ban, then 368; and the like for exceptions"""
+    row, end = MASK_LISTS[letter]
+    for ban in channel.masks[letter].values():
+        call.reply(row, channel.name, ban.mask, ban.by, ban.time)
+    call.reply(end, channel.name)
 
 
 # Messages.
@@ -4255,15 +4418,19 @@ def tagmsg(call: Call) -> None:
     for_each_target(call, functools.partial(relay, call))
 
 
+STATUSMSG = {"@": ("o", "ov"), "+": ("o", "v", "ov")}  # the ranks of a channel that hear what is sent to @#chat
+
+
 def relay(call: Call, target: str) -> None:
     """Relays a message to one target. A resend with the same client id is delivered only once. Raises CommandError."""
     hub, session, tags = call.hub, call.session, call.message.tags
     channel, other = None, session
-    if target.startswith("#") or target == CURRENT_CHANNEL:
-        channel = find_channel_to_speak(call, target)
+    sign = target[:1] if target[:1] in STATUSMSG and target[1:2] == "#" else ""
+    if sign or target.startswith("#") or target == CURRENT_CHANNEL:
+        channel = find_channel_to_speak(call, target[len(sign) :])
     else:
         other = find_user(call, target)
-    to = channel.name if channel else other.nick
+    to = sign + channel.name if channel else other.nick
     key = (session.token, tags[ID_TAG], fold(to)) if session.token and ID_TAG in tags else None
     known = session.sent.get(key) if key else None
     if known and known.stored is not False:
@@ -4271,14 +4438,14 @@ def relay(call: Call, target: str) -> None:
         call.acknowledge(known.message)
         return
     text = () if call.message.command == "TAGMSG" else call.params[1:2]
-    new_tags = hub.ids.next()
+    new_tags = call.tags()
     if tags:
         new_tags.update((tag, value) for tag, value in tags.items() if tag.startswith("+"))
     message = Message(call.message.command, (to, *text), session.prefix, new_tags)
     check_length(message)
     session.last_spoke = time.time()
     hub.messages += 1
-    item = StoredMessage(channel.logs[-1] if channel and text else "", message, key)
+    item = StoredMessage(channel.logs[-1] if channel and text and not sign else "", message, key)
     call.stored += (item,)
     deliver(call, message, channel, other)
     if key:
@@ -4290,8 +4457,16 @@ def relay(call: Call, target: str) -> None:
 
 def deliver(call: Call, message: Message, channel: Channel | None, other: Session) -> None:
     """Sends a message to a channel or to one user, and its echo or receipt to the caller."""
-    session, echoes = call.session, "echo-message" in call.session.dialect.caps
-    if channel:
+    session, echoes, ranks = (
+        call.session,
+        "echo-message" in call.session.dialect.caps,
+        STATUSMSG.get(message.param(0)[0]),
+    )
+    if channel and ranks:
+        echo, shared = False, [message]
+        heard = [other for other, rank in channel.members.items() if rank in ranks and other is not session]
+        call.effects += [Unicast(other, shared) for other in heard]
+    elif channel:
         echo = session in channel.members and not call.ref and echoes
         call.broadcast(message, channel, echo=echo)
     elif other is session and call.label and echoes:
@@ -4305,12 +4480,14 @@ def deliver(call: Call, message: Message, channel: Channel | None, other: Sessio
 
 
 def find_channel_to_speak(call: Call, target: str) -> Channel:
-    """A channel in which the caller may speak; raises CommandError where that is not so."""
+    """A channel in which the caller may say what it wants to; raises CommandError where that is not so."""
     session, may_stay_out = call.session, SPEAK_CAP in call.session.dialect.caps and target != CURRENT_CHANNEL
     if may_stay_out and fold(target) not in call.hub.channels:
         join_channel(call, check_channel(target), "")  # where nobody is
     channel = find_channel(call, target)
     rank = channel.members.get(session)
+    if "C" in channel.modes and re.match("\x01(?!ACTION[ \x01])", call.message.param(1)):
+        raise CommandError(ERR_NOCTCP, channel.name)
     if rank:
         return channel
     if rank is None and may_stay_out:
@@ -4345,7 +4522,7 @@ def away(call: Call) -> None:
         raise CommandError(ERR_INPUTTOOLONG)
     if session.away != text:
         words = (text,) if text else ()
-        notify_peers(call, Message("AWAY", words, session.prefix, call.hub.ids.next()), "away-notify")
+        notify_peers(call, Message("AWAY", words, session.prefix, call.tags()), "away-notify")
         session.away = text
     call.reply(RPL_NOWAWAY if text else RPL_UNAWAY)
 
@@ -4355,7 +4532,7 @@ def setname(call: Call) -> None:
     session = call.session
     if not 0 < len(call.params[0].encode()) <= REALNAME_BYTES:
         raise CommandError(FAIL_INVALID_REALNAME)
-    change = Message("SETNAME", call.params[:1], session.prefix, call.hub.ids.next())
+    change = Message("SETNAME", call.params[:1], session.prefix, call.tags())
     notify_peers(call, change, "setname")
     session.realname = call.params[0]
     if "setname" in session.dialect.caps:
@@ -4436,14 +4613,16 @@ def target_messages(
     return [Message("CHATHISTORY", ("TARGETS", name, last[name].tags["time"]), server) for _, name in found[:limit]]
 
 
-@command("WHO <channel or name> [%<fields>[,<token>]]")
+@command("WHO <channel, name or mask> [%<fields>[,<token>]]")
 def who(call: Call) -> Rows:
     mask = call.message.param(0)
     channel = call.hub.channels.get(fold(mask))
-    members = list(channel.members) if channel else find_registered(call, [mask])
+    pattern = search_pattern(full_mask(mask)) if not channel and set("*?") & set(mask) else None
+    members = channel.members if channel else call.hub.sessions if pattern else find_registered(call, [mask])
     fields, _, token = call.message.param(1).partition("%")[2].partition(",")
-    for member in members:
-        if channel and member not in channel.members:  # has left meanwhile
+    for member in list(members):
+        if not is_in_who(call, member, channel, pattern):
+            yield ()
             continue
         values = who_fields(call, member, channel)
         if fields:  # WHOX: only what was asked for, in the order of its specification
@@ -4452,6 +4631,14 @@ def who(call: Call) -> Rows:
         else:
             yield (RPL_WHOREPLY, *(values[key] for key in "cuhsnf"), f"0 {member.realname}")
     yield RPL_ENDOFWHO, safe_param(mask)
+
+
+def is_in_who(call: Call, member: Session, channel: Channel | None, pattern: re.Pattern[str] | None) -> bool:
+    """Whether WHO tells of a session, which may have left meanwhile. Who is invisible can be asked for by name only."""
+    if channel:
+        return member in channel.members and not channel.is_hidden(call.session) and is_visible(call, member)
+    found = not pattern or is_visible(call, member) and pattern.fullmatch(fold(member.prefix))
+    return member.registered and bool(found)
 
 
 def who_fields(call: Call, member: Session, channel: Channel | None) -> dict[str, str]:
@@ -4464,7 +4651,7 @@ def who_fields(call: Call, member: Session, channel: Channel | None) -> dict[str
         "h": member.host,
         "s": call.hub.name,
         "n": member.nick,
-        "f": ("G" if member.away else "H") + rank,
+        "f": ("G" if member.away else "H") + rank + "B" * ("B" in member.modes),
         "d": "0",
         "l": str(int(time.time() - member.last_spoke)),
         "a": "0",
@@ -4477,13 +4664,17 @@ def who_fields(call: Call, member: Session, channel: Channel | None) -> dict[str
 def whois(call: Call) -> Rows:
     for other in find_registered(call, call.params[-1:]):
         yield RPL_WHOISUSER, other.nick, other.user, other.host, "*", other.realname
-        caps = call.session.dialect.caps
-        names = [signs(channel.members[other], caps) + channel.name for channel in other.channels]
+        session, caps = call.session, call.session.dialect.caps
+        hides = "i" in other.modes and other is not session
+        shown = [room for room in other.channels if session in room.members or not (hides or room.is_hidden(session))]
+        names = [signs(channel.members[other], caps) + channel.name for channel in shown]
         for start in range(0, len(names), 4):  # so many fit in a line, however long they are
             yield RPL_WHOISCHANNELS, other.nick, " ".join(names[start : start + 4])
         yield RPL_WHOISSERVER, other.nick, call.hub.name, VERSION
         if other.away:
             yield RPL_AWAY, other.nick, other.away
+        if "B" in other.modes:
+            yield RPL_WHOISBOT, other.nick
         yield RPL_WHOISIDLE, other.nick, str(int(time.time() - other.last_spoke)), str(int(other.signon))
         yield RPL_ENDOFWHOIS, other.nick
         return
@@ -4504,6 +4695,41 @@ def ison(call: Call) -> Rows:
         yield RPL_ISON, piece
 
 
+@command("MONITOR + <name>{,<name>} | - <name>{,<name>} | C | L | S", 1)
+def monitor(call: Call) -> Rows:
+    hub, session, sub = call.hub, call.session, call.params[0].upper()
+    names = valid_nicks(call.message.param(1).split(",")) if sub in ("+", "-") else dict(session.monitored)
+    if sub in ("-", "C"):
+        hub.unmonitor(session, names)
+    elif sub == "+":
+        hub.monitor(session, names)
+        full = ",".join(name for folded, name in names.items() if folded not in session.monitored)
+        if full:
+            yield ERR_MONLISTFULL, str(MAX_MONITORED), cut(full, NAMES_BYTES)
+    if sub in ("+", "S"):
+        names = {folded: name for folded, name in names.items() if folded in session.monitored}
+        here = {fold(other.nick): other.prefix for other in find_registered(call, names)}
+        yield from list_rows(RPL_MONONLINE, here.values())
+        yield from list_rows(RPL_MONOFFLINE, [name for folded, name in names.items() if folded not in here])
+    if sub == "L":
+        yield from list_rows(RPL_MONLIST, names.values())
+        yield (RPL_ENDOFMONLIST,)
+
+
+def valid_nicks(names: Iterable[str]) -> dict[str, str]:
+    """Those of some names that are nicks, by their folded form."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(CommandError):
+            found[fold(check_nick(name))] = check_nick(name)
+    return found
+
+
+def list_rows(numeric: Numeric, words: Iterable[str]) -> Rows:
+    """Words in lists with commas, as many in each row as fit in a line."""
+    return [(numeric, piece.replace(" ", ",")) for piece in split_text(" ".join(words), NAMES_BYTES)]
+
+
 @command("USERHOST <name>{ <name>}", 1)
 def userhost(call: Call) -> Rows:
     found = find_registered(call, call.params[:5])
@@ -4516,7 +4742,10 @@ def userhost(call: Call) -> Rows:
 def lusers(call: Call) -> Rows:
     hub = call.hub
     counts = str(hub.registered), str(hub.most_registered)
-    yield RPL_LUSERCLIENT, f"There are {hub.registered} users and 0 invisible on 1 servers"
+    yield (
+        RPL_LUSERCLIENT,
+        f"There are {hub.registered - hub.invisible} users and {hub.invisible} invisible on 1 servers",
+    )
     yield RPL_LUSEROP, "0"
     yield RPL_LUSERUNKNOWN, str(len(hub.sessions) - hub.registered)
     yield RPL_LUSERCHANNELS, str(len(hub.channels))
@@ -4532,9 +4761,16 @@ def motd(call: Call) -> Rows:
     yield (RPL_ENDOFMOTD,)
 
 
-@command("WHOWAS <name>", 1)
+@command("WHOWAS <name>{,<name>} [<count>]", 1)
 def whowas(call: Call) -> Rows:
-    yield ERR_WASNOSUCHNICK, safe_param(call.params[0])  # those who left are not remembered
+    patterns = [search_pattern(name) for name in call.params[0].split(",")[:MAX_TARGETS]]
+    gone = [item for item in call.hub.gone if any(pattern.fullmatch(fold(item[0][0])) for pattern in patterns)]
+    count = call.message.param(1)
+    for user, left in gone[: int(count) if re.fullmatch("[1-9][0-9]{0,3}", count) else None]:
+        yield (RPL_WHOWASUSER, *user)
+        yield RPL_WHOISSERVER, user[0], call.hub.name, left
+    if not gone:
+        yield ERR_WASNOSUCHNICK, safe_param(call.params[0])
     yield RPL_ENDOFWHOWAS, safe_param(call.params[0])
 
 

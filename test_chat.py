@@ -19,6 +19,7 @@ import base64
 import binascii
 import cmd
 import codecs
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -141,7 +142,7 @@ class Shape(unittest.TestCase):
         self.assertLessEqual(prefix + len("TOPIC ") + chat.CHANNEL_BYTES + 2 + chat.TOPIC_BYTES + 2, chat.LINE_BYTES)
         numeric = 1 + 63 + len(" 353 ") + chat.NICK_BYTES + len(" = ") + chat.CHANNEL_BYTES + 2
         self.assertLessEqual(numeric + chat.NAMES_BYTES + 2, chat.LINE_BYTES)
-        modes = len("+b-b+b-b+imnt-imnt") + chat.MAX_MODES * (1 + max(chat.MASK_BYTES, chat.NICK_BYTES))
+        modes = len("+b-b+b-b+Cimnst-Cimnst") + chat.MAX_MODES * (1 + max(chat.MASK_BYTES, chat.NICK_BYTES))
         self.assertLessEqual(prefix + len(" MODE ") + chat.CHANNEL_BYTES + 3 + modes + 2, chat.LINE_BYTES)
         self.assertLess(chat.LOG_HIGH_WATER * chat.LINE_BYTES, chat.Limits().outbox)
 
@@ -2142,7 +2143,14 @@ class IrcClients(ServerCase):
         codes = [chat.parse(peer.line() or "").command for _ in range(16)]
         self.assertEqual(" ".join(codes), "001 002 003 004 005 005 251 252 253 254 255 265 266 375 372 376")
         tokens = [word for line in peer.seen if " 005 " in line for word in line.split(" :")[0].split()[3:]]
-        for token in ("CASEMAPPING=ascii", "PREFIX=(ov)@+", "CHANMODES=b,k,l,imnt", "NICKLEN=24", "UTF8ONLY", "WHOX"):
+        for token in (
+            "CASEMAPPING=ascii",
+            "PREFIX=(ov)@+",
+            "CHANMODES=beI,k,l,Cimnst",
+            "NICKLEN=24",
+            "UTF8ONLY",
+            "WHOX",
+        ):
             self.assertIn(token, tokens)
 
     HELP_LINES = len(chat.split_text(" ".join(chat.COMMANDS), 80))
@@ -2158,8 +2166,11 @@ class IrcClients(ServerCase):
             "317 ann bob 0 ", "318 ann bob :",
         ]),
         ("WHOIS nobody", ["401 ann nobody :nobody here is called nobody", "318 ann nobody :"]),
-        ("WHOWAS nobody", ["406 ann nobody :", "369 ann nobody :"]), ("MODE ann +i", ["221 ann :+"]),
-        ("MODE ann +o", ["501 "]), ("PRIVMSG * :x", ["403 "]), ("GUEST", ["462 "]),
+        ("WHOWAS nobody", ["406 ann nobody :", "369 ann nobody :"]),
+        ("MODE ann +i", [":ann!ann@localhost MODE ann :+i"]), ("MODE ann +i", []),
+        ("MODE ann +oB-i", ["501 ", ":ann!ann@localhost MODE ann :+B-i"]),
+        ("MODE ann", ["221 ann :+B"]), ("MODE ann -B+i-i", [":ann!ann@localhost MODE ann :-B"]),
+        ("PRIVMSG * :x", ["403 "]), ("GUEST", ["462 "]),
         ("LIST", ["321 ", "322 ann #chat 2 :", "322 ann #tea 1 :Earl Grey", "323 "]),
         ("LIST #tea", ["321 ", "322 ann #tea 1 :Earl Grey", "323 "]),
         ("NAMES #tea", ["353 ann = #tea :@bob", "366 ann #tea :"]), ("NAMES #nix", ["366 ann #nix :"]),
@@ -2236,14 +2247,6 @@ class IrcClients(ServerCase):
         self.assertEqual(len([line for line in ann.seen if " NICK :rob" in line]), 1)
         self.assertEqual(ann.sync(), [])
 
-    def test_a_labelled_message_to_oneself_comes_twice(self) -> None:
-        ann = self.irc("ann", "echo-message", "labeled-response", "batch", "message-tags")
-        for command, text in (("PRIVMSG", " :me"), ("NOTICE", " :me"), ("TAGMSG", "")):
-            ann.send(f"@label=L {command} ann{text}\r\n")
-            copy, echo = map(chat.parse, ann.sync())
-            self.assertEqual((copy.command, echo.params), (command, copy.params))
-            self.assertEqual(dict(echo.tags), {**copy.tags, "label": "L"})
-
     def test_echo_tags_and_private_messages(self) -> None:
         ann, bob = self.irc("ann", "echo-message", "message-tags", "server-time"), self.irc("bob")
         ann.sync()
@@ -2294,30 +2297,6 @@ class IrcClients(ServerCase):
         bob.send("\r\nPRIVMSG #chat :still here\r\n@" + "a" * 4096 + " PRIVMSG #chat :x\r\n")
         bob.until(" 417 ")
         self.assertEqual(ann.sync(), [":bob!bob@localhost PRIVMSG #chat :still here"])
-
-    def test_what_is_not_utf8_fails_before_registration_too(self) -> None:
-        eve = self.peer("NICK eve\r\nUSER eve 0 * :\r\n")
-        eve.sock.sendall(b"USER eve 0 * :\xe8ve\r\nNICK \xe8ve\r\n\xe8 x\r\n")
-        failures = [
-            f":chat.local FAIL {what} INVALID_UTF8 :that line is not UTF-8 text" for what in ("USER", "NICK", "*")
-        ]
-        self.told(eve, ":chat.local 461 eve USER :USER needs more than that", *failures)
-        eve.send("USER eve 0 * :eve\r\n")
-        eve.until(" 001 eve ")
-
-    def test_who_has_not_registered_is_counted_as_unknown(self) -> None:
-        ann, eve = self.irc("ann"), self.peer("NICK eve\r\nPING x\r\n")
-        eve.until("PONG")
-        rob = self.irc("rob")
-        ann.sync()
-        self.answers(
-            ann, [("LUSERS", ["251 ann :There are 2 ", "252 ", "253 ann 1 :", "254 ", "255 ", "265 ann 2 2 :", "266 "])]
-        )
-        rob.send("QUIT\r\n")
-        eve.send("QUIT\r\n")
-        rob.rest(), eve.rest()
-        self.assertEqual(self.counts(ann), (1, 0, 1))
-        self.assertIn(":chat.local 265 ann 1 2 :Current local users 1, max 2", ann.seen)
 
     def test_reset_in_mid_line_shows_one_leave(self) -> None:
         ann, bob = self.two()
@@ -2388,6 +2367,38 @@ class Leaving(ServerCase):
 
 
 class IrcAnswers(ServerCase):
+    def test_what_is_not_utf8_fails_before_registration_too(self) -> None:
+        eve = self.peer("NICK eve\r\nUSER eve 0 * :\r\n")
+        eve.sock.sendall(b"USER eve 0 * :\xe8ve\r\nNICK \xe8ve\r\n\xe8 x\r\n")
+        failures = [
+            f":chat.local FAIL {what} INVALID_UTF8 :that line is not UTF-8 text" for what in ("USER", "NICK", "*")
+        ]
+        self.told(eve, ":chat.local 461 eve USER :USER needs more than that", *failures)
+        eve.send("USER eve 0 * :eve\r\n")
+        eve.until(" 001 eve ")
+
+    def test_who_has_not_registered_is_counted_as_unknown(self) -> None:
+        ann, eve = self.irc("ann"), self.peer("NICK eve\r\nPING x\r\n")
+        eve.until("PONG")
+        rob = self.irc("rob")
+        ann.sync()
+        self.answers(
+            ann, [("LUSERS", ["251 ann :There are 2 ", "252 ", "253 ann 1 :", "254 ", "255 ", "265 ann 2 2 :", "266 "])]
+        )
+        rob.send("QUIT\r\n")
+        eve.send("QUIT\r\n")
+        rob.rest(), eve.rest()
+        self.assertEqual(self.counts(ann), (1, 0, 1))
+        self.assertIn(":chat.local 265 ann 1 2 :Current local users 1, max 2", ann.seen)
+
+    def test_a_labelled_message_to_oneself_comes_twice(self) -> None:
+        ann = self.irc("ann", "echo-message", "labeled-response", "batch", "message-tags")
+        for command, text in (("PRIVMSG", " :me"), ("NOTICE", " :me"), ("TAGMSG", "")):
+            ann.send(f"@label=L {command} ann{text}\r\n")
+            copy, echo = map(chat.parse, ann.sync())
+            self.assertEqual((copy.command, echo.params), (command, copy.params))
+            self.assertEqual(dict(echo.tags), {**copy.tags, "label": "L"})
+
     def test_the_last_line_has_no_source_and_always_a_colon(self) -> None:
         """RFC 1459, section 6, and RFC 2812, 3.7.4: programs look for a line that begins with ERROR."""
         bob = self.irc("bob", *chat.CAPABILITIES)
@@ -2429,6 +2440,34 @@ class IrcAnswers(ServerCase):
 
 class Answers(ServerCase):
     """What there is to ask of a server, and what nobody may do here."""
+
+    def test_lists_of_some_channels(self) -> None:
+        ann, bob = self.irc("ann"), self.irc("bob")
+        ann.send("JOIN #a1,#a2,#b?\r\nTOPIC #a1 :x\r\nTOPIC #b? :y\r\n")
+        ann.sync()
+        channels, now = self.server.hub.channels, time.time()
+        channels["#a1"].created, channels["#b?"].topic_time = int(now - 300), int(now - 300)
+        for asked, wanted in (
+            ("#a*", "#a1 #a2"), ("*1", "#a1"), ("#A?", "#a1 #a2"), ("!#a*", "#chat #b?"), ("!#a*,!*t", "#b?"),
+            ("#a1,#chat", "#a1 #chat"), ("#b?", "#b?"), ("#a1,#b*", "#a1 #b?"), (">1", "#chat"), ("<2", "#a1 #a2 #b?"),
+            ("<2,#a*", "#a1 #a2"), (">0,<1", ""), ("C>4", "#a1"), ("c<4", "#chat #a2 #b?"), ("C<0", ""), ("T>4", "#b?"),
+            ("T<4", "#a1"), ("T>0", "#a1 #b?"), ("T<0", ""), ("a*", ""), ("*a" * 11, ""), ("*z,*y,*x,*w,*1", ""),
+        ):  # fmt: skip
+            with self.subTest(asked):
+                bob.send(f"LIST {asked}\r\n")
+                found = [chat.parse(line).params[1] for line in bob.sync() if " 322 " in line]
+                self.assertEqual(sorted(found), sorted(wanted.split()))
+
+    def test_what_is_not_found_lets_others_in_between_too(self) -> None:
+        hub, ann = self.server.hub, self.irc("ann")
+        self.exempt("")
+        ann.send("JOIN #a,#b,#c\r\n")
+        ann.sync()
+        for question in ("WHO nobody*", "LIST nothing*"):
+            with mock.patch.object(chat, "QUERY_ROWS", 1), mock.patch.object(hub, "pause") as pause:
+                ann.send(f"{question}\r\n")
+                ann.sync()
+                self.assertGreaterEqual(pause.call_count, 2)
 
     def test_a_long_list_is_cut(self) -> None:
         ann = self.irc("ann")
@@ -2480,6 +2519,107 @@ class Answers(ServerCase):
                 self.assertIn(f" 263 ann {question.split()[0]} :", ann.until(" 263 "))
             ann.send("PRIVMSG #chat :talking is free\r\n")
             bob.until("talking is free")
+
+
+class Gone(ServerCase):
+    """WHOWAS and MONITOR: those who come and go."""
+
+    def come_and_go(self, name: str, user: str = "x") -> None:
+        self.peer(f"NICK {name}\r\nUSER {user} 0 * :{name} {user}\r\nQUIT\r\n").rest()
+
+    def test_those_who_left_are_remembered(self) -> None:
+        ann = self.irc("ann")
+        self.come_and_go("bob", "one")
+        self.come_and_go("Bob", "two")
+        self.come_and_go("rob")
+        ann.send("NICK eve\r\n")
+        one, two, rob = (
+            [f" 314 eve {name} {user} localhost * :{name} {user}", f" 312 eve {name} chat.local :20"]
+            for name, user in (("bob", "one"), ("Bob", "two"), ("rob", "x"))
+        )
+        self.answers(ann, [
+            ("PING x", ["NICK", "PONG"]),
+            ("WHOWAS BOB", [*two, *one, " 369 eve BOB :"]), ("WHOWAS bob 1", [*two, " 369 eve bob :"]),
+            ("WHOWAS bob 0", [*two, *one, " 369 "]), ("WHOWAS bob -1", [*two, *one, " 369 "]),
+            ("WHOWAS ?ob 2", [*rob, *two, " 369 eve ?ob :"]), ("WHOWAS bob,rob 1", [*rob, " 369 eve bob,rob :"]),
+            ("WHOWAS ann", [" 314 eve ann ann localhost * :ann", " 312 ", " 369 "]),
+            ("WHOWAS eve", [" 406 eve eve :", " 369 "]), (f"WHOWAS {'*a' * 11}", [" 406 ", " 369 "]),
+            ("WHOWAS", [" 461 eve WHOWAS :"]),
+        ])  # fmt: skip
+        self.server.hub.gone = collections.deque(maxlen=1)
+        self.come_and_go("jim")
+        self.come_and_go("tom")
+        self.answers(ann, [("WHOWAS *", [" 314 eve tom ", " 312 ", " 369 "])])
+
+    def test_names_that_are_monitored(self) -> None:
+        ann, bob = self.irc("ann"), self.irc("bob")
+        ann.sync()
+        on = ":chat.local 730 {0} :{1}!{1}@localhost"
+        self.answers(ann, [
+            ("MONITOR + Bob,eve", [on.format("ann", "bob"), ":chat.local 731 ann :eve"]),
+            ("MONITOR + bob,*!x@y,5", [on.format("ann", "bob")]), ("MONITOR L", [" 732 ann :Bob,eve", " 733 ann :"]),
+            ("MONITOR S", [on.format("ann", "bob"), " 731 ann :eve"]), ("MONITOR x", []), ("MONITOR", [" 461 "]),
+        ])  # fmt: skip
+        eve = self.peer("NICK eve\r\nUSER eve 0 * :eve\r\n")
+        eve.until(" 376 ")
+        self.assertEqual(ann.sync(), [on.format("*", "eve")])
+        eve.send("NICK Eve\r\nNICK rob\r\nNICK EVE\r\nQUIT\r\n")
+        eve.rest()
+        self.told(ann, ":chat.local 731 * :Eve", ":chat.local 730 * :EVE!eve@localhost", ":chat.local 731 * :EVE")
+        self.answers(ann, [("MONITOR - eve,bob", []), ("MONITOR L", [" 733 "]), ("MONITOR + bob", [" 730 "])])
+        bob.send("QUIT\r\n")
+        bob.rest()
+        self.assertEqual([line for line in ann.sync() if " 731 " in line], [":chat.local 731 * :bob"])
+        self.answers(ann, [("MONITOR C", []), ("MONITOR S", []), ("MONITOR + ann", [" 730 "])])
+        self.assertEqual(list(self.server.hub.monitors), ["ann"])
+        with mock.patch.object(chat, "MAX_MONITORED", 3):
+            self.answers(ann, [
+                ("MONITOR + a,b,c,d", [" 734 ann 3 c,d :Monitor list is full", " 731 ann :a,b"]),
+                ("MONITOR + A", [" 731 ann :A"]),
+            ])  # fmt: skip
+        names = [f"{'x' * 20}{number}" for number in range(60)]
+        for start in range(0, 60, 20):
+            ann.send(f"MONITOR + {','.join(names[start : start + 20])}\r\n")
+        ann.sync()
+        ann.send("MONITOR L\r\nQUIT\r\n")
+        lines = [line for line in ann.rest() if " 732 " in line]
+        self.assertEqual(",".join(line.split(":")[-1] for line in lines), ",".join(["ann", "a", "b", *names]))
+        self.assertLess(max(map(len, lines)), chat.LINE_BYTES)
+        self.eventually(lambda: not self.server.hub.monitors, "somebody is monitored who is not")
+
+    def test_a_lost_connection_is_not_gone_while_it_may_resume(self) -> None:
+        ann, bob = self.irc("ann"), self.irc("bob", token="0123456789abcdef")
+        ann.send("MONITOR + bob\r\n")
+        ann.sync()
+        bob.send("MONITOR + ann\r\nMODE bob +i\r\n")
+        bob.sync()
+        bob.reset()
+        again = self.irc("bob", token="0123456789abcdef")
+        self.assertEqual(ann.sync(), [])
+        self.answers(again, [("MODE bob", [" 221 bob :+i"]), ("MONITOR L", [" 733 "])])
+        self.assertEqual(self.server.hub.invisible, 1)
+        again.send("QUIT\r\n")
+        self.assertEqual(ann.until(" 731 "), ":chat.local 731 * :bob")
+        self.assertEqual((self.server.hub.invisible, list(self.server.hub.monitors)), (0, ["bob"]))
+
+    def test_more_of_those_who_are_monitored_for_who_negotiated_it(self) -> None:
+        caps = ("away-notify", "setname", "extended-monitor")
+        watchers = [self.irc(f"u{number}", *caps[: number + 1]) for number in range(3)]
+        for watcher in watchers:
+            watcher.send("PART #chat\r\nMONITOR + bob\r\n")
+            watcher.sync()
+        bob = self.irc("bob", *caps)
+        for watcher in watchers:
+            watcher.until(" 730 ")
+        bob.send("MONITOR + bob\r\nAWAY :tea\r\nAWAY\r\nSETNAME :Bob\r\n")
+        self.assertEqual(len(bob.sync()), 4)
+        told = [f":bob!bob@localhost {what}" for what in ("AWAY tea", "AWAY", "SETNAME Bob")]
+        self.assertEqual([watcher.sync() for watcher in watchers], [[], [], told])
+        watchers[2].send("JOIN #chat\r\n")
+        watchers[2].sync()
+        bob.send("SETNAME :once\r\n")
+        bob.sync()
+        self.assertEqual(watchers[2].sync(), [":bob!bob@localhost SETNAME once"])
 
 
 class Stage(ServerCase):
@@ -2639,7 +2779,7 @@ class ChannelBans(Stage):
             peer.sync()
         self.play(
             ("ann", "MODE #chat +b U7!*@*", {}),
-            ("ann", "MODE #chat +b more", "478 ann #chat b :#chat has 100 bans; remove one first"),
+            ("ann", "MODE #chat +b more", "478 ann #chat b :#chat has 100 bans and exceptions; remove one first"),
             ("ann", "MODE #chat -b more", {}),
         )
         for command in ("MODE #chat b", "MODE #chat +b", "MODE #chat -bb"):
@@ -2652,6 +2792,7 @@ class ChannelBans(Stage):
     def test_many_speakers_fill_no_memory_of_a_channel_with_bans(self) -> None:
         self.people["ann"].send("MODE #chat +b *7!*@*\r\n")
         self.people["ann"].until("MODE")
+        self.server.hub.gone = collections.deque(maxlen=10)
         with mock.patch.multiple(chat, BANS_CACHED=10, NICK_CHANGES=1 << 20, MEMORY_LINES=10):
             many = self.irc("many")
 
@@ -2684,6 +2825,154 @@ class ChannelBans(Stage):
             eve.send("JOIN #a,#b,#c\r\n")
             self.assertIn(":eve!eve@localhost JOIN #b", eve.sync())
         self.assertEqual(self.counts()[2], 4)
+
+    def test_exceptions_from_bans_and_from_invitations(self) -> None:
+        self.server.hub.replay = 0
+        ann, eve = self.people["ann"], self.people["eve"]
+        joins = dict.fromkeys(("ann", "bob"), [":eve!eve@localhost JOIN #chat"])
+        joins["eve"] = [":eve!eve@localhost JOIN #chat", *self.names("eve", "#chat", "@ann bob eve")]
+        parts = dict.fromkeys(("ann", "bob", "eve"), [":eve!eve@localhost PART #chat"])
+        said = dict.fromkeys(("ann", "bob"), [":eve!eve@localhost PRIVMSG #chat :x"])
+        silent = "404 {0} #chat :you are banned from #chat, so you cannot write there"
+        everybody = self.both("MODE #chat -e :EVE!*@*")
+        everybody["eve"] = everybody["ann"]
+        self.play(
+            ("bob", "MODE #chat +e bob", "482 bob #chat :only an operator of #chat may do that"),
+            ("ann", "MODE #chat +be *@local* EVE", self.both("MODE #chat +be *!*@local* :EVE!*@*")),
+            ("ann", "MODE #chat +e eve!*", {}), ("bob", "PRIVMSG #chat :x", silent.format("bob")),
+            ("eve", "JOIN #chat", joins),
+            ("eve", "PRIVMSG #chat :x", said), ("ann", "MODE #chat -e eve", everybody),
+            ("eve", "PRIVMSG #chat :x", silent.format("eve")), ("eve", "PART #chat", parts),
+            ("ann", "MODE #chat -b+iI *!*@local* eve", self.both("MODE #chat -b+iI *!*@local* :eve!*@*")),
+            ("eve", "JOIN #chat", joins), ("eve", "PART #chat", parts),
+        )  # fmt: skip
+        who = "ann!ann@localhost :"
+        wanted = ["349 eve #chat :", f"346 eve #chat eve!*@* {who}", "347 eve ", "368 eve "]
+        self.answers(eve, [("MODE #chat eIb", wanted)])
+        self.play(
+            ("ann", "MODE #chat -I eve!*@*", self.both("MODE #chat -I :eve!*@*")),
+            ("eve", "JOIN #chat", "473 eve #chat :only who was invited may join #chat"),
+        )
+        ann.send("MODE #chat +e bob\r\nMODE #chat +I x?\r\n")
+        ann.sync()
+        channel = self.server.hub.channels["#chat"]
+        again = chat.Channel.restored(channel.state())
+        self.assertEqual(again.masks, channel.masks)
+        self.assertEqual([list(masks) for masks in again.masks.values()], [[], ["bob!*@*"], ["x?!*@*"]])
+        before = {**json.loads(channel.state()), "bans": [["a!*@*", "ann", "1"]]}
+        del before["exceptions"]  # as older servers have written it
+        self.assertEqual(list(chat.Channel.restored(json.dumps(before)).masks["b"]), ["a!*@*"])
+
+
+class Hidden(Stage):
+    """Who and what is shown to whom, and what may be said to whom."""
+
+    @staticmethod
+    def listed(to: str, *rows: str) -> dict[str, list[str]]:
+        return {to: [f"321 {to} Channel :Users  Name", *(f"322 {to} {row}" for row in rows), f"323 {to} :End of LIST"]}
+
+    def channels_of_ann(self) -> list[str]:
+        self.people["eve"].send("WHOIS ann\r\n")
+        return [line.partition(" 319 eve ann ")[2] for line in self.people["eve"].sync() if " 319 " in line]
+
+    def test_a_secret_channel_is_hidden_from_strangers(self) -> None:
+        self.assertEqual(self.channels_of_ann(), [":@#chat"])
+        self.play(
+            ("ann", "MODE #chat +s", self.both("MODE #chat :+s")),
+            ("eve", "NAMES #chat", "366 eve #chat :End of NAMES list"),
+            ("eve", "WHO #chat", "315 eve #chat :End of WHO list"), ("eve", "LIST", self.listed("eve")),
+            ("eve", "LIST #chat", self.listed("eve")), ("bob", "LIST", self.listed("bob", "#chat 2 :")),
+            ("bob", "NAMES #chat", {"bob": ["353 bob @ #chat :@ann bob", "366 bob #chat :End of NAMES list"]}),
+        )  # fmt: skip
+        self.assertEqual(self.channels_of_ann(), [])
+        tom = self.plain("tom")
+        tom.send("/join #tea\n/who #chat\n")
+        tom.until("*** Error: there is no channel #chat")
+
+    def test_who_is_invisible_is_hidden_from_strangers(self) -> None:
+        bob = "352 {0} {1} bob localhost chat.local bob {2} :0 bob"
+        self.play(
+            ("bob", "MODE bob +i", ":bob!bob@localhost MODE bob :+i"),
+            ("eve", "NAMES #chat", {"eve": self.names("eve", "#chat", "@ann")}),
+            ("bob", "NAMES #chat", {"bob": self.names("bob", "#chat", "@ann bob")}),
+            ("eve", "WHO B*", "315 eve B* :End of WHO list"),
+            ("eve", "WHO BOB", {"eve": [bob.format("eve", "*", "H"), "315 eve BOB :End of WHO list"]}),
+            ("ann", "WHO b?b!*@l*", {"ann": [bob.format("ann", "*", "H"), "315 ann b?b!*@l* :End of WHO list"]}),
+            ("eve", "WHO *", {"eve": [
+                f"352 eve * {name} localhost chat.local {name} H :0 {name}" for name in ("ann", "eve")
+            ] + ["315 eve * :End of WHO list"]}),
+            ("eve", "WHO #chat", {"eve": [
+                "352 eve #chat ann localhost chat.local ann H@ :0 ann", "315 eve #chat :End of WHO list",
+            ]}),
+            ("eve", f"WHO {'*a' * 11}", f"315 eve {'*a' * 11} :End of WHO list"),
+        )  # fmt: skip
+        self.answers(self.people["eve"], [
+            ("WHOIS bob", [" 311 ", " 312 ", " 317 ", " 318 "]),
+            ("LUSERS", ["251 eve :There are 2 users and 1 invisible on 1 servers", *[""] * 4, "265 eve 3 3 :", "266 "]),
+        ])  # fmt: skip
+        self.people["ann"].send("MODE ann +i\r\nPART #chat\r\n")
+        self.people["ann"].sync()
+        self.people["bob"].sync()
+        self.play(("eve", "NAMES #chat", "366 eve #chat :End of NAMES list"))
+        self.people["bob"].send("QUIT\r\n")
+        self.people["bob"].rest()
+        self.answers(self.people["eve"], [("LUSERS", ["251 eve :There are 1 users and 1 invisible ", *[""] * 6])])
+
+    def test_a_bot_shows_that_it_is_one(self) -> None:
+        rob = self.irc("rob", "message-tags")
+        self.people["bob"].send(
+            "MODE bob +B\r\nPRIVMSG rob :beep\r\nPRIVMSG #chat :boop\r\nNICK tom\r\nPRIVMSG rob :x\r\n"
+        )
+        lines = [chat.parse(rob.until(what)) for what in ("beep", "boop", "NICK", ":x")]
+        self.assertEqual([message.tags.get("bot") for message in lines], [""] * 4)
+        self.answers(rob, [
+            ("WHO #chat", ["", " tom HB :0 bob", "", ""]),
+            ("WHOIS tom", [" 311 ", " 319 ", " 312 ", " 335 rob tom :is a bot", " 317 ", " 318 "]),
+        ])  # fmt: skip
+        self.people["ann"].send("PRIVMSG rob :no bot\r\n")
+        self.assertNotIn("bot", chat.parse(rob.until(":no bot")).tags)
+
+    def test_ctcp_and_messages_to_those_of_a_rank(self) -> None:
+        def said(by: str, to: str, *hearers: str, text: str = "hi") -> dict[str, list[str]]:
+            return dict.fromkeys(hearers, [f":{by}!{by}@localhost PRIVMSG {to} :{text}"])
+
+        refused = "404 {0} #chat :no CTCP but ACTION, which is /me, may be sent to #chat"
+        self.people["eve"].send("JOIN #chat\r\n")
+        for name in ("eve", "ann", "bob"):
+            self.people[name].sync()
+        all_three = dict.fromkeys(("ann", "bob", "eve"), [":ann!ann@localhost MODE #chat +vC :bob"])
+        self.play(
+            ("bob", "PRIVMSG #chat :\1PING 1\1", said("bob", "#chat", "ann", "eve", text="\1PING 1\1")),
+            ("ann", "MODE #chat +vC bob", all_three), ("ann", "PRIVMSG #chat :\1PING 1\1", refused.format("ann")),
+            ("eve", "NOTICE #chat :\1PING 1\1", {}), ("eve", "PRIVMSG +#chat :\1VERSION\1", refused.format("eve")),
+            ("eve", "PRIVMSG #chat :\1ACTION x\1", said("eve", "#chat", "ann", "bob", text="\1ACTION x\1")),
+            ("eve", "PRIVMSG @#CHAT :hi", said("eve", "@#chat", "ann")),
+            ("eve", "PRIVMSG +#chat :hi", said("eve", "+#chat", "ann", "bob")),
+            ("ann", "PRIVMSG +#chat,@#chat :hi", said("ann", "+#chat", "bob")),
+            ("ann", "PRIVMSG @#nix :hi", "403 ann #nix :there is no channel #nix"),
+            ("eve", "PRIVMSG +ann :hi", "401 eve +ann :nobody here is called +ann"),
+        )  # fmt: skip
+        rob = self.irc("rob", "echo-message", "draft/chathistory", "batch")
+        rob.send("PRIVMSG @#chat :help\r\nCHATHISTORY LATEST #chat * 9\r\n")
+        lines = rob.sync()
+        self.assertEqual(lines[0], ":rob!rob@localhost PRIVMSG @#chat :help")
+        self.assertEqual(len(lines), 5, lines)  # what was said to all
+
+    def test_a_message_to_many_of_a_rank_costs_as_much_as_one_to_the_channel(self) -> None:
+        self.people["ann"].send("MODE #chat +v bob\r\n")
+        self.exempt("")
+        rob = self.irc("rob")
+        self.people["ann"].send("MODE #chat +o rob\r\n")
+        rob.until(" MODE ")
+        bucket = self.server.hub.nicks["rob"].flood_bucket
+        with mock.patch.object(chat.TokenBucket, "debit", autospec=True) as debit:
+            debit.return_value = 0.0
+            rob.send("PRIVMSG +#chat :hi\r\n")
+            self.people["bob"].until("+#chat :hi")
+            self.assertEqual([x.args[2] for x in debit.mock_calls if x.args[0] is bucket and len(x.args) > 2], [])
+            rob.send("PRIVMSG +#chat,@#chat :hi\r\n")
+            self.people["ann"].until("@#chat :hi")
+            self.assertEqual([x.args[2] for x in debit.mock_calls if x.args[0] is bucket and len(x.args) > 2], [1])
 
 
 class Operators(Stage):
