@@ -477,6 +477,7 @@ INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
 )
 NICK_SYMBOLS = "_[]{}|^`"
+ASCII_NICK = re.compile(rf"[A-Za-z_\[\]{{}}|^`][\w\[\]{{}}|^`-]{{0,{NICK_CHARS - 1}}}", re.ASCII)
 CHANNEL_TYPES = "#&+!"  # RFC 2811, section 2.1; our server has # only
 CHANNEL_STARTS = tuple(CHANNEL_TYPES + "~@%")  # with STATUSMSG, @#chat is the operators of #chat
 CASEMAPPINGS = {"ascii": ("", ""), "rfc1459": ("[]\\~", "{}|^"), "rfc1459-strict": ("[]\\", "{}|")}
@@ -537,6 +538,8 @@ def check_nick(nick: str) -> str:
 
     What it is compared by must be a nick, too: U+FDFA folds to 18 characters with spaces.
     """
+    if ASCII_NICK.fullmatch(nick):  # most of them: MONITOR has many in a line
+        return nick
     if len(nick) <= DECOMPOSED * NICK_CHARS:
         normal = unicodedata.normalize("NFC", nick)
         if len(normal) <= NICK_CHARS and is_nick(normal) and is_nick(fold(normal)):
@@ -555,8 +558,7 @@ def check_channel(name: str) -> str:
         and not INVISIBLE.search(normal)
         and not set(normal) & set(" ,")
     ):
-        long = name.startswith("#") and name.isprintable()
-        raise CommandError(ERR_BADCHANNAME if long else ERR_BADCHANMASK, name)
+        raise CommandError(ERR_BADCHANNAME if name.startswith("#") else ERR_BADCHANMASK, name)
     return normal
 
 
@@ -609,6 +611,7 @@ def mask_pattern(mask: str) -> re.Pattern[str]:
     return re.compile(f"{head}{middle}.*{rest[-1]}" if rest else head, re.DOTALL)
 
 
+@functools.lru_cache(maxsize=100)
 def search_pattern(mask: str) -> re.Pattern[str]:
     """The same of a mask that is only searched with, for folded text; one that is too long matches nothing."""
     try:
@@ -2862,7 +2865,7 @@ class Channel:
         self.members[session] = rank
         session.channels[self] = None
         for caps, texts in self._names.items():
-            texts[-1:] = split_text(" ".join([*texts[-1:], self._name(session, caps)]), NAMES_BYTES)
+            texts[-1:] = split_text(" ".join([*texts[-1:], self.name_of(session, caps)]), NAMES_BYTES)
 
     def awaits(self, session: Session) -> bool:
         """Whether a session was operator before a restart."""
@@ -2890,11 +2893,14 @@ class Channel:
         """All names with their signs, in texts that fit in a 353 line. Kept up to date as members join."""
         caps = NAMES_CAPS & caps
         if caps not in self._names:
-            names = [self._name(member, caps) if rank or caps else member.nick for member, rank in self.members.items()]
+            names = [
+                self.name_of(member, caps) if rank or caps else member.nick for member, rank in self.members.items()
+            ]
             self._names[caps] = split_text(" ".join(names), NAMES_BYTES)
         return self._names[caps]
 
-    def _name(self, member: Session, caps: frozenset[str]) -> str:
+    def name_of(self, member: Session, caps: frozenset[str]) -> str:
+        """A member's name as it stands in 353."""
         return signs(self.members[member], caps) + (member.prefix if "userhost-in-names" in caps else member.nick)
 
     @property
@@ -2976,8 +2982,8 @@ class Broadcast:
         return data
 
 
-class Unicast(NamedTuple):
-    session: Session
+class Multicast(NamedTuple):
+    sessions: Sequence[Session]
     messages: Sequence[Message | Lines]
 
 
@@ -3010,7 +3016,7 @@ class Close(NamedTuple):
     session: Session
 
 
-Effect = Union[Broadcast, Unicast, Update, Close, ChannelState]
+Effect = Union[Broadcast, Multicast, Update, Close, ChannelState]
 
 
 HistoryQuery = Callable[[MemoryHistory], List[Message]]  # run by the mailer, which replies with the result
@@ -3121,7 +3127,7 @@ class Call:
         if session is self.session:
             self.replies.append(message)
         else:
-            self.effects.append(Unicast(session, [message]))
+            self.effects.append(Multicast([session], [message]))
 
     def broadcast(self, message: Message, *channels: Channel, echo: bool = True) -> None:
         """Sends a message to all members of channels, once to each; to the caller only with `echo`."""
@@ -3139,8 +3145,10 @@ class Call:
             row = session.nick, session.user, session.host, "*", session.realname
             self.hub.gone.appendleft((row, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())))
         told = session.prefix if online else session.nick
-        messages = [Message((RPL_MONONLINE if online else RPL_MONOFFLINE).code, ("*", told), self.hub.name)]
-        self.effects += [Unicast(watcher, messages) for watcher in self.hub.monitors.get(fold(session.nick), ())]
+        message = Message((RPL_MONONLINE if online else RPL_MONOFFLINE).code, ("*", told), self.hub.name)
+        watchers = list(self.hub.monitors.get(fold(session.nick), ()))
+        if watchers:
+            self.effects.append(Multicast(watchers, [message]))
 
     def set_dialect(self, dialect: Dialect) -> None:
         """Changes what the caller speaks, or has negotiated."""
@@ -3628,8 +3636,9 @@ def dispatch(hub: Hub, session: Session, message: Message) -> bool:
             raise CommandError(ERR_NEEDMOREPARAMS, message.command)
         rows = row.run(call)
         if rows is not None:
-            if row.grammar.endswith("[<server>]") and message.params:
-                check_server(call, message.params[-1])
+            servers = message.params[-1:] if row.grammar.endswith("[<server>]") else ()
+            if any(not search_pattern(mask).fullmatch(fold(hub.name)) for mask in servers):
+                raise CommandError(ERR_NOSUCHSERVER, *servers)
             send_rows(call, rows)
         done = True
     except CommandError as error:
@@ -3646,15 +3655,14 @@ def charge(call: Call) -> None:
     session, bucket = call.session, call.session.flood_bucket
     if not bucket or len(call.effects) < 2:
         return
-    heard = {id(effect.messages) for effect in call.effects if isinstance(effect, Unicast)}
-    heard |= {
-        id(effect)
-        for effect in call.effects
-        if isinstance(effect, Broadcast)
+    heard = sum(
+        isinstance(effect, Multicast)
+        or isinstance(effect, Broadcast)
         and any(len(channel.members) > (session in channel.members) for channel in effect.channels)
-    }
-    if len(heard) > 1:
-        bucket.debit(time.monotonic(), len(heard) - 1)
+        for effect in call.effects
+    )
+    if heard > 1:
+        bucket.debit(time.monotonic(), heard - 1)
 
 
 def targets(call: Call, text: str) -> list[str]:
@@ -3693,18 +3701,10 @@ def find_channel(call: Call, name: str) -> Channel:
     return channel
 
 
-def find_visible(call: Call, name: str) -> Channel:
-    """The same of one that is not hidden from the caller."""
-    channel = find_channel(call, name)
-    if channel.is_hidden(call.session):
-        raise CommandError(ERR_NOSUCHCHANNEL, name)
-    return channel
-
-
 def is_visible(call: Call, other: Session) -> bool:
-    """Whether the caller may see another session in lists: itself, and whom it shares a channel with, in any case."""
-    mine = call.session.channels
-    return "i" not in other.modes or other is call.session or not mine.keys().isdisjoint(other.channels)
+    """Whether the caller sees another session in lists, as it does itself and those in its channels in any case."""
+    mine = call.session.channels.keys()
+    return "i" not in other.modes or other is call.session or not mine.isdisjoint(other.channels)
 
 
 def find_user(call: Call, nick: str) -> Session:
@@ -3731,12 +3731,6 @@ def check_member(call: Call, channel: Channel, rank: str = "") -> None:
         raise CommandError(ERR_CHANOPRIVSNEEDED, channel.name)
 
 
-def check_server(call: Call, mask: str) -> None:
-    """Raises CommandError if a mask does not match this server's name."""
-    if not search_pattern(mask).fullmatch(fold(call.hub.name)):
-        raise CommandError(ERR_NOSUCHSERVER, mask)
-
-
 def notify_peers(call: Call, message: Message, cap: str) -> None:
     """Tells a change to those who share a channel with the caller, if they have negotiated a capability. Raises
     CommandError for too many changes."""
@@ -3745,11 +3739,11 @@ def notify_peers(call: Call, message: Message, cap: str) -> None:
     if call.session.channels:
         told = message._replace(tags={**message.tags, FOR_TAG: cap})
         call.broadcast(told, *call.session.channels, echo=False)
-    shared, channels = [message], call.session.channels
-    for watcher in call.hub.monitors.get(fold(call.session.nick), ()):  # IRCv3 extended-monitor
-        knows = watcher.dialect.caps >= {"extended-monitor", cap}
-        if knows and watcher is not call.session and channels.keys().isdisjoint(watcher.channels):
-            call.effects.append(Unicast(watcher, shared))
+    caps, mine = {"extended-monitor", cap}, call.session.channels.keys()
+    watchers = [x for x in call.hub.monitors.get(fold(call.session.nick), ()) if x.dialect.caps >= caps]
+    watchers = [x for x in watchers if x is not call.session and mine.isdisjoint(x.channels)]
+    if watchers:
+        call.effects.append(Multicast(watchers, [message]))
 
 
 # Registration.
@@ -4152,7 +4146,10 @@ def names(call: Call) -> None:
 
     def names_of_one(name: str) -> None:
         try:
-            send_names(call, find_visible(call, name))
+            channel = find_channel(call, name)
+            if channel.is_hidden(call.session):
+                raise CommandError(ERR_NOSUCHCHANNEL, name)
+            send_names(call, channel)
         except CommandError:
             if call.session.dialect.single:  # a person is told why there is no answer
                 raise
@@ -4163,12 +4160,13 @@ def names(call: Call) -> None:
 
 def send_names(call: Call, channel: Channel) -> None:
     """353 for each text of names, of those who are visible. A person at nc, who has no WHO, sees who is away."""
-    texts = channel.names(call.session.dialect.caps)
-    if call.hub.invisible and call.session not in channel.members:
-        hidden = {member.nick for member in channel.members if not is_visible(call, member)}
-        names = [name for name in " ".join(texts).split() if name.lstrip("@+").partition("!")[0] not in hidden]
-        texts = split_text(" ".join(names), NAMES_BYTES)
-    away = {member.nick for member in channel.members if member.away} if call.session.dialect.single else ()
+    session, caps = call.session, call.session.dialect.caps
+    if call.hub.invisible and session not in channel.members:
+        seen = [channel.name_of(member, caps) for member in channel.members if is_visible(call, member)]
+        texts = split_text(" ".join(seen), NAMES_BYTES)
+    else:
+        texts = channel.names(caps)
+    away = {member.nick for member in channel.members if member.away} if session.dialect.single else ()
     if away:
         names = [f"{name} (away)" if name.lstrip("@+") in away else name for name in " ".join(texts).split()]
         texts = split_text(" ".join(names), NAMES_BYTES)
@@ -4179,36 +4177,32 @@ def send_names(call: Call, channel: Channel) -> None:
 ELIST = re.compile("([ct]?)([<>])([0-9]{1,9})")
 
 
-def list_test(item: str) -> Callable[[Channel], bool]:
-    """What an item of LIST, folded, asks of a channel: a mask, !mask, >users, C>minutes since it began, T>minutes since
-    the topic was set; or < instead."""
-    condition, pattern = ELIST.fullmatch(item), search_pattern(item.lstrip("!"))
+def is_listed(channel: Channel, item: str) -> bool:
+    """Whether a channel meets an item of LIST, folded: a mask, !mask, >users, C>minutes since it began, T>minutes since
+    its topic was set; or < instead."""
+    condition = ELIST.fullmatch(item)
     if not condition:
-        return lambda channel: bool(pattern.fullmatch(channel.folded)) != item.startswith("!")
-    kind, sign, number = condition[1], 1 if condition[2] == ">" else -1, int(condition[3])
-
-    def test(channel: Channel) -> bool:
-        since = {"c": channel.created, "t": channel.topic_time}.get(kind, 1)
-        value = (time.time() - since) / 60 if kind else len(channel.members)
-        return bool(since) and (value - number) * sign > 0
-
-    return test
+        return bool(search_pattern(item.lstrip("!")).fullmatch(channel.folded)) != item.startswith("!")
+    since = {"c": channel.created, "t": channel.topic_time}.get(condition[1], 1)
+    value = (time.time() - since) / 60 if condition[1] else len(channel.members)
+    return since > 0 and (value < int(condition[3]) if condition[2] == "<" else value > int(condition[3]))
 
 
 @command("LIST [<channel or condition>{,<channel or condition>}]")
 def list_(call: Call) -> Rows:
-    """The channels that are named or match one of the masks, if there are any, and meet all other conditions."""
+    """The channels that have one of the names or match one of the masks, if there are any, and meet all conditions."""
     channels, left = call.hub.channels, MAX_LISTED
     asked = dict.fromkeys(fold(item) for item in call.message.param(0).split(",") if item)
-    names = [item for item in asked if item[0] == "#" and not set("*?") & set(item)]
-    tests = {item: list_test(item) for item in list(asked)[: len(names) + MAX_TARGETS] if item not in names}
-    masks = [test for item, test in tests.items() if item[0] in "*?#"]
-    conditions = [test for item, test in tests.items() if item[0] not in "*?#"]
+    names = all(item[0] == "#" and not set("*?") & set(item) for item in asked)  # which are found without a search
+    items = [] if names else list(asked)[:MAX_TARGETS]
+    masks = [item for item in items if item[0] in "#*?"]
     yield RPL_LISTSTART, "Channel"
-    for name in list(channels) if tests or not names else names:
+    for name in list(names and asked or channels):
         channel = channels.get(name)
-        is_asked = channel and (not (names or masks) or name in names or any(test(channel) for test in masks))
-        if not channel or not is_asked or channel.is_hidden(call.session) or not all(x(channel) for x in conditions):
+        if not channel or channel.is_hidden(call.session) or not (
+            all(is_listed(channel, item) for item in items if item not in masks)
+            and (not masks or any(is_listed(channel, item) for item in masks))
+        ):  # fmt: skip
             yield ()
         elif left:
             left -= 1
@@ -4457,21 +4451,18 @@ def relay(call: Call, target: str) -> None:
 
 def deliver(call: Call, message: Message, channel: Channel | None, other: Session) -> None:
     """Sends a message to a channel or to one user, and its echo or receipt to the caller."""
-    session, echoes, ranks = (
-        call.session,
-        "echo-message" in call.session.dialect.caps,
-        STATUSMSG.get(message.param(0)[0]),
-    )
+    session, echoes = call.session, "echo-message" in call.session.dialect.caps
+    ranks = STATUSMSG.get(message.param(0)[0])
     if channel and ranks:
-        echo, shared = False, [message]
-        heard = [other for other, rank in channel.members.items() if rank in ranks and other is not session]
-        call.effects += [Unicast(other, shared) for other in heard]
+        echo, members = False, channel.members.items()
+        heard = [member for member, rank in members if rank in ranks and member is not session]
+        call.effects.append(Multicast(heard, [message]))
     elif channel:
         echo = session in channel.members and not call.ref and echoes
         call.broadcast(message, channel, echo=echo)
     elif other is session and call.label and echoes:
         echo = False  # IRCv3 labeled-response: of the two that it gets, the echo has the label
-        call.effects.append(Unicast(session, [message]))
+        call.effects.append(Multicast([session], [message]))
     else:
         echo = other is session
         relay_private(call, other, message)
@@ -4617,11 +4608,16 @@ def target_messages(
 def who(call: Call) -> Rows:
     mask = call.message.param(0)
     channel = call.hub.channels.get(fold(mask))
+    if channel and channel.is_hidden(call.session):
+        channel = None
     pattern = search_pattern(full_mask(mask)) if not channel and set("*?") & set(mask) else None
     members = channel.members if channel else call.hub.sessions if pattern else find_registered(call, [mask])
+    is_named = not (channel or pattern)  # then it is told also of who is invisible
     fields, _, token = call.message.param(1).partition("%")[2].partition(",")
     for member in list(members):
-        if not is_in_who(call, member, channel, pattern):
+        here = member in channel.members if channel else member.registered  # it may have left meanwhile
+        is_asked = pattern is None or pattern.fullmatch(fold(member.prefix))
+        if not (here and is_asked and (is_named or is_visible(call, member))):
             yield ()
             continue
         values = who_fields(call, member, channel)
@@ -4631,14 +4627,6 @@ def who(call: Call) -> Rows:
         else:
             yield (RPL_WHOREPLY, *(values[key] for key in "cuhsnf"), f"0 {member.realname}")
     yield RPL_ENDOFWHO, safe_param(mask)
-
-
-def is_in_who(call: Call, member: Session, channel: Channel | None, pattern: re.Pattern[str] | None) -> bool:
-    """Whether WHO tells of a session, which may have left meanwhile. Who is invisible can be asked for by name only."""
-    if channel:
-        return member in channel.members and not channel.is_hidden(call.session) and is_visible(call, member)
-    found = not pattern or is_visible(call, member) and pattern.fullmatch(fold(member.prefix))
-    return member.registered and bool(found)
 
 
 def who_fields(call: Call, member: Session, channel: Channel | None) -> dict[str, str]:
@@ -4698,7 +4686,11 @@ def ison(call: Call) -> Rows:
 @command("MONITOR + <name>{,<name>} | - <name>{,<name>} | C | L | S", 1)
 def monitor(call: Call) -> Rows:
     hub, session, sub = call.hub, call.session, call.params[0].upper()
-    names = valid_nicks(call.message.param(1).split(",")) if sub in ("+", "-") else dict(session.monitored)
+    names = dict(session.monitored)
+    if sub in ("+", "-"):
+        names = {
+            fold(name): name for name in call.message.param(1).split(",") if ASCII_NICK.fullmatch(name) or is_nick(name)
+        }
     if sub in ("-", "C"):
         hub.unmonitor(session, names)
     elif sub == "+":
@@ -4714,15 +4706,6 @@ def monitor(call: Call) -> Rows:
     if sub == "L":
         yield from list_rows(RPL_MONLIST, names.values())
         yield (RPL_ENDOFMONLIST,)
-
-
-def valid_nicks(names: Iterable[str]) -> dict[str, str]:
-    """Those of some names that are nicks, by their folded form."""
-    found = {}
-    for name in names:
-        with contextlib.suppress(CommandError):
-            found[fold(check_nick(name))] = check_nick(name)
-    return found
 
 
 def list_rows(numeric: Numeric, words: Iterable[str]) -> Rows:
@@ -4741,11 +4724,8 @@ def userhost(call: Call) -> Rows:
 @command("LUSERS")
 def lusers(call: Call) -> Rows:
     hub = call.hub
-    counts = str(hub.registered), str(hub.most_registered)
-    yield (
-        RPL_LUSERCLIENT,
-        f"There are {hub.registered - hub.invisible} users and {hub.invisible} invisible on 1 servers",
-    )
+    visible, counts = hub.registered - hub.invisible, (str(hub.registered), str(hub.most_registered))
+    yield RPL_LUSERCLIENT, f"There are {visible} users and {hub.invisible} invisible on 1 servers"
     yield RPL_LUSEROP, "0"
     yield RPL_LUSERUNKNOWN, str(len(hub.sessions) - hub.registered)
     yield RPL_LUSERCHANNELS, str(len(hub.channels))
@@ -4831,7 +4811,7 @@ def commit(hub: Hub, batch: list[Call]) -> list[Effect]:
             settle(hub, call)
         effects += call.effects
         if call.replies or call.label:
-            effects.append(Unicast(call.session, answers(call)))
+            effects.append(Multicast([call.session], answers(call)))
     return effects
 
 
@@ -4969,11 +4949,11 @@ class FanOut:
         for effect in effects:
             if isinstance(effect, Broadcast):
                 self._broadcast(effect)
-            elif isinstance(effect, Unicast):
-                cursor = self._cursor(effect.session)
-                output = effect.session.output
-                for item in effect.messages:
-                    cursor.lines.append(output.encode(item) if isinstance(item, Message) else output.encode_lines(item))
+            elif isinstance(effect, Multicast):
+                for session in effect.sessions:
+                    lines, output = self._cursor(session).lines, session.output
+                    for item in effect.messages:
+                        lines.append(output.encode(item) if isinstance(item, Message) else output.encode_lines(item))
             elif isinstance(effect, Update):
                 cursor = self._cursor(effect.session)
                 effect.apply()
