@@ -963,9 +963,10 @@ def reason_form(message: Message) -> str:
 def text_form(message: Message, name: Callable[[str], str] = escape_controls, elsewhere: bool = False) -> str:
     """The line in which a person reads a message, '' for none. What the network sent is escaped.
 
-    `name` makes the sender's name so, and may colour it. `elsewhere`: the channel is named, as it is not the reader's.
+    `name` makes the sender's name so, and may colour it. `elsewhere`: the channel is named, as it is not the reader's;
+    so are those of a rank in it (@#chat), as nobody else got that.
     """
-    place = f"[{escape_controls(message.param(0))}] " if elsewhere else ""
+    place = f"[{escape_controls(message.param(0))}] " if elsewhere or message.param(0)[:2] in ("@#", "+#") else ""
     if is_system(message):
         text = event_of(message)[1]
         return text and f"*** {place}{text}"

@@ -418,6 +418,7 @@ class TextForm(unittest.TestCase):
     BOB = "bob!bob@host"
     CASES = [  # of bob, if there is no source
         ("PRIVMSG #chat :hello", "bob: hello"), ("NOTICE #chat :hello", "bob: hello"),
+        ("PRIVMSG @#chat :x", "[@#chat] bob: x"), ("PRIVMSG +#a :\x01ACTION x\x01", "[+#a] * bob x"),
         ("PRIVMSG ann :psst", "[private] bob: psst"), ("PRIVMSG #chat :\x01ACTION waves\x01", "* bob waves"),
         (f"@{chat.COUNT_TAG}=3 :{BOB} JOIN #chat", "*** bob joined (3 here)"), ("JOIN #chat", "*** bob joined"),
         ("QUIT :Ping timeout", "*** bob left (Ping timeout)"), ("QUIT :Connection closed", "*** bob left"),
@@ -2274,7 +2275,8 @@ class IrcClients(ServerCase):
     def test_no_answer_is_longer_than_a_line(self) -> None:
         ann = self.irc("ann")
         heads = "|PING |PART #|WHOIS |CAP REQ :|CAP |JOIN #|NICK |NAMES #|WHO |ISON |WHO #chat %t,|PRIVMSG |MODE "
-        heads += "|MODE #chat |USERHOST |WHOWAS |MODE #chat +b |KICK #chat |INVITE |VERSION |SETNAME "
+        heads += "|MODE #chat |USERHOST |WHOWAS |MODE #chat +b |KICK #chat |INVITE |VERSION |SETNAME |HELP |LIST !"
+        heads += f"|MONITOR + {'y' * 64},{'z,' * 120}|MODE ann +|PRIVMSG @#|NAMES {'#' + 'é' * 99},#,#,#"
         for head in heads.split("|"):
             ann.send(head + "x" * (chat.LINE_BYTES - 2 - len(head)) + "\r\n")
         for line in ann.sync():
@@ -4838,7 +4840,8 @@ class Soup:
         +o -o+b +kl %tcuihsnfdlaor,1 % = {} {0} {nick} {text} %s *** \\ \\: [ " ' / // /me /msg /nick /quit exit
         chat.local ann!ann@localhost bob!b@h *!*@* LS ACK NAK REQ END 302 LATEST BEFORE AFTER AROUND BETWEEN TARGETS
         msgid=1 msgid=fffffffffffffff timestamp=2026-01-31T12:00:00.000Z timestamp=9999-12-31T23:59:59.999Z +1 -1
-        chathistory labeled-response PRIVMSG INVALID_UTF8 CHATHISTORY @bob +bob,ann @+"""
+        chathistory labeled-response PRIVMSG INVALID_UTF8 CHATHISTORY @bob +bob,ann @+ @#chat
+        +#a,@#chat +eI +sC +B-i !#*,>0 C<9,*a* +b-eI"""
     WORDS = [
         *USUAL.split(),
         *("", " ", "\x01ACTION waves\x01", "\x01ACTION ", "\x01", "\x1b]0;x\x07", "\x1b[5m", "\x9b6n", "\x07", "\x7f"),
