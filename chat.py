@@ -477,7 +477,7 @@ INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
 )
 NICK_SYMBOLS = "_[]{}|^`"
-ASCII_NICK = re.compile(rf"[A-Za-z_\[\]{{}}|^`][\w\[\]{{}}|^`-]{{0,{NICK_CHARS - 1}}}", re.ASCII)
+ASCII_NICK = re.compile(rf"[A-Za-z_\[\]{{}}|^`][\w\[\]{{}}|^`-]{{0,{NICK_BYTES - 1}}}", re.ASCII)
 CHANNEL_TYPES = "#&+!"  # RFC 2811, section 2.1; our server has # only
 CHANNEL_STARTS = tuple(CHANNEL_TYPES + "~@%")  # with STATUSMSG, @#chat is the operators of #chat
 CASEMAPPINGS = {"ascii": ("", ""), "rfc1459": ("[]\\~", "{}|^"), "rfc1459-strict": ("[]\\", "{}|")}
@@ -516,6 +516,8 @@ def script(char: str) -> str:
 
 def is_nick(nick: str) -> bool:
     """Whether a nick has the characters it may have, all of one script, and at most NICK_BYTES of them."""
+    if nick.isascii():  # as most are: MONITOR has a hundred in a line
+        return bool(ASCII_NICK.fullmatch(nick))
     scripts = {script(char) for char in nick} - {""}
     return (
         (nick[:1].isalpha() or nick[:1] in tuple(NICK_SYMBOLS))
@@ -538,8 +540,6 @@ def check_nick(nick: str) -> str:
 
     What it is compared by must be a nick, too: U+FDFA folds to 18 characters with spaces.
     """
-    if ASCII_NICK.fullmatch(nick):  # most of them: MONITOR has many in a line
-        return nick
     if len(nick) <= DECOMPOSED * NICK_CHARS:
         normal = unicodedata.normalize("NFC", nick)
         if len(normal) <= NICK_CHARS and is_nick(normal) and is_nick(fold(normal)):
@@ -2866,7 +2866,7 @@ class Channel:
         self.members[session] = rank
         session.channels[self] = None
         for caps, texts in self._names.items():
-            texts[-1:] = split_text(" ".join([*texts[-1:], self.name_of(session, caps)]), NAMES_BYTES)
+            texts[-1:] = split_text(" ".join([*texts[-1:], self._name(session, caps)]), NAMES_BYTES)
 
     def awaits(self, session: Session) -> bool:
         """Whether a session was operator before a restart."""
@@ -2894,14 +2894,15 @@ class Channel:
         """All names with their signs, in texts that fit in a 353 line. Kept up to date as members join."""
         caps = NAMES_CAPS & caps
         if caps not in self._names:
-            names = [
-                self.name_of(member, caps) if rank or caps else member.nick for member, rank in self.members.items()
-            ]
-            self._names[caps] = split_text(" ".join(names), NAMES_BYTES)
+            self._names[caps] = self.names_of(self.members, caps)
         return self._names[caps]
 
-    def name_of(self, member: Session, caps: frozenset[str]) -> str:
-        """A member's name as it stands in 353."""
+    def names_of(self, members: Iterable[Session], caps: frozenset[str]) -> list[str]:
+        """The names of some members, in such texts."""
+        names = [self._name(member, caps) if caps or self.members[member] else member.nick for member in members]
+        return split_text(" ".join(names), NAMES_BYTES)
+
+    def _name(self, member: Session, caps: frozenset[str]) -> str:
         return signs(self.members[member], caps) + (member.prefix if "userhost-in-names" in caps else member.nick)
 
     @property
@@ -4163,8 +4164,7 @@ def send_names(call: Call, channel: Channel) -> None:
     """353 for each text of names, of those who are visible. A person at nc, who has no WHO, sees who is away."""
     session, caps = call.session, call.session.dialect.caps
     if call.hub.invisible and session not in channel.members:
-        seen = [channel.name_of(member, caps) for member in channel.members if is_visible(call, member)]
-        texts = split_text(" ".join(seen), NAMES_BYTES)
+        texts = channel.names_of((x for x in channel.members if not x.modes or is_visible(call, x)), NAMES_CAPS & caps)
     else:
         texts = channel.names(caps)
     away = {member.nick for member in channel.members if member.away} if session.dialect.single else ()
@@ -4689,9 +4689,7 @@ def monitor(call: Call) -> Rows:
     hub, session, sub = call.hub, call.session, call.params[0].upper()
     names = dict(session.monitored)
     if sub in ("+", "-"):
-        names = {
-            fold(name): name for name in call.message.param(1).split(",") if ASCII_NICK.fullmatch(name) or is_nick(name)
-        }
+        names = {fold(name): name for name in call.message.param(1).split(",") if is_nick(name)}
     if sub in ("-", "C"):
         hub.unmonitor(session, names)
     elif sub == "+":
