@@ -4195,15 +4195,16 @@ def list_(call: Call) -> Rows:
     channels, left = call.hub.channels, MAX_LISTED
     asked = dict.fromkeys(fold(item) for item in call.message.param(0).split(",") if item)
     names = all(item[0] == "#" and not set("*?") & set(item) for item in asked)  # which are found without a search
-    items = [] if names else list(asked)[:MAX_TARGETS]
+    items = [] if names else list(asked)
+    if len(items) > MAX_TARGETS:
+        raise CommandError(ERR_TOOMANYTARGETS)
     masks = [item for item in items if item[0] in "#*?"]
+    groups = [[item] for item in items if item not in masks] + [masks] * bool(masks)  # one of each must be met
     yield RPL_LISTSTART, "Channel"
     for name in list(names and asked or channels):
         channel = channels.get(name)
-        if not channel or channel.is_hidden(call.session) or not (
-            all(is_listed(channel, item) for item in items if item not in masks)
-            and (not masks or any(is_listed(channel, item) for item in masks))
-        ):  # fmt: skip
+        is_asked = channel and all(any(is_listed(channel, item) for item in group) for group in groups)
+        if not channel or not is_asked or channel.is_hidden(call.session):
             yield ()
         elif left:
             left -= 1
@@ -4679,9 +4680,8 @@ def find_registered(call: Call, nicks: Iterable[str]) -> list[Session]:
 
 @command("ISON <name>{ <name>}", 1)
 def ison(call: Call) -> Rows:
-    here = " ".join(other.nick for other in find_registered(call, " ".join(call.params).split()))
-    for piece in split_text(here, NAMES_BYTES) or [""]:
-        yield RPL_ISON, piece
+    here = find_registered(call, " ".join(call.params).split())
+    return list_rows(RPL_ISON, [other.nick for other in here], " ") or [(RPL_ISON, "")]
 
 
 @command("MONITOR + <name>{,<name>} | - <name>{,<name>} | C | L | S", 1)
@@ -4707,17 +4707,16 @@ def monitor(call: Call) -> Rows:
         yield (RPL_ENDOFMONLIST,)
 
 
-def list_rows(numeric: Numeric, words: Iterable[str]) -> Rows:
-    """Words in lists with commas, as many in each row as fit in a line."""
-    return [(numeric, piece.replace(" ", ",")) for piece in split_text(" ".join(words), NAMES_BYTES)]
+def list_rows(numeric: Numeric, words: Iterable[str], separator: str = ",") -> list[tuple[Any, ...]]:
+    """Words in lists, as many in each row as fit in a line."""
+    return [(numeric, piece.replace(" ", separator)) for piece in split_text(" ".join(words), NAMES_BYTES)]
 
 
 @command("USERHOST <name>{ <name>}", 1)
 def userhost(call: Call) -> Rows:
     found = find_registered(call, call.params[:5])
     items = [f"{other.nick}={'-' if other.away else '+'}{other.user}@{other.host}" for other in found]
-    for piece in split_text(" ".join(items), NAMES_BYTES) or [""]:
-        yield RPL_USERHOST, piece
+    return list_rows(RPL_USERHOST, items, " ") or [(RPL_USERHOST, "")]
 
 
 @command("LUSERS")

@@ -2203,7 +2203,8 @@ class IrcClients(ServerCase):
         ("HELPOP privmsg", ["704 ann privmsg :PRIVMSG <target>{,<target>} :<text>", "706 ann privmsg :"]),
         ("HELP MODE", ["704 ann MODE :MODE <", *["705 ann MODE :+"] * len(chat.MODE_HELP), "706 ann MODE :"]),
         ("HELP nothing", ["524 ann nothing :there is no help for nothing"]), ("HELPOP :a b", ["524 ann a :"]),
-        ("NAMES #a,#b,#c,#d,#e", ["407 ann :"]), ("NICK ANN", [":ann!ann@localhost NICK :ANN"]),
+        ("NAMES #a,#b,#c,#d,#e", ["407 ann :"]), ("LIST *a,*b,*c,*d,*e", ["407 ann :"]),
+        ("NICK ANN", [":ann!ann@localhost NICK :ANN"]),
     ]  # fmt: skip
 
     def test_every_command_answers(self) -> None:
