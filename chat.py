@@ -2913,6 +2913,15 @@ class Channel:
         """
         return (self.folded, f"{self.folded} {self.closed_after:x}") if self.closed_after else (self.folded,)
 
+    def close_log(self, ids: MessageIds, reopened: bool) -> None:
+        """Begins or ends the log that only members read, as the modes are; others may have come in if `reopened`."""
+        closed = "k" in self.modes or "i" in self.modes
+        if reopened or not closed:
+            self.closed_after = 0
+        if closed and not self.closed_after:
+            ids.next()  # no two times that a channel is closed begin alike
+            self.closed_after = ids.last
+
     def state(self) -> str:
         """What is restored after a restart: topic, modes, masks, operators; '' where that is what a new channel has."""
         operators = self.operators + [member.token for member, rank in self.members.items() if "o" in rank]
@@ -3186,12 +3195,7 @@ class Call:
 
         With `reopened`, others may come in than those for whom it was closed: see Channel.logs.
         """
-        closed = "k" in channel.modes or "i" in channel.modes
-        if reopened or not closed:
-            channel.closed_after = 0
-        if closed and not channel.closed_after:
-            self.hub.ids.next()  # no two times that a channel is closed begin alike
-            channel.closed_after = self.hub.ids.last
+        channel.close_log(self.hub.ids, reopened)
         kept = channel.members or channel.operators
         self.effects.append(ChannelState(channel.folded, channel.state() if kept else ""))
 
