@@ -80,6 +80,7 @@ from typing import (
 )
 
 VERSION = "0.1"
+SCHEMA = 2  # of the JSON: a new number when a key goes or changes its meaning
 
 # -----------------------------------------------------------------------------
 # limits
@@ -90,7 +91,8 @@ RECV_BYTES = 1 << 16  # one chunk
 SWITCH_CLIENT_S = 25e-6  # thread switch interval per client: each that wants to run wakes once in it, for nothing
 STACK_BYTES = 256 << 10  # of a thread: the default of 8 MiB would forbid thousands of them
 START_S = 10.0  # for a server that we start to listen
-STOP_S = 5.0  # for it to end by itself
+STOP_S = 5.0  # for it, and what it started, to end by itself
+STOP_LOOK_S = 0.02
 TLS_WAIT_S = 0.5  # longest wait within a TLS connection before its thread looks whether it is to stop
 JOIN_S = 30.0  # for one client to get in
 MAX_LINES = 4_000_000  # different ones that are kept, and told apart
@@ -125,6 +127,7 @@ LAST_WORDS_BYTES = 1000  # of what a disturber heard, to find out why it was clo
 MODES = 4  # bans in one line
 TURNS = 20  # of what a disturber says again and again, in one send
 PER_ADDRESS = 16  # disturbers at most from one source address: so many does chat.py let in
+FAULT_P99_MS, FAULT_RATIO, FAULT_NEWCOMERS_MS = 100.0, 10.0, 1000.0  # what is still good while others do their worst
 FAULT_LOAD = {"rate": 500.0, "rounds": 1}  # defaults with --faults: all of it within five minutes
 GIL = getattr(sys, "_is_gil_enabled", lambda: True)()  # CPython 3.13 can be built, and told, to do without
 KERNEL_CLOCK = sys.platform == "linux"
@@ -143,7 +146,9 @@ ADDRESS_LIMIT = (
 HINTS = {  # what servers say when their own limits strike, and the settings that lift them
     "flood": FLOOD_CONTROL,
     "recvq": FLOOD_CONTROL,
-    "too many connections": ADDRESS_LIMIT,
+    **dict.fromkeys(
+        ("too many connections", "no more connections", "too many host", "too many clients"), ADDRESS_LIMIT
+    ),
     "throttl": "its limit of connects; lift it: InspIRCd <connectban>, Ergo ip-limits: throttle: false",
     "password": "it wants a password; give it by --password-file",
 }
@@ -1076,7 +1081,7 @@ def versus_text(document: Result) -> str:
 
 
 def faults_text(rows: Sequence[Result]) -> str:
-    """What each fault did to the others, and what became of those who did it, as a table."""
+    """What each fault did to the others, what became of those who did it, and whether that is good, as a table."""
     lines = [["fault", "peers", "lost", "wrong", "p99 undisturbed", "disturbed", "ratio", "newcomers"]]
     for row in rows:
         before, since, anew = (_known(duration, row[key]) for key in ("undisturbed", "disturbed", "newcomers"))
@@ -1086,8 +1091,31 @@ def faults_text(rows: Sequence[Result]) -> str:
     said = [head]
     for line, row in zip(table, rows):
         limited = "; LIMITED by the load tester itself" if row["limited"] else ""
-        said += ["", line, *textwrap.wrap(f"{row['what']}: {fate_text(row['fate'])}{limited}", WIDTH)]
-    return "\n".join(said)
+        what = f"{row['verdict']}: {row['what']}: {fate_text(row['fate'])}{limited}"
+        said += ["", line, *textwrap.wrap(what, WIDTH)]
+    good = [row for row in rows if row["verdict"] == "PASS"]
+    bounds = f"p99 at most {duration(FAULT_P99_MS, 0)} or {FAULT_RATIO:g} times that of before"
+    total = f"{worst(row['verdict'] for row in rows)}  {len(good)} of {len(rows)} kinds of fault within bounds: "
+    total += f"nothing lost or wrong, {bounds}, newcomers' p99 at most {duration(FAULT_NEWCOMERS_MS, 0)}"
+    return "\n".join([*said, "", *textwrap.wrap(total, WIDTH)])
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """Of several verdicts the one that says what all are worth."""
+    return min(verdicts, key=("FAIL", "INTERRUPTED", "UNKNOWN", "PASS").index, default="UNKNOWN")
+
+
+def fault_verdict(row: Result, verdicts: Sequence[str]) -> str:
+    """Whether what a fault did is within bounds; times that the load tester may have spoilt are not known to be not."""
+    before = worst(verdicts)
+    if row["lost"] or row["wrong"] or before != "PASS":
+        return "FAIL" if row["lost"] or row["wrong"] else before
+    if None in (row["disturbed"], row["newcomers"]):
+        return "UNKNOWN"
+    slow = row["disturbed"] > max(FAULT_P99_MS, FAULT_RATIO * (row["undisturbed"] or 0.0))
+    if slow or row["newcomers"] > FAULT_NEWCOMERS_MS:
+        return "UNKNOWN" if row["limited"] else "FAIL"
+    return "PASS"
 
 
 def fate_text(fate: Result | None) -> str:
@@ -1328,23 +1356,29 @@ class Target:
         return [(self.host, self.port), *self.others]
 
     def stop(self) -> None:
-        """Ends the server, if it is ours."""
-        if self._process is None:
-            return
-        self._signal(signal.SIGTERM)
+        """Ends the server and all that it started in its process group, if it is ours."""
+        end = time.monotonic() + STOP_S
         try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGTERM)
+            while self._signal(0) and time.monotonic() < end:
+                time.sleep(STOP_LOOK_S)
+        finally:
             self._signal(getattr(signal, "SIGKILL", signal.SIGTERM))
-            self._process.wait()
+            if self._process:
+                self._process.wait()
 
-    def _signal(self, number: int) -> None:
-        """Ends the server and what it started: it is the leader of a process group, where there are such."""
+    def _signal(self, number: int) -> bool:
+        """Signals the process group, where there are such; whether anything of it lives."""
+        if self._process is None:
+            return False
+        ended = self._process.poll() is not None  # what it started may live on, and only then is the number still its
         with contextlib.suppress(OSError):
             if sys.platform != "win32":
                 os.killpg(self.pid, number)
-            elif self._process:
+                return True
+            if number:
                 self._process.terminate()
+        return sys.platform == "win32" and not ended
 
     def usage(self) -> dict[str, float] | None:
         """CPU seconds so far, resident MB and threads of the server's process; None where that cannot be seen."""
@@ -1624,8 +1658,10 @@ class TlsClient(Client):
 
 
 def last_line(data: bytes) -> str:
-    """Why a server let nobody in, as far as it said."""
-    return (data.decode(errors="replace").strip().splitlines() or ["the connection was closed"])[-1]
+    """What the last line of all that a server said tells of why it closes a connection, in any protocol."""
+    line = (data.strip().splitlines() or [b"the connection was closed"])[-1]
+    match = LAST_WORDS.fullmatch(line)
+    return str(match[1] or match[2] or match[3] if match else line, "utf-8", "replace")
 
 
 def with_hint(reason: str, hints: dict[str, str] = HINTS) -> str:
@@ -2448,8 +2484,7 @@ def last_words(client: Client) -> str:
         return ""
     ends = len(client.order) - LAST_WORDS_LINES
     said = [line for place, line in client.other_lines() if place >= max(ends, client.settled, 0)]
-    match = LAST_WORDS.fullmatch(said[-1]) if said else None
-    return str(match[1] or match[2] or match[3], "utf-8", "replace") if match else client.failure
+    return last_line(said[-1]) if said and LAST_WORDS.fullmatch(said[-1]) else client.failure
 
 
 def dropped_slow(client: Client) -> bool:
@@ -2607,12 +2642,15 @@ def one(
 
 @contextlib.contextmanager
 def open_target(kind: str, value: str, args: argparse.Namespace) -> Iterator[Target]:
-    """The target that an argument names, while it is needed: ("command", ...) or ("address", HOST:PORT,...)."""
+    """The target that arguments name, while it is needed: ("command", ...) or ("address", lines of HOST:PORT)."""
     if kind == "command":
         target = Target("", 0, split(value))
     else:
-        parts = [item.rpartition(":") for item in value.split(",")]
-        first, *others = [(host.strip("[]"), int(port)) for host, _, port in parts]
+        parts = [item.rpartition(":") for item in value.split("\n")]
+        try:
+            first, *others = [(host.strip("[]"), int(port)) for host, _, port in parts]
+        except ValueError:
+            raise FatalError(f"{escape_controls(value)}: not HOST:PORT") from None
         target = Target(*first, pid=args.pid, others=others)
     try:
         yield target
@@ -2636,7 +2674,7 @@ def targets(args: argparse.Namespace) -> list[tuple[str, str]]:
     found = [("command", command) for command in args.server_command]
     network = [f"{args.host}:{args.port}"] * bool(args.port) + args.target
     if network:
-        found.append(("address", ",".join(network)))
+        found.append(("address", "\n".join(network)))
     if not args.port and args.host != "127.0.0.1":
         raise FatalError("--host needs --port")
     if (len(network) > 1 or args.faults) and args.proto != "irc":
@@ -2702,9 +2740,9 @@ def summarize_faults(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         counts = [(item["check"], item["count"]) for result in rounds for item in result["checks"]]
         p99: list[float | None] = []
         for half in ("undisturbed", "disturbed", "newcomers"):
-            known = list(filter(None, (_at(result, "latency", half, "p99") for result in rounds)))
-            p99.append(statistics.median(known) if known else None)
-        row = {
+            known = [_at(result, "latency", half, "p99") for result in rounds]
+            p99.append(None if None in known else statistics.median(known))
+        row: dict[str, Any] = {
             **rounds[-1]["fault"],
             "rounds": len(rounds),
             "lost": sum(number for check, number in counts if check == "loss"),
@@ -2715,7 +2753,7 @@ def summarize_faults(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "ratio": p99[1] / p99[0] if p99[0] and p99[1] else None,
             "limited": any(result["generator"]["limited"] for result in rounds),
         }
-        rows.append(row)
+        rows.append({**row, "verdict": fault_verdict(row, [result["verdict"] for result in rounds])})
     return rows
 
 
@@ -2776,14 +2814,11 @@ def compare_result(names: list[str], results: list[dict[str, Any]], rounds: int)
 def exit_code(found: dict[str, Any], args: argparse.Namespace) -> int:
     """0 passed, 1 violation or not known, 3 the load tester was the limit (--strict), 99 threshold, 130 stopped."""
     results = found["results"]
-    if any(_checks(result, "FAIL") for result in results):
-        return 1
-    if args.interrupted:
-        return 130
-    if any(result["verdict"] not in ("PASS", "FAIL") for result in results):
-        return 1
-    if any(result["verdict"] == "FAIL" for result in results):
-        return 99
+    verdict = worst(item["verdict"] for item in [*results, *(found["faults"] or [])])
+    if verdict == "FAIL":
+        return 1 if any(_checks(result, "FAIL") for result in results) else 99
+    if args.interrupted or verdict != "PASS":
+        return 130 if args.interrupted else 1
     return 3 if args.strict and any(result["generator"]["limited"] for result in results) else 0
 
 
@@ -2858,7 +2893,8 @@ def threshold(text: str) -> str:
 
 
 JSON_HELP = """\
---json writes `results`, one for each run, and `sweep`, `versus` and `faults`.
+--json writes `schema` (its version), `results`, one for each run, and `sweep`,
+`versus` and `faults`.
 What is not known is null. A result has
   loadtest (its version), when, command, machine, target, load
   join         connects_per_s, all_joined_s, p50 and p99 in ms
@@ -2886,11 +2922,12 @@ What is not known is null. A result has
                stayed, written (bytes), answers, closed (why, count, median
                seconds), cpu_share of one core
 Each of `faults` is such a fault, with the sums of its rounds: rounds, lost,
-wrong, p99 undisturbed, disturbed and of newcomers, ratio, limited.
+wrong, p99 undisturbed, disturbed and of newcomers, ratio, limited, verdict.
 
-exit codes: 0 passed; 1 a check failed, or nothing was received; 2 wrong usage
-or no connection; 3 the load tester was the limit (with --strict); 99 a
---fail-if threshold was exceeded; 130 interrupted, after a report
+exit codes: 0 passed; 1 a check failed, or something is not known; 2 wrong usage
+or no connection; 3 the load tester was the limit (with --strict); 99 only a
+--fail-if threshold, or a bound of --faults, was exceeded; 130 interrupted,
+after a report
 """
 
 
@@ -3017,7 +3054,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in filter(None, (args.json, args.html)):
             open(path, "a", encoding="utf-8").close()  # better now than after the run
         with fault_requirements(args):
-            found = document(load_from_args(args), args)
+            found = {"schema": SCHEMA, **document(load_from_args(args), args)}
         write_output(found, args)
         return exit_code(found, args)
     except KeyboardInterrupt:
