@@ -132,6 +132,7 @@ FAULT_LOAD = {"rate": 500.0, "rounds": 1}  # defaults with --faults: all of it w
 GIL = getattr(sys, "_is_gil_enabled", lambda: True)()  # CPython 3.13 can be built, and told, to do without
 KERNEL_CLOCK = sys.platform == "linux"
 SO_TIMESTAMPNS = 35  # <asm-generic/socket.h>: the kernel's own time of arrival; the socket module has no name for it
+THROTTLED = 1.2  # times as long as asked, and the server is said to throttle
 ROUGH = 0.001  # of the timed deliveries may be timed roughly without a word
 LAST_WORDS_LINES = 3  # at the end of what a client received
 LOAD_KEYS = ("clients", "senders", "rate", "duration_s", "warmup_s", "size", "seed")
@@ -780,6 +781,7 @@ PERMILLE = {"p50": 500, "p90": 900, "p99": 990, "p99.9": 999, "max": 1000}
 TIMES = {"us": 0.001, "ms": 1.0, "s": 1000.0}  # units of a threshold, in ms
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 MEASURES = (*PERMILLE, "throughput", "cpu", "lost")
+SIGNIFICANT = 0.05  # a sign test's p up to which a difference is no noise
 PROMISES = {"duplicate": "once", "corruption": "unchanged", "order": "in one order"}  # what a passed check proves
 
 
@@ -822,6 +824,13 @@ def fit_exponent(points: Sequence[tuple[float, float]]) -> float | None:
         return None
     mid_x, mid_y = (sum(axis) / len(logs) for axis in zip(*logs))
     return float(sum((x - mid_x) * (y - mid_y) for x, y in logs) / sum((x - mid_x) ** 2 for x, _ in logs))
+
+
+def sign_test(pairs: Iterable[tuple[float, float]]) -> float:
+    """How probable it is that at least so many of the pairs differ in the same sense, if there is no difference."""
+    signs = [one > other for one, other in pairs if one != other]
+    rarer = min(signs.count(True), signs.count(False))
+    return min(1.0, 2.0 * sum(math.comb(len(signs), n) for n in range(rarer + 1)) / 2.0 ** len(signs))
 
 
 def parse_threshold(text: str) -> Threshold:
@@ -1052,6 +1061,7 @@ def _lacking_text(result: Result) -> list[str]:
     """What was not tried or not heard, in the words of a verdict."""
     never = (result.get("scheduled") or 0) - (result.get("sent") or 0)
     said = [f"{count(never)} of {count(result['scheduled'])} messages never sent"] if never > 0 else []
+    said += [_say(result, "throttled to {throttled:n} messages/s")]
     return said + [_say(result, "{disconnected:n} clients disconnected")] * bool(result.get("disconnected"))
 
 
@@ -1059,25 +1069,38 @@ def sweep_text(sweep: Result) -> str:
     """How latency and cost grow with the number of clients, as a table."""
     texts: Sequence[Callable[[float], str]] = (count, duration, duration, duration, count)
     rows = [[_known(text, value) for text, value in zip(texts, point)] for point in sweep["points"]]
-    lines = _table(["clients", "p50", "p99", "CPU/1,000 deliveries", "deliveries/s"], *rows)
-    return "\n".join(
-        filter(None, [*lines, _say(sweep, "the server's CPU per message grows as clients^{exponent:.2f}")])
-    )
+    limited = [bool(point[5:] and point[5]) for point in sweep["points"]]
+    rows = [[*row, "*" * mark] if any(limited) else row for row, mark in zip(rows, limited)]
+    head = ["clients", "p50", "p99", "CPU/1,000 deliveries", "deliveries/s", *[""] * any(limited)]
+    lines = [line.rstrip() for line in _table(head, *rows)]
+    grows = _say(sweep, "the server's CPU per message grows as clients^{exponent:.2f}")
+    note = "* LIMITED by the load tester itself" if any(limited) else ""
+    return "\n".join(filter(None, [*lines, note, grows]))
 
 
 def versus_text(document: Result) -> str:
-    """The medians of both targets over their rounds, and the ratio of the first to the second, as a table."""
+    """The medians of both targets over their rounds, each with the range of the rounds, and their ratio, as a table."""
     versus = document["versus"]
     names = [_say({"name": name}, "{name}") for name in versus["names"]]
-    rows = [["median", *names, "ratio"]]
-    for measure in MEASURES[:-1]:
+    rows = [["median, range", *names, "ratio", "sign test"]]
+    for measure, (*targets, ratio) in versus["figures"].items():
         label = {"throughput": "deliveries/s", "cpu": "CPU/1,000"}.get(measure, measure)
-        medians = [median_of(measure, name, document["results"]) for name in versus["names"]]
-        if medians != [None, None]:
-            texts = [_known(count if measure == "throughput" else duration, value) for value in medians]
-            rows.append([label, *texts, _known("{:.2f}".format, _at(versus, "ratios", measure))])
+        shown = count if measure == "throughput" else duration
+        for i, name in enumerate((label, "  lowest", "  highest")):
+            values = [_known(shown, figure[i]) for figure in targets] + [_known("{:.2f}".format, ratio[i])]
+            rows.append([name, *values, _known(_significance, _at(versus, "p", measure)) if i == 0 else ""])
     rounds = _say(versus, ", medians of {rounds:n} rounds")
-    return "\n".join([*_table(*rows), f"ratio: {' / '.join(names)}{rounds}"])
+    told = f"ratio: {' / '.join(names)}{rounds}; noise: a sign test over the rounds gives p > {SIGNIFICANT:g}"
+    limited = "; LIMITED by the load tester itself" if any(map(_limited, document["results"])) else ""
+    return "\n".join([*(line.rstrip() for line in _table(*rows)), *textwrap.wrap(told + limited, WIDTH)])
+
+
+def _significance(p: float) -> str:
+    return f"p {p:.2g}" if p <= SIGNIFICANT else f"noise, p {p:.2g}"
+
+
+def _limited(result: Result) -> bool:
+    return bool(_at(result, "generator", "limited"))
 
 
 def faults_text(rows: Sequence[Result]) -> str:
@@ -1130,13 +1153,6 @@ def fate_text(fate: Result | None) -> str:
     return ", ".join(said)
 
 
-def median_of(measure: str, name: str, results: Sequence[Result]) -> float | None:
-    """The median of what is known of one target."""
-    values = [measured(measure, result) for result in results if _at(result, "target", "name") == name]
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
-
-
 # -----------------------------------------------------------------------------
 # HTML report
 # -----------------------------------------------------------------------------
@@ -1151,13 +1167,16 @@ CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg); max-width: 50rem;
   margin: 2rem auto; padding: 0 1rem; }
 pre { font: 13px/1.4 ui-monospace, monospace; background: var(--soft); padding: 1rem; overflow-x: auto; }
-figure { margin: 1.5rem 0; } svg { width: 100%; height: auto; }
+@media (max-width: 46rem) { pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
+h1, h2 { overflow-wrap: anywhere; }
+figure { margin: 1.5rem 0; } svg { width: 100%; max-width: 30rem; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--fg); }
 .grid { stroke: var(--grid); } .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
-.legend span { white-space: nowrap; margin-right: 1.2em; } .legend b { margin-right: .4em; }
+.limited { fill: var(--bg); stroke: var(--fg); } dt { float: left; width: 8rem; } dd { margin: 0 0 0 8rem; }
+.legend span { margin-right: 1.2em; } .legend b { margin-right: .4em; }
 """
-SIZE = (760, 320)  # of a chart, in its own units; the margins hold the labels of its axes
-LEFT, RIGHT, TOP, BOTTOM = 60, 20, 10, 50
+SIZE = (360, 280)  # of a chart, in its own units: pixels of a phone; the margins hold the labels of its axes
+LEFT, RIGHT, TOP, BOTTOM = 70, 20, 10, 50
 COLOURS = 8  # --c0 to --c7 above
 
 
@@ -1179,9 +1198,9 @@ def html_report(document: Result) -> str:
     """The whole document as one page that needs no network and no script, in light or dark as the reader has it."""
     results, sweep = document["results"], document.get("sweep")
     names = _names(results)
-    parts = [_curve_figure(names, results)]
+    parts = [_summary(results), _curve_figure(names, results)]
     if sweep:
-        parts += ["<h2>Sweep</h2>", _sweep_figure(sweep), _pre(sweep_text(sweep))]
+        parts += ["<h2>Sweep</h2>", *_sweep_figures(sweep), _pre(sweep_text(sweep))]
     if document.get("faults"):
         parts += ["<h2>Faults</h2>", _pre(faults_text(document["faults"]))]
     if document.get("versus"):
@@ -1192,6 +1211,29 @@ def html_report(document: Result) -> str:
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     body = "\n".join(filter(None, [f"<h1>{title}</h1>", *parts]))
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{CSS}</style></head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _target(result: Result) -> str:
+    return _say(result, "{target[name]}") or "target"
+
+
+def _summary(results: Sequence[Result]) -> str:
+    """The verdict on all, and four figures: each for each target, of all its results the worst."""
+    parts = [f"<p><strong>{worst(result.get('verdict') or 'UNKNOWN' for result in results)}</strong></p>"]
+    for target in dict.fromkeys(map(_target, results)):
+        parts.append(f"<h3>{html.escape(target)}</h3><dl>")
+        own = [result for result in results if _target(result) == target]
+        for measure, label in (("p50", "p50"), ("p99", "p99"), ("throughput", "deliveries/s"), ("lost", "lost")):
+            values = [measured(measure, result) for result in own]
+            known = [value for value in values if value is not None]
+            chosen = (
+                None if len(known) < len(values) else (min if measure == "throughput" else max)(known, default=None)
+            )
+            shown = _known(duration if measure in PERMILLE else count, chosen)
+            parts.append(f"<dt>{label}</dt><dd>{shown}</dd>")
+        parts.append("</dl>")
+    note = "<p>Of several runs the worst is shown.</p>" if len(results) > len({*map(_target, results)}) else ""
+    return "".join(parts) + note
 
 
 def _pre(text: str) -> str:
@@ -1208,10 +1250,13 @@ def _names(results: Sequence[Result]) -> list[str]:
 
 def _curve_figure(names: Sequence[str], results: Sequence[Result]) -> str:
     lines = [(name, _tail_points(result.get("curve") or [])) for name, result in zip(names, results)]
+    targets = list(map(_target, results))
+    colours = [[*dict.fromkeys(targets)].index(name) for name in targets] if len({*targets}) > 1 else []
     nines = max((x for _, points in lines for x, _ in points), default=0.0)
     labels = ((n, f"{100 - 100 / 10**n:.{max(0, n - 2)}f}%") for n in range(1, int(nines + 1e-9) + 1))
     ticks = [(math.log10(2), "50%"), *labels]
-    return _figure("Latency by percentile", _Axis("percentile of deliveries", 0, max(1.0, nines), ticks), lines)
+    x = _Axis("percentile of deliveries, logarithmic", 0, max(1.0, nines), ticks)
+    return _figure("Latency by percentile", x, lines, colours)
 
 
 def _tail_points(points: Sequence[Sequence[float]]) -> Points:
@@ -1227,25 +1272,40 @@ def _time_figure(name: str, result: Result) -> str:
     for i, measure in enumerate(("p50", "p99", "max"), 1):
         lines.append((measure, [(row[0], row[i]) for row in rows]))
     low, high = int(rows[0][0]), int(rows[-1][0])
-    step = next(n * 10**power for power in range(9) for n in (1, 2, 5) if n * 10**power * 12 >= high - low)
+    step = next(n * 10**power for power in range(9) for n in (1, 2, 5) if n * 10**power * 6 >= high - low)
     ticks = [(tick, count(tick)) for tick in range(low, high + 1) if tick % step == 0]
     return _figure(f"Latency over time, {name}", _Axis("time in seconds", low, max(high, low + 1), ticks), lines)
 
 
-def _sweep_figure(sweep: Result) -> str:
+def _sweep_figures(sweep: Result) -> list[str]:
+    """Latency, and in a chart of its own what it costs, by the number of clients; LIMITED points have a ring."""
     points = sorted(sweep["points"], key=lambda point: float(point[0]))
     xs = [math.log10(point[0]) for point in points]
-    labels = ("p50", "p99", "CPU per 1,000 deliveries")
-    lines = [(label, list(zip(xs, (point[i] for point in points)))) for i, label in enumerate(labels, 1)]
     low, high = (xs[0], max(xs[-1], xs[0] + 0.1)) if xs else (0.0, 1.0)
     ticks: list[tuple[float, str]] = []
     for x, point in zip(xs, points):
-        if not ticks or x - ticks[-1][0] >= (high - low) / 14:  # nearer ones would overlap
+        if not ticks or x - ticks[-1][0] >= (high - low) / 7:  # nearer ones would overlap
             ticks.append((x, count(point[0])))
-    return _figure("Latency and cost by clients", _Axis("clients", low, high, ticks), lines)
+    axis = _Axis("clients, logarithmic", low, high, ticks)
+    rings = [x for x, point in zip(xs, points) if point[5:] and point[5]]
+    latency, cost = (
+        [(label, list(zip(xs, (point[i] for point in points)))) for i, label in labels]
+        for labels in (((1, "p50"), (2, "p99")), ((3, "CPU per 1,000 deliveries"),))
+    )
+    return [
+        _figure("Latency by clients", axis, latency, rings=rings),
+        _figure("Cost by clients", axis, cost, rings=rings, unit="CPU time"),
+    ]
 
 
-def _figure(title: str, x: _Axis, lines: Sequence[tuple[str, Points]]) -> str:
+def _figure(
+    title: str,
+    x: _Axis,
+    lines: Sequence[tuple[str, Points]],
+    colours: Sequence[int] = (),  # of each line, where not each has its own
+    rings: Sequence[float] = (),  # where points are marked as LIMITED
+    unit: str = "latency",
+) -> str:
     """A chart of times in ms over `x` with its legend; nothing where there is nothing to draw."""
     values = [value for _, points in lines for _, value in points if value is not None]
     if not values:
@@ -1253,12 +1313,20 @@ def _figure(title: str, x: _Axis, lines: Sequence[tuple[str, Points]]) -> str:
     y, name = _ms_axis(values), html.escape(title)
     legend, paths = "", ""
     for i, (label, points) in enumerate(lines):
-        colour = f"var(--c{i % COLOURS})"
+        colour = f"var(--c{(colours[i] if colours else i) % COLOURS})"
         legend += f'<span><b style="color: {colour}">&#9644;</b>{html.escape(label)}</span> '
         paths += f'<path class="line" style="stroke: {colour}" d="{_path(points, x, y)}"/>'
+        for across, value in points:
+            if across in rings and value is not None:
+                paths += f'<circle class="limited" cx="{x.at(across):.1f}" cy="{_height(value, y):.1f}" r="4"/>'
+    legend += "<span>&#9675; LIMITED by the load tester itself</span>" if rings else ""
     caption = f'<figcaption><strong>{name}</strong><div class="legend">{legend}</div></figcaption>'
-    svg = f'<svg viewBox="0 0 {SIZE[0]} {SIZE[1]}" role="img" aria-label="{name}">{_grid(x, y)}{paths}</svg>'
+    svg = f'<svg viewBox="0 0 {SIZE[0]} {SIZE[1]}" role="img" aria-label="{name}">{_grid(x, y, unit)}{paths}</svg>'
     return f"<figure>{caption}{svg}</figure>"
+
+
+def _height(value: float, y: _Axis) -> float:
+    return y.at(math.log10(max(value, 1e-9)))
 
 
 def _ms_axis(values: Sequence[float]) -> _Axis:
@@ -1276,12 +1344,12 @@ def _path(points: Points, x: _Axis, y: _Axis) -> str:
     steps, pen = [], "M"
     for across, value in points:
         if value is not None:
-            steps.append(f"{pen}{x.at(across):.1f} {y.at(math.log10(max(value, 1e-9))):.1f}" + "h0" * (pen == "M"))
+            steps.append(f"{pen}{x.at(across):.1f} {_height(value, y):.1f}" + "h0" * (pen == "M"))
         pen = "M" if value is None else "L"
     return "".join(steps)
 
 
-def _grid(x: _Axis, y: _Axis) -> str:
+def _grid(x: _Axis, y: _Axis, unit: str) -> str:
     """Grid lines with their labels; these texts are this program's own and need no escaping."""
     parts = []
     for at, label in ((x.at(tick), label) for tick, label in x.ticks):
@@ -1291,7 +1359,8 @@ def _grid(x: _Axis, y: _Axis) -> str:
         parts.append(f'<path class="grid" d="M{x.start} {at:.1f}H{x.end}"/>')
         parts.append(f'<text x="{x.start - 8}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
     title = f'<text x="{(x.start + x.end) / 2}" y="{y.start + 40}" text-anchor="middle">{x.title}</text>'
-    return "".join(parts) + title
+    turned = f'transform="translate(14 {(y.start + y.end) / 2}) rotate(-90)"'
+    return "".join(parts) + title + f'<text {turned} text-anchor="middle">{unit}, logarithmic</text>'
 
 
 # -----------------------------------------------------------------------------
@@ -2406,15 +2475,14 @@ def analyse(run: Run, args: argparse.Namespace, floor: dict[str, float] | None =
     early = [sample.add(client.number, client.order, client.chunks) for client in run.clients]
     echo = any(not set(sender.numbers).isdisjoint(sender.client.order) for sender in run.senders)
     histories = [history(run, client, early[client.number], len(times)) for client in run.clients]
-    findings = judgement(run, args, sent, histories, echo)
+    # What was under way is not lost.
+    findings = check(sent, histories, echo, set(args.check) - ({"loss"} if run.interrupted else set()))
     latencies, sends = Latencies(run, sample), sum(sender >= 0 for sender in sent.senders)
-    delivered = deliveries(sent, histories)
-    seconds = max(run.elapsed_s, 1e-9)
-    scheduled = run.total if run.load.rate and not run.interrupted else sends
+    delivered, seconds = deliveries(sent, histories), max(run.elapsed_s, 1e-9)
     result: dict[str, Any] = {
         **conditions(run, args),
         "join": joining(run),
-        "scheduled": scheduled,
+        "scheduled": run.total if run.load.rate and not run.interrupted else sends,
         "sent": sends,
         "expected": sends * (len(run.clients) - (not echo)),
         "deliveries": delivered,
@@ -2427,21 +2495,22 @@ def analyse(run: Run, args: argparse.Namespace, floor: dict[str, float] | None =
         "generator": generator(run, sample, floor, summarize(latencies.corrected)),
         "server": cost(run, delivered),
         "checks": [finding._asdict() for finding in findings],
-        "thresholds": [],
         "disconnected": sum(bool(client.failure) for client in run.clients),
         "failures": failures(run),
         "interrupted": run.interrupted,
+        "throttled": throttled(run, sends),
     }
-    for text in args.fail_if:
-        limit = parse_threshold(text)
-        value = measured(limit[0], result)
-        result["thresholds"].append({"text": text, "value": value, "exceeded": exceeded(limit, result)})
-    result["verdict"] = verdict(result)
-    return result
+    result["thresholds"] = [
+        {"text": text, "value": measured(limit[0], result), "exceeded": exceeded(limit, result)}
+        for text, limit in zip(args.fail_if, map(parse_threshold, args.fail_if))
+    ]
+    return {**result, "verdict": verdict(result)}
 
 
 def history(run: Run, client: Client, early: Sequence[tuple[int, int]], total: int) -> History:
-    """What a client saw after all had joined. One that was dropped because it read too slowly may miss anything."""
+    """What a client saw. All were joined before the first message and until after the last; one that was dropped
+    because it read too slowly may miss anything.
+    """
     sender = client.number if client.number < len(run.senders) else -1
     here = client.others[bisect_left(client.others, client.settled) :]
     if client.failure and here and here[-1] >= len(client.order) - LAST_WORDS_LINES:
@@ -2454,16 +2523,6 @@ def history(run: Run, client: Client, early: Sequence[tuple[int, int]], total: i
         strange = [run.lines.others[client.order[place]] for place in here if client.order[place] in odd]
     order = array("I", filter(OTHERS.__gt__, client.order)) if client.others else client.order
     return History(client.name, sender, order, strange, 0, 0 if dropped_slow(client) else total, early)
-
-
-def judgement(run: Run, args: argparse.Namespace, sent: Sent, histories: list[History], echo: bool) -> list[Finding]:
-    """What the checker finds. Everybody was joined before the first message and until after the last."""
-    checks = set(args.check) - ({"loss"} if run.interrupted else set())  # what was under way is not lost
-    findings = check(sent, histories, echo, checks)
-    if any(map(dropped_slow, run.clients)):  # nobody knows what they would have got
-        unknown = findings[0]._replace(verdict="unknown")
-        return [unknown, *findings[1:]] if findings[0].verdict == "pass" else findings
-    return findings
 
 
 def verdict(result: Result) -> str:
@@ -2529,9 +2588,22 @@ def failures(run: Run) -> list[str]:
         thrown.append(
             f"{count(slow)} of these had not read all: the load tester was too slow for this load, not the server"
         )
+    passed = throttled(run, run.sent())
+    if passed:
+        asked = f"{count(passed)} of {count(run.load.rate)} messages/s"
+        thrown.append(
+            f"only {asked} were passed on: a limit is reached, or the server throttles; perhaps {FLOOD_CONTROL}"
+        )
     if run.throttled:
         thrown.append(f"messages were still trickling in {DRAIN_S:.0f} s after the last send; perhaps {FLOOD_CONTROL}")
     return thrown
+
+
+def throttled(run: Run, sent: int) -> float | None:
+    """Messages/s that a server passed on, if that took clearly longer than sending them should have taken."""
+    asked = run.load.warmup_s + run.load.duration_s
+    slow = bool(run.load.rate) and not run.interrupted and run.elapsed_s > THROTTLED * asked + PAUSE_S
+    return sent / run.elapsed_s if slow else None
 
 
 def joining(run: Run) -> dict[str, float | None]:
@@ -2764,15 +2836,17 @@ def document(load: Load, args: argparse.Namespace) -> dict[str, Any]:
     found = targets(args)
     rounds = args.rounds if len(found) > 1 else 1
     results: list[dict[str, Any]] = []
-    for _ in range(rounds):
+    for turn in range(rounds):
         for size in args.sweep or [load.clients]:
             this = load._replace(clients=size, senders=min(load.senders, size))
             floor = calibrate(this, args) if args.calibrate and not args.interrupted else None
-            for kind, value in found if not args.interrupted else ():
-                with open_target(kind, value, args) as target:
-                    results.append(one(target, this, args, floor))
-                if len(found) > 1 and kind == found[1][0] and value == found[1][1]:
-                    tell_apart(results[-2:])
+            pair = {}
+            for place in sorted(range(len(found)), reverse=bool(turn % 2)):  # who is first may matter
+                if not args.interrupted:
+                    with open_target(*found[place], args) as target:
+                        pair[place] = one(target, this, args, floor)
+            tell_apart(pair)
+            results += [pair[place] for place in sorted(pair)]
     if args.interrupted:
         return {"results": results, "sweep": None, "versus": None, "faults": None}
     names = list(dict.fromkeys(result["target"]["name"] for result in results))
@@ -2784,31 +2858,46 @@ def document(load: Load, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def tell_apart(pair: list[dict[str, Any]]) -> None:
+def tell_apart(pair: dict[int, dict[str, Any]]) -> None:
     """Gives the second of two results another name if it has the first's."""
     if len(pair) == 2 and pair[0]["target"]["name"] == pair[1]["target"]["name"]:
         pair[1]["target"]["name"] += " (2)"
 
 
 def sweep_result(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """How latency and cost grow with the number of clients; the exponent is that of the server's CPU per message."""
+    """How latency and cost grow with the number of clients; the exponent is that of the server's CPU per message, of
+    the points that the load tester did not limit.
+    """
     points = []
     for result in results:
         latency, cpu = result["latency"]["corrected"], (result["server"] or {}).get("cpu_ms_per_1000")
-        speed = result["deliveries_per_s"]
-        points.append([result["load"]["clients"], latency.get("p50"), latency.get("p99"), cpu, speed])
-    growth = [(point[0], point[0] * (point[3] or 0.0)) for point in points]
+        figures = latency.get("p50"), latency.get("p99"), cpu, result["deliveries_per_s"], _limited(result)
+        points.append([result["load"]["clients"], *figures])
+    growth = [(point[0], point[0] * (point[3] or 0.0)) for point in points if not point[5]]
     return {"points": points, "exponent": fit_exponent(growth)}
 
 
 def compare_result(names: list[str], results: list[dict[str, Any]], rounds: int) -> dict[str, Any]:
-    """Ratios, first to second, of the medians of two targets."""
-    ratios = {}
+    """What two targets did in their rounds, and its ratio, first to second: each median, lowest, highest."""
+    compared: dict[str, Any] = {"names": names[:2], "rounds": rounds, "ratios": {}, "figures": {}, "p": {}}
     for measure in MEASURES[:-1]:
-        first, second = (median_of(measure, name, results) for name in names[:2])
-        if first is not None and second:
-            ratios[measure] = first / second
-    return {"names": names[:2], "rounds": rounds, "ratios": ratios}
+        one, other = ([measured(measure, r) for r in results if r["target"]["name"] == name] for name in names[:2])
+        pairs = [(a, b) for a, b in zip(one, other) if a is not None and b is not None]
+        figures = [figure(value for value in values if value is not None) for values in (one, other)]
+        if figures[0][0] is None and figures[1][0] is None:
+            continue
+        ratios = [a / b for a, b in pairs if b]
+        ratio = [figures[0][0] / figures[1][0], min(ratios), max(ratios)] if ratios else [None] * 3
+        compared["figures"][measure] = [*figures, ratio]
+        if ratios:
+            compared["ratios"][measure], compared["p"][measure] = ratio[0], sign_test(pairs)
+    return compared
+
+
+def figure(values: Iterable[float]) -> list[Any]:
+    """Median, lowest and highest; None of nothing."""
+    known = list(values)
+    return [statistics.median(known), min(known), max(known)] if known else [None] * 3
 
 
 def exit_code(found: dict[str, Any], args: argparse.Namespace) -> int:
@@ -2916,7 +3005,7 @@ What is not known is null. A result has
   server       pid, cpu_s, cpu_ms_per_1000 deliveries, rss_mb, threads
   checks       check, verdict, count, witness
   thresholds   text, value, exceeded
-  disconnected (clients), failures (why), interrupted
+  disconnected (clients), failures (why), interrupted, throttled (messages/s)
   verdict      PASS, FAIL, UNKNOWN or INTERRUPTED
   fault        with --faults: name, what, peers, and their fate: connections,
                stayed, written (bytes), answers, closed (why, count, median
@@ -2983,7 +3072,7 @@ def add_target(top: argparse.ArgumentParser) -> None:
     where("--versus", type=rival, metavar="FILE|HOST:PORT",
           help="a second target, in turn: another chat.py, or a server that runs")  # fmt: skip
     where(
-        "--rounds", type=int_between(1, 1000), metavar="N", default=3, help="with two targets, or faults (%(default)s)"
+        "--rounds", type=int_between(1, 1000), metavar="N", default=6, help="with two targets, or faults (%(default)s)"
     )
 
 
