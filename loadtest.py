@@ -106,6 +106,7 @@ WAKEUPS, READS = 8_000, 5_000
 READ_EVERY_S = 0.05  # but each of them not oftener
 LATE_S = 5.0  # so long after its turn a client still waits for the messages of it; then it looks READS times a second
 SLOT_NS = 125_000_000  # a turn at least
+CHANGES = 1_000  # clients at most begin a turn in a second
 LEAD_NS = 15_000_000  # a client is awake so long before its turn, and up to four times so long: not all wake at once
 DRAIN_S = 20.0  # after the last send, however slowly the rest trickles in
 PAUSE_S = 0.5  # without an arrival, when all has come that is expected: senders may get their own
@@ -172,6 +173,7 @@ PRIVMSG = re.compile(rb":([^ !@]+![^ !@]+@[^ !@]+) PRIVMSG ([^ ]+) :?([^\r]*)\r?
 JSON_KEYS = {"type", "user", "text", "channel", "id", "time"}
 NOT_SAID = b"", "", ""
 OTHERS = 1 << 31  # from here on numbers are those of lines that are no message
+HEEDED = 3 << 30  # and from here on of those that a client acts on
 # The answer to what each client asks when all are in: what comes after it belongs to the run.
 SETTLED = {
     "irc": re.compile(rb":[^ ]+ PONG [^\r]*\r?"),
@@ -180,6 +182,7 @@ SETTLED = {
 }
 NOTHING = re.compile(rb"(?!)")
 PING = re.compile(rb"(?::[^ ]+ )?PING (:?[^ \r]+)\r?")
+NAMES = re.compile(rb":[^ ]+ 353 [^\n]* :([^\r]*)\r?")  # RPL_NAMREPLY
 KINDS = {"irc": PING, "plain": NOTHING, "json": NOTHING}  # what else is expected during a run
 # What the peers of --faults, and newcomers, may say or do; and what is told of a client of ours that is gone.
 DISTURBER = re.compile(rb":(?!c\d+!)[^ !]+![^ ]+ (?:JOIN|PART|QUIT|NICK|MODE|NOTICE|PRIVMSG) .*", re.DOTALL)
@@ -229,6 +232,11 @@ class Wire:
         exact = exact and self.fold(target) == self.fold(self.channel)
         return number if exact and self._sources.setdefault(sender, source) == source else -1
 
+    def heeds(self, line: bytes) -> bool:
+        """Whether a client acts on a line that is no message."""
+        irc = self.protocol == "irc" and (PING.fullmatch(line) or NAMES.fullmatch(line))
+        return bool(irc or self.settled.fullmatch(line))
+
     def _parse_irc(self, line: bytes) -> tuple[bytes, str, str]:
         match = PRIVMSG.fullmatch(line)
         return (match[1], str(match[2], "utf-8", "replace"), str(match[3], "latin-1")) if match else NOT_SAID
@@ -265,20 +273,19 @@ class Lines(Dict[bytes, int]):
     Each distinct line is judged once, however many receive it: threads look up lines and keep numbers.
     """
 
-    def __init__(self, number: Callable[[bytes], int]) -> None:
+    def __init__(self, wire: Wire) -> None:
         super().__init__()
         self.others: dict[int, bytes] = {OTHERS: b"more different lines than can be kept"}
-        self._number = number
-        self._next = itertools.count(OTHERS + 1)
+        self._wire = wire
+        self._numbers = itertools.count(HEEDED), itertools.count(OTHERS + 1)
 
     def __missing__(self, line: bytes) -> int:
-        found = self._number(line)
+        found = self._wire.number(line)
         if len(self) > MAX_LINES:
             return OTHERS if found < 0 else found
         if found < 0:
-            fresh = next(self._next)
-            self.others[fresh] = line  # before any thread can find the number
-            found = fresh
+            found = next(self._numbers[not self._wire.heeds(line)])
+            self.others[found] = line  # before any thread can find the number
         return self.setdefault(line, found)
 
 
@@ -298,8 +305,9 @@ class Turns:
         rng = random.Random(seed)
         self.begin = 0  # ns; set when the measurement starts
         self.groups = min(clients, max(1, math.ceil(arrivals_per_s / WAKEUPS)))
-        cycles = max(1, int(span_ns / (self.groups * SLOT_NS)))  # of a turn for everybody, where there is time for that
-        self.slot_ns = max(SLOT_NS, -(-span_ns // (self.groups * cycles)))
+        least = max(SLOT_NS, 1_000_000_000 * clients // self.groups // CHANGES)
+        cycles = max(1, int(span_ns / (self.groups * least)))  # of a turn for everybody, where there is time for that
+        self.slot_ns = max(least, -(-span_ns // (self.groups * cycles)))
         places = rng.sample(range(clients), clients)
         self.group = [place % self.groups for place in places]  # of each client
         self.slots: list[int] = []  # whose turn it is
@@ -1477,7 +1485,6 @@ def free_port() -> int:
 
 
 T = TypeVar("T")
-NAMES = re.compile(rb":[^ ]+ 353 [^\n]* :([^\r]*)\r?")  # RPL_NAMREPLY
 REFUSED = re.compile(
     rb"(?:^|\n)(?::[^ \n]+ (?:43[237]|40[35]|46[45]|47\d) |(?::[^ \n]+ )?ERROR |\*\*\* Error|"
     rb'\{"type": ?"error")[^\n]*\n'
@@ -1514,7 +1521,8 @@ class Client:
         self.failure = ""
         self.slow = False  # it had not read all that was there when its connection ended
         self.present: set[bytes] = set()  # who is in the channel, as far as it has asked
-        self.watch = Watch(run.turns.of(number) if run.turns.groups == 1 else (), run.due_between, self.order)
+        always = run.turns.of(number) if run.turns.groups == 1 else ()
+        self.watch = Watch(always, run.due_between, self.order, run.read_every)  # until the run begins
         family, self.address = run.addresses[number % len(run.addresses)]
         self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.lock = threading.Lock()  # of sending: its sender and its answers to PING
@@ -1667,16 +1675,18 @@ class Client:
             self._rest = b""
         found = list(map(self.run.lines.__getitem__, lines))
         start = len(self.order)
-        odd = [i for i, number in enumerate(found) if number >= OTHERS] if max(found, default=0) >= OTHERS else ()
-        self.others.extend(start + i for i in odd)
+        greatest = max(found, default=0)
+        if greatest >= OTHERS:
+            self.others.extend(place for place, number in enumerate(found, start) if number >= OTHERS)
         self.order.extend(found)
-        for i in odd:
-            self._heed(start + i, lines[i])
+        for i, number in enumerate(found) if greatest >= HEEDED else ():
+            if number >= HEEDED:
+                self._heed(start + i, lines[i])
 
     def _heed(self, place: int, line: bytes) -> None:
-        """Looks at a line that is no message."""
+        """Acts on a line that is no message."""
         ping = PING.fullmatch(line)
-        if ping and self.run.wire.protocol == "irc":
+        if ping:
             with contextlib.suppress(OSError):  # there may be last words to read
                 self.send(b"PONG " + ping[1] + b"\r\n")
         elif self.settled < 0:
@@ -1826,7 +1836,7 @@ class Run:
     def __init__(self, load: Load, target: Target, progress: Callable[[Run], None]) -> None:
         self.load, self.target, self.progress = load, target, progress
         self.wire = Wire(load.protocol, load.channel, load.size, load.seed, load.senders, os.urandom(16))
-        self.lines = Lines(self.wire.number)
+        self.lines = Lines(self.wire)
         self.channel, self.password = load.channel, load.password
         self.addresses = [resolve(*server) for server in target.servers()]
         arrivals, span_ns = load.clients * (load.rate or FLOOD_RATE), int(load.duration_s * 1e9)
@@ -2512,7 +2522,7 @@ def history(run: Run, client: Client, early: Sequence[tuple[int, int]], total: i
     because it read too slowly may miss anything.
     """
     sender = client.number if client.number < len(run.senders) else -1
-    here = client.others[bisect_left(client.others, client.settled) :]
+    here = client.others[bisect_left(client.others, client.settled) if client.settled >= 0 else len(client.others) :]
     if client.failure and here and here[-1] >= len(client.order) - LAST_WORDS_LINES:
         last = here[-1]
         if not MARKED.search(run.lines.others[client.order[last]]):
