@@ -9847,7 +9847,7 @@ class Played(NamedTuple):
 
 def clean_run(rng: random.Random) -> Played:
     """A run of a server without faults; its order is not the schedule's; some receivers come late or leave early."""
-    receivers, number, echo = rng.randint(7, 14), rng.randint(40, 90), rng.random() < 0.5
+    receivers, number, echo = rng.randint(7, 9), rng.randint(18, 36), rng.random() < 0.5
     speakers = rng.choice([receivers, receivers, 2, 4])
     senders = [rng.randrange(speakers) for _ in range(number)]
     slots = sorted(range(number), key=lambda n: n + 4 * rng.random())
@@ -10028,7 +10028,7 @@ class CheckerRandom(unittest.TestCase):
         for mutate, check in MUTATIONS.items():
             with self.subTest(mutate.__name__):
                 done = 0
-                for seed in range(300):
+                for seed in range(150):
                     rng = random.Random(seed)
                     run = clean_run(rng)
                     victim = rng.choice([history for history in run.histories if len(history.order) > 1])
@@ -10036,7 +10036,7 @@ class CheckerRandom(unittest.TestCase):
                         done += name == check and count > 0
                         if witness:
                             self.assertRegex(witness, rf"\b{victim.name} ", seed)
-                self.assertGreater(done, 100)
+                self.assertGreater(done, 50)
 
     def test_the_same_fault_at_many_counts_for_each(self) -> None:
         for faulty in (1, 12, 40, 59):
@@ -10050,7 +10050,7 @@ class CheckerRandom(unittest.TestCase):
 
     def test_tiny_runs(self) -> None:
         seen: dict[tuple[str, str], int] = {}
-        for seed in range(6000):
+        for seed in range(3000):
             run = tiny_run(random.Random(seed))
             found = results(self.judge(run, None, seed))
             before = {pair for h in run.histories for pair in combinations(first_arrivals(run, h), 2)}
@@ -10064,7 +10064,7 @@ class CheckerRandom(unittest.TestCase):
                 seen[name, kind] = seen.get((name, kind), 0) + 1
         for name in CHECKS:
             for kind in ("pass", "FAIL", *(["together"] if name == "order" else [])):
-                self.assertGreater(seen[name, kind], 50, f"too few to tell: {name} {kind}")
+                self.assertGreater(seen[name, kind], 25, f"too few to tell: {name} {kind}")
 
     def test_a_ring_has_a_cycle_as_witness_that_a_short_cut_makes_smaller(self) -> None:
         for size, more, length in ((3, [], 3), (4, [], 4), (30, [], 30), (6, [saw("c6", [2, 5], -1, (0, 0))], 4)):
