@@ -1149,6 +1149,51 @@ def fault_verdict(row: Result, verdicts: Sequence[str]) -> str:
     return "PASS"
 
 
+def hdr_text(result: Result) -> str:
+    """The corrected latencies as HdrHistogram's percentile distribution, for its plotter; those not known are out."""
+    total = _at(result, "latency", "corrected", "samples") or 0
+    lines = [f"{'Value':>12} {'Percentile':>14} {'TotalCount':>10} {'1/(1-Percentile)':>14}", ""]
+    for quantile, value in result.get("curve") or []:
+        inverse = f" {1 / (1 - quantile):14.2f}" if quantile < 1 else ""
+        lines.append(f"{value:12.3f} {quantile:2.12f} {round(quantile * total):10}{inverse}")
+    worst_ms = _at(result, "latency", "corrected", "max") or 0.0
+    lines += [f"#[Max     = {worst_ms:12.3f}, Total count    = {total:12}]", "#[Values in milliseconds]"]
+    return "\n".join(lines) + "\n"
+
+
+OPENMETRICS = (  # name, unit, help, path of the value
+    ("loadtest_deliveries", "", "Messages received, once by each receiver.", ("deliveries",)),
+    ("loadtest_expected", "", "Messages that receivers should have had.", ("expected",)),
+    ("loadtest_deliveries_per_second", "", "Throughput.", ("deliveries_per_s",)),
+    ("loadtest_server_cpu_seconds", "seconds", "CPU time of the server.", ("server", "cpu_s")),
+    ("loadtest_passed", "", "1 if the verdict is PASS, else 0.", ("passed",)),
+    ("loadtest_limited", "", "1 if the load tester itself was the limit.", ("generator", "limited")),
+)
+
+
+def openmetrics_text(results: Sequence[Result]) -> str:
+    """The results as OpenMetrics text, each with its target, clients and place among the results as labels."""
+    labels, lines = [], []
+    for i, result in enumerate(results):
+        name = re.sub(r'([\\"])', r"\\\1", _say(result, "{target[name]}")).replace("\n", r"\n")
+        labels.append(f'target="{name}",clients="{_at(result, "load", "clients")}",run="{i + 1}"')
+    family = "loadtest_latency_seconds"
+    lines += [f"# TYPE {family} summary", f"# UNIT {family} seconds", f"# HELP {family} From due to arrival."]
+    for label, result in zip(labels, results):
+        summary = _at(result, "latency", "corrected") or {}
+        for percentile, permille in PERMILLE.items():
+            if summary.get(percentile) is not None:
+                quantile = f'{label},quantile="{permille / 1000:g}"'
+                lines.append(f"{family}{{{quantile}}} {summary[percentile] / 1000:.9g}")
+        lines.append(f"{family}_count{{{label}}} {summary.get('samples') or 0}")
+    for family, unit, told, path in OPENMETRICS:
+        lines += [f"# TYPE {family} gauge", *[f"# UNIT {family} {unit}"] * bool(unit), f"# HELP {family} {told}"]
+        for label, result in zip(labels, results):
+            value = _at({**result, "passed": result.get("verdict") == "PASS"}, *path)
+            lines += [f"{family}{{{label}}} {float(value):.9g}"] if value is not None else []
+    return "\n".join([*lines, "# EOF", ""])
+
+
 def fate_text(fate: Result | None) -> str:
     """What became of the disturbers of a run, in one sentence."""
     if not fate:
@@ -3060,6 +3105,8 @@ def parser() -> argparse.ArgumentParser:
     out("--strict", action="store_true", help="exit 3 when the load tester itself was the limit")
     out("--json", metavar="FILE", help="everything, as told below")
     out("--html", metavar="FILE", help="one page with charts")
+    out("--hdr", metavar="FILE", help="percentiles as HdrHistogram's text; FILE.2 and on for further runs")
+    out("--openmetrics", metavar="FILE", help="the figures as OpenMetrics text")
     out("-q", "--quiet", action="store_true", help="no progress")
     top.add_argument("--reflect", type=int, help=argparse.SUPPRESS)
     top.add_argument("--disturb", help=argparse.SUPPRESS)
@@ -3120,7 +3167,11 @@ def raise_descriptor_limit(needed: int) -> None:
 
 def write_output(found: dict[str, Any], args: argparse.Namespace) -> None:
     """Prints the report, and writes the files that were asked for."""
-    for path, content in ((args.json, json.dumps(found, indent=1)), (args.html, html_report(found))):
+    outputs = [(args.json, json.dumps(found, indent=1)), (args.html, html_report(found))]
+    outputs.append((args.openmetrics, openmetrics_text(found["results"])))
+    for i, result in enumerate(found["results"]):
+        outputs.append((args.hdr and args.hdr + f".{i + 1}" * bool(i), hdr_text(result)))
+    for path, content in outputs:
         if path:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(content)
@@ -3150,7 +3201,7 @@ def main(argv: list[str] | None = None) -> int:
         return disturb(FAULTS[args.disturb], load_from_args(args), resolve(args.host, args.port))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave no server behind
     try:
-        for path in filter(None, (args.json, args.html)):
+        for path in filter(None, (args.json, args.html, args.hdr, args.openmetrics)):
             open(path, "a", encoding="utf-8").close()  # better now than after the run
         with fault_requirements(args):
             found = {"schema": SCHEMA, **document(load_from_args(args), args)}

@@ -10351,6 +10351,20 @@ FAIL  1 of 2 kinds of fault within bounds: nothing lost or wrong, p99 at most
 100 ms or 10 times that of before, newcomers' p99 at most 1 s"""
 
 
+HDR_TEXT = """\
+       Value     Percentile TotalCount 1/(1-Percentile)
+
+       0.200 0.000000000000          0           1.00
+       0.510 0.500000000000     995000           2.00
+       1.200 0.900000000000    1791000          10.00
+       2.200 0.990000000000    1970100         100.00
+       5.100 0.999000000000    1988010        1000.00
+       8.000 1.000000000000    1990000
+#[Max     =        8.000, Total count    =      1990000]
+#[Values in milliseconds]
+"""
+
+
 class TextTest(unittest.TestCase):
     """One report as a whole, and what changes in it when a value does."""
 
@@ -10465,6 +10479,27 @@ class TextTest(unittest.TestCase):
             results.append(changed(target__name="ngircd", latency=latency, server=cpu))
         versus = loadtest.compare_result(["chat.py", "ngircd"], results, 6)
         self.assertEqual(loadtest.versus_text({"results": results, "versus": versus}), VERSUS_TEXT)
+
+    def test_hdr(self) -> None:
+        self.assertEqual(loadtest.hdr_text(EXAMPLE), HDR_TEXT)
+        self.assertEqual(loadtest.hdr_text({}).count("\n"), 4)
+
+    def test_openmetrics(self) -> None:
+        """Families one after the other, each line of its form, and what is not known left out."""
+        other = changed(target__name='a"b\\c', server=None, latency__corrected={"samples": 3, "p50": 1.5, "p99": None})
+        text = loadtest.openmetrics_text([EXAMPLE, other])
+        self.assertTrue(text.endswith("\n# EOF\n"))
+        label = r'\w+="(?:[^"\\]|\\["\\])*"'
+        form = rf"# (?:TYPE|UNIT|HELP) \w+ [^\n]+|# EOF|\w+{{{label}(?:,{label})*}} [0-9.e+-]+"
+        for line in text.splitlines():
+            self.assertRegex(line, rf"^(?:{form})$")
+        families = [re.split(r"[ {]", line.replace("_count", ""))[0] for line in text.splitlines() if line[0] != "#"]
+        self.assertEqual(len(list(itertools.groupby(families))), len(set(families)))
+        first = 'target="chat.py",clients="200",run="1"'
+        for line in (f'loadtest_latency_seconds{{{first},quantile="0.999"}} 0.0051', f"loadtest_passed{{{first}}} 1",
+                     'loadtest_latency_seconds_count{target="a\\"b\\\\c",clients="200",run="2"} 3'):  # fmt: skip
+            self.assertIn(f"\n{line}\n", text)
+        self.assertEqual((text.count('run="1"'), text.count('run="2"')), (12, 7))
 
     def test_sign_test_is_that_of_the_definition(self) -> None:
         for wins in range(8):
@@ -11209,10 +11244,19 @@ class LoadTest(LoadTestCase):
 
     def test_another_chat_is_compared(self) -> None:
         other = str(shutil.copy(chat.__file__, self.folder / "other.py"))
-        files = ("--versus", other, "--json", f"{self.folder}/json")
-        out = self.passes(self.loadtest(*self.FEW, "--rounds", "1", *files))
+        files = (
+            "--json",
+            f"{self.folder}/json",
+            "--hdr",
+            f"{self.folder}/hdr",
+            "--openmetrics",
+            f"{self.folder}/metrics",
+        )
+        out = self.passes(self.loadtest(*self.FEW, "--rounds", "1", "--versus", other, *files))
         self.assertRegex(out, r"\nratio: chat\.py /(?s:.*)other\.py, medians of 1\s+rounds; noise: ")
         self.assertGreater(self.document("json")["versus"]["ratios"]["p50"], 0)
+        for name in ("hdr", "hdr.2", "metrics"):
+            self.assertGreater(len((self.folder / name).read_text(encoding="utf-8").splitlines()), 5)
 
     def test_what_was_said_before_is_not_counted(self) -> None:
         programs = []
