@@ -2530,8 +2530,7 @@ def analyse(run: Run, args: argparse.Namespace, floor: dict[str, float] | None =
     early = [sample.add(client.number, client.order, client.chunks) for client in run.clients]
     echo = any(not set(sender.numbers).isdisjoint(sender.client.order) for sender in run.senders)
     histories = [history(run, client, early[client.number], len(times)) for client in run.clients]
-    # What was under way is not lost.
-    findings = check(sent, histories, echo, set(args.check) - ({"loss"} if run.interrupted else set()))
+    findings = judge_run(run, args, sent, histories, echo)
     latencies, sends = Latencies(run, sample), sum(sender >= 0 for sender in sent.senders)
     delivered, seconds = deliveries(sent, histories), max(run.elapsed_s, 1e-9)
     result: dict[str, Any] = {
@@ -2560,6 +2559,16 @@ def analyse(run: Run, args: argparse.Namespace, floor: dict[str, float] | None =
         for text, limit in zip(args.fail_if, map(parse_threshold, args.fail_if))
     ]
     return {**result, "verdict": verdict(result)}
+
+
+def judge_run(
+    run: Run, args: argparse.Namespace, sent: Sent, histories: Sequence[History], echo: bool
+) -> list[Finding]:
+    """What the checker finds; what was under way is not lost."""
+    findings = check(sent, histories, echo, set(args.check) - ({"loss"} if run.interrupted else set()))
+    if run.throttled and findings[0].verdict == "FAIL":
+        findings[0] = findings[0]._replace(verdict="unknown")
+    return findings
 
 
 def history(run: Run, client: Client, early: Sequence[tuple[int, int]], total: int) -> History:

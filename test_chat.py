@@ -10837,6 +10837,19 @@ JSON_CHEATS: dict[str, tuple[Cheat, set[str]]] = {
 }
 
 
+def partly(record: Recorded) -> None:
+    record.run.total += 1
+    record.run.senders[0].numbers.append(40)
+    record.run.senders[0].times.append(record.run.due(40))
+    record.run.senders[0].after.append(-1)
+    record.run.senders[0].sending = True
+
+
+def trickling(record: Recorded) -> None:
+    record.run.throttled = True
+    record.run.clients[1].order.pop()
+
+
 class Judged(unittest.TestCase):
     """What a recorded run is worth."""
 
@@ -10934,13 +10947,6 @@ class Judged(unittest.TestCase):
         def unsent(record: Recorded) -> None:
             record.run.total += 1
 
-        def partly(record: Recorded) -> None:
-            record.run.total += 1
-            record.run.senders[0].numbers.append(40)
-            record.run.senders[0].times.append(record.run.due(40))
-            record.run.senders[0].after.append(-1)
-            record.run.senders[0].sending = True
-
         def disconnected(record: Recorded) -> None:
             record.run.clients[1].failure = "Connection reset"
 
@@ -10949,7 +10955,7 @@ class Judged(unittest.TestCase):
         cases: tuple[tuple[Any, tuple[str, ...], str, int], ...] = (
             (None, (), "PASS", 0), (None, over, "FAIL", 99), (lost, over, "FAIL", 1),
             (interrupted, (), "INTERRUPTED", 130), (interrupted, over, "INTERRUPTED", 130), (unsent, (), "UNKNOWN", 1),
-            (disconnected, (), "UNKNOWN", 1), (partly, (), "UNKNOWN", 1),
+            (disconnected, (), "UNKNOWN", 1), (trickling, (), "UNKNOWN", 1), (partly, (), "UNKNOWN", 1),
             (unsent, over, "FAIL", 99),
         )  # fmt: skip
         for change, args, verdict, status in cases:
