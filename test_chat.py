@@ -10748,7 +10748,7 @@ def failing(result: dict[str, Any]) -> set[str]:
     return {check["check"] for check in result["checks"] if check["verdict"] == "FAIL"}
 
 
-Cheat = Callable[[list[bytes]], List[bytes]]
+Cheat = Callable[[List[bytes]], List[bytes]]
 
 
 def instead(change: Callable[[bytes], bytes | None]) -> Cheat:
