@@ -160,6 +160,7 @@ PASSWORD_BYTES = LINE_BYTES - len("PASS :\r\n")
 MASK_BYTES, KEY_BYTES = 80, 32  # of a ban, so that MAX_MODES of them fit in a MODE line; of a channel's key
 
 # How many, per server or per session.
+AWAY_SHOWN = 100  # members of a channel, in an answer to /who
 MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
 MAX_JOINS = 50  # channels in one JOIN or PART, and invitations that are remembered
 MAX_MODES = 4  # with a parameter, in one MODE
@@ -2050,8 +2051,9 @@ class Json(Dialect):
             key, at = Json.MORE[name]
             item[key] = message.text if at < 0 else message.param(at)
         elif name == "names":
-            item["users"] = [user.lstrip("@+") for user in message.text.split()]
-            item["ranks"] = [user[: len(user) - len(user.lstrip("@+"))] for user in message.text.split()]
+            users = [word for word in message.text.split() if word != "(away)"]
+            item["users"] = [user.lstrip("@+") for user in users]
+            item["ranks"] = [user[: len(user) - len(user.lstrip("@+"))] for user in users]
         return item
 
 
@@ -3460,13 +3462,13 @@ def check_timeouts(call: Call, now: float) -> float:
             session.stage = Stage.PROMPTED
             call.send_to(session, PROMPT)
         return session.connected_at + limits.register_s
+    silence = min(limits.ping_s, WEB_PING_S) if session.opcode else limits.ping_s
     if session.last_received < session.ping_sent:
         if now >= session.pong_deadline:
             call.quit(session, "Ping timeout", "Ping timeout")
-        return session.pong_deadline
+        return min(session.pong_deadline, now + silence)
     if not session.answers_ping:
         return now + limits.ping_s  # nothing to ask: TCP itself finds out
-    silence = min(limits.ping_s, WEB_PING_S) if session.opcode else limits.ping_s
     if now >= session.last_received + silence:
         call.ping(session, now, limits.pong_s)
         return min(session.pong_deadline, now + silence)
@@ -4165,18 +4167,21 @@ def names(call: Call) -> None:
 
 
 def send_names(call: Call, channel: Channel) -> None:
-    """353 for each text of names, of those who are visible. A person at nc, who has no WHO, sees who is away."""
+    """353 for each text of names, of those who are visible. Who has no WHO sees who is away: in the text, a script by
+    events."""
     session, caps = call.session, call.session.dialect.caps
     if call.hub.invisible and session not in channel.members:
         texts = channel.names_of((x for x in channel.members if not x.modes or is_visible(call, x)), NAMES_CAPS & caps)
     else:
         texts = channel.names(caps)
-    away = {member.nick for member in channel.members if member.away} if session.dialect.single else ()
+    away = [member for member in channel.members if member.away] if session.dialect.single else []
     if away:
-        names = [f"{name} (away)" if name.lstrip("@+") in away else name for name in " ".join(texts).split()]
+        nicks = {member.nick for member in away}
+        names = [f"{name} (away)" if name.lstrip("@+") in nicks else name for name in " ".join(texts).split()]
         texts = split_text(" ".join(names), NAMES_BYTES)
     if texts:
         call.reply_lines(RPL_NAMREPLY, "@" if "s" in channel.modes else "=", channel.name, texts=texts)
+    call.replies += [Message("AWAY", (member.away,), member.prefix) for member in away[:AWAY_SHOWN]]
 
 
 ELIST = re.compile("([ct]?)([<>])([0-9]{1,9})")

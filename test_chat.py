@@ -1711,6 +1711,17 @@ class JsonScripts(ServerCase):
         said = ["*** bot joined (2 here)", "bot: h\u00ed", "[private] bot: psst", "bot: still here", "*** bot left"]
         self.told(ann, *said)
 
+    def test_who_is_away_is_told_with_the_names(self) -> None:
+        ann, bob = self.plain("ann"), self.plain("bob")
+        ann.send("/away lunch\n")
+        ann.until("marked as away")
+        bot = self.script({"type": "join", "user": "bot"}, {"type": "command", "text": "/who"}, {"type": "ping"})
+        told = list(iter(lambda: self.next(bot), {"type": "pong"}))
+        away = {"type": "system", "event": "away", "user": "ann", "text": "*** ann is away: lunch"}
+        self.assertEqual((told[1]["event"], told[2:]), ("names", [away]))
+        bob.send("/who\n/who\n")
+        self.told(bob, "*** bot joined (3 here)", *["*** In #chat: @ann (away) bob bot"] * 2)
+
     def test_names_are_chosen_and_errors_told(self) -> None:
         self.assertRegex(self.next(self.script({"type": "join"}))["user"], r"^guest\d+$")
         wrong = self.script({"type": "chat", "text": "hi"}, {"type": "join", "user": "1"})
@@ -1819,13 +1830,15 @@ class Browsers(ServerCase):
 
     def test_json_can_come_back(self) -> None:
         ann, token = self.web("ann", replay=False), "t" * 16
-        ann.say({"type": "chat", "text": "0"})
+        ann.say({"type": "chat", "text": "0", "ref": "z"})
+        ann.json("ack")
         cid = self.web("cid", token=token, replay=False, ref="0")
         cid.say({"type": "chat", "text": "1", "ref": "a"})
         first = cid.json("ack")["id"]
         cid.say(b"\x03\xe9", chat.WS_CLOSE)
         self.assertIsNone(cid.line())
         ann.say({"type": "chat", "text": "2", "ref": "b"})
+        ann.json("ack")
         cid = self.web("cid", token=token, replay=False)
         cid.say({"type": "chat", "text": "1", "ref": "a"})  # again
         self.assertEqual(cid.json("ack")["id"], first)
@@ -8798,7 +8811,8 @@ class BrowserCase(ProgramCase):
         self.folder = temporary_folder(self)
         self.history = str(self.folder / "history")
         self.fill_history()
-        self.program, self.port = self.server("--history", self.history)
+        self.port = held_port(self)
+        self.begin()
         self.browser = Browser(self.folder / "profile")
         self.addCleanup(self.browser.close)
         for play in plays:
@@ -8810,6 +8824,10 @@ class BrowserCase(ProgramCase):
         expected = "WebSocket connection to .* failed|/favicon.ico - "  # without a network; of a foreign page
         strange = [line for line in strange if not re.search(expected, line)]
         self.assertRegex("\n".join(strange), "^.*This document requires 'TrustedHTML' assignment.*$")
+
+    def begin(self) -> None:
+        """Starts the server, perhaps again."""
+        self.program, _ = self.server("--history", self.history, "--port", str(self.port))
 
     def fill_history(self) -> None:
         """Lines of the last days."""
@@ -8852,7 +8870,7 @@ class InTheBrowser(BrowserCase):
         for page in (ann, bob):
             for name in ("ann", "ida", "nick", "dan", "bob"):
                 page.until(f"from {name}")
-        ann.wait("!document.querySelector('.pending')")
+            page.wait("!document.querySelector('.pending')")
         self.assertEqual(ann.lines(".chat"), bob.lines(".chat"))
         ann.close()
         bob.close()
@@ -8921,6 +8939,8 @@ class InTheBrowser(BrowserCase):
         zoe.type("/mode +v tom\n/topic Earl Grey\n")
         zoe.wait("$('topic').textContent === 'Earl Grey' && $('list').innerText.includes('tom\\nvoice')")
         bob.send("/away lunch\n/nick tommy\n")
+        zoe.wait("$('list').innerText === 'zoe\\nyou, operator\\ntommy\\nvoice, away'")
+        zoe.ask("POST", "/refresh")
         zoe.wait("$('list').innerText === 'zoe\\nyou, operator\\ntommy\\nvoice, away'")
         zoe.press("#list li:last-child button")
         self.assertEqual(zoe.run("return draft.value"), "tommy: ")
@@ -9078,7 +9098,7 @@ class BackInTheBrowser(BrowserCase):
         self.program.communicate(timeout=PATIENCE)
         ron.wait("!state.joined")
         ron.type("meanwhile\n")
-        self.program, _ = self.server("--history", self.history, "--port", str(self.port))
+        self.begin()
         bob = self.person("rick")
         bob.send("/who\n")
         bob.until("In #chat")
