@@ -1405,7 +1405,9 @@ function enter() {
 }
 function receive({ data }) {
   const item = JSON.parse(data);
-  set({ patience: 0, heard: Date.now() }); ON[item.type]?.(item);
+  set({ patience: 0, heard: Date.now() });
+  ON[item.type]?.(item);
+  drawSoon();
 }
 function lost({ code, reason }) {
   const [text, action] = STAY[code] || [], pause = Math.min(30e3, 500 * 2 ** state.tries) * (0.5 + Math.random() / 2);

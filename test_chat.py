@@ -8667,7 +8667,9 @@ class Browser:
 
     def __init__(self, folder: pathlib.Path) -> None:
         command = ["chromedriver", "--port=0"]
-        self.driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.driver = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        )
         assert self.driver.stdout
         found = next(filter(None, (re.search(r"successfully on port (\d+)", line) for line in self.driver.stdout)))
         self.other = f"http://127.0.0.1:{found[1]}/status"  # a page of another origin
@@ -8693,7 +8695,7 @@ class Browser:
         try:
             self.ask("DELETE", "")
         finally:
-            self.driver.terminate()
+            os.killpg(self.driver.pid, signal.SIGKILL)  # with what is left of Chromium
             self.driver.communicate(timeout=PATIENCE)
 
 
