@@ -7393,7 +7393,8 @@ class ClientProgram(ProgramCase):
             path = folder / "out"
             env = {**os.environ, "PYTHONIOENCODING": "latin-1:backslashreplace"} if args else None
             with path.open("wb") as file:
-                client = self.start("client", "--port", str(port), "--name", "eve", *args, stdout=file, env=env)
+                own = ("--port", str(port), "--name", "eve")  # its input stays open, lest it leaves
+                client = self.start("client", *own, *args, stdin=subprocess.PIPE, stdout=file, env=env)
                 ann.until("eve joined")
                 ann.send("\u00e9\x1b\u202e\n")
                 self.eventually(lambda: b"202e" in path.read_bytes().lower(), "it is not in the file")  # noqa: B023
