@@ -30,6 +30,7 @@ moment at which the kernel had it for the receiver, so a late thread here adds n
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import contextlib
 import hashlib
@@ -181,12 +182,48 @@ SETTLED = {
     "json": re.compile(rb'\{[^\n]*"event": ?"(?:no-)?topic".*'),
 }
 NOTHING = re.compile(rb"(?!)")
+# WebSocket (RFC 6455): a frame that is all of a text, before an object of JSON, its length as short as can be; and what
+# servers may say besides. Opcodes are with the bit of a last frame.
+TEXT_FRAME = re.compile(rb"\x81(?:[\0-\x7d]|\x7e(?!\0[\0-\x7d])[\0-\xff]{2})(?=\{)")
+PING_FRAME = re.compile(rb"\x89[\0-\x7d]([\0-\xff]*)")
+TEXT_OPCODE, PONG_OPCODE = 0x81, 0x8A
+WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 PING = re.compile(rb"(?::[^ ]+ )?PING (:?[^ \r]+)\r?")
 NAMES = re.compile(rb":[^ ]+ 353 [^\n]* :([^\r]*)\r?")  # RPL_NAMREPLY
-KINDS = {"irc": PING, "plain": NOTHING, "json": NOTHING}  # what else is expected during a run
+KINDS = {"irc": PING, "plain": NOTHING, "json": NOTHING, "ws": PING_FRAME}  # what else is expected during a run
 # What the peers of --faults, and newcomers, may say or do; and what is told of a client of ours that is gone.
 DISTURBER = re.compile(rb":(?!c\d+!)[^ !]+![^ ]+ (?:JOIN|PART|QUIT|NICK|MODE|NOTICE|PRIVMSG) .*", re.DOTALL)
 GONE = r""":{0}![^ ]+ (?:QUIT|PART)\b.*|\*\*\* {0} left\b.*|\{{"type": ?"system", [^\n]*"user": ?"{0}".*"""
+
+
+def split_lines(data: bytes) -> tuple[list[bytes], bytes]:
+    """The lines in `data`, and what is no whole line yet; in C, however many there are."""
+    *lines, rest = data.split(b"\n")
+    return lines, rest
+
+
+def split_frames(data: bytes) -> tuple[list[bytes], bytes]:
+    """The same of WebSocket: frames with their heads, whatever they are."""
+    frames, start, total = [], 0, len(data)
+    while start + 2 <= total:
+        size, at = data[start + 1] & 0x7F, start + 2
+        if size > 125:
+            at += 2 if size == 126 else 8
+            size = int.from_bytes(data[start + 2 : at], "big")
+        end = at + size + (4 if data[start + 1] & 0x80 else 0)
+        if end > total:
+            break
+        frames.append(data[start:end])
+        start = end
+    return frames, data[start:]
+
+
+def masked_frame(opcode: int, payload: bytes) -> bytes:
+    """A frame of a client, of at most 65,535 bytes."""
+    size, mask = len(payload), os.urandom(4)
+    head = bytes([opcode, 0x80 | size]) if size < 126 else bytes([opcode, 0xFE]) + size.to_bytes(2, "big")
+    stream = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+    return head + mask + (int.from_bytes(payload, "big") ^ stream).to_bytes(size, "big")
 
 
 class Wire:
@@ -202,12 +239,15 @@ class Wire:
         # A server may strip a line's end.
         self.filler = filler.rstrip() + "." * (len(filler) - len(filler.rstrip()))
         self.protocol, self.channel, self.senders, self.key = protocol, channel, senders, key
+        self.framed = protocol == "ws"  # its lines are frames: the dialect in them is that of JSON
+        self.split = split_frames if self.framed else split_lines
+        self.dialect = "json" if self.framed else protocol
         self.head, self.tail, self._parse = {
             "irc": (f"PRIVMSG {channel} :", "\r\n", self._parse_irc),
             "json": ('{"type": "chat", "text": "', '"}\n', self._parse_json),
             "plain": ("", "\n", self._parse_plain),
-        }[protocol]
-        self.settled, self.kinds = SETTLED[protocol], KINDS[protocol]
+        }[self.dialect]
+        self.settled, self.kinds = SETTLED[self.dialect], KINDS[protocol]
         self.fold = folding("")
         self._sources: dict[int, bytes] = {}  # sender -> its only source
 
@@ -218,7 +258,16 @@ class Wire:
 
     def line(self, number: int) -> bytes:
         """The bytes that send message `number`."""
-        return f"{self.head}{self.text(number)}{self.tail}".encode()
+        return self.wrap(f"{self.head}{self.text(number)}{self.tail}".encode())
+
+    def wrap(self, line: bytes) -> bytes:
+        """The bytes that send a line."""
+        return masked_frame(TEXT_OPCODE, line.rstrip()) if self.framed else line
+
+    def bare(self, line: bytes) -> bytes:
+        """What a line that was split off says; a frame that is no plain text with an object remains what it is."""
+        head = TEXT_FRAME.match(line) if self.framed else None
+        return line[head.end() :] if head else line
 
     def number(self, line: bytes) -> int:
         """The number of the message that a received line is, in source, command, target and text; else -1."""
@@ -235,7 +284,8 @@ class Wire:
     def heeds(self, line: bytes) -> bool:
         """Whether a client acts on a line that is no message."""
         irc = self.protocol == "irc" and (PING.fullmatch(line) or NAMES.fullmatch(line))
-        return bool(irc or self.settled.fullmatch(line))
+        ping = self.framed and PING_FRAME.fullmatch(line)
+        return bool(irc or ping or self.settled.fullmatch(line))
 
     def _parse_irc(self, line: bytes) -> tuple[bytes, str, str]:
         match = PRIVMSG.fullmatch(line)
@@ -256,7 +306,9 @@ class Wire:
 
 
 # What a server says as it closes a connection.
-LAST_WORDS = re.compile(rb'(?::[^ ]+ )?ERROR :?([^\r]*)\r?|\*\*\* (.*)|\{[^\n]*"text": ?"([^"]*).*')
+LAST_WORDS = re.compile(
+    rb'(?::[^ ]+ )?ERROR :?([^\r]*)\r?|\*\*\* (.*)|\{[^\n]*"text": ?"([^"]*).*|\x88[\0-\xff]{3}(.+)'
+)
 SLOW = re.compile(r"send ?q|(?:reads|receives|reading) too slow|write buffer|output (?:queue|buffer)", re.IGNORECASE)
 
 
@@ -280,12 +332,13 @@ class Lines(Dict[bytes, int]):
         self._numbers = itertools.count(HEEDED), itertools.count(OTHERS + 1)
 
     def __missing__(self, line: bytes) -> int:
-        found = self._wire.number(line)
+        said = self._wire.bare(line)
+        found = self._wire.number(said)
         if len(self) > MAX_LINES:
             return OTHERS if found < 0 else found
         if found < 0:
-            found = next(self._numbers[not self._wire.heeds(line)])
-            self.others[found] = line  # before any thread can find the number
+            found = next(self._numbers[not self._wire.heeds(said)])
+            self.others[found] = said  # before any thread can find the number
         return self.setdefault(line, found)
 
 
@@ -1641,16 +1694,40 @@ class Client:
         item = {"type": "join", "user": self.name, "channel": self.run.channel}
         if self.run.password:
             item["password"] = self.run.password
-        self.sock.sendall(f"{json.dumps(item)}\n".encode())
+        self.sock.sendall(self.run.wire.wrap(f"{json.dumps(item)}\n".encode()))
         rest = self._expect(rb'[^\n]*"join"[^\n]*"' + self.name.encode() + rb'"[^\n]*\n', b"")
-        self.send(b'{"type": "command", "text": "/topic"}\n')
-        return self._expect(rb'[^\n]*"event": "(?:no-)?topic"[^\n]*\n', rest)
+        self.send(self.run.wire.wrap(b'{"type": "command", "text": "/topic"}\n'))
+        return self._expect(rb'[^\n]*"event": ?"(?:no-)?topic"[^\n]*\n', rest)
+
+    def _join_ws(self) -> bytes:
+        key = base64.b64encode(os.urandom(16))
+        self.sock.sendall(upgrade_request(self.address, str(key, "ascii")).encode())
+        head = b""
+        while b"\r\n\r\n" not in head:
+            more = self.sock.recv(65536)
+            if not more:
+                raise OSError(last_line(head))
+            head += more
+        head, _, self._rest = head.partition(b"\r\n\r\n")
+        accept = base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
+        if not head.startswith(b"HTTP/1.1 101 ") or b"sec-websocket-accept: " + accept.lower() not in head.lower():
+            raise OSError(f"no WebSocket: {str(head.splitlines()[0], 'latin-1')}")
+        self._join_json()  # what it leaves is of before the run
+        return self._rest
+
+    def _more(self) -> bytes:
+        """What comes next while joining, as lines; b'' at the end."""
+        data = self.sock.recv(65536)
+        if not self.run.wire.framed or not data:
+            return data
+        frames, self._rest = split_frames(self._rest + data)
+        return b"".join(self.run.wire.bare(frame) + b"\n" for frame in frames) or self._more()
 
     def _expect(self, wanted: bytes, data: bytes) -> bytes:
         """Reads until a line comes that matches, and returns what follows it; raises OSError for a refusal."""
         found, answered = re.search(rb"(?:^|\n)" + wanted, data), 0
         while not found:
-            more = self.sock.recv(65536)
+            more = self._more()
             if not more:
                 raise OSError(last_line(data))
             data += more
@@ -1709,10 +1786,8 @@ class Client:
         return data, seconds * 1_000_000_000 + nanoseconds
 
     def _store(self, data: bytes) -> None:
-        """Keeps the numbers of all whole lines in `data`; passes in C, whatever their number."""
-        lines = data.split(b"\n")
-        lines[0] = self._rest + lines[0]
-        self._rest = lines.pop()
+        """Keeps the numbers of all whole lines in `data`."""
+        lines, self._rest = self.run.wire.split(self._rest + data)
         if len(self._rest) > MAX_LINE_BYTES:
             lines.append(self._rest[:MAX_LINE_BYTES])
             self._rest = b""
@@ -1724,14 +1799,15 @@ class Client:
         self.order.extend(found)
         for i, number in enumerate(found) if greatest >= HEEDED else ():
             if number >= HEEDED:
-                self._heed(start + i, lines[i])
+                self._heed(start + i, self.run.lines.others[number])
 
     def _heed(self, place: int, line: bytes) -> None:
         """Acts on a line that is no message."""
-        ping = PING.fullmatch(line)
+        framed = self.run.wire.framed
+        ping = (PING_FRAME if framed else PING).fullmatch(line)
         if ping:
             with contextlib.suppress(OSError):  # there may be last words to read
-                self.send(b"PONG " + ping[1] + b"\r\n")
+                self.send(masked_frame(PONG_OPCODE, ping[1]) if framed else b"PONG " + ping[1] + b"\r\n")
         elif self.settled < 0:
             names = NAMES.fullmatch(line)
             self.present.update(name.lstrip(RANKS) for name in (names[1] if names else b"").split())
@@ -1781,9 +1857,20 @@ class TlsClient(Client):
 
 def last_line(data: bytes) -> str:
     """What the last line of all that a server said tells of why it closes a connection, in any protocol."""
-    line = (data.strip().splitlines() or [b"the connection was closed"])[-1]
+    lines = [data] if data.startswith(b"\x88") else data.strip().splitlines()
+    line = (lines or [b"the connection was closed"])[-1]
     match = LAST_WORDS.fullmatch(line)
-    return str(match[1] or match[2] or match[3] if match else line, "utf-8", "replace")
+    said = next(filter(None, match.groups()), line) if match else line
+    return str(said, "utf-8", "replace")
+
+
+def upgrade_request(address: Any, key: str) -> str:
+    """What begins WebSocket at an address."""
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return (
+        f"GET / HTTP/1.1\r\nHost: {host}:{address[1]}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n"
+    )
 
 
 def with_hint(reason: str, hints: dict[str, str] = HINTS) -> str:
@@ -1984,7 +2071,7 @@ class Run:
         question = {"irc": "PING settled\r\n", "plain": "/topic\n", "json": '{"type": "command", "text": "/topic"}\n'}
         for client in self.clients:
             with contextlib.suppress(OSError):
-                client.send(question[self.load.protocol].encode())
+                client.send(self.wire.wrap(question[self.wire.dialect].encode()))
         for _ in self.clients:
             if not self.all_settled.acquire(timeout=JOIN_S):
                 raise FatalError(f"not everybody had an answer within {JOIN_S:.0f} s")
@@ -2575,10 +2662,10 @@ def history(run: Run, client: Client, early: Sequence[tuple[int, int]], total: i
     """
     sender = client.number if client.number < len(run.senders) else -1
     here = client.others[bisect_left(client.others, client.settled) if client.settled >= 0 else len(client.others) :]
-    if client.failure and here and here[-1] >= len(client.order) - LAST_WORDS_LINES:
-        last = here[-1]
-        if not MARKED.search(run.lines.others[client.order[last]]):
-            here.pop()  # said with its last words
+    for last in reversed(here[-1 - run.wire.framed :]) if client.failure else ():  # of frames two: a text and a close
+        if last < len(client.order) - LAST_WORDS_LINES or MARKED.search(run.lines.others[client.order[last]]):
+            break
+        here.pop()  # said with its last words
     odd = run.odd_lines
     strange = []
     if not odd.isdisjoint(map(client.order.__getitem__, here)):
@@ -3098,7 +3185,7 @@ def parser() -> argparse.ArgumentParser:
     load("-w", "--warmup", type=non_negative, default=1.0, help="seconds before that, not measured (%(default)s)")
     load("-s", "--size", type=int_between(MIN_SIZE, MAX_SIZE), metavar="N", default=64, help="bytes (%(default)s)")
     load("--seed", type=int, default=1, help="of the texts (%(default)s)")
-    load("--proto", choices=("irc", "plain", "json"), default="irc", help="(%(default)s)")
+    load("--proto", choices=("irc", "plain", "json", "ws"), default="irc", help="(%(default)s)")
     load("--channel", default="#chat", help="(%(default)s)")
     load("--connect-rate", type=non_negative, default=2000.0, help="connects/s at most (%(default)s)")
     load("--sweep", type=numbers, metavar="N,N,...", help="one run for each number of clients")

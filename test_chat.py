@@ -10761,13 +10761,14 @@ class Recorded:
         wire, forms = self.run.wire, {"irc": ":c{}!u@h PRIVMSG #chat :{}\r", "plain": "c{}: {}"}
         forms["json"] = '{{"type": "chat", "user": "c{}", "text": "{}", "channel": "#chat"}}'
         numbers = [number for number in range(self.run.total) if number % wire.senders != receiver]
-        return [forms[wire.protocol].format(n % wire.senders, wire.text(n)).encode() for n in numbers]
+        lines = [forms[wire.dialect].format(n % wire.senders, wire.text(n)).encode() for n in numbers]
+        return [chat.frame(chat.WS_TEXT, line) for line in lines] if wire.framed else lines
 
     def feed(self, receiver: int, lines: list[bytes], late_ns: int = 1_000_000) -> None:
         """A receiver gets lines, each so long after the message in it was due."""
         client = self.run.clients[receiver]
         for line in lines:
-            client._store(line + b"\n")
+            client._store(line + b"\n" * (not self.run.wire.framed))
             number = client.order[-1]
             moment = self.run.due(number) + late_ns if number < self.run.total else self.run.end
             client.chunks.append(loadtest.Chunk(moment, len(client.order) - 1, len(client.order), True))
@@ -10871,6 +10872,28 @@ JSON_CHEATS: dict[str, tuple[Cheat, set[str]]] = {
 }
 
 
+WS_CHEATS: dict[str, tuple[Cheat, set[str]]] = {
+    "another sender": (instead(altered(b'"c1"', b'"c0"')), {"loss", "corruption"}),
+    "binary": (instead(altered(b"\x81", b"\x82")), {"loss", "corruption"}),
+    "reserved bits": (instead(altered(b"\x81", b"\xc1")), {"loss", "corruption"}),
+    "never ended": (instead(altered(b"\x81", b"\x01")), {"loss", "corruption"}),
+    "masked": (instead(lambda line: loadtest.masked_frame(0x81, line[4:])), {"loss", "corruption"}),
+    "a long length": (
+        instead(lambda line: b"\x81\x7f" + bytes(6) + line[2:]), {"loss", "corruption"},
+    ),
+    "a long length of little": (beside(says(b"\x81\x7e\0\x02{}")), {"corruption"}),
+    "two in one": (instead(lambda line: chat.frame(1, line[4:] + b"\n" + line[4:])), {"loss", "corruption"}),
+    "in a ping": (instead(lambda line: chat.frame(9, line[4:][:125])), {"loss", "corruption"}),
+    "in a ping that is too long": (instead(lambda line: chat.frame(9, line[4:])), {"loss", "corruption"}),
+    "doubled": (beside(bytes), {"duplicate"}),
+    "as a line": (instead(lambda line: line[4:] + b"\n"), {"loss", "corruption"}),
+    "a pong": (beside(says(b"\x8a\0")), {"corruption"}),
+    "a ping in a text": (beside(says(b"\x81\x02\x89\0")), {"corruption"}),
+    "a ping, which is no cheat": (beside(says(b"\x89\x01\n")), set()),
+    "nothing": (lambda lines: lines, set()),
+}  # fmt: skip
+
+
 def partly(record: Recorded) -> None:
     record.run.total += 1
     record.run.senders[0].numbers.append(40)
@@ -10903,6 +10926,25 @@ class Judged(unittest.TestCase):
             self.assertEqual([line[:9] for _, line in client.other_lines()][2:], [b"PING :b\r", b"ERROR :by", b"x" * 9])
             self.assertEqual(client._rest, b"")
 
+    def test_frames_are_kept_in_order_however_they_are_cut_and_pings_are_answered(self) -> None:
+        for size in (1, 7, 5000):
+            record = Recorded(self, 2, 1, protocol="ws")
+            client: Any = record.run.clients[1]
+            lines = record.lines(1)
+            data = b"".join([*lines[:3], b"\x89\x03a\nb", *lines[3:5]])
+            for start in range(0, len(data), size):
+                client._store(data[start : start + size])
+            self.assertEqual([n for n in client.order if n < 99], [0, 1, 2, 3, 4])
+            ((pong,), _), *others = client.sock.sendall.call_args_list
+            self.assertEqual((others, pong[:2], loadtest.split_frames(pong)), ([], b"\x8a\x83", ([pong], b"")))
+            server = chat.WebSocket(mock.Mock(), 4608, lambda *_: None)
+            for number in range(20):  # with masks that differ
+                self.assertEqual(
+                    json.loads(server.feed(client.run.wire.line(number)))["text"], client.run.wire.text(number)
+                )
+            self.assertEqual(server.feed(pong), b"")
+            self.assertFalse(server.closing)
+
     def recorded(self, protocol: str, cheat: Cheat) -> dict[str, Any]:
         record = Recorded(self, 4, 2, protocol=protocol)
         for receiver in range(4):
@@ -10911,7 +10953,7 @@ class Judged(unittest.TestCase):
         return record.result()
 
     def test_no_cheat_passes(self) -> None:
-        for protocol, cheats in (("irc", CHEATS), ("plain", PLAIN_CHEATS), ("json", JSON_CHEATS)):
+        for protocol, cheats in (("irc", CHEATS), ("plain", PLAIN_CHEATS), ("json", JSON_CHEATS), ("ws", WS_CHEATS)):
             for name, (cheat, failed) in cheats.items():
                 with self.subTest(name, protocol=protocol):
                     result = self.recorded(protocol, cheat)
@@ -10940,6 +10982,11 @@ class Judged(unittest.TestCase):
             ("plain", b"*** Too many clients here", "^1 disconnected: Too many clients here .*localmax"),
             ("json", b'{"type": "error", "code": "x", "text": "RecvQ"}', "^1 disconnected: RecvQ .*recvq="),
             ("irc", b"", "^1 disconnected: Connection reset$"),
+            (
+                "ws",
+                chat.frame(1, b'{"text": "x"}') + chat.close_frame(1008, "Flooding"),
+                "^1 disconnected: Flooding .*flood",
+            ),
         )
         for protocol, words, told in cases:
             record = Recorded(self, 4, 2, protocol=protocol)
@@ -11266,7 +11313,7 @@ class LoadTest(LoadTestCase):
 
     def test_clean_runs_pass_in_every_protocol(self) -> None:
         programs = {}
-        for protocol in ("irc", "plain", "json"):
+        for protocol in ("irc", "plain", "json", "ws"):
             files = ("--json", f"{self.folder}/{protocol}.json", "--html", f"{self.folder}/{protocol}.html")
             programs[protocol] = self.loadtest(*self.QUICK, "--proto", protocol, *files)
         for protocol, program in programs.items():
@@ -11300,7 +11347,7 @@ class LoadTest(LoadTestCase):
 
     def test_what_was_said_before_is_not_counted(self) -> None:
         programs = []
-        for protocol in ("irc", "plain", "json"):
+        for protocol in ("irc", "plain", "json", "ws"):
             _, port = self.server()
             peer = joined(self, port, "c1\n", "joined")
             for number in range(10):
