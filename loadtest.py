@@ -2247,7 +2247,8 @@ class Peer:
             self.closed.append((self._last_words(error), None))
 
     def _last_words(self, error: OSError) -> str:
-        said = re.findall(rb"(?:ERROR :?|\*\*\* )([^\r\n]*)", self._heard)
+        ends = rb"(?:ERROR :?|\*\*\* |HTTP/1\.1 (?=[45])|\x88[\0-\x7d][\x03\x0f][\0-\xff])([^\r\n]*)"
+        said = re.findall(ends, self._heard)
         text = str(said[-1], "utf-8", "replace") if said else error.strerror or str(error)
         return re.sub(r"\bd\d+x\d+\b", "...", text)
 
@@ -2298,6 +2299,23 @@ class Peer:
         self.listen(" 001 ")
         self.say(*[f"JOIN {channel}"] * bool(channel))
 
+    def introduction(self) -> str:
+        """What joins the channel in the dialect of JSON."""
+        item = {"type": "join", "user": f"d{self.number}x{self.lives}", "channel": self.load.channel}
+        return json.dumps({**item, "password": self.load.password})
+
+    def begin_upgrade(self) -> None:
+        """Asks for WebSocket, but for the last line."""
+        self.send(upgrade_request(self._address[1], "A" * 22 + "==").encode()[:-2])
+
+    def enter_framed(self) -> None:
+        """Joins the channel by WebSocket."""
+        self.begin_upgrade()
+        self.say("")
+        self.listen(" 101 ")
+        self.send(masked_frame(TEXT_OPCODE, self.introduction().encode()))
+        self.listen('"join"')
+
     def reset(self) -> None:
         """Makes the connection end with a reset, when it is closed next."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -2324,10 +2342,50 @@ def stall(peer: Peer) -> None:
 
 def trickle(peer: Peer) -> None:
     peer.enter(peer.load.channel)
-    for byte in itertools.cycle(b"PING x\r\n"):
+    drip(peer, b"PING x\r\n")
+
+
+def drip(peer: Peer, text: bytes) -> None:
+    for byte in itertools.cycle(text):
         peer.send(bytes([byte]))
         peer.hear(0.0, 1)
         peer.rest(1.0)
+
+
+def send_slow_headers(peer: Peer) -> None:
+    peer.begin_upgrade()
+    drip(peer, b"X: x\r\n")
+
+
+def send_endless_headers(peer: Peer) -> None:
+    peer.begin_upgrade()
+    while True:
+        peer.say(*["X: x"] * 1000)
+        peer.hear()
+
+
+def stop_in_upgrade(peer: Peer) -> None:
+    peer.begin_upgrade()
+    peer.listen()
+
+
+def stop_in_frame(peer: Peer) -> None:
+    peer.enter_framed()
+    peer.send(masked_frame(TEXT_OPCODE, b" " * 4000)[:2000])
+    peer.listen()
+
+
+def pouring_frames(first: bytes, other: bytes) -> Callable[[Peer], None]:
+    """What joins by WebSocket, sends one frame, and then another again and again."""
+
+    def pour(peer: Peer) -> None:
+        peer.enter_framed()
+        peer.send(first)
+        while True:
+            peer.send(other * 10 * TURNS)
+            peer.hear()
+
+    return pour
 
 
 def send_endless_lines(peer: Peer) -> None:
@@ -2388,15 +2446,16 @@ def move(peer: Peer) -> None:
     """In the dialect of JSON, with many channels a line, some of them in two spellings."""
     here = peer.load.channel
     names = ",".join(f"{here},#z{number},{here.upper()}" for number in range(8))
-    first = {"type": "join", "user": f"d{peer.number}x{peer.lives}", "channel": here, "password": peer.load.password}
     line = json.dumps({"type": "join", "channel": names})
-    peer.say(json.dumps(first))
+    peer.say(peer.introduction())
     while True:
         peer.say(*[line] * TURNS)
         peer.hear()
 
 
 TALK = "x" * 64
+EMPTY = b"\x01\x80mask", b"\0\x80mask"  # the beginning of a text, and more of it, without a byte
+PINGED = masked_frame(0x89, TALK.encode())
 FORMERLY = "timestamp=2020-01-01T00:00:00.000Z timestamp=2100-01-01T00:00:00.000Z"
 QUESTIONS = ("CHATHISTORY LATEST {channel} * 100", "WHO {channel}", "LIST", "NAMES {channel}", "WHOIS c0", "LUSERS")
 
@@ -2437,6 +2496,12 @@ FAULTS = {
     ),
     "who": Fault("ask who is in the channel", 16, pouring("WHO {channel}", member=True)),
     "moves": Fault("move to and fro between channels, many a line", 8, move),
+    "slow-headers": Fault("send a byte a second of a request to the web server", 50, send_slow_headers),
+    "endless-headers": Fault("send requests to the web server that never end", 8, send_endless_headers),
+    "half-upgrade": Fault("begin a WebSocket handshake and stop", 100, stop_in_upgrade),
+    "half-frame": Fault("join by WebSocket and stop within a frame", 50, stop_in_frame),
+    "fragments": Fault("join by WebSocket and send a text in pieces, without end", 8, pouring_frames(*EMPTY)),
+    "pings": Fault("join by WebSocket and ping without end", 8, pouring_frames(PINGED, PINGED)),
 }
 
 

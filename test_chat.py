@@ -11494,6 +11494,8 @@ class Witness:
                 try:
                     if b"USER " in data:
                         sock.sendall(b":s 001 d :hi\r\n")
+                    if b"Upgrade: websocket" in data:
+                        sock.sendall(b'HTTP/1.1 101 x\r\n\r\n"join"')
                     if b"PING x" in data:
                         sock.sendall(b":s PONG s :x\r\n")
                     data = sock.recv(1 << 20)
@@ -11535,6 +11537,8 @@ class Disturbers(LoadTestCase):
 
     def test_each_does_what_it_says(self) -> None:
         registered, joined = self.JOINED[: self.JOINED.index(b"JOIN")], self.JOINED
+        upgrade = rb"^\nGET / HTTP/1\.1\r\nHost: (?:.+\r\n)+Sec-WebSocket-Key: .+\r\n"
+        framed = upgrade + rb"\r\n\x81[\xc0-\xfd](?s:.{68,125}?)"
         wanted = {
             "stalled": joined,
             "trickle": joined + rb"PI",
@@ -11559,6 +11563,12 @@ class Disturbers(LoadTestCase):
             "targets": registered + rb"JOIN #d0-0\r\nPRIVMSG #d0-0 :x\r\nCHATHISTORY TARGETS time(.+) time(.+) 100\r\n",
             "who": joined + rb"(WHO #load\r\n){40}",
             "moves": rb'"user": "d0x1", "channel": "#load", "password": "secret"}\r\n(.*"#load,#z0,#LOAD,.*\r\n){40}',
+            "slow-headers": upgrade + rb"X",
+            "endless-headers": upgrade + rb"(X: x\r\n){2000}",
+            "half-upgrade": upgrade + rb"$",
+            "half-frame": framed + rb"\x81\xfe\x0f\xa0(?s:.{1996})$",
+            "fragments": framed + rb"\x01\x80mask(\0\x80mask){400}",
+            "pings": framed + rb"(?s:\x89\xc0.{68}){400}",
         }
         self.assertEqual(list(wanted), list(loadtest.FAULTS))
         for name, sight in wanted.items():
