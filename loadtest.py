@@ -43,6 +43,7 @@ import os
 import platform
 import random
 import re
+import select
 import selectors
 import shlex
 import shutil
@@ -114,9 +115,7 @@ PAUSE_S = 0.5  # without an arrival, when all has come that is expected: senders
 SENT_WITH_BYTES = 60  # a text: source, command and target
 MIN_SIZE, MAX_SIZE = TEXT_BYTES, 400  # bytes of a text: a line of IRC has 512
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
-BEHIND = (
-    2_000  # messages that receivers here may be behind, when nothing else slows the senders: servers drop slow ones
-)
+BEHIND = 5_000  # messages that a receiver may be behind, when nothing else slows the senders: servers drop slow ones
 FLOOD_RATE = 30_000  # messages/s to reckon with, when sending as fast as the server accepts
 SLACK_NS = 100_000  # sleeping ends late by about so much; the rest is waited for awake
 LATE_MS = 1.0  # a load tester whose sends are later than this, and a third of the p99, is marked as the limit
@@ -134,6 +133,7 @@ FAULT_LOAD = {"rate": 500.0, "rounds": 1}  # defaults with --faults: all of it w
 GIL = getattr(sys, "_is_gil_enabled", lambda: True)()  # CPython 3.13 can be built, and told, to do without
 KERNEL_CLOCK = sys.platform == "linux"
 SO_TIMESTAMPNS = 35  # <asm-generic/socket.h>: the kernel's own time of arrival; the socket module has no name for it
+CLOCK_OFFSET = time.time_ns() - time.perf_counter_ns()
 THROTTLED = 1.2  # times as long as asked, and the server is said to throttle
 ROUGH = 0.001  # of the timed deliveries may be timed roughly without a word
 LAST_WORDS_LINES = 3  # at the end of what a client received
@@ -160,6 +160,11 @@ JOIN_HINTS = {"connection was closed": ADDRESS_LIMIT, "connection reset": ADDRES
 
 class FatalError(Exception):
     """Something that ends the program with exit code 2; its text says what and what to do."""
+
+
+def now_ns() -> int:
+    """Unix time: as the kernel tells it, if it tells that of arrivals; elsewhere it may tick in steps of 15.6 ms."""
+    return time.time_ns() if KERNEL_CLOCK else CLOCK_OFFSET + time.perf_counter_ns()
 
 
 # -----------------------------------------------------------------------------
@@ -1555,7 +1560,7 @@ class Target:
 
     def usage(self) -> dict[str, float] | None:
         """CPU seconds so far, resident MB and threads of the server's process; None where that cannot be seen."""
-        if not self.pid or not os.path.exists(f"/proc/{self.pid}/stat"):
+        if sys.platform == "win32" or not self.pid or not os.path.exists(f"/proc/{self.pid}/stat"):
             return None
         with open(f"/proc/{self.pid}/stat", encoding="ascii", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()  # from field 3 of proc(5) on
@@ -1754,7 +1759,7 @@ class Client:
             self._store(rest)
         run, awake, self.slow = self.run, False, False
         while not run.stopping:
-            pause = self.watch.pause(time.time_ns())
+            pause = self.watch.pause(now_ns())
             if pause and not self.slow:
                 time.sleep(pause)
             # A client that begins to watch first takes what has piled up. From then on it waits with nothing to
@@ -1768,15 +1773,17 @@ class Client:
                 start = len(self.order)
                 self._store(data)
                 if len(self.order) > start:
-                    self.chunks.append(Chunk(moment or time.time_ns(), start, len(self.order), awake))
+                    self.chunks.append(Chunk(moment or now_ns(), start, len(self.order), awake))
         if not run.stopping:
             self.failure = self.failure or "the connection was closed"
 
     def _chunk(self, wait: bool) -> tuple[bytes | None, int]:
         """The next bytes (b'' at the end), and when they arrived in ns or 0; None when nothing is there to wait for."""
+        if not (wait or DONTWAIT or select.select([self.sock], [], [], 0)[0]):
+            return None, 0
         try:
-            if not KERNEL_CLOCK:
-                return self.sock.recv(RECV_BYTES, 0 if wait else DONTWAIT), time.time_ns()
+            if sys.platform == "win32" or not KERNEL_CLOCK:
+                return self.sock.recv(RECV_BYTES, 0 if wait else DONTWAIT), now_ns()
             data, ancillary, _, _ = self.sock.recvmsg(RECV_BYTES, 64, 0 if wait else DONTWAIT)
         except BlockingIOError:
             return None, 0
@@ -1838,7 +1845,7 @@ class TlsClient(Client):
 
     def _chunk(self, wait: bool) -> tuple[bytes | None, int]:
         self.sock.setblocking(False)
-        return self._try(partial(self.sock.recv, RECV_BYTES)), time.time_ns()
+        return self._try(partial(self.sock.recv, RECV_BYTES)), now_ns()
 
     def _try(self, call: Callable[[], T]) -> T | None:
         """What the call returns; None after some waiting when it could not be done yet."""
@@ -1903,12 +1910,12 @@ class Load(NamedTuple):
 
 def wait_until(due: int) -> int:
     """Returns at `due` (Unix time in ns) or, where that has passed, at once; the time it is then."""
-    now = time.time_ns()
+    now = now_ns()
     if due - now > SLACK_NS:
         time.sleep((due - now - SLACK_NS) / 1e9)
-        now = time.time_ns()
+        now = now_ns()
     while now < due:
-        now = time.time_ns()
+        now = now_ns()
     return now
 
 
@@ -1929,9 +1936,9 @@ class Sender:
         numbers = range(first, run.total, step) if load.rate else itertools.count(first, step)
         with contextlib.suppress(OSError):
             for number in numbers:
-                while run.behind and not run.stopping:
-                    time.sleep(PROGRESS_S / 10)
-                now = wait_until(run.due(number)) if load.rate else time.time_ns()
+                if not load.rate:
+                    run.admit()
+                now = wait_until(run.due(number)) if load.rate else now_ns()
                 # What is due is sent, even if late: but not for ever, at a rate that cannot be.
                 if run.stopping or now > run.end + (int(OVERTIME_S * 1e9) if load.rate else 0):
                     return
@@ -1979,7 +1986,8 @@ class Run:
         self.disturbed_at = 0  # ns: disturbers began, or 0
         self.last_arrival = 0  # ns, once all is sent
         self.settling = self.stopping = False
-        self.behind = self.held = False  # senders without a schedule wait for our receivers now; had to at all
+        self.lock, self.room = threading.Lock(), BEHIND  # messages that may be sent before receivers are looked at
+        self.held = False  # senders without a schedule had to wait for our receivers
         self.interrupted = self.faulty = False
         self.visits: dict[int, float] = {}  # when a newcomer came (ns) -> seconds until it had joined; 0: not yet
         self.clients = [self.client(number) for number in range(load.clients)]
@@ -2097,7 +2105,7 @@ class Run:
     def _send(self) -> None:
         load = self.load
         self.before, cpu = self.target.usage(), time.process_time()
-        self.begin = time.time_ns() + 100_000_000
+        self.begin = now_ns() + 100_000_000
         self.end = self.begin + int((load.warmup_s + load.duration_s) * 1e9)
         self.turns.begin = self.begin + int(load.warmup_s * 1e9)
         for client in self.clients if self.turns.groups > 1 else ():
@@ -2108,13 +2116,13 @@ class Run:
         try:
             for thread in threads:
                 thread.start()
-            while any(thread.is_alive() for thread in threads) and time.time_ns() < self.end + int(
+            while any(thread.is_alive() for thread in threads) and now_ns() < self.end + int(
                 (OVERTIME_S + PAUSE_S) * 1e9
             ):
                 self._turn()
             self._drain()
         finally:
-            self.elapsed_s = ((self.last_arrival or time.time_ns()) - self.begin) / 1e9
+            self.elapsed_s = ((self.last_arrival or now_ns()) - self.begin) / 1e9
             self.cpu_s, self.afterwards = time.process_time() - cpu, self.target.usage()
 
     def _drain(self) -> None:
@@ -2122,7 +2130,7 @@ class Run:
         seen, quiet_since, end = -1, 0.0, time.monotonic() + DRAIN_S
         while True:
             if self.delivered() > seen:
-                seen, quiet_since, self.last_arrival = self.delivered(), time.monotonic(), time.time_ns()
+                seen, quiet_since, self.last_arrival = self.delivered(), time.monotonic(), now_ns()
             if time.monotonic() > quiet_since + (QUIET_S if seen < self.expected() else PAUSE_S):
                 return
             self._turn()
@@ -2136,10 +2144,19 @@ class Run:
 
     def _turn(self) -> None:
         time.sleep(PROGRESS_S)
-        if not self.load.rate:
-            self.behind = self.expected() - self.delivered() > BEHIND * (len(self.clients) - 1)
-            self.held = self.held or self.behind
         self.progress(self)
+
+    def admit(self) -> None:
+        """Waits until a message without a schedule may be sent: while a receiver is too far behind, all senders do."""
+        with self.lock:
+            while self.room < 1 and not self.stopping and now_ns() < self.end:
+                own = itertools.chain((len(sender.numbers) for sender in self.senders), repeat(0))
+                got = (client.delivered() + n for client, n in zip(self.clients, own) if not client.failure)
+                self.room = BEHIND - self.sent() + min(got, default=0)
+                if self.room <= BEHIND // 4:  # not for each message anew
+                    self.room, self.held = 0, True
+                    time.sleep(PROGRESS_S / 10)
+            self.room -= 1
 
 
 # -----------------------------------------------------------------------------
@@ -2551,7 +2568,7 @@ def fates(peers: Sequence[Peer]) -> dict[str, Any]:
 def come_and_go(run: Run) -> None:
     """The thread of a witness who connects anew, joins and leaves all the time: what newcomers wait."""
     for number in itertools.count():
-        client, began = run.client(number), time.time_ns()
+        client, began = run.client(number), now_ns()
         client.name = f"n{number}"
         if run.stopping or began > run.end:
             return
@@ -2577,8 +2594,8 @@ class Disturbance:
         if not self._witness:
             self._witness = threading.Thread(target=come_and_go, args=(run,), daemon=True)
             self._witness.start()
-        if not run.disturbed_at and time.time_ns() > (run.begin + run.end + int(run.load.warmup_s * 1e9)) // 2:
-            run.disturbed_at = time.time_ns()
+        if not run.disturbed_at and now_ns() > (run.begin + run.end + int(run.load.warmup_s * 1e9)) // 2:
+            run.disturbed_at = now_ns()
             with contextlib.suppress(OSError):
                 cast(Any, self._process.stdin).write(b"\n")
                 cast(Any, self._process.stdin).flush()
@@ -2619,7 +2636,7 @@ class Latencies:
     def __init__(self, run: Run, sample: Sample) -> None:
         self.corrected, self.uncorrected = array("d"), array("d")
         self.halves = array("d"), array("d")  # before and since disturbers began
-        visits = [(came, 1e3 * took or (time.time_ns() - came) / 1e6) for came, took in list(run.visits.items())]
+        visits = [(came, 1e3 * took or (now_ns() - came) / 1e6) for came, took in list(run.visits.items())]
         self.newcomers = array("d", (took for came, took in visits if came + took * 1e6 >= run.disturbed_at > 0))
         self.seconds: dict[int, array[float]] = defaultdict(lambda: array("d"))
         self.last: dict[int, float] = {}  # message -> until its last receiver had it, if all were watched
@@ -2881,7 +2898,7 @@ def cost(run: Run, delivered: int) -> dict[str, float] | None:
 
 def progress(run: Run) -> None:
     """One line on a terminal that shows how it goes."""
-    elapsed = (time.time_ns() - run.begin) / 1e9
+    elapsed = (now_ns() - run.begin) / 1e9
     if not sys.stderr.isatty() or elapsed < 0:
         return
     sent, delivered = run.sent(), run.delivered()
@@ -2945,9 +2962,13 @@ def open_target(kind: str, value: str, args: argparse.Namespace) -> Iterator[Tar
 
 
 def split(command: str) -> list[str]:
-    """A command in words; raises FatalError."""
+    """A command in words, as the platform has them; raises FatalError."""
+    lexer = shlex.shlex(command, posix=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    if sys.platform == "win32":
+        lexer.escape, lexer.quotes = "", '"'
     try:
-        words = shlex.split(command)
+        words = list(lexer)
     except ValueError as error:
         raise FatalError(f"--server-command {command!r}: {error}") from None
     if not words:
@@ -2979,12 +3000,17 @@ def targets(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def chat_server(chat: str, *more: str) -> str:
     """The command that starts the server of a chat.py."""
-    return shlex.join([sys.executable, chat, "server", "--port", "{port}", *more])
+    return join([sys.executable, chat, "server", "--port", "{port}", *more])
+
+
+def join(words: list[str]) -> str:
+    """The command that `split` takes apart."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def calibrate(load: Load, args: argparse.Namespace) -> dict[str, float] | None:
     """p50 and p99 in ms of the same load against the reflector: what nobody can go below here."""
-    command = shlex.join([sys.executable, os.path.abspath(__file__), "--reflect", "{port}"])
+    command = join([sys.executable, os.path.abspath(__file__), "--reflect", "{port}"])
     with open_target("command", command, args) as target:
         found = one(target, load._replace(protocol="irc", tls=False), args)["latency"]["corrected"]
     return {key: found[key] for key in ("p50", "p99")} if found["samples"] else None

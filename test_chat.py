@@ -10872,20 +10872,23 @@ JSON_CHEATS: dict[str, tuple[Cheat, set[str]]] = {
 }
 
 
+def terse(item: bytes) -> bytes:
+    """An object of JSON without spaces between its parts, so that it has less than 126 bytes."""
+    return item.replace(b'": "', b'":"').replace(b'", "', b'","')
+
+
 WS_CHEATS: dict[str, tuple[Cheat, set[str]]] = {
     "another sender": (instead(altered(b'"c1"', b'"c0"')), {"loss", "corruption"}),
     "binary": (instead(altered(b"\x81", b"\x82")), {"loss", "corruption"}),
     "reserved bits": (instead(altered(b"\x81", b"\xc1")), {"loss", "corruption"}),
     "never ended": (instead(altered(b"\x81", b"\x01")), {"loss", "corruption"}),
     "masked": (instead(lambda line: loadtest.masked_frame(0x81, line[4:])), {"loss", "corruption"}),
-    "a long length": (
-        instead(lambda line: b"\x81\x7f" + bytes(6) + line[2:]), {"loss", "corruption"},
-    ),
-    "a long length of little": (beside(says(b"\x81\x7e\0\x02{}")), {"corruption"}),
+    "a long length": (instead(lambda line: b"\x81\x7f" + bytes(6) + line[2:]), {"loss", "corruption"}),
+    "a longer length": (beside(lambda line: b"\x81\x7e\0" + chat.frame(1, terse(line[4:]))[1:]), {"corruption"}),
+    "doubled in less": (beside(lambda line: chat.frame(1, terse(line[4:]))), {"duplicate"}),
     "two in one": (instead(lambda line: chat.frame(1, line[4:] + b"\n" + line[4:])), {"loss", "corruption"}),
     "in a ping": (instead(lambda line: chat.frame(9, line[4:][:125])), {"loss", "corruption"}),
     "in a ping that is too long": (instead(lambda line: chat.frame(9, line[4:])), {"loss", "corruption"}),
-    "doubled": (beside(bytes), {"duplicate"}),
     "as a line": (instead(lambda line: line[4:] + b"\n"), {"loss", "corruption"}),
     "a pong": (beside(says(b"\x8a\0")), {"corruption"}),
     "a ping in a text": (beside(says(b"\x81\x02\x89\0")), {"corruption"}),
@@ -11061,6 +11064,28 @@ class Judged(unittest.TestCase):
         result = record.result()
         self.assertIn("PASS  40 of 40 deliveries, throttled to 40 messages/s, ", loadtest.text_report(result))
         self.assertRegex(result["failures"][0], r"^only 40 of 100 messages/s .*ngircd MaxPenaltyTime = 0")
+
+    def test_without_a_schedule_no_receiver_gets_far_behind(self) -> None:
+        record = Recorded(self, 4, 1, rate=0.0)
+        run, sender, clients = record.run, record.run.senders[0], record.run.clients
+        clients[3].failure = "gone"
+
+        def send(least: int) -> int:
+            """Lets a sender run away, until it had to wait, or has sent so many; how many it has sent in all."""
+            run.end, run.held = loadtest.now_ns() + 30 * 10**9, False
+            with mock.patch.object(time, "sleep", lambda _: setattr(run, "stopping", True)):
+                while not run.stopping and len(sender.numbers) < least:
+                    run.admit()
+                    sender.numbers.extend([0] * (not run.stopping))
+            self.assertEqual((run.held, run.stopping), (len(sender.numbers) < least, run.held))
+            run.stopping = False
+            return len(sender.numbers)
+
+        self.assertEqual(send(9_999), loadtest.BEHIND)
+        clients[1].order.extend(range(3000))
+        self.assertEqual(send(9_999), loadtest.BEHIND)
+        clients[2].order.extend(range(2000))
+        self.assertEqual(send(9_999), loadtest.BEHIND + 2000)
 
     def test_nothing_comes_before_it_was_sent(self) -> None:
         record = Recorded(self, 4, 2)
@@ -11405,6 +11430,27 @@ class LoadTest(LoadTestCase):
                     self.assertEqual(status, code, err + out)
                     self.assertIn(complaint, err)
                     self.assertIn(report, out)
+
+    def test_where_reads_cannot_but_wait_and_the_clock_ticks_slowly(self) -> None:
+        """As on Windows."""
+        there = mock.patch.multiple(loadtest, DONTWAIT=0, KERNEL_CLOCK=False)
+        slow = mock.patch.object(time, "time_ns", lambda: int(time.time() * 64) * 15_625_000)
+        with there, slow, contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(loadtest.main([*self.FEW, "-q", "--json", f"{self.folder}/json"]), 0)
+        found = self.document("json")["results"][0]
+        self.assertGreater(found["latency"]["corrected"]["samples"], found["deliveries"] // 2)
+        self.assertLess(found["timed"]["rough"], found["latency"]["corrected"]["samples"])
+        self.assertGreater(found["latency"]["uncorrected"]["p50"] % 15.625, 0)
+
+    def test_a_command_is_split_as_the_platform_does(self) -> None:
+        windows, odd = r"""C:\py\python.exe "C:\my chats\chat.py" -m it's #x""", ["a b", "c", "--x={port}"]
+        for system, words in (
+            ("win32", [r"C:\py\python.exe", r"C:\my chats\chat.py", "-m", "it's", "#x"]),
+            ("linux", None),
+        ):
+            with mock.patch.object(sys, "platform", system):
+                self.assertEqual(loadtest.split(windows if words else r"C:\\a '#b c'"), words or [r"C:\a", "#b c"])
+                self.assertEqual(loadtest.split(loadtest.join(odd)), odd)
 
     @mock.patch.object(loadtest, "OVERTIME_S", 0.1)
     def test_what_cannot_be_sent_is_said(self) -> None:
