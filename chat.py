@@ -1081,9 +1081,9 @@ def help_lines(asked: str, local: bool = False) -> list[str]:
 # -----------------------------------------------------------------------------
 # HTTP (RFC 9110, RFC 9112), with one request on each connection; the frames of WebSocket (RFC 6455).
 
-HTTP_FIRST = re.compile(rb"[A-Za-z]+ .*HTTP/\d")
+HTTP_FIRST = re.compile(rb"[!-z|~]+ .*HTTP/\d")  # a page may choose any method
 REQUEST_LINE = re.compile(
-    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (?:[Hh][Tt][Tt][Pp][Ss]?://([^/?]*))?([!-~]*) HTTP/(\d)\.(\d)"
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (?:[Hh][Tt][Tt][Pp][Ss]?://([^/? ]*)(?![^/? ]))?([!-~]*) HTTP/(\d)\.(\d)"
 )
 FIELD_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0-\x08\n-\x1f\x7f]*")
 HOST = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?", re.ASCII)
@@ -1798,7 +1798,7 @@ TELNET = re.compile(
 )
 TELNET_REFUSAL = {b"\xfb": b"\xff\xfe", b"\xfd": b"\xff\xfc"}  # WILL: DONT, DO: WONT
 ARE_YOU_THERE = b"\xf6"
-IRC_FIRST = re.compile(rb"(CAP|NICK|USER|PASS|PING) +[^ ]", re.IGNORECASE)
+IRC_FIRST = re.compile(rb"(CAP|NICK|USER|PASS|PING) +(?!\S+ HTTP/\d\.\d\s*\Z)[^ ]", re.IGNORECASE)
 JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?')  # also one without an end, lest the search begin anew within it
 TLS_HANDSHAKE = 0x16  # first byte of a TLS ClientHello: RFC 8446, section 5.1
 
@@ -3604,6 +3604,8 @@ def begin(hub: Hub, session: Session, line: bytes | None) -> bytes | None:
         if session.stage != Stage.GONE:
             session.stage = Stage.REGISTERING
             hub.append(call)
+    if line is None:  # perhaps a browser's, where the page of somebody else has written what would come next
+        hub.disconnect(session, "", ERR_INPUTTOOLONG.text)
     return line
 
 

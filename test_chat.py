@@ -532,6 +532,7 @@ class Dialects(unittest.TestCase):
             (b"user a b c d", chat.irc()), (b"PASS x", chat.irc()), (b"PING x", chat.irc()), (b"NICK", chat.PLAIN),
             (b"nick ", chat.PLAIN), (b"Nicky", chat.PLAIN), (b"GET / HTTP/1.1", chat.Http),
             (b"POST /x HTTP/1.0", chat.Http), (b"bob", chat.PLAIN), (b"\xff\xfd\x01bob", chat.PLAIN), (b"", chat.PLAIN),
+            (b"NICK / HTTP/1.1\r", chat.Http), (b"M-x / HTTP/1.1", chat.Http), (b"USER a 0 * :HTTP/1.1", chat.irc()),
         ):  # fmt: skip
             with self.subTest(line):
                 found = chat.dialect_of(line)
@@ -577,6 +578,8 @@ class Dialects(unittest.TestCase):
         chat.JSON_STRING.sub("", '"' + '\\"' * size)
         for noise in (b"\xff\xfa", b"\xff\xfa" + b"x" * 20, b"\xff\xff", b"\r\xff"):
             chat.TelnetBuffer(10).feed_telnet(noise * (size // len(noise)))
+        with self.assertRaises(chat.HttpError):
+            chat.parse_request(b"GET http://" + b"a" * size)
 
     STAMP = {"id": "M", "time": "T"}
     TAGS = {"time": "T", "msgid": "M", chat.COUNT_TAG: "3"}
@@ -1956,6 +1959,18 @@ class WebRequests(ServerCase):
             self.assertEqual((found, answer.partition("\n\n")[2]), (status, ""))
         ann.send("/who\n")
         self.told(ann, "*** In #chat: @ann")  # nothing else of all that was heard
+
+    def test_somebody_elses_page_cannot_pass_for_a_person(self) -> None:
+        """Whatever it lets a browser send as the first line, the next ones are not what people type."""
+        ann = self.plain("ann")
+        for line in (f"POST /{'x' * chat.CLIENT_INPUT_BYTES}", "NICK /", "q-q /"):
+            eve = self.peer(
+                f"{line} HTTP/1.1\r\nHost: a.example\r\n\r\neve\r\nNICK eve\r\nUSER e 0 * :e\r\nJOIN #chat\r\n"
+            )
+            eve.sock.shutdown(socket.SHUT_WR)
+            eve.rest()
+        ann.send("/who\n")
+        self.told(ann, "*** In #chat: @ann")
 
     def test_post_says_lines_once_and_is_told_their_ids(self) -> None:
         ann = self.plain("ann")
