@@ -4044,8 +4044,8 @@ def check_can_join(session: Session, channel: Channel, key: str) -> None:
     modes, invited = channel.modes, channel in session.invites
     if channel.is_banned(session) and not invited:
         raise CommandError(ERR_BANNEDFROMCHAN, channel.name)
-    expected = invited or channel.awaits(session) or channel.matches("I", session)
-    if "i" in modes and channel.members and not expected:
+    closed = "i" in modes and channel.members and not invited
+    if closed and not (channel.awaits(session) or channel.matches("I", session)):
         raise CommandError(ERR_INVITEONLYCHAN, channel.name)
     if "k" in modes and not hmac.compare_digest(key.encode(), modes["k"].encode()):
         raise CommandError(ERR_BADCHANNELKEY, channel.name)
@@ -5791,6 +5791,8 @@ class Server:
             except BlockingIOError:
                 connection.session.last_received = time.monotonic()
                 throttle(self.hub, connection)  # what is no text costs as much
+                if connection.state != ConnectionState.OPEN:
+                    time.sleep(DROPPED_PAUSE_S)
 
     def _handle_data(self, connection: Connection, buffer: TelnetBuffer, data: bytes) -> None:
         """Runs commands as they came. Bytes that are no line count as some, for the rate limit."""
@@ -5892,10 +5894,9 @@ def use_forwarded_address(server: Server, session: Session, request: Request) ->
     """Counts who comes by a proxy of an exempt address as one of its own address. Raises HttpError if that may not."""
     hub, found = server.hub, session.address
     with hub:
-        for text in reversed(request.items("X-Forwarded-For")):
-            if found.exempt:
-                with contextlib.suppress(ValueError):
-                    found = hub.access.address(text, hub.limits.per_address)
+        with contextlib.suppress(ValueError):  # what stands before something else comes from who knows whom
+            for text in reversed(request.items("X-Forwarded-For")):
+                found = hub.access.address(text, hub.limits.per_address) if found.exempt else found
         if found is session.address:
             return
         why = hub.access.admit(found, hub.limits.per_address)

@@ -1814,6 +1814,14 @@ class Browsers(ServerCase):
                     pass
                 self.assertEqual(peer.code, code)
 
+    def test_frames_without_end_after_the_end_are_not_read_at_full_speed(self) -> None:
+        ann, sent = self.web(), 0
+        ann.sock.sendall(masked(b"", 3))
+        with self.assertRaises(OSError):
+            while True:
+                sent += ann.sock.send(masked(b"x" * 125, chat.WS_PONG) * 1000)
+        self.assertLess(sent, 100 << 20)  # buffers included; without a pause, three times as much
+
     def test_frames_that_come_with_the_request(self) -> None:
         bob, ann = self.plain("bob"), self.peer()
         frames = masked(b'{"type":"join","user":"ann"}', chat.WS_TEXT) + masked(
@@ -2047,6 +2055,7 @@ class WebRequests(ServerCase):
             ("127.0.0.1", "X-Forwarded-For: 127.0.0.1, 192.0.2.1,10.1.1.1\r\n", 403),
             ("127.0.0.1", "X-Forwarded-For: unknown, 10.1.1.1\r\n", 200), ("127.0.0.1", "X-Forwarded-For: x\r\n", 200),
             ("127.0.0.2", "X-Forwarded-For: 10.1.1.1\r\n", 200),
+            ("127.0.0.1", "X-Forwarded-For: 192.0.2.1, 192.0.2.2:80\r\n", 200),  # the first one is anybody's word
         ):  # fmt: skip
             peer = self.peer_from(source, self.port, f"GET /metrics HTTP/1.0\r\n{header}\r\n")
             self.assertIn(f" {status} ", peer.rest()[0], header)
