@@ -457,6 +457,7 @@ FAIL_BAD_TOKEN = FAIL_BAD_FIELD._replace(text="{0} must have 16 to 64 characters
 FAIL_BAD_SLASH = Numeric("FAIL", "bad-command", "{0}")
 FAIL_INVALID_REALNAME = Numeric("FAIL", "invalid-realname", f"a real name has 1 to {REALNAME_BYTES} bytes")
 FAIL_CANNOT_STORE = Numeric("FAIL", "cannot-store", "not said, because it cannot be stored: {0}")
+FAIL_CANNOT_REMOVE = FAIL_CANNOT_STORE._replace(text="not removed, because that cannot be stored: {0}")
 # IRCv3 draft/chathistory, "Errors and Warnings"; their parameters stand before the text.
 FAIL_INVALID_PARAMS = Numeric("FAIL", "invalid-params", "these are not parameters of CHATHISTORY")
 FAIL_INVALID_TARGET = Numeric("FAIL", "invalid-target", "only members may read what was said there")
@@ -464,6 +465,10 @@ FAIL_MESSAGE_ERROR = Numeric("FAIL", "message-error", "what was said cannot be r
 FAIL_UNKNOWN_COMMAND = Numeric(
     "FAIL", "unknown-command", "CHATHISTORY knows LATEST, BEFORE, AFTER, AROUND, BETWEEN, TARGETS"
 )
+# IRCv3 draft/message-redaction, "Errors"; the same holds for their parameters.
+FAIL_REDACT_TARGET = FAIL_INVALID_TARGET._replace(text="only members may remove what was said there")
+FAIL_REDACT_FORBIDDEN = Numeric("FAIL", "redact-forbidden", "only its author and operators may remove a message")
+FAIL_UNKNOWN_MSGID = Numeric("FAIL", "unknown-msgid", "there is no such message any more")
 
 NUMERICS = {item.code: item for item in list(globals().values()) if isinstance(item, Numeric) and item.code != "FAIL"}
 
@@ -630,7 +635,8 @@ TAG_ESCAPES = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n"}  
 TAG_UNESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n"}
 CURRENT_CHANNEL = "*"  # as a target: the one channel that the sender is in
 ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msgid
-BY_TAG = "chat.py/by"  # only in the history: who used that id
+BY_TAG = "chat.py/by"  # only in the history: Session.identity of the author, to whom that id belongs
+AUTHOR_TAG = "chat.py/author"  # on REDACT: the nick of whose message is removed
 NO_REPLAY_TAG = "chat.py/no-replay"  # on JOIN of one who asks for the history
 REPLAYED_TAG = "chat.py/replayed"  # on what was said before, for clients that did not ask
 COUNT_TAG = "chat.py/here"  # on JOIN: how many are in the channel now
@@ -843,6 +849,7 @@ EVENT_FORMS = {
     "MODE": ("mode", "{nick} set {rest}"),
     "NICK": ("nick", "{nick} is now {text}"),
     "TOPIC": ("topic", "{nick} set the topic: {text}"),
+    "REDACT": ("redact", "{nick} removed a message{of}{reason}"),
     "NOTICE": ("notice", "{text}"),  # from a server
     "ERROR": ("closing", "{text}"),
     "FAIL": ("fail", "Error: {text}"),
@@ -938,20 +945,22 @@ def event_of(message: Message) -> tuple[str, str]:
         return numeric.name if numeric else "error", "Error: " + escape_controls(message.text)
     name, form = (numeric.name, numeric.form) if numeric else EVENT_FORMS.get(message.command, ("", ""))
     values = [escape_controls(param) for param in message.params] + [""] * MAX_PARAMS
+    author = message.tags.get(AUTHOR_TAG, message.nick)
     return name, form.format(
         *values,
         nick=escape_controls(message.nick),
         text=escape_controls(message.text),
         rest=escape_controls(" ".join(message.params[2 if numeric else 1 :])),
         here=f" ({escape_controls(message.tags[COUNT_TAG])} here)" if COUNT_TAG in message.tags else "",
+        of=f" of {escape_controls(author)}" if author != message.nick else "",
         reason=escape_controls(reason_form(message)),
     )
 
 
 def reason_form(message: Message) -> str:
-    """How the reason of a PART, KICK or QUIT reads, '' for none: after a colon in a user's words, in brackets in the
-    server's, so that neither can pass for the other."""
-    reason = message.param({"QUIT": 0, "KICK": 2}.get(message.command, 1))
+    """How the reason of a PART, KICK or the like reads, '' for none: after a colon in a user's words, in brackets in
+    the server's, so that neither can pass for the other."""
+    reason = message.param({"QUIT": 0, "KICK": 2, "REDACT": 2}.get(message.command, 1))
     if message.command == "QUIT":
         if not reason.startswith(OWN_REASON):
             return f" ({reason})" if reason not in ("", CONNECTION_CLOSED) else ""
@@ -1027,6 +1036,9 @@ SLASH_COMMANDS = {
     ),
     "invite": SlashCommand(
         "NAME", "asks somebody to come", 1, 2, lambda here, words: Message("INVITE", (words[0], here))
+    ),
+    "redact": SlashCommand(
+        "[ID [TEXT]]", "removes your last line", 0, 2, lambda here, words: Message("REDACT", (here, *(words or "*")))
     ),
     "kick": SlashCommand("NAME [TEXT]", "puts somebody out", 1, 2, lambda here, words: Message("KICK", (here, *words))),
     "mode": SlashCommand(
@@ -1290,6 +1302,7 @@ main { position: relative; flex: 1; display: flex; min-height: 0 }
 time { margin-left: 8px; color: var(--dim); font-size: 12.5px; font-variant-numeric: tabular-nums }
 .text { display: block; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext }
 .action .text, .system .text { display: inline } .action .text { font-style: italic }
+.text.removed { color: var(--dim); font-style: italic }
 .past .text { color: var(--past) } .system .text, .pending .text { color: var(--dim) }
 .system { padding-top: 2px; padding-bottom: 2px; font-size: 14.5px } .error .text { color: var(--error) }
 .help .text { font: 13.5px/1.3 ui-monospace, monospace } .help time { display: none }
@@ -1329,7 +1342,7 @@ time { margin-left: 8px; color: var(--dim); font-size: 12.5px; font-variant-nume
 const LINES = 1000, MOST_LINES = 10000, PAGE = 100, PEOPLE = 500;  // kept at the bottom, at most; fetched; listed
 const DRAW_MS = 20, GROUP_MS = 300e3, NEAR_PX = 30, SILENCE_MS = 40e3, PATIENCE_MS = 8e3;
 const HUES = [145, 90, 260, 325, 200, 25, 125, 240, 300, 180];  // of names, as at a terminal
-const COMMANDS = "away clear help invite join kick me mode msg nick quit reply topic who whois".split(" ");
+const COMMANDS = "away clear help invite join kick me mode msg nick quit redact reply topic who whois".split(" ");
 const HELP = ["/reply TEXT       answers the last private message", "/clear            clears the page"];  // more of it
 const STAY = { 1000: ["You have left.", "Come back"], 1008: ["", "Try again"],  // codes after which we wait to be asked
   4001: ["You are here in another tab or window.", "Use this one"] };
@@ -1461,6 +1474,13 @@ const EVENTS = {  // false: is not shown
   mode: (item, text) => void (/^\S+ set [+-]\w*[ov]/.test(text) && listPeople()),
   away: ({ user }) => (user ? meet(user, { away: true }) && false : true),
   back: ({ user }) => (user ? meet(user, { away: false }) && false : true),
+  redact({ id }, text) {  // the line itself says so, where it is shown
+    draw();
+    const shown = state.rows.get(id)?.querySelector(".text");
+    if (shown) Object.assign(shown, { textContent: safe(text), className: "text removed" });
+    else note(text);
+    return false;
+  },
   closing: () => false };
 function meet(name, values) { return people.set(fold(name), { rank: "", ...people.get(fold(name)), ...values, name }); }
 function entered({ user, channel, id }) {
@@ -1803,18 +1823,22 @@ JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?')  # also one without an end, lest
 TLS_HANDSHAKE = 0x16  # first byte of a TLS ClientHello: RFC 8446, section 5.1
 
 RESUME_CAP = "chat.py/resume"
+REDACT_CAP = "draft/message-redaction"
 SPEAK_CAP = "chat.py/speak"  # may speak in a channel that it could join, so that nobody sees it come and go
 CAPABILITIES = (
     "away-notify", "batch", "cap-notify", "chat.py/resume", "chat.py/speak", "chghost", "draft/chathistory",
-    "echo-message", "extended-join", "extended-monitor", "invite-notify", "labeled-response", "message-tags",
-    "multi-prefix", "server-time", "setname", "standard-replies", "userhost-in-names",
+    "draft/message-redaction", "echo-message", "extended-join", "extended-monitor", "invite-notify",
+    "labeled-response", "message-tags", "multi-prefix", "server-time", "setname", "standard-replies",
+    "userhost-in-names",
 )  # fmt: skip
 # By which capability a client gets a tag; others by message-tags, and that one by none.
 TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: ""}
 # Commands that others do not get, or not as they are; a prompt nobody does.
 CAPS_NEEDED = {
     "TAGMSG": "message-tags", "PROMPT": "none", "RAW": "none", "JOIN": "extended-join", "FAIL": "standard-replies",
+    "REDACT": REDACT_CAP,
 }  # fmt: skip
+FAIL_CAPS = frozenset({"draft/chathistory", REDACT_CAP})  # whose errors are FAIL, also without standard-replies
 
 
 def decode_text(line: bytes) -> str:
@@ -1930,10 +1954,11 @@ class Json(Dialect):
     """A JSON object a line, for scripts."""
 
     caps = frozenset({"labeled-response", RESUME_CAP})  # ref and ack are what label and ACK are on IRC
-    MORE = {"nick": ("name", 0), "kick": ("name", 1), "topic": ("topic", -1)}  # a field more: a parameter, or the text
+    # A field more: a parameter, or the text.
+    MORE = {"nick": ("name", 0), "kick": ("name", 1), "topic": ("topic", -1), "redact": ("id", 1)}
     # Commands with a channel: in which parameter.
     CHANNEL_AT = {
-        **dict.fromkeys(("JOIN", "PART", "KICK", "MODE", "TOPIC", "NOTICE"), 0),
+        **dict.fromkeys(("JOIN", "PART", "KICK", "MODE", "TOPIC", "NOTICE", "REDACT"), 0),
         **dict.fromkeys(("INVITE", "322", "324", "331", "332", "346", "347", "348", "349", "367", "368"), 1),
         **dict.fromkeys(("341", "353"), 2),
     }
@@ -1956,7 +1981,7 @@ class Json(Dialect):
             return b""
         for key, tag in (("ref", "label"), ("id", "msgid"), ("time", "time")):
             if tag in message.tags:
-                item[key] = message.tags[tag]
+                item.setdefault(key, message.tags[tag])
         if REPLAYED_TAG in message.tags:
             item["replayed"] = True
         return f"{json.dumps(item)}\n".encode()
@@ -2099,16 +2124,24 @@ class Irc(Dialect):
             return b"\r\n"
         needed = CAPS_NEEDED.get(message.command) or message.tags.get(FOR_TAG)
         if needed and needed not in self.caps:
-            if message.command == "JOIN":
-                message = message._replace(params=message.params[:1])
-            elif message.command == "FAIL" and message.param(1) != "INVALID_UTF8":  # IRCv3 UTF8ONLY
-                message = Message("NOTICE", ("*", message.text), message.source, message.tags)
-            elif message.command != "FAIL":
+            message = self._fallback(message)
+            if message is NO_MESSAGE:
                 return b""
         if not self.caps:
             return f"{format_line(message)}\r\n".encode()
         wanted = [item for item in message.tags.items() if TAG_CAPS.get(item[0], "message-tags") in self.caps]
         return f"{format_tags(wanted)}{format_line(message)}\r\n".encode()
+
+    def _fallback(self, message: Message) -> Message:
+        """What a client gets instead that has not negotiated a capability; NO_MESSAGE for nothing."""
+        if message.command == "JOIN":
+            return message._replace(params=message.params[:1])
+        if message.command == "REDACT":
+            return message._replace(command="NOTICE", params=(message.param(0), cut(text_form(message), TOPIC_BYTES)))
+        if message.command != "FAIL":
+            return NO_MESSAGE
+        known = message.param(1) == "INVALID_UTF8" or not FAIL_CAPS.isdisjoint(self.caps)  # IRCv3 UTF8ONLY
+        return message if known else Message("NOTICE", ("*", message.text), message.source, message.tags)
 
     def encode_lines(self, lines: Lines) -> bytes:
         head = self.encode(lines.message._replace(params=(*lines.message.params, "")))[:-2]  # up to the colon
@@ -2321,22 +2354,33 @@ class MemoryHistory:
             kept[1].append(message)
             self._lines += 1
             self._trim(name, MEMORY_LINES)
-            if BY_TAG in message.tags:
+            if ID_TAG in message.tags:
                 self._keys[dedup_key(message)] = message
         if self._lines > MEMORY_TOTAL:
             self._make_room(MEMORY_TOTAL * 99 // 100)
 
     def _trim(self, name: str, size: int) -> None:
         """Forgets the oldest messages of a log."""
-        numbers, messages = self._channels[name]
+        numbers = self._channels[name][0]
         while len(numbers) > size:
-            numbers.popleft()
-            message = messages.popleft()
-            self._lines -= 1
-            if BY_TAG in message.tags:
-                self._keys.pop(dedup_key(message), None)
+            self._forget(name, 0)
+
+    def _forget(self, name: str, at: int) -> None:
+        """Forgets one message of a log."""
+        numbers, messages = self._channels[name]
+        message = messages[at]
+        del numbers[at], messages[at]
+        self._lines -= 1
+        if ID_TAG in message.tags:
+            self._keys.pop(dedup_key(message), None)
         if not numbers:
             del self._channels[name]
+
+    def remove(self, names: Sequence[str], number: int) -> None:
+        """Removes the message with a number from some logs; raises StorageError."""
+        for name in names:
+            if number in self._channels.get(name, ((),))[0]:
+                self._forget(name, self._channels[name][0].index(number))
 
     def _make_room(self, total: int) -> None:
         """Forgets channels without members, the least recently used first, and then the oldest of the longest."""
@@ -2524,6 +2568,13 @@ class SqliteHistory(MemoryHistory):
                 self._rows("DELETE FROM state WHERE channel = ?", channel)
                 if state:
                     self._rows("INSERT INTO state (channel, state) VALUES (?, ?)", channel, state)
+        self._check_files()
+
+    def remove(self, names: Sequence[str], number: int) -> None:
+        self._check_files()
+        with self._transaction():
+            for name in names:
+                self._rows("DELETE FROM said WHERE channel = ? AND number = ?", name, number)
         self._check_files()
 
     def fetch(self, channel: str, low: int, high: int, limit: int, newest: bool, since: str = "") -> list[Message]:
@@ -2779,9 +2830,9 @@ class Session:
 
     __slots__ = (
         "address", "audiences", "authenticated", "away", "channels", "connected_at", "crlf", "deadline", "dialect",
-        "flood_bucket", "host", "invites", "last_received", "last_spoke", "modes", "monitored", "negotiating", "nick",
-        "nick_bucket", "opcode", "output", "ping_sent", "pong_deadline", "prefix", "quit_reason", "realname",
-        "resume_queue", "send", "sent", "signon", "stage", "token", "user", "wrong_password",
+        "flood_bucket", "host", "identity", "invites", "last_id", "last_received", "last_spoke", "modes", "monitored",
+        "negotiating", "nick", "nick_bucket", "opcode", "output", "ping_sent", "pong_deadline", "prefix", "quit_reason",
+        "realname", "resume_queue", "send", "sent", "signon", "stage", "token", "user", "wrong_password",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float, address: Address | None = None, buckets: Buckets | None = None) -> None:
@@ -2797,6 +2848,8 @@ class Session:
         self.authenticated = False  # has given the password, where one is required
         self.negotiating = False  # between CAP LS or REQ and CAP END, registration waits
         self.token = ""  # a hash of the secret by which this client may resume
+        self.identity = ""  # once registered: the token, or else a number that no other session has ever had
+        self.last_id = "*"  # msgid of what it said last in a channel
         self.sent: dict[DedupKey, StoredMessage] = {}  # its last messages that it may send again
         self.quit_reason = ""  # of a disconnected session
         self.resume_queue: list[Message] = []  # private messages to a disconnected session
@@ -3031,7 +3084,16 @@ class Close(NamedTuple):
     session: Session
 
 
-Effect = Union[Broadcast, Multicast, Update, Close, ChannelState]
+class Redaction(NamedTuple):
+    """The first effect of a call that does nothing unless a message can be removed from the history."""
+
+    target: str
+    logs: tuple[str, ...]
+    number: int
+    by: str  # the identity of the author, who alone may; '' where anybody's may be removed
+
+
+Effect = Union[Broadcast, Multicast, Update, Close, ChannelState, Redaction]
 
 
 HistoryQuery = Callable[[MemoryHistory], List[Message]]  # run by the mailer, which replies with the result
@@ -3053,11 +3115,12 @@ def batch_of(batch: tuple[str, ...], server: str, messages: list[Message]) -> li
 class StoredMessage:
     """A message that has to be stored before anybody gets it. The calls that send it, and send it again, share it."""
 
-    __slots__ = ("key", "log_name", "message", "original", "stored")
+    __slots__ = ("by", "key", "log_name", "message", "original", "stored")
 
-    def __init__(self, log_name: str, message: Message, key: DedupKey | None) -> None:
+    def __init__(self, log_name: str, message: Message, by: str, key: DedupKey | None) -> None:
         self.log_name = log_name  # of a channel; '' for what is not stored
         self.message = message
+        self.by = by  # the sender's identity
         self.key = key  # by which a resend is recognised
         self.original: Message | None = None  # which this one repeats, as the history tells
         self.stored: bool | None = None  # whether that worked; None before it was tried
@@ -3890,6 +3953,7 @@ def resume_session(call: Call, old: Session) -> None:
     if session.flood_bucket and old.flood_bucket:
         session.flood_bucket, old.flood_bucket = old.flood_bucket, session.flood_bucket
     session.sent, old.sent = old.sent or session.sent, {}
+    session.last_id = old.last_id
     call.send_to(old, Message("ERROR", (RESUMED_ELSEWHERE,)))
     call.forget(old)
 
@@ -3923,6 +3987,7 @@ def register(call: Call) -> None:
         call.set_online(session, True)
     hub.nicks[fold(session.nick)] = session
     session.stage = Stage.REGISTERED
+    session.identity = session.token or hub.ids.next()["msgid"]
     hub.registered += 1
     hub.most_registered = max(hub.most_registered, hub.registered)
     session.signon = session.last_spoke = time.time()
@@ -4454,7 +4519,8 @@ def relay(call: Call, target: str) -> None:
     check_length(message)
     session.last_spoke = time.time()
     hub.messages += 1
-    item = StoredMessage(channel.logs[-1] if channel and text and not sign else "", message, key)
+    item = StoredMessage(channel.logs[-1] if channel and text and not sign else "", message, session.identity, key)
+    session.last_id = message.tags["msgid"] if item.log_name else session.last_id
     call.stored += (item,)
     deliver(call, message, channel, other)
     if key:
@@ -4519,6 +4585,27 @@ def relay_private(call: Call, other: Session, message: Message) -> None:
         raise CommandError(ERR_NOSUCHNICK, other.nick)
     if text and message.command in ("PRIVMSG", "INVITE"):
         call.reply(RPL_AWAY, other.nick, text)
+
+
+@command("REDACT <channel> <msgid or *> [:<reason>]", 2)
+def redact(call: Call) -> None:
+    """Removes a message of the caller, * for the last one; an operator of the channel may remove anybody's."""
+    session, (target, msgid) = call.session, call.params[:2]
+    here = target == CURRENT_CHANNEL and session.dialect.single
+    channel = find_channel(call, target) if here else call.hub.channels.get(fold(target))
+    if channel is None or session not in channel.members:
+        raise CommandError(FAIL_REDACT_TARGET, target)
+    try:
+        number = parse_reference(f"msgid={session.last_id if msgid == '*' else msgid}")[0]
+    except ValueError:
+        raise CommandError(FAIL_UNKNOWN_MSGID, channel.name, msgid) from None
+    rank = channel.members[session]
+    may_speak = rank or not ("m" in channel.modes or channel.is_banned(session))
+    reason = cut(call.message.param(2), REASON_BYTES) if may_speak else ""
+    words = (channel.name, f"{number:x}", *([reason] if reason else []))
+    by = "" if "o" in rank else session.identity
+    call.effects.append(Redaction(channel.name, channel.logs, number, by))
+    call.broadcast(Message("REDACT", words, session.prefix, call.tags()), channel)
 
 
 @command("AWAY [:<text>]")
@@ -4820,6 +4907,8 @@ def commit(hub: Hub, batch: list[Call]) -> list[Effect]:
     for call in batch:
         if call.stored:
             settle(hub, call)
+        if call.effects and isinstance(call.effects[0], Redaction):
+            remove_stored(hub, call, call.effects[0])
         effects += call.effects
         if call.replies or call.label:
             effects.append(Multicast([call.session], answers(call)))
@@ -4874,9 +4963,32 @@ def stored_form(item: StoredMessage) -> Message:
     size = sum(map(len, itertools.chain(*tags.items()))) if len(tags) > 2 else 0
     if len(tags) > STORED_TAGS or size > STORED_TAG_CHARS:
         tags = {tag: value for tag, value in tags.items() if tag in ("time", "msgid", ID_TAG)}
-    if item.key:
-        tags = {**tags, BY_TAG: item.key[0]}
-    return message if tags is message.tags else message._replace(tags=tags)
+    return message._replace(tags={**tags, BY_TAG: item.by})
+
+
+def remove_stored(hub: Hub, call: Call, item: Redaction) -> None:
+    """Removes a message from the history, and says whose it was in what the call tells others; or replaces all that by
+    an error."""
+    error = None
+    try:
+        found = hub.history.fetch_all(item.logs, item.number - 1, item.number + 1, 1, True)
+        if not found:
+            error = CommandError(FAIL_UNKNOWN_MSGID, item.target, f"{item.number:x}")
+        elif item.by not in ("", found[0].tags.get(BY_TAG)):
+            error = CommandError(FAIL_REDACT_FORBIDDEN, item.target, f"{item.number:x}")
+        else:
+            hub.history.remove(item.logs, item.number)
+    except StorageError as failure:
+        error = CommandError(FAIL_CANNOT_REMOVE, str(failure))
+    if error:
+        call.effects, call.replies = [], []
+        call.reply_error(error)
+        return
+    author = {AUTHOR_TAG: found[0].nick}
+    for effect in call.effects:
+        if isinstance(effect, Broadcast):
+            effect.message = effect.message._replace(tags={**effect.message.tags, **author})
+    call.replies = [x._replace(tags={**x.tags, **author}) if isinstance(x, Message) else x for x in call.replies]
 
 
 def prune(hub: Hub) -> None:
@@ -7016,6 +7128,7 @@ class Room:
         self.name = name
         self.members: dict[str, str] = {}  # folded nick -> nick; who spoke last, last
         self.unread = 0  # messages since we last spoke here
+        self.own = ""  # msgid of what we said last
         self.last = ""  # a reference to the last message, or to when we came (draft/chathistory)
         self.sync: HistorySync | None = None
 
@@ -7542,7 +7655,7 @@ HANDLERS: dict[str, MessageHandler] = {}
 
 WANTED_CAPS = {
     "batch", "chghost", "draft/chathistory", "echo-message", "message-tags", "server-time", "standard-replies",
-    RESUME_CAP,
+    REDACT_CAP, RESUME_CAP,
 }  # fmt: skip
 ISUPPORT_KEYS = ("CASEMAPPING", "CHATHISTORY", "LINELEN", "MSGREFTYPES", "NICKLEN", "PREFIX")
 REFERENCES = {"msgid": "msgid", "timestamp": "time"}  # kinds of them in CHATHISTORY, best first, and their tags
@@ -7927,6 +8040,7 @@ def on_message(client: Client, message: Message) -> bool:
     room = client.rooms.get(message.param(0))
     if room:
         room.last = reference(client.uplink, message.tags) or room.last
+        room.own = message.tags.get("msgid", "") if mine else room.own
     if mine:
         client.ui.show(message, True)
         return True
@@ -7939,6 +8053,13 @@ def on_message(client: Client, message: Message) -> bool:
             room.members[key] = room.members.pop(key)
     elif client.uplink.is_me(message.param(0)):
         client.last_private_sender = message.nick
+    return False
+
+
+@handles("REDACT")
+def on_redact(client: Client, message: Message) -> bool:
+    """REDACT <target> <msgid> [:<reason>]: what waits to be shown is not, then"""
+    client.seen.add(message.param(1))
     return False
 
 
@@ -8032,6 +8153,19 @@ def enter_reply(client: Client, message: Message) -> None:
         client.ui.show_status("Error: nobody has spoken to you alone yet; it is /msg NAME TEXT")
 
 
+def enter_redact(client: Client, message: Message) -> None:
+    """/redact [ID [TEXT]]: our last line, if it is none other"""
+    target, msgid, *reason = message.params
+    room = client.rooms.get(target)
+    msgid = msgid if msgid != "*" else room.own if room else ""
+    if client.uplink.phase == Phase.IN and REDACT_CAP not in client.uplink.caps:
+        client.ui.show_status("Error: this server does not let lines be removed")
+    elif not msgid:
+        client.ui.show_status("Error: you have said nothing here that could be removed")
+    else:
+        send_command(client, Message("REDACT", (target, msgid, *reason)))
+
+
 def enter_ignore(client: Client, message: Message) -> None:
     """/ignore [NAME]"""
     name, key = message.text, client.fold(message.text)
@@ -8062,6 +8196,7 @@ LOCAL_COMMANDS: dict[str, Callable[[Client, Message], None]] = {
     "NAMES": enter_who,
     "REPLY": enter_reply,
     "IGNORE": enter_ignore,
+    "REDACT": enter_redact,
     "HELP": enter_help,
     "CLEAR": lambda client, message: client.ui.clear(),
 }

@@ -752,6 +752,22 @@ class Kept(HistoryCase):
         history.append([("#chat", self.said(3))])
         self.assertEqual(len(history.fetch("#chat", 0, chat.MAX_SEQUENCE, 9, True)), 2)
 
+    def test_what_is_removed_is_in_no_page_and_under_no_key(self) -> None:
+        keys = {number: ("bob's", f"{number}", "#chat") for number in (1, 2, 3)}
+        for history in (chat.MemoryHistory(), self.sqlite()):
+            for number, name in enumerate(("#chat", "#chat 1f", "#chat"), 1):
+                tags = {chat.ID_TAG: f"{number}", chat.BY_TAG: "bob's"}
+                history.append([(name, self.said(number, **tags))])
+            history.remove(("#chat", "#chat 1f"), 2)
+            history.remove(("#chat", "#nowhere"), 2)  # no longer there
+            history.remove(("#chat 1f",), 1)  # in another one
+            self.assertEqual((self.lines(history, "#chat"), self.lines(history, "#chat 1f")), ([1, 3], []))
+            self.assertEqual([*history.find(list(keys.values()))], [keys[1], keys[3]])
+            history.remove(("#chat",), 3)
+            history.append([("#chat 1f", self.said(4))])
+            self.assertEqual((self.lines(history, "#chat"), self.lines(history, "#chat 1f")), ([1], [4]))
+        self.assertEqual(self.lines(self.sqlite_again(history), "#chat"), [1])
+
     def test_what_is_old_is_removed_bit_by_bit(self) -> None:
         now = int(time.time() * 1e6)
         history, size = self.sqlite(days=1), chat.PRUNE_LINES + 5
@@ -4113,7 +4129,7 @@ class PastCase(ServerCase):
 
     CAPS = (
         "batch", "draft/chathistory", "echo-message", "message-tags", "server-time", "labeled-response",
-        "standard-replies",
+        "standard-replies", "draft/message-redaction",
     )  # fmt: skip
 
     def talk(self, count: int) -> tuple[Peer, list[Message]]:
@@ -4298,12 +4314,137 @@ class PastUnasked(PastCase):
         self.assertNotIn("label", ann.sync()[0])
 
 
+class Redacted(PastCase):
+    """REDACT, as those see it who know it, and others."""
+
+    def two_lines(self) -> tuple[Peer, Peer, list[str]]:
+        """ann, who is operator, and bob; and the msgids of what each has said."""
+        ann, bob = self.two(*self.CAPS)
+        ids = []
+        for peer in (ann, bob):
+            peer.send("PRIVMSG #chat :a slip\r\n")
+            ids.append(chat.parse(peer.until("a slip")).tags["msgid"])
+            (bob if peer is ann else ann).until("a slip")
+        return ann, bob, ids
+
+    @staticmethod
+    def bare(lines: list[str]) -> list[str]:
+        return [re.sub(r"^@\S+ ", "", line) for line in lines]
+
+    def removed(self, who: str, msgid: str, *peers: Peer, reason: str = "") -> None:
+        """Everybody is told that somebody has removed a message, and nothing else."""
+        line = f":{who}!{who}@localhost REDACT #chat " + (f"{msgid} :{reason}" if reason else f":{msgid}")
+        for peer in peers:
+            self.assertEqual(self.bare(peer.sync()), [line])
+
+    def test_authors_remove_their_own_and_operators_any(self) -> None:
+        ann, bob, (hers, his) = self.two_lines()
+        for peer, msgid, error in (
+            (bob, hers, "REDACT_FORBIDDEN #CHAT"), (bob, "1f", "UNKNOWN_MSGID #CHAT"),
+            (bob, "xyz", "UNKNOWN_MSGID #CHAT"), (bob, "*", ""), (bob, his, "UNKNOWN_MSGID #CHAT"),
+            (ann, hers, ""), (ann, "*", "UNKNOWN_MSGID #CHAT"),
+        ):  # fmt: skip
+            with self.subTest(error):
+                peer.send(f"REDACT #CHAT {msgid} :sorry\r\n")
+                if error:
+                    wanted = error.replace("#CHAT", f"#chat {hers if msgid == '*' else msgid} :")
+                    self.assertIn(f"FAIL REDACT {wanted}", peer.sync()[0])
+                else:
+                    who, removed = ("bob", his) if peer is bob else ("ann", hers)
+                    self.removed(who, removed, ann, bob, reason="sorry")
+        self.assertEqual(self.ask(bob, "CHATHISTORY LATEST #chat * 9"), [])
+        bob.send("PRIVMSG #chat :spam\r\n")
+        msgid = chat.parse(ann.until("spam")).tags["msgid"]
+        ann.send(f"REDACT #chat 0{msgid.upper()}\r\n")
+        self.assertIn("UNKNOWN_MSGID", ann.sync()[0])
+        ann.send(f"REDACT #chat {msgid}\r\n")
+        bob.until("spam")
+        self.removed("ann", msgid, ann, bob)
+        bob.send("@label=L REDACT #chat *\r\n")
+        self.assertRegex(bob.sync()[0], "^@label=L :chat.local FAIL REDACT UNKNOWN_MSGID ")
+
+    def test_a_label_is_on_what_its_sender_gets(self) -> None:
+        ann, bob, (hers, _) = self.two_lines()
+        ann.send(f"@label=L REDACT #chat {hers}\r\n")
+        told = ann.until("REDACT")
+        self.assertEqual(chat.parse(told).tags["label"], "L")
+        self.assertNotIn("label", chat.parse(bob.until("REDACT")).tags)
+
+    def test_only_members_remove_and_only_there(self) -> None:
+        ann, bob, (hers, his) = self.two_lines()
+        bob.send("JOIN #tea\r\n")
+        self.irc("eve", *self.CAPS).send("PART #chat\r\n")
+        bob.until(" 366 ")
+        rows = [(f"#tea {hers}", "UNKNOWN_MSGID #tea"), (f"ann {hers}", "INVALID_TARGET ann :")]
+        rows += [(f"#nowhere {his}", "INVALID_TARGET #nowhere :"), (f"* {his}", "INVALID_TARGET * :")]
+        bob.sync()
+        self.answers(bob, [(f"REDACT {line}", [f"FAIL REDACT {error}"]) for line, error in rows])
+        bob.send("PART #chat\r\n")
+        bob.sync()
+        for peer in (bob, self.irc("joe", *self.CAPS)):
+            peer.send(f"PART #chat\r\nREDACT #chat {his}\r\n")
+            self.assertIn("FAIL REDACT INVALID_TARGET #chat :", peer.sync()[-1])
+        self.assertEqual(len(self.ask(ann, "CHATHISTORY LATEST #chat * 9")) if ann.sync() else 0, 2)
+
+    def test_who_takes_the_name_later_is_not_the_author(self) -> None:
+        ann, bob, (_, his) = self.two_lines()
+        bob.send("QUIT\r\n")
+        bob.rest()
+        again = self.irc("bob", *self.CAPS)
+        again.send(f"REDACT #chat {his}\r\n")
+        self.assertIn("REDACT_FORBIDDEN", again.sync()[-1])
+
+    def test_a_token_makes_one_the_author_again(self) -> None:
+        self.irc("ann")
+        for says in ("PRIVMSG #chat :a slip", f"@{chat.ID_TAG}=1 PRIVMSG #chat :a slip"):
+            bob = self.irc("bob", *self.CAPS, token="bob" * 6)
+            bob.send(f"{says}\r\n")
+            msgid = chat.parse(bob.until("a slip")).tags["msgid"]
+            bob.send("QUIT\r\n")
+            bob.rest()
+            again = self.irc("bobby", *self.CAPS, token="bob" * 6)
+            again.send(f"REDACT #chat {msgid}\r\n")
+            self.removed("bobby", msgid, again)
+            again.send("QUIT\r\n")
+            again.rest()
+
+    def test_others_read_of_it(self) -> None:
+        """No word of the reason comes from somebody who may not speak."""
+        ann, bob, (hers, his) = self.two_lines()
+        old, person, script = self.irc("old", "message-tags"), self.plain("nick"), self.peer('{"type":"join"}\n')
+        script.until('"event": "join"')
+        old.sync()
+        ann.send(f"REDACT #chat {his} :off topic\r\n")
+        told = chat.parse(old.until("NOTICE"))
+        self.assertEqual((told.nick, told.params), ("ann", ("#chat", "*** ann removed a message of bob: off topic")))
+        person.until("*** ann removed a message of bob: off topic")
+        item = json.loads(script.until("redact"))
+        wanted = {"type": "system", "event": "redact", "id": his, "user": "ann", "channel": "#chat"}
+        self.assertEqual({key: item[key] for key in wanted}, wanted)
+        person.send("a slip of mine\n/redact\n")
+        for peer in (person, script):
+            peer.until("*** nick removed a message")
+        self.assertEqual(json.loads(script.seen[-1])["text"], "*** nick removed a message")
+        person.send("/redact\n")
+        person.until("*** Error: there is no such message any more")
+        script.send(json.dumps({"type": "command", "text": f"/redact {hers} why", "ref": "r"}) + "\n")
+        item = json.loads(script.until('"error"'))
+        self.assertEqual((item["code"], item["ref"]), ("redact-forbidden", "r"))
+        person.send("aside\n")
+        ann.until("aside")
+        ann.send("MODE #chat +m\r\n")
+        person.until("+m")
+        person.send("/redact * still speaking\n")
+        self.assertEqual(person.until("removed"), "*** nick removed a message")
+
+
 class Unreliable(chat.MemoryHistory):
     """A history that can be made to fail, or to wait."""
 
     def __init__(self) -> None:
         super().__init__()
         self.why = ""
+        self.forgets_nothing = False
         self.waits = False
         self.may_go = threading.Event()
         self.may_go.set()
@@ -4319,6 +4460,11 @@ class Unreliable(chat.MemoryHistory):
         if self.why:
             raise chat.StorageError(self.why)
         return super().fetch(*args)
+
+    def remove(self, names: Sequence[str], number: int) -> None:
+        if self.forgets_nothing:
+            raise chat.StorageError("read only")
+        super().remove(names, number)
 
 
 class Receipts(ServerCase):
@@ -4446,6 +4592,20 @@ class Receipts(ServerCase):
             self.assertIn("PRIVMSG #chat :hello", ann.until("PRIVMSG"))
         self.assertEqual(bob.until("hello"), "ann: hello")
         self.assertEqual([text for text in bob.seen if "hello" in text], ["ann: hello"])
+
+    def test_a_message_is_not_removed_for_anybody_where_that_cannot_be_stored(self) -> None:
+        ann, bob = self.two("echo-message", "message-tags", "labeled-response", "batch", chat.REDACT_CAP)
+        ann.send("PRIVMSG #chat :a slip\r\n")
+        bob.until("a slip")
+        ann.sync()
+        self.history.forgets_nothing = True
+        ann.send("@label=L REDACT #chat *\r\n")
+        self.assertIn("FAIL REDACT CANNOT_STORE :not removed, because that cannot be stored: read only", ann.sync()[0])
+        self.assertEqual(bob.sync(), [])
+        self.history.forgets_nothing = False
+        ann.send("PRIVMSG #chat :another\r\nREDACT #chat *\r\n")  # may be in one batch
+        self.assertEqual([chat.parse(line).command for line in bob.sync()], ["PRIVMSG", "REDACT"])
+        self.assertEqual(self.plain("nick").until("ann:"), "ann: a slip")
 
 
 class ResumeCase(ServerCase):
@@ -6152,6 +6312,37 @@ class AtOtherServers(PersonCase):
         self.assertEqual(self.lines, ["JOIN #b :sesame"])
         self.reconnect()
         self.assertEqual(self.lines, ["JOIN #chat", "JOIN #b :sesame"])
+
+
+class Removing(PersonCase):
+    """/redact, and messages that others remove."""
+
+    CAPS = "batch draft/chathistory draft/message-redaction echo-message message-tags"
+
+    def test_our_last_line(self) -> None:
+        self.arrive("@msgid=1 :bob!b@h PRIVMSG #chat :a slip", "@msgid=2 :ann!a@h PRIVMSG #chat :hi")
+        shown = self.play("/redact", "/redact 2 off topic", ":bob!b@h REDACT #chat 1")
+        self.assertEqual(self.lines, ["REDACT #chat :1", "REDACT #chat 2 :off topic"])
+        self.assertRegex(shown, "bob removed a message\x1b")
+        self.assertIn(
+            "*** bob removed a message of ann: off topic",
+            self.arrive(f"@{chat.AUTHOR_TAG}=ann :bob!b@h REDACT #chat 2 :off topic"),
+        )
+
+    def test_there_is_nothing_to_remove(self) -> None:
+        self.assertIn("*** Error: you have said nothing here that could be removed", self.play("/redact"))
+        self.enter("echo-message")
+        self.assertIn("*** Error: this server does not let lines be removed", self.play("/redact 2"))
+        self.assertEqual(self.lines, [])
+
+    def test_what_was_removed_while_it_was_held_back_is_not_shown(self) -> None:
+        self.arrive("@msgid=1 :ann!a@h PRIVMSG #chat :hi")
+        self.reconnect(self.CAPS)
+        said = [f"@msgid={number} :ann!a@h PRIVMSG #chat :<{number}>" for number in (2, 3)]
+        shown = self.arrive(":bob!b@h JOIN #chat", *said, ":ann!a@h REDACT #chat 2")
+        self.assertNotIn("<", shown)
+        shown = self.arrive("BATCH +1 chathistory #chat", "BATCH -1")
+        self.assertEqual(re.findall("<.>", shown), ["<3>"])
 
 
 class WhichChannelIsOurs(PersonCase):
@@ -8923,6 +9114,11 @@ class InTheBrowser(BrowserCase):
         )
         bob.send("/me waves at everybody\n/msg eva psst, only for you\nthe end\n" + "long " * 80 + "\n")
         eva.until("the end")
+        bob.send("a slip\n")
+        eva.until("a slip")
+        bob.send("/redact * sorry\n")
+        eva.wait("document.querySelector('.removed')?.innerText === 'bert removed a message: sorry'")
+        self.assertEqual(eva.count("a slip"), 0)
         eva.type("/reply psst back\n/me nods\n/msg nobody there?\n")
         bob.until("eva nods")
         self.assertEqual(bob.seen[-2], "[private] eva: psst back")
