@@ -2314,6 +2314,11 @@ def strip_private_tags(message: Message, **more: str) -> Message:
     return message._replace(tags={**{key: value for key, value in message.tags.items() if key != BY_TAG}, **more})
 
 
+def private_log(*identities: str) -> str:
+    """The name of the log of what two sessions, or one by itself, have said to nobody else: see Session.identity."""
+    return f" {' '.join(sorted(set(identities)))} "
+
+
 DedupKey = Tuple[str, str, str]  # a sender's token, the id that it gave to a message, the folded target
 
 
@@ -2412,6 +2417,16 @@ class MemoryHistory:
         found = [item for name in names for item in self.fetch(name, low, high, limit, newest, since)]
         found.sort(key=sequence)
         return found[max(len(found) - limit, 0) :] if newest else found[:limit]
+
+    def partners(self, identity: str) -> dict[str, tuple[str, str, Message]]:
+        """With whom somebody has spoken alone: their folded nick -> the nick that they had then, log, last message."""
+        found = {}
+        for name, (_, messages) in self._channels.items():  # if two had one nick, it stands for the last one
+            if f" {identity} " in name:
+                last = messages[-1]
+                nick = last.param(0) if last.tags[BY_TAG] == identity else last.nick
+                found[fold(nick)] = nick, name, last
+        return found
 
     def find(self, keys: Sequence[DedupKey]) -> dict[DedupKey, Message]:
         """The messages that were stored with some keys."""
@@ -3118,7 +3133,7 @@ class StoredMessage:
     __slots__ = ("by", "key", "log_name", "message", "original", "stored")
 
     def __init__(self, log_name: str, message: Message, by: str, key: DedupKey | None) -> None:
-        self.log_name = log_name  # of a channel; '' for what is not stored
+        self.log_name = log_name  # of a channel, or see private_log; '' for what is not stored
         self.message = message
         self.by = by  # the sender's identity
         self.key = key  # by which a resend is recognised
@@ -3355,6 +3370,7 @@ class Hub:
     ) -> None:
         self.name = name
         self.history = history or MemoryHistory()  # the mailer's
+        self.private = MemoryHistory()  # of private_log; the mailer's
         self.storage_error = ""  # why the last message could not be stored; the mailer's
         self.unsaved: dict[str, ChannelState] = {}  # folded name -> what could not be stored; the mailer's
         self.replay = replay  # lines that newcomers get
@@ -4519,8 +4535,11 @@ def relay(call: Call, target: str) -> None:
     check_length(message)
     session.last_spoke = time.time()
     hub.messages += 1
-    item = StoredMessage(channel.logs[-1] if channel and text and not sign else "", message, session.identity, key)
-    session.last_id = message.tags["msgid"] if item.log_name else session.last_id
+    log_name = (
+        "" if sign or not text else channel.logs[-1] if channel else private_log(session.identity, other.identity)
+    )
+    item = StoredMessage(log_name, message, session.identity, key)
+    session.last_id = message.tags["msgid"] if channel and log_name else session.last_id
     call.stored += (item,)
     deliver(call, message, channel, other)
     if key:
@@ -4587,25 +4606,33 @@ def relay_private(call: Call, other: Session, message: Message) -> None:
         call.reply(RPL_AWAY, other.nick, text)
 
 
-@command("REDACT <channel> <msgid or *> [:<reason>]", 2)
+@command("REDACT <channel or name> <msgid or *> [:<reason>]", 2)
 def redact(call: Call) -> None:
-    """Removes a message of the caller, * for the last one; an operator of the channel may remove anybody's."""
+    """Removes a message of the caller, * for the last one in a channel, whose operators may remove anybody's."""
     session, (target, msgid) = call.session, call.params[:2]
     here = target == CURRENT_CHANNEL and session.dialect.single
     channel = find_channel(call, target) if here else call.hub.channels.get(fold(target))
-    if channel is None or session not in channel.members:
+    other = call.hub.nicks.get(fold(target))
+    if channel and session in channel.members:
+        name, logs, rank = channel.name, channel.logs, channel.members[session]
+    elif other and other.stage == Stage.REGISTERED:
+        name, logs, rank = other.nick, (private_log(session.identity, other.identity),), ""
+    else:
         raise CommandError(FAIL_REDACT_TARGET, target)
     try:
         number = parse_reference(f"msgid={session.last_id if msgid == '*' else msgid}")[0]
     except ValueError:
-        raise CommandError(FAIL_UNKNOWN_MSGID, channel.name, msgid) from None
-    rank = channel.members[session]
-    may_speak = rank or not ("m" in channel.modes or channel.is_banned(session))
-    reason = cut(call.message.param(2), REASON_BYTES) if may_speak else ""
-    words = (channel.name, f"{number:x}", *([reason] if reason else []))
-    by = "" if "o" in rank else session.identity
-    call.effects.append(Redaction(channel.name, channel.logs, number, by))
-    call.broadcast(Message("REDACT", words, session.prefix, call.tags()), channel)
+        raise CommandError(FAIL_UNKNOWN_MSGID, name, msgid) from None
+    is_silent = channel and not rank and ("m" in channel.modes or channel.is_banned(session))
+    reason = "" if is_silent else cut(call.message.param(2), REASON_BYTES)
+    words = (name, f"{number:x}", *([reason] if reason else []))
+    message = Message("REDACT", words, session.prefix, call.tags())
+    call.effects.append(Redaction(name, logs, number, "" if "o" in rank else session.identity))
+    if channel:
+        call.broadcast(message, channel)
+    elif other:
+        call.effects.append(Multicast([other] if other is not session else [], [message]))
+        call.replies.append(message)
 
 
 @command("AWAY [:<text>]")
@@ -4637,6 +4664,7 @@ def setname(call: Call) -> None:
 TARGETS_BATCH = "draft/chathistory-targets"
 Span = Tuple[int, int]  # the first and the last sequence number that a reference means
 Page = Tuple[int, int, int, bool]  # low, high, limit, newest: see MemoryHistory.fetch
+LogFinder = Callable[[MemoryHistory], Tuple[MemoryHistory, Tuple[str, ...]]]  # run by the mailer
 # What a subcommand of CHATHISTORY asks for, from its references and limit.
 PAGES: dict[str, Callable[[list[Span], int], list[Page]]] = {
     "LATEST": lambda spans, limit: [(spans[0][1], MAX_SEQUENCE, limit, True)],
@@ -4653,8 +4681,8 @@ PAGES: dict[str, Callable[[list[Span], int], list[Page]]] = {
 
 
 @command(
-    "CHATHISTORY LATEST <channel> <reference or *> <limit> | BEFORE, AFTER or AROUND <channel> <reference> <limit>"
-    " | BETWEEN <channel> <reference> <reference> <limit> | TARGETS <timestamp> <timestamp> <limit>",
+    "CHATHISTORY LATEST <target> <reference or *> <limit> | BEFORE, AFTER or AROUND <target> <reference> <limit>"
+    " | BETWEEN <target> <reference> <reference> <limit> | TARGETS <timestamp> <timestamp> <limit>",
     1,
 )
 def chathistory(call: Call) -> None:
@@ -4672,38 +4700,56 @@ def chathistory(call: Call) -> None:
         raise CommandError(FAIL_INVALID_PARAMS, sub)
     if sub == "TARGETS":
         names = {channel.logs: channel.name for channel in call.session.channels}
-        call.query(functools.partial(target_messages, hub.name, names, sorted(spans), limit), len(names), TARGETS_BATCH)
+        run = functools.partial(target_messages, hub, call.session.identity, names, spans, limit)
+        call.query(run, len(names), TARGETS_BATCH)
         return
-    channel = hub.channels.get(fold(words[0]))
-    if channel is None or call.session not in channel.members:
-        raise CommandError(FAIL_INVALID_TARGET, sub, words[0])
+    name, find_logs = readable_logs(call, sub, words[0])
     until = hub.ids.last + 1  # what comes later in the log is sent as such
     pages = [(low, min(high, until), size, newest) for low, high, size, newest in PAGES[sub](spans, limit)]
     times = [first for first, last in spans if last > first]  # a time, not a message
     since = {low: server_time((low + 500) / 1e6) for first in times for low in (first - 1, first + 999)}
     marks = {REPLAYED_TAG: ""} if call.session.dialect.single else {}
-    run = functools.partial(page_messages, channel.logs, pages, since, marks)
-    call.query(run, limit, "chathistory", channel.name)
+    call.query(functools.partial(page_messages, find_logs, pages, since, marks), limit, "chathistory", name)
     if call.ref and call.session.dialect.single:  # IRC has batches for that
         call.replies.append(Message("ACK", (), hub.name, {"label": call.ref}))
 
 
+def readable_logs(call: Call, sub: str, name: str) -> tuple[str, LogFinder]:
+    """A channel's name, or a nick as it was given, and where the caller reads what was said there, or with that user
+    alone: who has the nick now, or else had it last. Raises CommandError."""
+    hub, identity = call.hub, call.session.identity
+    channel, other = hub.channels.get(fold(name)), hub.nicks.get(fold(name))
+    if channel and call.session in channel.members:
+        logs = channel.logs
+        return channel.name, lambda history: (history, logs)
+    if not is_nick(name):
+        raise CommandError(FAIL_INVALID_TARGET, sub, name)
+    if other and other.registered:
+        log = private_log(identity, other.identity)
+        return name, lambda history: (hub.private, (log,))
+    return name, lambda history: (hub.private, hub.private.partners(identity).get(fold(name), ("", ""))[1:2])
+
+
 def page_messages(
-    logs: tuple[str, ...], pages: list[Page], since: dict[int, str], marks: dict[str, str], history: MemoryHistory
+    find_logs: LogFinder, pages: list[Page], since: dict[int, str], marks: dict[str, str], history: MemoryHistory
 ) -> list[Message]:
-    """Pages of what was said in a channel, by its own time where `since` has their low; each with `marks`, too."""
+    """Pages of what was said somewhere, by its own time where `since` has their low; each with `marks`, too."""
+    history, logs = find_logs(history)
     found = (history.fetch_all(logs, *page, since.get(page[0], "")) for page in pages)
     return [strip_private_tags(message, **marks) for page in found for message in page]
 
 
 def target_messages(
-    server: str, names: dict[tuple[str, ...], str], spans: list[Span], limit: int, history: MemoryHistory
+    hub: Hub, identity: str, names: dict[tuple[str, ...], str], spans: list[Span], limit: int, history: MemoryHistory
 ) -> list[Message]:
-    """Of channels, logs -> name, those whose last message is in a span of time."""
+    """Of channels, logs -> name, and those with whom somebody has spoken alone, where the last message is in a span of
+    time: the last of them where that was given backwards."""
     last = {name: item for logs, name in names.items() for item in history.fetch_all(logs, 0, MAX_SEQUENCE, 1, True)}
-    start, end = (server_time((first + 500) / 1e6) for first, _ in spans)
+    last.update((nick, item) for nick, _, item in hub.private.partners(identity).values())
+    start, end = (server_time((first + 500) / 1e6) for first, _ in sorted(spans))
     found = sorted((sequence(item), name) for name, item in last.items() if start < item.tags["time"] < end)
-    return [Message("CHATHISTORY", ("TARGETS", name, last[name].tags["time"]), server) for _, name in found[:limit]]
+    found = found[max(len(found) - limit, 0) :] if spans[0] > spans[1] else found[:limit]
+    return [Message("CHATHISTORY", ("TARGETS", name, last[name].tags["time"]), hub.name) for _, name in found]
 
 
 @command("WHO <channel, name or mask> [%<fields>[,<token>]]")
@@ -4899,7 +4945,7 @@ for grammar, report in REPORTS.items():
 def commit(hub: Hub, batch: list[Call]) -> list[Effect]:
     """Stores the batch in one transaction and runs its history queries. If storing fails, nothing of it is delivered
     and the senders get an error."""
-    pending = [item for call in batch for item in call.stored if item.stored is None and item.log_name]
+    pending = [item for call in batch for item in call.stored if item.stored is None and is_channel(item.log_name)]
     states = [effect for call in batch for effect in call.effects if type(effect) is ChannelState]
     if pending or states:
         store_batch(hub, list(dict.fromkeys(pending)), states)  # a resend may be in the same batch
@@ -4922,8 +4968,10 @@ def settle(hub: Hub, call: Call) -> None:
         call.effects, call.replies = [], []
         call.reply_error(CommandError(FAIL_CANNOT_STORE, hub.storage_error or "try again"))
     for item in call.stored:
-        if item.stored is None:  # not for the history
+        if item.stored is None:  # not for the file
             item.stored = not failed
+            if item.log_name and not failed:
+                hub.private.append([(item.log_name, stored_form(item))])
         if item.original and not failed:  # it was stored before: only its sender gets that, as its receipt
             own = item.message.tags["msgid"]
             call.effects = [x for x in call.effects if not (type(x) is Broadcast and x.message is item.message)]
@@ -4969,15 +5017,15 @@ def stored_form(item: StoredMessage) -> Message:
 def remove_stored(hub: Hub, call: Call, item: Redaction) -> None:
     """Removes a message from the history, and says whose it was in what the call tells others; or replaces all that by
     an error."""
-    error = None
+    error, history = None, hub.history if is_channel(item.target) else hub.private
     try:
-        found = hub.history.fetch_all(item.logs, item.number - 1, item.number + 1, 1, True)
+        found = history.fetch_all(item.logs, item.number - 1, item.number + 1, 1, True)
         if not found:
             error = CommandError(FAIL_UNKNOWN_MSGID, item.target, f"{item.number:x}")
         elif item.by not in ("", found[0].tags.get(BY_TAG)):
             error = CommandError(FAIL_REDACT_FORBIDDEN, item.target, f"{item.number:x}")
         else:
-            hub.history.remove(item.logs, item.number)
+            history.remove(item.logs, item.number)
     except StorageError as failure:
         error = CommandError(FAIL_CANNOT_REMOVE, str(failure))
     if error:

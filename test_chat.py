@@ -4139,14 +4139,14 @@ class PastCase(ServerCase):
             ann.send(f"PRIVMSG #chat :line {number}\r\n")
         return ann, [chat.parse(ann.until(" PRIVMSG ")) for _ in range(count)]
 
-    def ask(self, peer: Peer, command: str) -> list[Message]:
+    def ask(self, peer: Peer, command: str, *batch: str) -> list[Message]:
         """The messages of the batch that answers a command."""
         peer.send(f"{command}\r\n")
         lines = [chat.parse(line) for line in peer.sync()]
         first, *inside, last = lines
         self.assertEqual((first.command, last.params), ("BATCH", (f"-{first.param(0)[1:]}",)))
         self.assertEqual({message.tags["batch"] for message in inside} - {first.param(0)[1:]}, set())
-        self.assertEqual(first.params[1:], ("chathistory", "#chat"))
+        self.assertEqual(first.params[1:], batch or ("chathistory", "#chat"))
         return inside
 
 
@@ -4218,7 +4218,7 @@ class Past(PastCase):
             ("AFTER #chat msgid=zz 1", "FAIL CHATHISTORY INVALID_PARAMS AFTER :"),
             ("LATEST #other * 1", "FAIL CHATHISTORY INVALID_TARGET LATEST #other :"),
             ("LATEST #nowhere * 1", "FAIL CHATHISTORY INVALID_TARGET LATEST #nowhere :"),
-            ("LATEST ann * 1", "FAIL CHATHISTORY INVALID_TARGET LATEST ann :"),
+            ("LATEST @ann * 1", "FAIL CHATHISTORY INVALID_TARGET LATEST @ann :"),
         ):
             self.answers(ann, [(f"CHATHISTORY {command}", [f":chat.local {error}"])])
 
@@ -4241,6 +4241,119 @@ class Past(PastCase):
             self.assertEqual(
                 [line.params for line in lines], [("TARGETS", name, said[0].tags["time"]) for name in found]
             )
+
+
+class PastPrivate(PastCase):
+    """What two have said to each other alone, which nobody else can ask for."""
+
+    def say(self, peer: Peer, to: str, text: str) -> Message:
+        """Says something to one person, or in a channel; returns its echo."""
+        peer.send(f"PRIVMSG {to} :{text}\r\n")
+        return chat.parse(peer.until(f" :{text}"))
+
+    def texts(self, peer: Peer, who: str, what: str = "LATEST {} * 9") -> list[str]:
+        found = self.ask(peer, f"CHATHISTORY {what.format(who)}", "chathistory", who)
+        return [message.text for message in found]
+
+    def targets(self, peer: Peer, span: str = "1970-01-01 2100-01-01", most: int = 9) -> list[str]:
+        days = " ".join(f"timestamp={day}T00:00:00.000Z" for day in span.split())
+        found = self.ask(peer, f"CHATHISTORY TARGETS {days} {most}", "draft/chathistory-targets")
+        return [" ".join(message.params[1:]) for message in found]
+
+    def test_both_read_it_and_nobody_else(self) -> None:
+        ann, bob, eve = (self.irc(name, *self.CAPS) for name in ("ann", "bob", "eve"))
+        said = [self.say(*words) for words in ((ann, "bob", "one"), (bob, "ann", "two"), (ann, "BOB", "three"))]
+        ann.send("TAGMSG bob\r\nNOTICE bob :four\r\nPRIVMSG #chat :all\r\n")
+        ann.until("#chat :all")
+        self.say(ann, "eve", "apart")
+        ids = [f"msgid={message.tags['msgid']}" for message in said]
+        for peer, who in ((ann, "bob"), (bob, "ann"), (bob, "ANN")):
+            peer.sync()
+            for what, wanted in (
+                ("LATEST {} * 9", "one two three four"), ("LATEST {} * 2", "three four"),
+                (f"BEFORE {{}} {ids[2]} 9", "one two"), (f"AFTER {{}} {ids[0]} 1", "two"),
+                (f"AROUND {{}} {ids[1]} 3", "one two three"), (f"BETWEEN {{}} {ids[2]} {ids[0]} 9", "two"),
+            ):  # fmt: skip
+                with self.subTest(what, who=who):
+                    self.assertEqual(self.texts(peer, who, what), wanted.split())
+            found = self.ask(peer, f"CHATHISTORY LATEST {who} * 9", "chathistory", who)
+            expected = [{**message.tags, "batch": found[0].tags["batch"]} for message in said]
+            self.assertEqual([message.tags for message in found[:3]], expected)
+            self.assertEqual(found[1].params, ("ann", "two"))
+        eve.sync()
+        for who, texts in (("ann", ["apart"]), ("bob", []), ("eve", []), ("nobody", [])):
+            self.assertEqual(self.texts(eve, who), texts)
+
+    def test_messages_to_oneself(self) -> None:
+        ann = self.irc("ann", *self.CAPS)
+        ann.send("PRIVMSG ann :note\r\n")
+        ann.sync()
+        self.assertEqual(self.texts(ann, "ann"), ["note"])
+
+    def test_who_takes_a_name_later_reads_nothing(self) -> None:
+        ann, bob = self.two(*self.CAPS)
+        time = self.say(ann, "bob", "psst").tags["time"]
+        bob.send("QUIT\r\n")
+        bob.rest()
+        ann.until("QUIT")
+        self.assertEqual((self.texts(ann, "bob"), self.targets(ann)), (["psst"], [f"bob {time}"]))  # still hers
+        other = self.irc("bob", *self.CAPS)
+        ann.sync()
+        self.assertEqual((self.texts(other, "ann"), self.targets(other), self.texts(ann, "bob")), ([], [], []))
+        self.say(ann, "bob", "welcome")
+        ann.send("NICK ann2\r\n")
+        ann.sync()
+        other.sync()
+        for who in ("ann2", "ann"):  # the name of now, and that of then
+            self.assertEqual(self.texts(other, who), ["welcome"])
+
+    def test_a_token_makes_one_the_same_again(self) -> None:
+        ann, bob = self.irc("ann", *self.CAPS), self.irc("bob", *self.CAPS, token="bob" * 6)
+        self.say(ann, "bob", "psst")
+        bob.send("QUIT\r\n")
+        bob.rest()
+        ann.until("QUIT")
+        again = self.irc("rob", *self.CAPS, token="bob" * 6)
+        ann.sync()
+        self.assertEqual((self.texts(again, "ann"), self.texts(ann, "rob")), (["psst"], ["psst"]))
+
+    def test_targets_in_order_and_the_nearest_first(self) -> None:
+        ann, bob = self.two(*self.CAPS)
+        self.irc("cat")
+        ann.sync()
+        said = [self.say(ann, to, "hi") for to in ("cat", "bob", "#chat", "cat")]
+        expected = [f"{message.params[0]} {message.tags['time']}" for message in said[1:]]
+        ann.sync()
+        for span, most, found in (
+            ("1970-01-01 2100-01-01", 9, expected), ("2100-01-01 1970-01-01", 9, expected),
+            ("1970-01-01 2100-01-01", 2, expected[:2]), ("2100-01-01 1970-01-01", 2, expected[1:]),
+            ("2100-01-01 1970-01-01", 0, []), ("1970-01-01 1971-01-01", 9, []),
+        ):  # fmt: skip
+            self.assertEqual(self.targets(ann, span, most), found)
+
+    def test_it_is_bounded_like_a_channel(self) -> None:
+        ann, bob = self.two(*self.CAPS)
+        with mock.patch.object(chat, "MEMORY_LINES", 3):
+            for number in range(5):
+                self.say(ann, "bob", f"line {number}")
+        self.assertEqual(self.texts(ann, "bob"), ["line 2", "line 3", "line 4"])
+
+    def test_only_its_author_removes_a_message(self) -> None:
+        """Both are told, and a script asks in its own way."""
+        ann, bob = self.two(*self.CAPS)
+        msgid, _ = (self.say(ann, "bob", text).tags["msgid"] for text in ("a slip", "fine"))
+        bob.sync()
+        bob.send(f"REDACT ann {msgid}\r\n")
+        self.assertIn(f"FAIL REDACT REDACT_FORBIDDEN ann {msgid} :", bob.sync()[0])
+        ann.send(f"REDACT bob {msgid} :sorry\r\n")
+        for peer in (ann, bob):
+            self.assertTrue(peer.until("REDACT").endswith(f" :ann!ann@localhost REDACT bob {msgid} :sorry"))
+        self.assertEqual(self.texts(bob, "ann"), ["fine"])
+        script = self.peer('{"type":"join","user":"cat","replay":false}\n{"type":"private","to":"bob","text":"x"}\n')
+        bob.until(" :x")
+        script.send('{"type":"history","channel":"bob"}\n')
+        item = json.loads(script.until('"replayed"'))
+        self.assertEqual((item["type"], item["to"], item["text"]), ("private", "bob", "x"))
 
 
 class PastUnasked(PastCase):
@@ -4332,7 +4445,7 @@ class Redacted(PastCase):
         return [re.sub(r"^@\S+ ", "", line) for line in lines]
 
     def removed(self, who: str, msgid: str, *peers: Peer, reason: str = "") -> None:
-        """Everybody is told that somebody has removed a message, and nothing else."""
+        """All, the first of whom has done so, are told that a message was removed, and nothing else."""
         line = f":{who}!{who}@localhost REDACT #chat " + (f"{msgid} :{reason}" if reason else f":{msgid}")
         for peer in peers:
             self.assertEqual(self.bare(peer.sync()), [line])
@@ -4351,7 +4464,7 @@ class Redacted(PastCase):
                     self.assertIn(f"FAIL REDACT {wanted}", peer.sync()[0])
                 else:
                     who, removed = ("bob", his) if peer is bob else ("ann", hers)
-                    self.removed(who, removed, ann, bob, reason="sorry")
+                    self.removed(who, removed, peer, bob if peer is ann else ann, reason="sorry")
         self.assertEqual(self.ask(bob, "CHATHISTORY LATEST #chat * 9"), [])
         bob.send("PRIVMSG #chat :spam\r\n")
         msgid = chat.parse(ann.until("spam")).tags["msgid"]
@@ -4373,9 +4486,9 @@ class Redacted(PastCase):
     def test_only_members_remove_and_only_there(self) -> None:
         ann, bob, (hers, his) = self.two_lines()
         bob.send("JOIN #tea\r\n")
-        self.irc("eve", *self.CAPS).send("PART #chat\r\n")
         bob.until(" 366 ")
-        rows = [(f"#tea {hers}", "UNKNOWN_MSGID #tea"), (f"ann {hers}", "INVALID_TARGET ann :")]
+        rows = [(f"#tea {hers}", "UNKNOWN_MSGID #tea"), (f"ann {his}", "UNKNOWN_MSGID ann")]
+        rows += [("#tea *", "UNKNOWN_MSGID #tea"), (f"nobody {hers}", "INVALID_TARGET nobody :")]
         rows += [(f"#nowhere {his}", "INVALID_TARGET #nowhere :"), (f"* {his}", "INVALID_TARGET * :")]
         bob.sync()
         self.answers(bob, [(f"REDACT {line}", [f"FAIL REDACT {error}"]) for line, error in rows])
@@ -4384,7 +4497,8 @@ class Redacted(PastCase):
         for peer in (bob, self.irc("joe", *self.CAPS)):
             peer.send(f"PART #chat\r\nREDACT #chat {his}\r\n")
             self.assertIn("FAIL REDACT INVALID_TARGET #chat :", peer.sync()[-1])
-        self.assertEqual(len(self.ask(ann, "CHATHISTORY LATEST #chat * 9")) if ann.sync() else 0, 2)
+        ann.sync()
+        self.assertEqual(len(self.ask(ann, "CHATHISTORY LATEST #chat * 9")), 2)
 
     def test_who_takes_the_name_later_is_not_the_author(self) -> None:
         ann, bob, (_, his) = self.two_lines()
@@ -4604,6 +4718,7 @@ class Receipts(ServerCase):
         self.assertEqual(bob.sync(), [])
         self.history.forgets_nothing = False
         ann.send("PRIVMSG #chat :another\r\nREDACT #chat *\r\n")  # may be in one batch
+        ann.sync()
         self.assertEqual([chat.parse(line).command for line in bob.sync()], ["PRIVMSG", "REDACT"])
         self.assertEqual(self.plain("nick").until("ann:"), "ann: a slip")
 
@@ -4893,8 +5008,13 @@ class Restarted(ServerCase):
         ann.send("JOIN #Tea\r\nMODE #tea +klbm cup 5 eve!*@*\r\nTOPIC #tea :hot\r\nPRIVMSG #tea :psst\r\n")
         ann.send("MODE #tea\r\nMODE #tea b\r\n")
         modes = [line for line in ann.sync() if re.search(" (324|329|367) ", line)]
+        ann.send("PRIVMSG ann :for nobody else\r\n")
+        ann.sync()
         for _ in range(2):  # also if nobody has been there meanwhile
             self.restart()
+        history = self.server.hub.history
+        assert isinstance(history, chat.SqliteHistory)
+        self.assertEqual([item.text for item in history.transcript(0)], ["psst"])
         eve, cat, ann = self.someone("eve"), self.someone("cat"), self.someone("ann", token="ann" * 6)
         self.assertIn("474 eve #Tea", self.tried(eve, "#tea cup")[0])
         self.assertIn("475 cat #Tea", self.tried(cat, "#tea")[0])
