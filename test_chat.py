@@ -1097,8 +1097,9 @@ class State(unittest.TestCase):
 
     def test_errors_wait_until_the_log_is_not_full_like_everything_else(self) -> None:
         hub, session = chat.Hub("s"), chat.Session("h", 0.0)
+        hub.sessions[session] = None
         with mock.patch.object(hub.not_full, "wait") as wait:
-            for line in (None, b"\xff", b"bob"):
+            for line in (b"\xff", b"bob", None):
                 chat.handle_line(hub, session, line)
         self.assertEqual(wait.call_count, 3)
 
@@ -1269,7 +1270,7 @@ class Peer:
 
     def unread(self) -> int:
         """How many bytes have arrived and are not read."""
-        with socket.socket.dup(self.sock) as below:  # below TLS
+        with socket.fromfd(self.sock.fileno(), self.sock.family, self.sock.type) as below:  # below TLS
             below.setblocking(False)
             return len(below.recv(1 << 24, socket.MSG_PEEK))
 
