@@ -119,6 +119,8 @@ BEHIND = 5_000  # messages that a receiver may be behind, when nothing else slow
 FLOOD_RATE = 30_000  # messages/s to reckon with, when sending as fast as the server accepts
 SLACK_NS = 100_000  # sleeping ends late by about so much; the rest is waited for awake
 LATE_MS = 1.0  # a load tester whose sends are later than this, and a third of the p99, is marked as the limit
+RETRY_S = 0.05  # after that a client that was not let in again comes once more
+STEADY_NS = 100_000_000  # delivery is steady from the slot on in which no median is above the p99 of before
 NEWCOMER_INTERVAL_S = 0.1  # between two visits of the witness who connects anew
 DISTURBER_LIFE_S = 1.0  # of a disturber that comes and goes
 DISTURBER_PAUSE_S = 0.1  # a disturber that was closed is back
@@ -437,9 +439,12 @@ class Sample:
             if sent.senders[number] >= 0:
                 self._of_group[turns.at(moment)].add(number)
 
-    def add(self, client: int, order: Sequence[int], chunks: Iterable[Chunk]) -> list[tuple[int, int]]:
-        """Times what one receiver got; returns (message, ns) of what came before it was sent."""
-        wanted = {n for n in self._of_group[self.turns.group[client]] if self.sent.senders[n] != client}
+    def add(self, client: int, order: Sequence[int], chunks: Iterable[Chunk], since: int = 0) -> list[tuple[int, int]]:
+        """Times what one receiver got, which was there from message `since` on; returns (message, ns) of what came
+        before it was sent.
+        """
+        due = self._of_group[self.turns.group[client]]
+        wanted = {n for n in due if n >= since and self.sent.senders[n] != client}
         early, total = [], len(self.times)
         for moment, first, last, exact in chunks:
             numbers = order[first:last]
@@ -990,6 +995,9 @@ FACTS = {
     "run": "{load[duration_s]:n} s after {load[warmup_s]:n} s of warm-up; seed {load[seed]}",
     "join": "{join[connects_per_s]:n} connects/s; all joined in {join[all_joined_s]:s}; "
     "p50 {join[p50]:t}; p99 {join[p99]:t}",
+    "reconnect": "all in again {reconnect[all_in_s]:s} after they were cut off; p50 {reconnect[p50]:t}; "
+    "p99 {reconnect[p99]:t}; delivery steady after {reconnect[steady_s]:s}; "
+    "delivered {reconnect[deliveries]:n} of {reconnect[expected]:n} to those who were in",
     "delivered": "{deliveries:n} of {expected:n}, each checked; from {sent:n} messages; in {elapsed_s:s}",
     "throughput": "{deliveries_per_s:n} deliveries/s; {messages_per_s:n} messages/s",
 }
@@ -1617,22 +1625,22 @@ class Client:
         self.order = array("I")  # numbers of lines in the order of arrival
         self.others = array("I")  # places in `order` of those that are no messages
         self.chunks: list[Chunk] = []
-        self.joined_s = 0.0
+        self.joined_s, self.joined_ns = 0.0, 0  # how long it took, and when it was done
         self.settled = -1  # the place in `order` from which on lines belong to the run
         self.failure = ""
         self.slow = False  # it had not read all that was there when its connection ended
         self.present: set[bytes] = set()  # who is in the channel, as far as it has asked
         always = run.turns.of(number) if run.turns.groups == 1 else ()
         self.watch = Watch(always, run.due_between, self.order, run.read_every)  # until the run begins
-        family, self.address = run.addresses[number % len(run.addresses)]
-        self.sock = socket.socket(family, socket.SOCK_STREAM)
+        self._family, self.address = run.addresses[number % len(run.addresses)]
+        self.sock = socket.socket(self._family, socket.SOCK_STREAM)
         self.lock = threading.Lock()  # of sending: its sender and its answers to PING
         self._rest = b""
 
     def live(self) -> None:
         """The thread."""
         try:
-            self._connect()
+            self._come()
             self.run.joined.release()
             self._receive()
         except OSError as error:
@@ -1668,6 +1676,19 @@ class Client:
         for place in self.others:
             yield place, self.run.lines.others[self.order[place]]
 
+    def _come(self) -> None:
+        """Joins; where all come at once, tries again for a while: its name may still be taken, or the server busy."""
+        end = time.monotonic() + JOIN_S
+        while not self.joined_s:
+            try:
+                self._connect()
+            except OSError:
+                if not self.run.insists or self.run.stopping or time.monotonic() > end:
+                    raise
+                time.sleep(RETRY_S)
+                self.sock.close()
+                self.sock, self._rest = socket.socket(self._family, socket.SOCK_STREAM), b""
+
     def _connect(self) -> None:
         began = time.monotonic()
         self.sock.settimeout(JOIN_S)
@@ -1675,6 +1696,7 @@ class Client:
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._set_up()
         self._rest = getattr(self, f"_join_{self.run.wire.protocol}")()
+        self.joined_ns = now_ns()
         self.joined_s = time.monotonic() - began
 
     def _set_up(self) -> None:
@@ -1933,6 +1955,9 @@ class Sender:
         """The thread: ends with the schedule, with the run, or with its connection."""
         run, load = self.run, self.run.load
         first, step = self.client.number, load.senders
+        while not (self.client.joined_s or run.stopping):
+            time.sleep(PROGRESS_S / 10)
+        first += -(-max(0, run.since(self.client) - first) // step) * step
         numbers = range(first, run.total, step) if load.rate else itertools.count(first, step)
         with contextlib.suppress(OSError):
             for number in numbers:
@@ -1940,7 +1965,11 @@ class Sender:
                     run.admit()
                 now = wait_until(run.due(number)) if load.rate else now_ns()
                 # What is due is sent, even if late: but not for ever, at a rate that cannot be.
-                if run.stopping or now > run.end + (int(OVERTIME_S * 1e9) if load.rate else 0):
+                if (
+                    run.stopping
+                    or number >= run.total > 0
+                    or now > run.end + (int(OVERTIME_S * 1e9) if load.rate else 0)
+                ):
                     return
                 self.sending = True
                 self.numbers.append(number)
@@ -1969,6 +1998,8 @@ class Run:
     """One load against one server: `execute` does it; what happened is in the attributes afterwards."""
 
     prefix = "c"
+    lead_ns = 100_000_000  # from when senders are started to the first message
+    insists = False  # its clients try again to join
 
     def __init__(self, load: Load, target: Target, progress: Callable[[Run], None]) -> None:
         self.load, self.target, self.progress = load, target, progress
@@ -2007,6 +2038,12 @@ class Run:
         """When message `number` is to be sent, in ns."""
         return self.begin + int(number * 1e9 / self.load.rate)
 
+    def since(self, client: Client) -> int:
+        """The first message that was due when a client had joined."""
+        if not client.joined_s:
+            return self.total
+        return max(0, math.ceil((client.joined_ns - self.begin) * self.load.rate / 1e9))
+
     def due_between(self, start: int, end: int) -> set[int]:
         """Messages of a turn that is over. Without a schedule, the newest of each sender: what it sent before is there
         when they are.
@@ -2037,8 +2074,7 @@ class Run:
         stack = threading.stack_size(STACK_BYTES)
         sys.setswitchinterval(max(0.005, len(self.clients) * SWITCH_CLIENT_S))
         try:
-            self._join()
-            self._send()
+            self._work()
         except KeyboardInterrupt:
             self.interrupted = True
         finally:
@@ -2048,6 +2084,10 @@ class Run:
                 client.stop()
             for thread in self.threads:  # what they still store must not change under the analysis
                 thread.join(STOP_S)
+
+    def _work(self) -> None:
+        self._join()
+        self._finish(self._start())
 
     def _join(self) -> None:
         began = time.monotonic()
@@ -2102,10 +2142,11 @@ class Run:
                 client.send(f"NAMES {self.channel}\r\n".encode())
                 time.sleep(PROGRESS_S)
 
-    def _send(self) -> None:
+    def _start(self) -> list[threading.Thread]:
+        """Starts the schedule, and the senders."""
         load = self.load
-        self.before, cpu = self.target.usage(), time.process_time()
-        self.begin = now_ns() + 100_000_000
+        self.before, self.cpu_s = self.target.usage(), -time.process_time()
+        self.begin = now_ns() + self.lead_ns
         self.end = self.begin + int((load.warmup_s + load.duration_s) * 1e9)
         self.turns.begin = self.begin + int(load.warmup_s * 1e9)
         for client in self.clients if self.turns.groups > 1 else ():
@@ -2113,9 +2154,13 @@ class Run:
             lead_ns = LEAD_NS + 3 * LEAD_NS * client.number // len(self.clients)
             client.watch = Watch(turns, self.due_between, client.order, self.read_every, lead_ns)
         threads = [threading.Thread(target=sender.live, daemon=True) for sender in self.senders]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _finish(self, threads: list[threading.Thread]) -> None:
+        """Waits for the senders, and for what is under way."""
         try:
-            for thread in threads:
-                thread.start()
             while any(thread.is_alive() for thread in threads) and now_ns() < self.end + int(
                 (OVERTIME_S + PAUSE_S) * 1e9
             ):
@@ -2123,7 +2168,8 @@ class Run:
             self._drain()
         finally:
             self.elapsed_s = ((self.last_arrival or now_ns()) - self.begin) / 1e9
-            self.cpu_s, self.afterwards = time.process_time() - cpu, self.target.usage()
+            self.afterwards = self.target.usage()
+            self.cpu_s += time.process_time()
 
     def _drain(self) -> None:
         """Waits for what is under way."""
@@ -2157,6 +2203,36 @@ class Run:
                     self.room, self.held = 0, True
                     time.sleep(PROGRESS_S / 10)
             self.room -= 1
+
+
+class Return(Run):
+    """What comes after all connections were cut at once: all come back, and send as soon as they are in."""
+
+    lead_ns, insists = 0, True
+
+    def __init__(self, load: Load, target: Target, progress: Callable[[Run], None]) -> None:
+        longest = load._replace(warmup_s=0.0, duration_s=2 * JOIN_S + load.duration_s, connect_rate=math.inf)
+        super().__init__(longest, target, progress)
+        self.failure = ""  # why not all came
+        self._go_on_s = load.duration_s
+
+    def expected(self) -> int:
+        """Deliveries that there should be by now: to each client what the others have sent since it was in."""
+        since = [(client, self.since(client)) for client in self.clients]
+        pairs = (
+            (sender.numbers, first) for sender in self.senders for client, first in since if client != sender.client
+        )
+        return sum(len(numbers) - bisect_left(numbers, first) for numbers, first in pairs)
+
+    def _work(self) -> None:
+        threads = self._start()
+        try:
+            self._join()
+        except FatalError as error:
+            self.failure = str(error)
+        self.end = now_ns() + int(self._go_on_s * 1e9)
+        self.total = int((self.end - self.begin) * self.load.rate / 1e9)
+        self._finish(threads)
 
 
 # -----------------------------------------------------------------------------
@@ -2374,35 +2450,18 @@ def send_slow_headers(peer: Peer) -> None:
     drip(peer, b"X: x\r\n")
 
 
-def send_endless_headers(peer: Peer) -> None:
-    peer.begin_upgrade()
-    while True:
-        peer.say(*["X: x"] * 1000)
-        peer.hear()
+def going_on(begin: Callable[[Peer], None], then: bytes = b"", more: bytes = b"") -> Callable[[Peer], None]:
+    """What begins something, sends what is next, and then stops, or sends more without end, as fast as is taken."""
 
-
-def stop_in_upgrade(peer: Peer) -> None:
-    peer.begin_upgrade()
-    peer.listen()
-
-
-def stop_in_frame(peer: Peer) -> None:
-    peer.enter_framed()
-    peer.send(masked_frame(TEXT_OPCODE, b" " * 4000)[:2000])
-    peer.listen()
-
-
-def pouring_frames(first: bytes, other: bytes) -> Callable[[Peer], None]:
-    """What joins by WebSocket, sends one frame, and then another again and again."""
-
-    def pour(peer: Peer) -> None:
-        peer.enter_framed()
-        peer.send(first)
-        while True:
-            peer.send(other * 10 * TURNS)
+    def go_on(peer: Peer) -> None:
+        begin(peer)
+        peer.send(then)
+        while more:
+            peer.send(more * 10 * TURNS)
             peer.hear()
+        peer.listen()
 
-    return pour
+    return go_on
 
 
 def send_endless_lines(peer: Peer) -> None:
@@ -2410,11 +2469,6 @@ def send_endless_lines(peer: Peer) -> None:
     while True:
         peer.say("x" * 1_000_000)
         peer.hear()
-
-
-def begin_tls(peer: Peer) -> None:
-    peer.send(b"\x16\x03\x01")
-    peer.listen()
 
 
 def send_garbage(peer: Peer) -> None:
@@ -2471,6 +2525,7 @@ def move(peer: Peer) -> None:
 
 
 TALK = "x" * 64
+HALF = masked_frame(TEXT_OPCODE, b" " * 4000)[:2000]
 EMPTY = b"\x01\x80mask", b"\0\x80mask"  # the beginning of a text, and more of it, without a byte
 PINGED = masked_frame(0x89, TALK.encode())
 FORMERLY = "timestamp=2020-01-01T00:00:00.000Z timestamp=2100-01-01T00:00:00.000Z"
@@ -2489,7 +2544,7 @@ FAULTS = {
     "stalled": Fault("join the channel and never read", 5, stall),
     "trickle": Fault("join the channel, read and send a byte a second", 20, trickle),
     "silent": Fault("connect and say nothing", 500, Peer.listen),
-    "half-tls": Fault("begin a TLS handshake and stop", 100, begin_tls),
+    "half-tls": Fault("begin a TLS handshake and stop", 100, going_on(lambda peer: peer.send(b"\x16\x03\x01"))),
     "flood": Fault("talk without end", 1, pouring(f"PRIVMSG c0 :{TALK}", "PING x")),
     "notices": Fault("talk without end to the channel", 8, pouring(f"NOTICE {{channel}} :{TALK}", member=True)),
     "endless": Fault("send lines of a megabyte", 4, send_endless_lines),
@@ -2514,11 +2569,15 @@ FAULTS = {
     "who": Fault("ask who is in the channel", 16, pouring("WHO {channel}", member=True)),
     "moves": Fault("move to and fro between channels, many a line", 8, move),
     "slow-headers": Fault("send a byte a second of a request to the web server", 50, send_slow_headers),
-    "endless-headers": Fault("send requests to the web server that never end", 8, send_endless_headers),
-    "half-upgrade": Fault("begin a WebSocket handshake and stop", 100, stop_in_upgrade),
-    "half-frame": Fault("join by WebSocket and stop within a frame", 50, stop_in_frame),
-    "fragments": Fault("join by WebSocket and send a text in pieces, without end", 8, pouring_frames(*EMPTY)),
-    "pings": Fault("join by WebSocket and ping without end", 8, pouring_frames(PINGED, PINGED)),
+    "endless-headers": Fault(
+        "send requests to the web server that never end", 8, going_on(Peer.begin_upgrade, more=b"X: x\r\n")
+    ),
+    "half-upgrade": Fault("begin a WebSocket handshake and stop", 100, going_on(Peer.begin_upgrade)),
+    "half-frame": Fault("join by WebSocket and stop within a frame", 50, going_on(Peer.enter_framed, HALF)),
+    "fragments": Fault(
+        "join by WebSocket and send a text in pieces, without end", 8, going_on(Peer.enter_framed, *EMPTY)
+    ),
+    "pings": Fault("join by WebSocket and ping without end", 8, going_on(Peer.enter_framed, more=PINGED)),
 }
 
 
@@ -2689,15 +2748,23 @@ class Latencies:
         return {"best": best, "worst": worst, "ratio": worst / best if best > 0 else None, "slowest": slowest}
 
 
-def analyse(run: Run, args: argparse.Namespace, floor: dict[str, float] | None = None) -> dict[str, Any]:
-    """The result of a run, in the form that JSON_HELP describes."""
+def judged(run: Run, args: argparse.Namespace) -> tuple[Sample, list[History], bool, list[Finding]]:
+    """What was timed in a run, what each client saw, whether senders got their own, and what the checker finds."""
     sent, times = collect(run)
     due = [run.due(number) if run.load.rate else moment for number, moment in enumerate(times)]
     sample = Sample(run.turns, sent, due, times)
-    early = [sample.add(client.number, client.order, client.chunks) for client in run.clients]
+    early = [sample.add(client.number, client.order, client.chunks, run.since(client)) for client in run.clients]
     echo = any(not set(sender.numbers).isdisjoint(sender.client.order) for sender in run.senders)
     histories = [history(run, client, early[client.number], len(times)) for client in run.clients]
-    findings = judge_run(run, args, sent, histories, echo)
+    return sample, histories, echo, judge_run(run, args, sent, histories, echo)
+
+
+def analyse(
+    run: Run, args: argparse.Namespace, floor: dict[str, float] | None = None, again: Return | None = None
+) -> dict[str, Any]:
+    """The result of a run, and of the return after it, in the form that JSON_HELP describes."""
+    sample, histories, echo, findings = judged(run, args)
+    sent = sample.sent
     latencies, sends = Latencies(run, sample), sum(sender >= 0 for sender in sent.senders)
     delivered, seconds = deliveries(sent, histories), max(run.elapsed_s, 1e-9)
     result: dict[str, Any] = {
@@ -2725,7 +2792,43 @@ def analyse(run: Run, args: argparse.Namespace, floor: dict[str, float] | None =
         {"text": text, "value": measured(limit[0], result), "exceeded": exceeded(limit, result)}
         for text, limit in zip(args.fail_if, map(parse_threshold, args.fail_if))
     ]
+    if again:
+        add_return(result, again, args)
     return {**result, "verdict": verdict(result)}
+
+
+def add_return(result: dict[str, Any], run: Return, args: argparse.Namespace) -> None:
+    """Adds to a result how all came back, judged for those who were in."""
+    sample, _, _, findings = judged(run, args)
+    back = [(client.joined_ns - run.begin) / 1e6 for client in run.clients if client.joined_s]
+    everybody = len(back) == len(run.clients)
+    took, steady = summarize(back), steady_ms(run, sample, result["latency"]["corrected"].get("p99"))
+    result["reconnect"] = {
+        "all_in_s": max(back) / 1e3 if everybody else None,
+        "p50": took.get("p50"),
+        "p99": took.get("p99"),
+        "steady_s": max(*back, steady) / 1e3 if everybody and steady is not None else None,
+        "expected": run.expected(),
+        "deliveries": run.expected() - findings[0].count,
+    }
+    for check, finding in zip(result["checks"], findings):
+        check["verdict"] = min(check["verdict"], finding.verdict, key=("FAIL", "unknown", "pass", "skipped").index)
+        check["count"] += finding.count
+        check["witness"] = check["witness"] or finding.witness and f"after the return, {finding.witness}"
+    result["disconnected"] += sum(bool(client.failure or not client.joined_s) for client in run.clients)
+    result["failures"] += [run.failure] * bool(run.failure) + failures(run)
+    result["interrupted"] = result["interrupted"] or run.interrupted
+
+
+def steady_ms(run: Run, sample: Sample, usual: float | None) -> float | None:
+    """When deliveries became as quick as usual, in ms since `run` began; None where they did not."""
+    slots: dict[int, list[float]] = defaultdict(list)
+    never = [(client, number, math.inf) for client, number in sample.missing]
+    for _, number, late in itertools.chain(sample.late, never):
+        slots[(sample.due[number] - run.begin) // STEADY_NS].append(late / 1e6)
+    slow = [slot for slot, values in slots.items() if statistics.median(values) > (usual or 0.0)]
+    last = max(slow, default=-1)
+    return (last + 1) * STEADY_NS / 1e6 if slots and last < max(slots) else None
 
 
 def judge_run(
@@ -2739,8 +2842,8 @@ def judge_run(
 
 
 def history(run: Run, client: Client, early: Sequence[tuple[int, int]], total: int) -> History:
-    """What a client saw. All were joined before the first message and until after the last; one that was dropped
-    because it read too slowly may miss anything.
+    """What a client saw. All were joined until after the last message, and, but for a return, before the first; one
+    that was dropped because it read too slowly may miss anything.
     """
     sender = client.number if client.number < len(run.senders) else -1
     here = client.others[bisect_left(client.others, client.settled) if client.settled >= 0 else len(client.others) :]
@@ -2753,7 +2856,8 @@ def history(run: Run, client: Client, early: Sequence[tuple[int, int]], total: i
     if not odd.isdisjoint(map(client.order.__getitem__, here)):
         strange = [run.lines.others[client.order[place]] for place in here if client.order[place] in odd]
     order = array("I", filter(OTHERS.__gt__, client.order)) if client.others else client.order
-    return History(client.name, sender, order, strange, 0, 0 if dropped_slow(client) else total, early)
+    first, last = run.since(client), 0 if dropped_slow(client) else total
+    return History(client.name, sender, order, strange, first, last, early)
 
 
 def verdict(result: Result) -> str:
@@ -2929,15 +3033,19 @@ def one(
     run = Run(load, target, turn)
     run.faulty = bool(fault)
     disturbance = Disturbance(fault, load, target, args) if fault else None
+    again: Return | None = None
     try:
         run.execute()
+        if args.reconnect and not run.interrupted:
+            again = Return(load, target, turn)
+            again.execute()
     finally:
         fate = disturbance.end() if disturbance else None
     if sys.stderr.isatty() and not args.quiet:
         print(f"\r{'':79}\r", end="", file=sys.stderr, flush=True)
-    if run.interrupted:
+    if run.interrupted or again and again.interrupted:
         args.interrupted = True
-    result = analyse(run, args, floor)
+    result = analyse(run, args, floor, again)
     if fault:
         result["fault"] = {"name": fault, "what": FAULTS[fault].what, "peers": FAULTS[fault].peers, "fate": fate}
     return result
@@ -2993,6 +3101,8 @@ def targets(args: argparse.Namespace) -> list[tuple[str, str]]:
         found.append(("command", chat_server(chat, *limits)))
     if args.versus:
         found.append(args.versus)
+    if args.reconnect and (args.faults or not args.rate):
+        raise FatalError("--reconnect needs a --rate, and goes without --faults")
     if len(found) > (1 if args.sweep or args.faults else 2) or args.pid and found[0][0] != "address":
         raise FatalError("one target can be swept or have faults, two can be compared, and --pid goes with --port")
     return found
@@ -3012,7 +3122,8 @@ def calibrate(load: Load, args: argparse.Namespace) -> dict[str, float] | None:
     """p50 and p99 in ms of the same load against the reflector: what nobody can go below here."""
     command = join([sys.executable, os.path.abspath(__file__), "--reflect", "{port}"])
     with open_target("command", command, args) as target:
-        found = one(target, load._replace(protocol="irc", tls=False), args)["latency"]["corrected"]
+        bare = argparse.Namespace(**{**vars(args), "reconnect": False})
+        found = one(target, load._replace(protocol="irc", tls=False), bare)["latency"]["corrected"]
     return {key: found[key] for key in ("p50", "p99")} if found["samples"] else None
 
 
@@ -3242,6 +3353,9 @@ What is not known is null. A result has
   clock        how arrival was measured
   generator    late_p50, late_p99, late_max in ms, cpu_share of one core, floor
                (of --calibrate), limited, why
+  reconnect    with --reconnect, of those who were cut off: all_in_s; p50 and p99 in
+               ms until one was in again; steady_s, until delivery was as before;
+               expected and deliveries of what was sent when the receiver was in
   server       pid, cpu_s, cpu_ms_per_1000 deliveries, rss_mb, threads
   checks       check, verdict, count, witness
   thresholds   text, value, exceeded
@@ -3280,6 +3394,7 @@ def parser() -> argparse.ArgumentParser:
     load("--channel", default="#chat", help="(%(default)s)")
     load("--connect-rate", type=non_negative, default=2000.0, help="connects/s at most (%(default)s)")
     load("--sweep", type=numbers, metavar="N,N,...", help="one run for each number of clients")
+    load("--reconnect", action="store_true", help="at the end cut all off at once, and see how they come back")
     load("--faults", nargs="?", type=faults, const=list(FAULTS), metavar="NAME,...",
          help=f"one run for each fault, of {','.join(FAULTS)} (at {FAULT_LOAD['rate']:g} messages/s)")  # fmt: skip
     add_target(top)

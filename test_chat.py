@@ -11080,13 +11080,13 @@ class Recorded:
     BEGIN = 1_700_000_000_000_000_000
 
     def __init__(self, case: unittest.TestCase, clients: int, senders: int, rate: float = 100.0, span_s: float = 0.4,
-                 protocol: str = "irc") -> None:  # fmt: skip
+                 protocol: str = "irc", kind: type[loadtest.Run] = loadtest.Run) -> None:  # fmt: skip
         load = loadtest.Load(clients, senders, rate, span_s, 0.0, 64, 1, protocol, "#Chat", "", 1.0, False)
         target: Any = types.SimpleNamespace(servers=lambda: [("127.0.0.1", 1)], name="x", host="", port=1, others=())
-        self.run = run = loadtest.Run(load, target, lambda run: None)
+        self.run = run = kind(load, target, lambda run: None)
         run.begin = run.turns.begin = self.BEGIN
         run.end = run.begin + int(span_s * 1e9)
-        run.elapsed_s, run.joining_s = span_s, 1.0
+        run.elapsed_s, run.joining_s, run.total = span_s, 1.0, int(rate * span_s)
         for number in range(run.total):
             sender = run.senders[number % senders]
             sender.numbers.append(number)
@@ -11114,10 +11114,10 @@ class Recorded:
             moment = self.run.due(number) + late_ns if number < self.run.total else self.run.end
             client.chunks.append(loadtest.Chunk(moment, len(client.order) - 1, len(client.order), True))
 
-    def result(self, *args: str) -> dict[str, Any]:
+    def result(self, *args: str, again: Any = None) -> dict[str, Any]:
         parsed = loadtest.parser().parse_args(args)
         parsed.argv = []
-        return loadtest.analyse(self.run, parsed)
+        return loadtest.analyse(self.run, parsed, again=again)
 
 
 def failing(result: dict[str, Any]) -> set[str]:
@@ -11428,6 +11428,34 @@ class Judged(unittest.TestCase):
         clients[2].order.extend(range(2000))
         self.assertEqual(send(9_999), loadtest.BEHIND + 2000)
 
+    def test_a_return_is_judged_for_those_who_were_in(self) -> None:
+        for lost, late_ms, steady_s, verdict in ((9, 1, 0.195, "PASS"), (9, 150, 0.2, "PASS"), (9, 900, None, "PASS"),
+                                                 (21, 1, 0.195, "FAIL"), (None, 1, None, "UNKNOWN")):  # fmt: skip
+            records = [Recorded(self, 3, 1), Recorded(self, 3, 1, kind=loadtest.Return)]
+            for record, slow in zip(records, (2, late_ms)):
+                for receiver in range(3):
+                    lines = record.lines(receiver)
+                    for place, line in enumerate(lines):  # what was due until 0.2 s may be slow
+                        if record is records[0] or receiver < 2 or place != lost:
+                            record.feed(receiver, [line], (slow if place < 20 or slow > 500 else 1) * 1_000_000)
+            run: Any = records[1].run
+            run.clients[2].joined_ns = run.begin + 195_000_000
+            if lost is None:
+                run.clients[0].joined_s, run.failure = 0.0, "1 of 3 could not join"
+            result = records[0].result(again=run)
+            with self.subTest(lost=lost, late_ms=late_ms):
+                self.assertEqual(result["verdict"], verdict)
+                found = result["reconnect"]
+                self.assertEqual(found["expected"] - found["deliveries"], lost == 21)
+                self.assertEqual((found["expected"], found["steady_s"]), (60, steady_s))
+                self.assertEqual(found["all_in_s"], None if lost is None else 0.195)
+                self.assertEqual("1 of 3 could not join" in result["failures"], lost is None)
+                if lost == 21:
+                    self.assertIn(
+                        "FAIL: loss, 1 times\n             after the return, c2 never got 21 (from s0); c1 did",
+                        loadtest.text_report(result).replace("  after", "after"),
+                    )
+
     def test_nothing_comes_before_it_was_sent(self) -> None:
         record = Recorded(self, 4, 2)
         for receiver in range(4):
@@ -11677,11 +11705,11 @@ class LoadTestCase(ProgramCase):
 class LoadTest(LoadTestCase):
     """Against our own server, and a spoiling proxy."""
 
-    def test_clean_runs_pass_in_every_protocol(self) -> None:
+    def test_clean_runs_and_returns_pass_in_every_protocol(self) -> None:
         programs = {}
         for protocol in ("irc", "plain", "json", "ws"):
             files = ("--json", f"{self.folder}/{protocol}.json", "--html", f"{self.folder}/{protocol}.html")
-            programs[protocol] = self.loadtest(*self.QUICK, "--proto", protocol, *files)
+            programs[protocol] = self.loadtest(*self.QUICK, "--proto", protocol, "--reconnect", *files)
         for protocol, program in programs.items():
             with self.subTest(protocol):
                 out = self.passes(program)
@@ -11690,9 +11718,12 @@ class LoadTest(LoadTestCase):
                 self.whole(found)
                 self.assertGreater(found["latency"]["corrected"]["samples"], found["expected"] * 3 // 4)
                 self.assertGreaterEqual(found["latency"]["corrected"]["p50"], 0)
-                parts = [found[key] for key in ("join", "latency", "fairness", "generator", "server")]
+                parts = [found[key] for key in ("join", "reconnect", "latency", "fairness", "generator", "server")]
                 keys = {key for part in [found, *parts, found["checks"][0]] for key in part or {}}
                 self.assertLessEqual(keys, set(re.findall(r"\w+(?:\.\d)?", loadtest.JSON_HELP)))
+                again = found["reconnect"]
+                self.assertEqual((again["deliveries"], again["expected"] > 0), (again["expected"], True))
+                self.assertIn("\nreconnect    all in again ", out)
                 self.assertIn("<svg", (self.folder / f"{protocol}.html").read_text(encoding="utf-8"))
 
     def test_another_chat_is_compared(self) -> None:
