@@ -4039,8 +4039,9 @@ def resume(call: Call) -> None:
     session = call.session
     if session.registered or RESUME_CAP not in session.dialect.caps or not 16 <= len(call.params[0]) <= 64:
         raise CommandError(ERR_UNKNOWNCOMMAND, "RESUME")
-    session.token = hashlib.sha256(call.params[0].encode()).hexdigest()[:32]
-    session.sent = call.hub.sent_before.pop(session.token, {})
+    token, before = hashlib.sha256(call.params[0].encode()).hexdigest()[:32], session.sent
+    session.sent = call.hub.sent_before.pop(token, before if token == session.token else {})  # it may say so again
+    session.token = token
 
 
 @command("PING <token>", 1, early=True)
@@ -7314,9 +7315,10 @@ class Client:
                 self.turn(time.monotonic())
             return self.status
         except KeyboardInterrupt:
-            self.uplink.send("QUIT")
             return 130
         finally:
+            if self.status is None:  # nor have we said goodbye: the server would keep our name for us
+                self.uplink.send("QUIT")
             self.uplink.close()
 
     def pause(self, now: float) -> float:

@@ -1901,6 +1901,24 @@ class Browsers(ServerCase):
         self.assertEqual(again.json("names")["ranks"], ["@", ""])
         self.assertFalse([line for line in ann.seen if "left" in line])
 
+    def test_what_was_said_is_known_although_the_name_is_taken_now(self) -> None:
+        psst = {"type": "private", "to": "bob", "text": "psst", "ref": "1"}
+        bob, ann = self.web("bob"), self.web("ann", token="t" * 16)
+        ann.say(psst)
+        first = ann.json("ack")["id"]
+        ann.say({"type": "leave"})
+        ann.rest()
+        self.web("ann")
+        ann = self.web()
+        for name in ("ann", "ann2"):
+            ann.say({"type": "join", "user": name, "token": "t" * 16})
+        ann.json("join")
+        ann.say(psst)  # again
+        self.assertEqual(ann.json("ack")["id"], first)
+        bob.say({"type": "ping"})
+        bob.json("pong")
+        self.assertEqual(len([line for line in bob.seen if "psst" in line]), 1)
+
 
 class WebRequests(ServerCase):
     GET = "GET / HTTP/1.1\r\nHost: localhost\r\n"
@@ -8012,6 +8030,7 @@ class AFakeServer(ProgramCase):
         fake.welcome()
         fake.until("PRIVMSG")
         fake.send(":s 404 bob #chat :Cannot send to channel")
+        fake.until("QUIT")  # else ours would keep the name, and the next try would have another
         told = "chat.py: a line was not delivered: Cannot send to channel\n"
         self.assertEqual(self.finish(client), (1, "", told))
 
