@@ -2420,12 +2420,11 @@ class MemoryHistory:
 
     def partners(self, identity: str) -> dict[str, tuple[str, str, Message]]:
         """With whom somebody has spoken alone: their folded nick -> the nick that they had then, log, last message."""
-        found = {}
-        for name, (_, messages) in self._channels.items():  # if two had one nick, it stands for the last one
-            if f" {identity} " in name:
-                last = messages[-1]
-                nick = last.param(0) if last.tags[BY_TAG] == identity else last.nick
-                found[fold(nick)] = nick, name, last
+        found, part = {}, f" {identity} "
+        for name in [name for name in self._channels if part in name]:  # if two had one nick, it stands for the last
+            last = self._channels[name][1][-1]
+            nick = last.param(0) if last.tags[BY_TAG] == identity else last.nick
+            found[fold(nick)] = nick, name, last
         return found
 
     def find(self, keys: Sequence[DedupKey]) -> dict[DedupKey, Message]:

@@ -4240,6 +4240,10 @@ class Past(PastCase):
             ("LATEST @ann * 1", "FAIL CHATHISTORY INVALID_TARGET LATEST @ann :"),
         ):
             self.answers(ann, [(f"CHATHISTORY {command}", [f":chat.local {error}"])])
+        for cap in ("draft/chathistory", "draft/message-redaction"):  # who knows one, knows how it tells of errors
+            peer = self.irc(cap[6:10], cap)
+            peer.sync()
+            self.answers(peer, [("CHATHISTORY NEXT x", ["FAIL CHATHISTORY UNKNOWN_COMMAND NEXT :"])])
 
     def test_what_was_asked_before_leaving_is_answered(self) -> None:
         ann, _ = self.talk(1)
@@ -4741,6 +4745,13 @@ class Receipts(ServerCase):
         self.assertEqual([chat.parse(line).command for line in bob.sync()], ["PRIVMSG", "REDACT"])
         self.assertEqual(self.plain("nick").until("ann:"), "ann: a slip")
 
+    def test_what_was_not_said_is_not_in_a_private_conversation(self) -> None:
+        ann, _ = self.two("draft/chathistory")
+        self.history.why = "disk full"
+        with self.logs(logging.WARNING):
+            ann.send("PRIVMSG bob,#chat :psst\r\nCHATHISTORY LATEST bob * 9\r\n")
+            self.assertEqual([chat.parse(line).params[1] for line in ann.sync()], ["CANNOT_STORE"])
+
 
 class ResumeCase(ServerCase):
     """A client whose connection is lost comes back as if nothing had happened."""
@@ -4777,6 +4788,8 @@ class Resume(ResumeCase):
         self.assertIn(" 301 ann bob :no connection", ann.until("301"))
         ann.send("PRIVMSG bob :psst\r\nPRIVMSG #chat :hello\r\n")
         self.assertIn(" 301 ann bob :no connection", ann.until("301"))
+        ann.send(f"REDACT bob {int(time.time()):x}\r\n")  # who could not be told now
+        self.assertIn("only members may remove", ann.until("NOTICE"))
         other = self.bob("another-secret-token")
         self.assertIn("433", other.until("433"))
         bob = self.bob()
@@ -4790,6 +4803,8 @@ class Resume(ResumeCase):
         self.lose(bob)
         bob = self.bob()
         bob.until(" 353 ")
+        bob.send("REDACT #chat *\r\n")
+        self.assertEqual(ann.until("removed"), ":bob!bob@localhost NOTICE #chat :*** bob removed a message")
         self.assertEqual([line for line in bob.sync() if "psst" in line or "INVITE" in line], [])  # told once only
         bob.send("QUIT\r\n")
         ann.until("QUIT")
