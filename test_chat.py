@@ -11475,11 +11475,14 @@ class Judged(unittest.TestCase):
             run.clients[2].joined_ns = run.begin + 195_000_000
             if lost is None:
                 run.clients[0].joined_s, run.failure = 0.0, "1 of 3 could not join"
-            result = records[0].result(again=run)
+            result = records[0].result("--fail-if", "lost>0", again=run)
             with self.subTest(lost=lost, late_ms=late_ms):
                 self.assertEqual(result["verdict"], verdict)
                 found = result["reconnect"]
                 self.assertEqual(found["expected"] - found["deliveries"], lost == 21)
+                self.assertEqual([over["exceeded"] for over in result["thresholds"]], [lost == 21])
+                found = records[0].result("--check", "order", again=run)["reconnect"]
+                self.assertIsNone(found["deliveries"])
                 self.assertEqual((found["expected"], found["steady_s"]), (60, steady_s))
                 self.assertEqual(found["all_in_s"], None if lost is None else 0.195)
                 self.assertEqual("1 of 3 could not join" in result["failures"], lost is None)
