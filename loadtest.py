@@ -227,7 +227,7 @@ def split_frames(data: bytes) -> tuple[list[bytes], bytes]:
 
 def masked_frame(opcode: int, payload: bytes) -> bytes:
     """A frame of a client, of at most 65,535 bytes."""
-    size, mask = len(payload), os.urandom(4)
+    size, mask = len(payload), random.getrandbits(32).to_bytes(4, "big")
     head = bytes([opcode, 0x80 | size]) if size < 126 else bytes([opcode, 0xFE]) + size.to_bytes(2, "big")
     stream = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
     return head + mask + (int.from_bytes(payload, "big") ^ stream).to_bytes(size, "big")
@@ -1685,8 +1685,8 @@ class Client:
             except OSError:
                 if not self.run.insists or self.run.stopping or time.monotonic() > end:
                     raise
-                time.sleep(RETRY_S)
                 self.sock.close()
+                time.sleep(RETRY_S)
                 self.sock, self._rest = socket.socket(self._family, socket.SOCK_STREAM), b""
 
     def _connect(self) -> None:
@@ -1965,11 +1965,8 @@ class Sender:
                     run.admit()
                 now = wait_until(run.due(number)) if load.rate else now_ns()
                 # What is due is sent, even if late: but not for ever, at a rate that cannot be.
-                if (
-                    run.stopping
-                    or number >= run.total > 0
-                    or now > run.end + (int(OVERTIME_S * 1e9) if load.rate else 0)
-                ):
+                over = now > run.end + (int(OVERTIME_S * 1e9) if load.rate else 0)
+                if run.stopping or over or number >= run.total > 0:
                     return
                 self.sending = True
                 self.numbers.append(number)
@@ -2219,10 +2216,8 @@ class Return(Run):
     def expected(self) -> int:
         """Deliveries that there should be by now: to each client what the others have sent since it was in."""
         since = [(client, self.since(client)) for client in self.clients]
-        pairs = (
-            (sender.numbers, first) for sender in self.senders for client, first in since if client != sender.client
-        )
-        return sum(len(numbers) - bisect_left(numbers, first) for numbers, first in pairs)
+        pairs = [(sender, first) for sender in self.senders for client, first in since if client != sender.client]
+        return sum(len(sender.numbers) - bisect_left(sender.numbers, first) for sender, first in pairs)
 
     def _work(self) -> None:
         threads = self._start()

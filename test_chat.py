@@ -11440,6 +11440,19 @@ class Judged(unittest.TestCase):
         self.assertIn("PASS  40 of 40 deliveries, throttled to 40 messages/s, ", loadtest.text_report(result))
         self.assertRegex(result["failures"][0], r"^only 40 of 100 messages/s .*ngircd MaxPenaltyTime = 0")
 
+    def test_nothing_comes_before_it_was_sent(self) -> None:
+        record = Recorded(self, 4, 2)
+        for receiver in range(4):
+            record.feed(receiver, record.lines(receiver), -8_700_000 if receiver == 3 else 0)
+        result = record.result()
+        self.assertEqual((failing(result), result["verdict"]), ({"causality"}, "FAIL"))
+        self.assertEqual(result["checks"][-1]["witness"], "c3 got 0 (from s0) 8.700 ms before it was sent")
+        self.assertEqual(result["checks"][-1]["count"], 40)
+
+
+class Paced(unittest.TestCase):
+    """When clients send, and since when they are judged."""
+
     def test_without_a_schedule_no_receiver_gets_far_behind(self) -> None:
         record = Recorded(self, 4, 1, rate=0.0)
         run, sender, clients = record.run, record.run.senders[0], record.run.clients
@@ -11510,15 +11523,6 @@ class Judged(unittest.TestCase):
         run.begin, run.end = client.joined_ns - 195_000_000, client.joined_ns + 10**10
         sender.live()
         self.assertEqual(list(sender.numbers), list(range(20, 40)))
-
-    def test_nothing_comes_before_it_was_sent(self) -> None:
-        record = Recorded(self, 4, 2)
-        for receiver in range(4):
-            record.feed(receiver, record.lines(receiver), -8_700_000 if receiver == 3 else 0)
-        result = record.result()
-        self.assertEqual((failing(result), result["verdict"]), ({"causality"}, "FAIL"))
-        self.assertEqual(result["checks"][-1]["witness"], "c3 got 0 (from s0) 8.700 ms before it was sent")
-        self.assertEqual(result["checks"][-1]["count"], 40)
 
 
 class Hours:
@@ -11983,6 +11987,8 @@ class Witness:
 class Disturbers(LoadTestCase):
     """Faults: what each of them does, and what a run tells of it."""
 
+    UPGRADE = rb"^\nGET / HTTP/1\.1\r\nHost: (?:.+\r\n)+Sec-WebSocket-Key: .+\r\n"
+    FRAMED = UPGRADE + rb"\r\n\x81[\xc0-\xfd](?s:.{68,125}?)"
     JOINED = rb"PASS secret\r\nNICK d0x1\r\nUSER d0x1 0 \* :d0x1\r\nJOIN #load\r\n"
 
     def setUp(self) -> None:
@@ -12010,8 +12016,6 @@ class Disturbers(LoadTestCase):
 
     def test_each_does_what_it_says(self) -> None:
         registered, joined = self.JOINED[: self.JOINED.index(b"JOIN")], self.JOINED
-        upgrade = rb"^\nGET / HTTP/1\.1\r\nHost: (?:.+\r\n)+Sec-WebSocket-Key: .+\r\n"
-        framed = upgrade + rb"\r\n\x81[\xc0-\xfd](?s:.{68,125}?)"
         wanted = {
             "stalled": joined,
             "trickle": joined + rb"PI",
@@ -12036,12 +12040,12 @@ class Disturbers(LoadTestCase):
             "targets": registered + rb"JOIN #d0-0\r\nPRIVMSG #d0-0 :x\r\nCHATHISTORY TARGETS time(.+) time(.+) 100\r\n",
             "who": joined + rb"(WHO #load\r\n){40}",
             "moves": rb'"user": "d0x1", "channel": "#load", "password": "secret"}\r\n(.*"#load,#z0,#LOAD,.*\r\n){40}',
-            "slow-headers": upgrade + rb"X",
-            "endless-headers": upgrade + rb"(X: x\r\n){2000}",
-            "half-upgrade": upgrade + rb"$",
-            "half-frame": framed + rb"\x81\xfe\x0f\xa0(?s:.{1996})$",
-            "fragments": framed + rb"\x01\x80mask(\0\x80mask){400}",
-            "pings": framed + rb"(?s:\x89\xc0.{68}){400}",
+            "slow-headers": self.UPGRADE + rb"X",
+            "endless-headers": self.UPGRADE + rb"(X: x\r\n){2000}",
+            "half-upgrade": self.UPGRADE + rb"$",
+            "half-frame": self.FRAMED + rb"\x81\xfe\x0f\xa0(?s:.{1996})$",
+            "fragments": self.FRAMED + rb"\x01\x80mask(\0\x80mask){400}",
+            "pings": self.FRAMED + rb"(?s:\x89\xc0.{68}){400}",
         }
         self.assertEqual(list(wanted), list(loadtest.FAULTS))
         for name, sight in wanted.items():
