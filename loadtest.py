@@ -1610,45 +1610,16 @@ class Chunk(NamedTuple):
     exact: bool  # nothing was waiting before, so that this is the time of all of it
 
 
-class Client:
-    """One connection, in a thread of its own: joins, then stores what arrives, until it is told to stop.
-
-    Only the numbers of the lines and the time of each chunk are kept. While the client is watched, the thread wakes
-    for every chunk, so that the time belongs to what is in it; otherwise it reads now and then, to leave the
-    processor to the server.
-    """
+class Connection:
+    """One that joins, and may leave again."""
 
     def __init__(self, run: Run, number: int) -> None:
-        self.run = run
-        self.name = f"{run.prefix}{number}"
-        self.number = number
-        self.order = array("I")  # numbers of lines in the order of arrival
-        self.others = array("I")  # places in `order` of those that are no messages
-        self.chunks: list[Chunk] = []
+        self.run, self.number, self.name = run, number, f"{run.prefix}{number}"
         self.joined_s, self.joined_ns = 0.0, 0  # how long it took, and when it was done
-        self.settled = -1  # the place in `order` from which on lines belong to the run
-        self.failure = ""
-        self.slow = False  # it had not read all that was there when its connection ended
-        self.present: set[bytes] = set()  # who is in the channel, as far as it has asked
-        always = run.turns.of(number) if run.turns.groups == 1 else ()
-        self.watch = Watch(always, run.due_between, self.order, run.read_every)  # until the run begins
         self._family, self.address = run.addresses[number % len(run.addresses)]
         self.sock = socket.socket(self._family, socket.SOCK_STREAM)
-        self.lock = threading.Lock()  # of sending: its sender and its answers to PING
+        self.lock = threading.Lock()  # of sending: a client's sender and its answers to PING
         self._rest = b""
-
-    def live(self) -> None:
-        """The thread."""
-        try:
-            self._come()
-            self.run.joined.release()
-            self._receive()
-        except OSError as error:
-            self.failure = "" if self.run.stopping else self.failure or error.strerror or str(error)
-        finally:
-            if self.settled < 0:  # somebody waits for it
-                (self.run.all_settled if self.joined_s else self.run.joined).release()
-            self.sock.close()
 
     def send(self, data: bytes) -> None:
         """Sends a line, whoever else sends."""
@@ -1661,20 +1632,6 @@ class Client:
             self._connect()
             self.send(f"PART {self.run.channel}\r\nQUIT\r\n".encode())
         return self.joined_s or JOIN_S
-
-    def stop(self) -> None:
-        """Makes the thread end."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
-
-    def delivered(self) -> int:
-        """Messages received so far."""
-        return len(self.order) - len(self.others)
-
-    def other_lines(self) -> Iterator[tuple[int, bytes]]:
-        """The lines that are no messages, each with its place in `order`."""
-        for place in self.others:
-            yield place, self.run.lines.others[self.order[place]]
 
     def _come(self) -> None:
         """Joins; where all come at once, tries again for a while: its name may still be taken, or the server busy."""
@@ -1773,6 +1730,54 @@ class Client:
     def _answer_pings(self, data: bytes) -> None:
         for token in re.findall(rb"(?:^|\n)PING ([^\r\n]*)", data):
             self.send(b"PONG " + token + b"\r\n")
+
+
+class Client(Connection):
+    """A connection in a thread of its own: joins, then stores what arrives, until it is told to stop.
+
+    Only the numbers of the lines and the time of each chunk are kept. While the client is watched, the thread wakes
+    for every chunk, so that the time belongs to what is in it; otherwise it reads now and then, to leave the
+    processor to the server.
+    """
+
+    def __init__(self, run: Run, number: int) -> None:
+        super().__init__(run, number)
+        self.order = array("I")  # numbers of lines in the order of arrival
+        self.others = array("I")  # places in `order` of those that are no messages
+        self.chunks: list[Chunk] = []
+        self.settled = -1  # the place in `order` from which on lines belong to the run
+        self.failure = ""
+        self.slow = False  # it had not read all that was there when its connection ended
+        self.present: set[bytes] = set()  # who is in the channel, as far as it has asked
+        always = run.turns.of(number) if run.turns.groups == 1 else ()
+        self.watch = Watch(always, run.due_between, self.order, run.read_every)  # until the run begins
+
+    def live(self) -> None:
+        """The thread."""
+        try:
+            self._come()
+            self.run.joined.release()
+            self._receive()
+        except OSError as error:
+            self.failure = "" if self.run.stopping else self.failure or error.strerror or str(error)
+        finally:
+            if self.settled < 0:  # somebody waits for it
+                (self.run.all_settled if self.joined_s else self.run.joined).release()
+            self.sock.close()
+
+    def stop(self) -> None:
+        """Makes the thread end."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def delivered(self) -> int:
+        """Messages received so far."""
+        return len(self.order) - len(self.others)
+
+    def other_lines(self) -> Iterator[tuple[int, bytes]]:
+        """The lines that are no messages, each with its place in `order`."""
+        for place in self.others:
+            yield place, self.run.lines.others[self.order[place]]
 
     def _receive(self) -> None:
         self.sock.settimeout(None)
@@ -1941,6 +1946,28 @@ def wait_until(due: int) -> int:
     return now
 
 
+class Gate:
+    """Holds senders without a schedule back, while a receiver here is too far behind."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.lock = run, threading.Lock()
+        self.room = BEHIND  # messages that may be sent before receivers are looked at
+        self.held = False  # it had to
+
+    def admit(self) -> None:
+        """Waits until one more message may be sent."""
+        run = self.run
+        with self.lock:
+            while self.room < 1 and not run.stopping and now_ns() < run.end:
+                own = itertools.chain((len(sender.numbers) for sender in run.senders), repeat(0))
+                got = (client.delivered() + n for client, n in zip(run.clients, own) if not client.failure)
+                self.room = BEHIND - run.sent() + min(got, default=0)
+                if self.room <= BEHIND // 4:  # not for each message anew
+                    self.room, self.held = 0, True
+                    time.sleep(PROGRESS_S / 10)
+            self.room -= 1
+
+
 class Sender:
     """Sends its share of the schedule, in a thread of its own, and notes when, and after what it had received."""
 
@@ -1962,7 +1989,7 @@ class Sender:
         with contextlib.suppress(OSError):
             for number in numbers:
                 if not load.rate:
-                    run.admit()
+                    run.gate.admit()
                 now = wait_until(run.due(number)) if load.rate else now_ns()
                 # What is due is sent, even if late: but not for ever, at a rate that cannot be.
                 over = now > run.end + (int(OVERTIME_S * 1e9) if load.rate else 0)
@@ -2014,8 +2041,7 @@ class Run:
         self.disturbed_at = 0  # ns: disturbers began, or 0
         self.last_arrival = 0  # ns, once all is sent
         self.settling = self.stopping = False
-        self.lock, self.room = threading.Lock(), BEHIND  # messages that may be sent before receivers are looked at
-        self.held = False  # senders without a schedule had to wait for our receivers
+        self.gate = Gate(self)
         self.interrupted = self.faulty = False
         self.visits: dict[int, float] = {}  # when a newcomer came (ns) -> seconds until it had joined; 0: not yet
         self.clients = [self.client(number) for number in range(load.clients)]
@@ -2188,18 +2214,6 @@ class Run:
     def _turn(self) -> None:
         time.sleep(PROGRESS_S)
         self.progress(self)
-
-    def admit(self) -> None:
-        """Waits until a message without a schedule may be sent: while a receiver is too far behind, all senders do."""
-        with self.lock:
-            while self.room < 1 and not self.stopping and now_ns() < self.end:
-                own = itertools.chain((len(sender.numbers) for sender in self.senders), repeat(0))
-                got = (client.delivered() + n for client, n in zip(self.clients, own) if not client.failure)
-                self.room = BEHIND - self.sent() + min(got, default=0)
-                if self.room <= BEHIND // 4:  # not for each message anew
-                    self.room, self.held = 0, True
-                    time.sleep(PROGRESS_S / 10)
-            self.room -= 1
 
 
 class Return(Run):
@@ -2943,7 +2957,7 @@ def generator(
     why = []
     if (summary["p99"] or 0.0) > max(LATE_MS, (found.get("p99") or math.inf) / 3):
         why.append(f"one send in a hundred was more than {summary['p99']:.1f} ms late, which p99 counts as well")
-    if run.held:
+    if run.gate.held:
         why.append("its receivers could not keep up, so its senders waited for them")
     if share > 0.9 * (os.cpu_count() or 1):
         why.append(f"it used {share:.1f} of {os.cpu_count()} cores")

@@ -11460,12 +11460,12 @@ class Paced(unittest.TestCase):
 
         def send(least: int) -> int:
             """Lets a sender run away, until it had to wait, or has sent so many; how many it has sent in all."""
-            run.end, run.held = loadtest.now_ns() + 30 * 10**9, False
+            run.end, run.gate.held = loadtest.now_ns() + 30 * 10**9, False
             with mock.patch.object(time, "sleep", lambda _: setattr(run, "stopping", True)):
                 while not run.stopping and len(sender.numbers) < least:
-                    run.admit()
+                    run.gate.admit()
                     sender.numbers.extend([0] * (not run.stopping))
-            self.assertEqual((run.held, run.stopping), (len(sender.numbers) < least, run.held))
+            self.assertEqual((run.gate.held, run.stopping), (len(sender.numbers) < least, run.gate.held))
             run.stopping = False
             return len(sender.numbers)
 
