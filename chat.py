@@ -1455,7 +1455,7 @@ const ON = {
     const text = item.text.replace(/^\*\*\* /, ""), { event, id, time } = item;
     if (EVENTS[event]?.(item, text) !== false) note(text, event === "help" ? "help" : "", { id, time });
     if (event === "help" && text.startsWith("/quit")) HELP.forEach((line) => note(line, "help"));
-    state.stale = true;
+    state.stale = true; drawSoon();
   } };
 const EVENTS = {  // false: is not shown
   join: (item) => (state.joined && !isMe(item.user) ? meet(item.user) : entered(item)),

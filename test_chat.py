@@ -9337,6 +9337,9 @@ class InTheBrowser(BrowserCase):
         zoe.type("\ue009a\ue000/join #chat\n")
         zoe.wait("$('channel').textContent === '#chat' && !location.hash")
         zoe.until("said yesterday")
+        zoe.wait("!state.timer && state.caught && !state.listing")
+        zoe.run("ON.system({ event: 'names', text: '', users: ['kim'], ranks: [''] }, state.listing = true)")
+        zoe.wait("$('list').innerText.includes('kim')")  # although there is no line of it
         zoe.close()
 
     def keyboard(self) -> None:
