@@ -1571,7 +1571,7 @@ function join(channel, key = "") {
 }
 function say(text, to = "", action = false) {
   const room = 450 - bytes(state.name + (to || state.channel)) - (action ? 10 : 0);  // of 512 bytes that others get
-  for (const piece of split(text, room)) {
+  for (const piece of split(text, Math.max(room, 100))) {  // a name may be too long
     const line = { type: to ? "private" : "chat", user: state.name, text: piece, to, action, mine: true, pending: true,
       channel: to ? "" : state.channel || state.wanted, ref: ref() };
     state.pending.push(line); show(line);
@@ -2995,7 +2995,8 @@ class Channel:
 
     def state(self) -> str:
         """What is restored after a restart: topic, modes, masks, operators; '' where that is what a new channel has."""
-        operators = self.operators + [member.token for member, rank in self.members.items() if "o" in rank]
+        present = [member.token for member, rank in self.members.items() if "o" in rank]
+        operators = list(dict.fromkeys(self.operators + present))  # each once, however often there is a restart
         if not (self.topic or any(self.masks.values()) or self.modes != NEW_MODES or operators):
             return ""
         masks = {letter: [ban[:3] for ban in found.values()] for letter, found in self.masks.items()}

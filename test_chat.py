@@ -1204,6 +1204,17 @@ class StateParts(unittest.TestCase):
         self.assertEqual([bucket.allow(110.5), bucket.allow(110.5)], [True, False])
         self.assertEqual([bucket.debit(110.5), bucket.debit(110.5)], [9.5, 19.5])
 
+    def test_an_operator_is_awaited_once(self) -> None:
+        """Who speaks from two windows, and then is operator no more, does not get it back by the second."""
+        channel = chat.Channel("#tea")
+        for token in ("t", "t", "", ""):
+            session = chat.Session("h", 0.0)
+            session.token = token
+            channel.add(session, "o")
+        for _ in range(2):
+            channel = chat.Channel.restored(channel.state())
+            self.assertEqual(channel.operators, ["t", ""])
+
     def test_message_ids_grow_whatever_the_clock_does(self) -> None:
         ids = chat.MessageIds()
         for moment in (1000.0, 1000.0, 999.0, 2000.0, 0.5):
@@ -9278,6 +9289,8 @@ class InTheBrowser(BrowserCase):
         bob.until("eva nods")
         self.assertEqual(bob.seen[-2], "[private] eva: psst back")
         eva.until("Not sent: there? (nobody here is called nobody)")
+        eva.type(f"/msg {'x' * 450} hi\n")
+        eva.until("Not sent: hi (nobody here is called xxx")
         self.assertEqual(eva.run("return document.querySelectorAll('#log b:not(.name), #log img').length"), 0)
         eva.until("evil <U+202E>txt.exe<U+2066> <U+001B>[31m")
         links = eva.run("return [...document.querySelectorAll('#log a')].map((link) => [link.href, link.rel])")
