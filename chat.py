@@ -4039,7 +4039,8 @@ def resume(call: Call) -> None:
     session = call.session
     if session.registered or RESUME_CAP not in session.dialect.caps or not 16 <= len(call.params[0]) <= 64:
         raise CommandError(ERR_UNKNOWNCOMMAND, "RESUME")
-    token, before = hashlib.sha256(call.params[0].encode()).hexdigest()[:32], session.sent
+    secret = f"http {call.params[0]}" if isinstance(session.dialect, Http) else call.params[0]  # over 64: nobody else's
+    token, before = hashlib.sha256(secret.encode()).hexdigest()[:32], session.sent
     session.sent = call.hub.sent_before.pop(token, before if token == session.token else {})  # it may say so again
     session.token = token
 

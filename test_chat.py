@@ -28,6 +28,7 @@ import dataclasses
 import errno
 import functools
 import gc
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -2052,6 +2053,14 @@ class WebRequests(ServerCase):
                 found, answer = self.ask(self.POST.format(path, len(body), "", body))
                 self.assertEqual(found, status, answer)
                 self.assertIn(part, answer)
+
+    def test_whoever_guesses_an_idempotency_key_is_not_who_posted(self) -> None:
+        answer = self.ask(self.POST.format("/?name=ci", 5, "Idempotency-Key: 1\r\n", "green"))[1]
+        eve = WebPeer(self.port)
+        self.addCleanup(eve.close)
+        eve.say({"type": "join", "user": "ci", "token": hashlib.sha256(b"ci 1").hexdigest()})
+        eve.say({"type": "chat", "text": "red", "ref": "1"})
+        self.assertNotIn(eve.json("ack")["id"], answer)  # else it would be taken for the same line, of the same author
 
     def test_post_needs_the_password(self) -> None:
         self.server.hub.access = chat.AccessControl(password="s\u00e9cret word")
