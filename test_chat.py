@@ -4068,7 +4068,7 @@ class Encrypted(ServerCase, TlsCase):
         for line, answer in (
             ("ann\n", f"*** {chat.TLS_ONLY}"), ("NICK ann\r\n", f"{ERROR}{chat.TLS_ONLY}"),
             ("GET / HTTP/1.1\r\nHost: [::1]:9\r\n\r\n", "Location: https://[::1]:9/"),
-            ("PASS x HTTP/1.1\r\n", f"{ERROR}{chat.TLS_ONLY}"), ("ann \r\0 HTTP/1.1\r\n", chat.TLS_ONLY),
+            ("PASS x HTTP/1.1\r\n\r\n", "HTTP/1.1 400 "), ("ann \r\0 HTTP/1.1\r\n\r\n", chat.TLS_ONLY),
             (WebRequests.UPGRADE.format("/", ""), "Location: https://localhost/"),
         ):  # fmt: skip
             self.assertIn(answer, "\n".join(self.peer(line).rest()))
