@@ -4511,7 +4511,7 @@ class Redacted(PastCase):
         self.assertEqual(self.ask(bob, "CHATHISTORY LATEST #chat * 9"), [])
         bob.send("PRIVMSG #chat :spam\r\n")
         msgid = chat.parse(ann.until("spam")).tags["msgid"]
-        ann.send(f"REDACT #chat 0{msgid.upper()}\r\n")
+        ann.send(f"REDACT #chat {msgid}{msgid}\r\n")
         self.assertIn("UNKNOWN_MSGID", ann.sync()[0])
         ann.send(f"REDACT #chat {msgid}\r\n")
         bob.until("spam")
