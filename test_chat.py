@@ -7135,7 +7135,8 @@ class FromAHostileServer(PersonCase):
         kernel.WaitForSingleObject.side_effect = lambda *_: 0 if keys else 258
         modules = mock.patch.dict(sys.modules, msvcrt=mock.Mock(get_osfhandle=lambda fileno: fileno))
         windll = mock.patch("ctypes.windll", mock.Mock(kernel32=kernel), create=True)
-        with modules, mock.patch.object(sys, "platform", "win32"), windll:
+        elsewhere = mock.patch.object(shutil, "which", lambda name: None)  # which calls Windows since Python 3.12
+        with modules, mock.patch.object(sys, "platform", "win32"), windll, elsewhere:
             windows: Any = types.ModuleType("chat_on_windows")
             sys.modules[windows.__name__] = windows
             exec(compile(SOURCES[chat], "chat.py", "exec"), windows.__dict__)
