@@ -8897,7 +8897,9 @@ class Operator(SeatCase):
         self.assertEqual(seat.wait(), 0)
 
     def test_brought_to_the_foreground(self) -> None:
-        seat, port = self.serve(shell="set -m; %s & read x; fg >/dev/null", until="any IRC client")
+        seat, port = self.serve(shell="set -m; %s & echo process $!; read x; fg >/dev/null", until="any IRC client")
+        process = self.number(seat, r"process (\d+)")
+        self.addCleanup(lambda: None if seat.program.poll() is not None else os.kill(process, signal.SIGKILL))
         self.plain(port).close()
         seat.shows("ann from 127.0.0.1 joined")
         seat.type("\r")
