@@ -8803,6 +8803,7 @@ class Operator(SeatCase):
         self.assertEqual(bob.until("operator"), ":chat.local NOTICE * :From the operator: closing at six")
         seat.type("half a line")
         bob.send("NICK rob\r\n")
+        ann.until("bob is now rob")
         carl = self.plain(port, "carl")
         seat.until(lambda: re.search(r"INFO carl from 127\.0\.0\.1 joined\nserver> half a line$", seat.glass.text()))
         seat.type("\x15/ki\tro\t too loud\r")
