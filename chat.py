@@ -247,6 +247,8 @@ JOIN_S = HISTORY_S = 10.0  # for an answer to JOIN, and to CHATHISTORY
 GOODBYE_S = 3.0  # for the server to say goodbye
 CLOSE_S = 0.5  # for a socket to take the last lines
 CLIENT_TICK_S = 0.2  # between two looks at what is due, while something is waited for
+TYPING_S, PAUSED_S = 3.0, 5.0  # between two times that we tell that we are typing; without a key until we tell a pause
+TYPING_HEARD_S = 6.0  # after which somebody who has told it is not typing any more
 RETRY_S, RETRY_MAX_S = 0.5, 30.0  # pause before we first connect again, and the longest; each at random less
 PASSWORD_TRIES = 3  # that are asked for, as ssh does
 GIVE_UP_S = 60.0  # without connection, for a pipe that ended: whoever waits for it wants an answer
@@ -634,6 +636,7 @@ NO_TAGS: Mapping[str, str] = {}
 TAG_ESCAPES = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n"}  # IRCv3 message-tags, "Escaping values"
 TAG_UNESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n"}
 CURRENT_CHANNEL = "*"  # as a target: the one channel that the sender is in
+TYPING_TAG = "+typing"  # on TAGMSG: active, paused or done
 ID_TAG = "+chat.py/id"  # on PRIVMSG: names it to its sender before it has a msgid
 BY_TAG = "chat.py/by"  # only in the history: Session.identity of the author, to whom that id belongs
 AUTHOR_TAG = "chat.py/author"  # on REDACT: the nick of whose message is removed
@@ -6830,6 +6833,11 @@ class Terminal:
         """Clears the screen at the next draw."""
         self._printed = ["\n" if self._dumb else "\x1b[H\x1b[2J"]
 
+    def draft(self) -> str:
+        """What is being typed, and not answered to a question."""
+        question, text, _ = self._editor.view()
+        return "" if question else text
+
     def draw(self, waiting: list[str], prompts: list[str]) -> None:
         """Draws our rows anew where something changed: lines that wait, cut to a row each, and the line being typed,
         behind the first prompt that fits."""
@@ -6840,7 +6848,7 @@ class Terminal:
             return
         columns = max(size.columns - 1, 3)  # the last column stays free: terminals differ in what follows it
         most = 0 if self._dumb else max(min(size.lines - 2, WAITING_ROWS), 0)
-        rows = [truncate(line, columns) for line in waiting[:most]]
+        rows = [truncate(line, columns) for line in waiting[max(len(waiting) - most, 0) :]]
         prompt, before, after = viewport(prompts, text, cursor, columns)
         dim = [self.paint(line, DIM) + "\n" for line in rows]
         rest = after + "\b" * text_width(after) if self._dumb else f"\x1b7{after}\x1b8" if after else ""
@@ -7178,6 +7186,7 @@ class Room:
         self.name = name
         self.members: dict[str, str] = {}  # folded nick -> nick; who spoke last, last
         self.unread = 0  # messages since we last spoke here
+        self.quiet = False  # we may not tell that we type here, as long as we have not spoken
         self.own = ""  # msgid of what we said last
         self.last = ""  # a reference to the last message, or to when we came (draft/chathistory)
         self.sync: HistorySync | None = None
@@ -7235,6 +7244,44 @@ class Rooms:
             room.members, room.sync = {}, None
         if not self.pending and self.fold(self.active) in self.rejoin:
             self.pending = self.active
+
+
+class Typing:
+    """Who is about to say something, as far as they tell (+typing, IRCv3's client-only tag): others, and we."""
+
+    def __init__(self) -> None:
+        self.others: dict[str, tuple[str, str, float]] = {}  # folded nick -> nick, target, until when (monotonic)
+        self.wanted = True  # we tell it
+        self.draft = ""  # of ours, when we last looked
+        self._changed = self._told = 0.0  # monotonic: the draft; that we are typing
+        self._state = "done"  # as they know it
+
+    def hear(self, nick: str, key: str, target: str, state: str) -> None:
+        """Somebody tells it; `key` is their folded nick."""
+        self.others.pop(key, None)
+        if state == "active" and len(nick) < NAME_CHARS and len(self.others) < NAMES_SHOWN:
+            self.others[key] = nick, target, time.monotonic() + TYPING_HEARD_S
+
+    def step(self, draft: str, now: float) -> str:
+        """What we are to tell now: 'active', 'paused' or 'done'; '' for nothing."""
+        self.others = {key: other for key, other in self.others.items() if now < other[2]}
+        if draft != self.draft:
+            self.draft, self._changed = draft, now
+        state = "done" if not draft else "active" if now < self._changed + PAUSED_S else "paused"
+        due = now >= self._told + TYPING_S if state == "active" else self._state not in ("done", state)
+        if not due:
+            return ""
+        self._told = now if state == "active" else self._told
+        self._state = state
+        return state
+
+    def is_active(self) -> bool:
+        """Whether something is to be done or shown soon without anything new."""
+        return bool(self.others) or self._state == "active"
+
+    def reset(self) -> None:
+        """The draft was sent, which tells enough."""
+        self.draft, self._state = "", "done"
 
 
 class SeenIds:
@@ -7298,6 +7345,7 @@ class Client:
         self.rooms = Rooms(channel, self.fold)
         self.queue = SendQueue()
         self.seen = SeenIds()
+        self.typing = Typing()
         self.token = secrets.token_hex(16)  # by which a chat.py server knows us again
         self.granted: set[str] = set()  # the capabilities that one has granted: asked for at once the next time
         self.ignored: dict[str, str] = {}  # folded nick -> nick of those whose messages are not shown
@@ -7329,7 +7377,8 @@ class Client:
             return 0
         if uplink.phase == Phase.OFFLINE:
             return math.modf(self.retry_at - now)[0]  # for each second that is shown
-        if uplink.phase == Phase.IN and not (self.queue or self.rooms.pending or self.ui.ended or self.rooms.syncing()):
+        waits = self.queue or self.rooms.pending or self.ui.ended or self.rooms.syncing() or self.typing.is_active()
+        if uplink.phase == Phase.IN and not waits:
             return max(uplink.heard, uplink.ping_sent) + ASK_S - now
         return CLIENT_TICK_S
 
@@ -7374,6 +7423,7 @@ class Client:
 
     def handle(self, message: Message) -> None:
         """Does what a message means, and shows it if that does not say that it need not be seen."""
+        self.typing.others.pop(self.fold(message.nick), None)
         handler = on_join_error if is_join_error(self, message) else HANDLERS.get(message.command)
         if not (handler and handler(self, message)):
             self.ui.show(message, False)
@@ -7435,18 +7485,6 @@ class Client:
             self.ui.show_status(f"Error: {error.params[0]}")
             return
         LOCAL_COMMANDS.get(message.command, send_command)(self, message)
-
-    def say(self, message: Message) -> None:
-        """Queues a PRIVMSG, as several if need be; it goes now, or when the connection is back."""
-        for target in filter(None, message.params[0].split(",")):
-            pieces = split_message(self.uplink, target, message)
-            if not pieces and not self.ui.patient:
-                raise FatalError("a line cannot be sent: the channel's name is too long")
-            if not pieces:
-                self.ui.show_status("Error: that name is too long")
-            for piece in pieces:
-                self.queue.add(target, piece)
-        self.flush_queue()
 
     def flush_queue(self) -> None:
         """Sends what is queued, once we are in the chat and know what was said there, as fast as the server allows."""
@@ -7537,6 +7575,18 @@ def check_registration(client: Client, now: float) -> None:
         client.lose(f"{client.where} does not let you in")  # it may look for our name and host first
 
 
+def tell_typing(client: Client, draft: str, now: float) -> None:
+    """Tells those where we speak that something is being typed, but a command, where that is wanted and possible."""
+    uplink, rooms = client.uplink, client.rooms
+    denied = uplink.isupport.get("CLIENTTAGDENY", "").split(",")
+    room = rooms.get(rooms.active) if uplink.phase == Phase.IN and not rooms.pending else None
+    may = client.typing.wanted and room and not room.quiet and "message-tags" in uplink.caps
+    may = may and not ("typing" in denied or "*" in denied and "-typing" not in denied)
+    state = client.typing.step(draft if may and not draft.startswith("/") else "", now)
+    if may and state:
+        uplink.send("TAGMSG", rooms.active, tags={TYPING_TAG: state})
+
+
 def is_banned(uplink: Uplink) -> bool:
     """Whether the server has said that it does not want us, rather than only gone away."""
     if uplink.ours or not uplink.error_text:
@@ -7544,6 +7594,19 @@ def is_banned(uplink: Uplink) -> bool:
     if uplink.phase < Phase.IN:
         return not NOT_NOW_RE.search(uplink.error_text)
     return bool(BANNED_RE.search(uplink.error_text))
+
+
+def queue_message(client: Client, message: Message) -> None:
+    """Queues a PRIVMSG, as several if need be; it goes now, or when the connection is back."""
+    for target in filter(None, message.params[0].split(",")):
+        pieces = split_message(client.uplink, target, message)
+        if not pieces and not client.ui.patient:
+            raise FatalError("a line cannot be sent: the channel's name is too long")
+        if not pieces:
+            client.ui.show_status("Error: that name is too long")
+        for piece in pieces:
+            client.queue.add(target, piece)
+    client.flush_queue()
 
 
 def split_message(uplink: Uplink, target: str, message: Message) -> list[str]:
@@ -7708,7 +7771,7 @@ WANTED_CAPS = {
     "batch", "chghost", "draft/chathistory", "echo-message", "message-tags", "server-time", "standard-replies",
     REDACT_CAP, RESUME_CAP,
 }  # fmt: skip
-ISUPPORT_KEYS = ("CASEMAPPING", "CHATHISTORY", "LINELEN", "MSGREFTYPES", "NICKLEN", "PREFIX")
+ISUPPORT_KEYS = ("CASEMAPPING", "CHATHISTORY", "CLIENTTAGDENY", "LINELEN", "MSGREFTYPES", "NICKLEN", "PREFIX")
 REFERENCES = {"msgid": "msgid", "timestamp": "time"}  # kinds of them in CHATHISTORY, best first, and their tags
 NOT_JOIN_ERRORS = ("404", "442", "470", "482")  # about a channel, but not that we cannot join: 470 sends us on
 READ = "read"  # a PING with this is answered when the server has read what was sent before
@@ -8091,7 +8154,7 @@ def on_message(client: Client, message: Message) -> bool:
     room = client.rooms.get(message.param(0))
     if room:
         room.last = reference(client.uplink, message.tags) or room.last
-        room.own = message.tags.get("msgid", "") if mine else room.own
+        room.own, room.quiet = (message.tags.get("msgid", ""), False) if mine else (room.own, room.quiet)
     if mine:
         client.ui.show(message, True)
         return True
@@ -8105,6 +8168,15 @@ def on_message(client: Client, message: Message) -> bool:
     elif client.uplink.is_me(message.param(0)):
         client.last_private_sender = message.nick
     return False
+
+
+@handles("TAGMSG")
+def on_tagmsg(client: Client, message: Message) -> bool:
+    """TAGMSG <target>, whose tags may say that somebody is typing"""
+    key = client.fold(message.nick)
+    if TYPING_TAG in message.tags and key not in client.ignored and not client.uplink.is_me(message.nick):
+        client.typing.hear(message.nick, key, message.param(0), message.tags[TYPING_TAG])
+    return True
 
 
 @handles("REDACT")
@@ -8128,6 +8200,8 @@ def on_echo(client: Client, message: Message) -> None:
 def on_message_error(client: Client, message: Message) -> bool:
     """<numeric> <name> [<target>] :<text>, or FAIL <command> <code> :<text>: about a message of ours, perhaps"""
     if message.command == "FAIL" and message.param(0) not in ("*", "PRIVMSG"):
+        if message.param(0) == "TAGMSG":
+            return hush(client, message)
         if message.param(0) == "CHATHISTORY":
             named = [client.fold(param) for param in message.params if is_channel(param)]
             for room in client.rooms.syncing():
@@ -8136,9 +8210,20 @@ def on_message_error(client: Client, message: Message) -> bool:
         return False
     nobodys = message.command in ("411", "412", "417", "FAIL")  # does not tell whom the message was for
     target = "" if nobodys else message.param(1) or "?"
-    if client.queue.acknowledge_first(target, client.fold) and not client.ui.patient:
-        raise FatalError(f"a line was not delivered: {message.text}")
-    return False
+    if client.queue.acknowledge_first(target, client.fold):
+        if not client.ui.patient:
+            raise FatalError(f"a line was not delivered: {message.text}")
+        return False
+    return message.command == "404" and hush(client, message)
+
+
+def hush(client: Client, message: Message) -> bool:
+    """That we type may not be told where we speak: then it is not; True if a refusal can be about that."""
+    room = client.rooms.get(client.rooms.active)
+    told = room and client.typing.draft and client.fold(room.name) in map(client.fold, message.params)
+    if room and told:
+        room.quiet = True
+    return bool(told)
 
 
 @handles("BATCH")
@@ -8199,7 +8284,7 @@ def enter_part(client: Client, message: Message) -> None:
 def enter_reply(client: Client, message: Message) -> None:
     """/reply TEXT"""
     if client.last_private_sender:
-        client.say(Message("PRIVMSG", (client.last_private_sender, message.text)))
+        queue_message(client, Message("PRIVMSG", (client.last_private_sender, message.text)))
     else:
         client.ui.show_status("Error: nobody has spoken to you alone yet; it is /msg NAME TEXT")
 
@@ -8240,7 +8325,7 @@ def enter_help(client: Client, message: Message) -> None:
 
 
 LOCAL_COMMANDS: dict[str, Callable[[Client, Message], None]] = {
-    "PRIVMSG": Client.say,
+    "PRIVMSG": queue_message,
     "QUIT": lambda client, message: client.leave(message.text),
     "JOIN": enter_join,
     "PART": enter_part,
@@ -8361,11 +8446,13 @@ class TerminalUI(UserInterface):
         """Takes what was typed, and draws what changes, at most every FRAME_S while much is happening."""
         client, terminal = self._client, self._terminal
         for submission in terminal.submissions():
+            client.typing.reset()
             for line in submission.lines:
                 client.enter(line, not submission.pasted)
         if terminal.hung_up and client.uplink.phase != Phase.LEAVING:
             client.leave()
         now = time.monotonic()
+        tell_typing(client, terminal.draft(), now)
         if client.uplink.drained or now > self._drawn + FRAME_S:
             self._drawn = now
             self._draw(now)
@@ -8378,6 +8465,7 @@ class TerminalUI(UserInterface):
             if pending.state != SendState.UNCONFIRMED:  # those are shown as sent
                 message = Message("PRIVMSG", (pending.target, pending.text), client.uplink.nick)
                 waiting.append(f"  ... {self._own_form(message)}")
+        waiting += self._typing()
         nick, state = escape_controls(client.uplink.nick), self._state(now)
         prompts = [f"[{state}] {nick}> ", f"[{state.partition(' | ')[0]}] ", "> "]
         self._terminal.draw(waiting, prompts)
@@ -8393,6 +8481,15 @@ class TerminalUI(UserInterface):
         here = f"{escape_controls(client.rooms.active)} {len(room.members) if room else 0}"
         unread = [f"{escape_controls(other.name)} +{other.unread}" for other in client.rooms.others() if other.unread]
         return " | ".join([here, *unread])
+
+    def _typing(self) -> list[str]:
+        """A row that says who is typing, if somebody does so here or to us alone."""
+        fold, here, nick = self._client.fold, self._client.rooms.active, self._client.uplink.nick
+        about = {fold(here): "", fold(nick): " (private)"}
+        others = self._client.typing.others.values()
+        names = [name + about[fold(target)] for name, target, _ in others if fold(target) in about]
+        are = "is" if len(names) == 1 else "are"
+        return [f"  ... {escape_controls(', '.join(names))} {are} typing"] if names else []
 
     def show(self, message: Message, mine: bool) -> None:
         system, paint = is_system(message), self._terminal.paint
@@ -9018,6 +9115,7 @@ def run_client(args: argparse.Namespace) -> int:
     client = Client(args.host, args.port, nick, channel)
     client.dial = functools.partial(dial, args.host, args.port, context, args.fingerprint or "")
     client.password, client.reconnects, client.keys = password, args.reconnect, {fold(channel): key}
+    client.typing.wanted = args.typing
     client.wanted_caps = WANTED_CAPS | (set() if args.joins else {SPEAK_CAP})
     interrupts, asked = Interrupts(client), 0
     try:
@@ -9356,6 +9454,7 @@ def add_client(modes: Any, shared: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print events as JSON objects, one a line")
     text = "only speak: nobody is told of coming and going, and nothing is shown"
     add("--no-join", dest="joins", action="store_false", help=text)
+    add("--no-typing", dest="typing", action="store_false", help="do not tell others that you are typing")
     add("--no-reconnect", dest="reconnect", action="store_false", help="end when the connection is lost")
     client.set_defaults(run=run_client)
 

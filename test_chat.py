@@ -6519,6 +6519,75 @@ class Removing(PersonCase):
         self.assertEqual(re.findall("<.>", shown), ["<3>"])
 
 
+class IsTyping(PersonCase):
+    """+typing, IRCv3's client-only tag."""
+
+    CAPS = "message-tags echo-message"
+
+    def keys(self, text: str, later: float = 0.0) -> list[str]:
+        """Types keys, so many seconds later than before; returns which states were told."""
+        self.now = getattr(self, "now", time.monotonic()) + later
+        self.lines.clear()
+        if text:
+            self.screen._input.put((text, 1.0))
+        with mock.patch.object(time, "monotonic", lambda: self.now):
+            self.server.turn()
+        told = [chat.parse(line) for line in self.lines if "TAGMSG" in line]
+        self.assertEqual({message.params for message in told}, {("#chat",)} if told else set())
+        return [message.tags["+typing"] for message in told]
+
+    def test_we_tell_that_we_type_at_the_pace_of_the_specification(self) -> None:
+        steps = [
+            ("h", 0.0, ["active"]), ("e", 1.0, []), ("y", 1.9, []), ("", 0.2, ["active"]), ("", 3.0, ["active"]),
+            ("", 2.0, ["paused"]), ("", 20.0, []), ("!", 1.0, ["active"]), ("\x15", 0.5, ["done"]), ("x", 1.0, []),
+            ("y", 1.6, ["active"]), ("\r", 1.0, []), ("", 9.0, []), ("/me waves", 3.0, []), ("\x15", 1.0, []),
+        ]  # fmt: skip
+        for number, (text, later, told) in enumerate(steps):
+            with self.subTest(number=number, text=text):
+                self.assertEqual(self.keys(text, later), told)
+
+    def test_where_it_is_not_told(self) -> None:
+        self.client.typing.wanted = False  # --no-typing
+        self.assertEqual(self.keys("hi", 9.0), [])
+        for caps, isupport in (("", ""), (self.CAPS, "CLIENTTAGDENY=*"), (self.CAPS, "CLIENTTAGDENY=x,typing")):
+            self.enter(caps, isupport)
+            self.assertEqual(self.keys("hi", 9.0), [])
+        self.enter(self.CAPS, "CLIENTTAGDENY=*,-typing")
+        self.assertEqual(self.keys("hi", 9.0), ["active"])
+        self.assertEqual(self.arrive(":s 404 bob #chat :You are muted"), "")
+        self.assertEqual((self.keys("x", 9.0), self.keys("y", 9.0)), ([], []))
+        self.arrive("@msgid=1 :bob!b@h PRIVMSG #chat :it works again")
+        self.assertEqual(self.keys("z", 9.0), ["active"])
+        self.lose()
+        self.assertEqual(self.keys("z", 9.0), [])
+        self.reconnect(self.CAPS)
+        self.arrive(*self.IN)
+        self.assertEqual(self.keys("z", 9.0), ["active"])
+
+    def test_a_refusal_of_something_else_is_shown(self) -> None:
+        self.assertIn("Error: no", self.arrive(":s 404 bob #chat :no"))
+        self.keys("hi", 9.0)
+        self.assertIn("Error: no", self.arrive(":s 404 bob #tea :no"))
+
+    def test_others_type(self) -> None:
+        typing = "@+typing={} :{}!a@h TAGMSG {}".format
+        self.assertIn("  ... ann is typing\x1b", self.arrive(typing("active", "ann", "#chat")))
+        shown = self.arrive(typing("active", "eve", "bob"), typing("active", "tom", "#tea"))
+        self.assertIn("  ... ann, eve (private) are typing\x1b", shown)
+        self.assertIn("  ... eve (private) is typing", self.arrive(":ann!a@h PRIVMSG #chat :hello"))
+        quiet = self.arrive(typing("done", "eve", "bob"), typing("active", "bob", "#chat"))
+        self.assertNotIn("typing", quiet)
+        self.assertIn(r"e\x1b[2J is typing", self.arrive(typing("active", "e\x1b[2J", "#chat")))
+        self.keys("", 6.1)
+        self.assertNotIn("typing", self.arrive(":ann!a@h PRIVMSG #chat :hello"))
+        self.assertEqual(self.client.typing.others, {})
+        self.play("/ignore ann")
+        self.assertNotIn("typing", self.arrive(typing("active", "ann", "#chat")))
+        self.arrive(*[typing("active", f"n{number}", "#chat") for number in range(200)])
+        self.assertEqual(len(self.client.typing.others), chat.NAMES_SHOWN)
+        self.assertEqual(self.client.pause(self.now), chat.CLIENT_TICK_S)
+
+
 class WhichChannelIsOurs(PersonCase):
     """Where a client takes itself to be, whatever a server does with it."""
 
