@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import asyncio
 import base64
 import binascii
 import cmd
@@ -2224,6 +2225,100 @@ class Conformance(ServerCase):
         # Left out: 6.4, as whether text is UTF-8 is judged at its end. The others only tell what is done.
         odd = {name: case for name, case in found.items() if {case["behavior"], case["behaviorClose"]} != {"OK"}}
         self.assertEqual(sorted(odd), ["7.1.6", "7.13.1", "7.13.2"], odd)
+
+
+class BotLibraries(ServerCase):
+    """Libraries with which bots are written: one does what it is told, by somebody with nc."""
+
+    PINGS = 5
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.limit(ping_s=0.2)
+        self.ann = self.plain("ann")
+        self.pings = 0
+
+    def command(self, commands: dict[str, Any], text: str) -> Any:
+        verb, word = text.split()
+        return commands[verb](word)
+
+    def talk(self, run: Callable[[], Any]) -> None:
+        """Runs a bot in a thread of its own, and tells it what to do."""
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        self.ann.until("*** bot joined (2 here)")
+        self.ann.send("say tea\n")
+        self.ann.until("bot: tea")
+        self.ann.until("bot: pinged")
+        self.ann.send("be robot\n")
+        self.ann.until("*** bot is now robot")
+        self.ann.send("say more\n")
+        self.ann.until("robot: more")
+        self.ann.send("leave tired\n")
+        self.ann.until("*** robot left: tired")
+        thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive())
+
+    def pinged(self) -> bool:
+        """Counts a PING; True once there were enough."""
+        self.pings += 1
+        return self.pings == self.PINGS
+
+    @unittest.skipUnless(importlib.util.find_spec("irc"), "needs the library irc")
+    def test_irc(self) -> None:
+        reactor = importlib.import_module("irc.client").Reactor()
+        bot, gone = reactor.server(), threading.Event()
+        say = functools.partial(bot.privmsg, "#chat")
+        commands = {"say": say, "be": bot.nick, "leave": bot.quit}
+        for event, handler in {
+            "welcome": lambda *_: bot.join("#chat"),
+            "pubmsg": lambda _, event: self.command(commands, event.arguments[0]),
+            "ping": lambda *_: say("pinged") if self.pinged() else None,
+            "disconnect": lambda *_: gone.set(),
+        }.items():
+            bot.add_global_handler(event, handler)
+
+        def run() -> None:
+            bot.connect("127.0.0.1", self.port, "bot")
+            while not gone.is_set():
+                reactor.process_once(0.1)
+
+        self.talk(run)
+
+    @unittest.skipUnless(importlib.util.find_spec("pydle"), "needs the library pydle")
+    def test_pydle(self) -> None:
+        client = importlib.import_module("pydle").Client
+        silent = mock.patch.object(logging, "lastResort", None)  # it complains of our goodbye
+        silent.start()
+        self.addCleanup(silent.stop)
+
+        async def run() -> None:
+            bot, gone = client("bot", realname="bot"), asyncio.Event()
+            say, connected, ping = functools.partial(bot.message, "#chat"), bot.on_connect, bot.on_raw_ping
+            commands = {"say": say, "be": bot.set_nickname, "leave": bot.quit}
+
+            async def on_connect() -> None:
+                await connected()
+                await bot.join("#chat")
+
+            async def on_message(_: str, sender: str, text: str) -> None:
+                if sender != bot.nickname:
+                    await self.command(commands, text)
+
+            async def on_raw_ping(message: Any) -> None:
+                await ping(message)
+                if self.pinged():
+                    await say("pinged")
+
+            async def on_disconnect(_: bool) -> None:
+                gone.set()
+
+            bot.on_connect, bot.on_message, bot.on_raw_ping = on_connect, on_message, on_raw_ping
+            bot.on_disconnect = on_disconnect
+            await bot.connect("127.0.0.1", self.port, tls=False)
+            await gone.wait()
+
+        self.talk(lambda: asyncio.run(run()))
 
 
 class IrcClients(ServerCase):
