@@ -997,6 +997,7 @@ FACTS = {
     "p50 {join[p50]:t}; p99 {join[p99]:t}",
     "reconnect": "all in again {reconnect[all_in_s]:s} after they were cut off; p50 {reconnect[p50]:t}; "
     "p99 {reconnect[p99]:t}; delivery steady after {reconnect[steady_s]:s}; "
+    "delivery still slower than before after {reconnect[unsteady_s]:s}; "
     "delivered {reconnect[deliveries]:n} of {reconnect[expected]:n} to those who were in",
     "delivered": "{deliveries:n} of {expected:n}, each checked; from {sent:n} messages; in {elapsed_s:s}",
     "throughput": "{deliveries_per_s:n} deliveries/s; {messages_per_s:n} messages/s",
@@ -2806,6 +2807,7 @@ def add_return(result: dict[str, Any], run: Return, args: argparse.Namespace) ->
         "p50": took.get("p50"),
         "p99": took.get("p99"),
         "steady_s": max(*back, steady) / 1e3 if everybody and steady is not None else None,
+        "unsteady_s": run.elapsed_s if everybody and steady is None else None,
         "expected": run.expected(),
         "deliveries": run.expected() - findings[0].count if findings[0].verdict in ("pass", "FAIL") else None,
     }
@@ -3352,7 +3354,8 @@ What is not known is null. A result has
   generator    late_p50, late_p99, late_max in ms, cpu_share of one core, floor
                (of --calibrate), limited, why
   reconnect    with --reconnect, of those who were cut off: all_in_s; p50 and p99 in
-               ms until one was in again; steady_s, until delivery was as before;
+               ms until one was in again; steady_s, until delivery was as before,
+               or unsteady_s, for how long it was not;
                expected and deliveries of what was sent when the receiver was in
   server       pid, cpu_s, cpu_ms_per_1000 deliveries, rss_mb, threads
   checks       check, verdict, count, witness

@@ -11692,6 +11692,9 @@ class Paced(unittest.TestCase):
                 self.assertEqual((found["expected"], found["steady_s"]), (60, steady_s))
                 self.assertEqual(found["all_in_s"], None if lost is None else 0.195)
                 self.assertEqual("1 of 3 could not join" in result["failures"], lost is None)
+                text = " ".join(loadtest.text_report(result).split())
+                self.assertEqual("delivery steady after" in text, steady_s is not None)
+                self.assertEqual("delivery still slower than before after" in text, late_ms == 900)
                 if lost == 21:
                     self.assertIn(
                         "FAIL: loss, 1 times\n             after the return, c2 never got 21 (from s0); c1 did",
