@@ -7867,7 +7867,7 @@ class Listening(ServerCase):
                     sock = socket.create_connection((host, self.port), PATIENCE)
                     self.addCleanup(sock.close)
                     Peer(self.port, f"n{len(host)}\n", sock).until(f"n{len(host)} joined")
-                command = [sys.executable, str(HERE / "chat.py"), "client", "--port", str(self.port), "-m", "hello"]
+                command = [sys.executable, ProgramCase.CHAT, "client", "--port", str(self.port), "-m", "hello"]
                 for more in ([], ["--host", "localhost"], ["--host", "::1"]):
                     done = subprocess.run([*command, *more], timeout=PATIENCE, capture_output=True, check=False)
                     self.assertEqual((done.returncode, done.stderr), (0, b""), more)
