@@ -8,7 +8,8 @@ Sections, from pure to effectful; each uses only those above it:
 
     limits and numerics    every bound with its unit and reason; IRC's numeric replies with their texts
     names                  what a nick or a channel may be called, and when two names are one
-    wire format            Message; parse and format a line; LineBuffer: bytes into lines; split_text: a text into lines
+    wire format            Message, also of several lines; parse and format a line; LineBuffer: bytes into lines;
+                           split_text: a text into pieces
     text form              the sentence that a person reads ("*** bob joined"); slash commands, parsed
     web                    HTTP requests and answers; frames of WebSocket; the page
     dialects               plain lines, JSON lines, IRC, HTTP, and those in WebSocket: bytes of a line <-> Message
@@ -162,6 +163,8 @@ MASK_BYTES, KEY_BYTES = 80, 32  # of a ban, so that MAX_MODES of them fit in a M
 # How many, per server or per session.
 AWAY_SHOWN = 100  # members of a channel, in an answer to /who
 MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
+# Of one message (draft/multiline). A page of PAGE_LINES such messages, a line each, still is about `Limits.outbox`.
+MULTILINE_BYTES, MULTILINE_LINES = 4096, 32
 MAX_JOINS = 50  # channels in one JOIN or PART, and invitations that are remembered
 MAX_MODES = 4  # with a parameter, in one MODE
 MAX_BANS = 100  # of a channel, with exceptions
@@ -186,7 +189,8 @@ STACK_BYTES = 256 << 10  # of a reader thread; the default of 8 MiB would forbid
 
 # History.
 REPLAY_LINES = 20  # shown to newcomers
-MEMORY_LINES, MEMORY_TOTAL = 1000, 50_000  # kept in memory of a channel, and in all: 4 kB each at worst
+# Kept in memory of a channel, and in all, where each LINE_BYTES characters of one count: 4 kB each at worst.
+MEMORY_LINES, MEMORY_TOTAL = 1000, 50_000
 STORED_TAGS, STORED_TAG_CHARS = (
     8,
     512,
@@ -471,6 +475,10 @@ FAIL_UNKNOWN_COMMAND = Numeric(
 FAIL_REDACT_TARGET = FAIL_INVALID_TARGET._replace(text="only members may remove what was said there")
 FAIL_REDACT_FORBIDDEN = Numeric("FAIL", "redact-forbidden", "only its author and operators may remove a message")
 FAIL_UNKNOWN_MSGID = Numeric("FAIL", "unknown-msgid", "there is no such message any more")
+FAIL_MULTILINE = Numeric("FAIL", "multiline-invalid", "that is not how a message of several lines is sent")
+FAIL_MULTILINE_TARGET = Numeric("FAIL", "multiline-invalid-target", "all lines of a message have one recipient")
+FAIL_MULTILINE_BYTES = Numeric("FAIL", "multiline-max-bytes", f"a message has at most {MULTILINE_BYTES} bytes")
+FAIL_MULTILINE_LINES = Numeric("FAIL", "multiline-max-lines", f"a message has at most {MULTILINE_LINES} lines")
 
 NUMERICS = {item.code: item for item in list(globals().values()) if isinstance(item, Numeric) and item.code != "FAIL"}
 
@@ -644,6 +652,8 @@ NO_REPLAY_TAG = "chat.py/no-replay"  # on JOIN of one who asks for the history
 REPLAYED_TAG = "chat.py/replayed"  # on what was said before, for clients that did not ask
 COUNT_TAG = "chat.py/here"  # on JOIN: how many are in the channel now
 FOR_TAG = "chat.py/for"  # only in the log: the capability without which an IRC client is not told
+LINES_TAG = "chat.py/lines"  # never sent: see join_lines
+CONCAT_TAG = "draft/multiline-concat"  # on a line of a multiline batch: it goes on the line before
 
 
 class Message(NamedTuple):
@@ -692,6 +702,50 @@ class Lines(NamedTuple):
 def action(text: str) -> str:
     """Text that clients show as something the sender does."""
     return f"\x01ACTION {text}\x01"
+
+
+class Line(NamedTuple):
+    """A line of a message of several (IRCv3 draft/multiline)."""
+
+    text: str
+    goes_on: bool = False  # in what is one line to the reader, but too long for one of IRC
+
+
+def join_lines(message: Message, lines: Sequence[Line]) -> Message:
+    """A PRIVMSG or NOTICE, without its text, that has several lines.
+
+    No text has a line break in it, which somebody would take for the end of the message, and the rest for another one:
+    the text is all of them in one line, and a tag has the length of each, after a + where it goes on the one before.
+    """
+    text = "".join(line.text if line.goes_on or not at else f" {line.text}" for at, line in enumerate(lines))
+    sizes = ",".join(f"{'+' * line.goes_on}{len(line.text)}" for line in lines)
+    return message._replace(params=(message.param(0), text), tags={**message.tags, LINES_TAG: sizes})
+
+
+def split_lines(message: Message) -> list[Line]:
+    """The lines of which join_lines has made a message; the only one of another."""
+    found: list[Line] = []
+    start = 0
+    for sign, size in re.findall("([+]?)([0-9]{1,5})", message.tags.get(LINES_TAG, "")):
+        start += found != [] and not sign
+        found.append(Line(message.text[start : start + int(size)], sign != ""))
+        start += int(size)
+    return found or [Line(message.text)]
+
+
+def whole_text(message: Message) -> str:
+    """The text of a message with its line breaks."""
+    return "".join(line.text if line.goes_on else f"\n{line.text}" for line in split_lines(message))[1:]
+
+
+def each_line(message: Message) -> list[Message]:
+    """A message for those who know none of several lines: those that are not blank, of which the first has its id."""
+    if LINES_TAG not in message.tags:
+        return [message]
+    tags = {tag: value for tag, value in message.tags.items() if tag != LINES_TAG}
+    found = [message._replace(params=(message.param(0), line.text)) for line in split_lines(message) if line.text]
+    more = {tag: value for tag, value in tags.items() if tag not in ("msgid", "label")}
+    return [line._replace(tags=more if at else tags) for at, line in enumerate(found)]
 
 
 def parse_tags(data: str) -> dict[str, str]:
@@ -1827,21 +1881,24 @@ TLS_HANDSHAKE = 0x16  # first byte of a TLS ClientHello: RFC 8446, section 5.1
 
 RESUME_CAP = "chat.py/resume"
 REDACT_CAP = "draft/message-redaction"
+MULTILINE_CAP = "draft/multiline"
 SPEAK_CAP = "chat.py/speak"  # may speak in a channel that it could join, so that nobody sees it come and go
 CAPABILITIES = (
     "away-notify", "batch", "cap-notify", "chat.py/resume", "chat.py/speak", "chghost", "draft/chathistory",
-    "draft/message-redaction", "echo-message", "extended-join", "extended-monitor", "invite-notify",
-    "labeled-response", "message-tags", "multi-prefix", "server-time", "setname", "standard-replies",
-    "userhost-in-names",
+    "draft/message-redaction", "draft/multiline", "echo-message", "extended-join", "extended-monitor",
+    "invite-notify", "labeled-response", "message-tags", "multi-prefix", "server-time", "setname",
+    "standard-replies", "userhost-in-names",
 )  # fmt: skip
+CAP_VALUES = {MULTILINE_CAP: f"=max-bytes={MULTILINE_BYTES},max-lines={MULTILINE_LINES}"}  # in CAP LS 302
 # By which capability a client gets a tag; others by message-tags, and that one by none.
-TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: ""}
+TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: "", LINES_TAG: ""}
 # Commands that others do not get, or not as they are; a prompt nobody does.
 CAPS_NEEDED = {
     "TAGMSG": "message-tags", "PROMPT": "none", "RAW": "none", "JOIN": "extended-join", "FAIL": "standard-replies",
     "REDACT": REDACT_CAP,
 }  # fmt: skip
-FAIL_CAPS = frozenset({"draft/chathistory", REDACT_CAP})  # whose errors are FAIL, also without standard-replies
+# Whose errors are FAIL, also without standard-replies.
+FAIL_CAPS = frozenset({"draft/chathistory", REDACT_CAP, MULTILINE_CAP})
 
 
 def decode_text(line: bytes) -> str:
@@ -1935,6 +1992,8 @@ class Plain(Dialect):
     def encode(self, message: Message) -> bytes:
         if message.command in ("PROMPT", "RAW"):
             return message.text.encode("latin-1")
+        if LINES_TAG in message.tags:
+            return b"".join(map(self.encode, each_line(message)))
         text = text_form(message)
         return f"{text}{self.end}".encode() if text else b""
 
@@ -1956,7 +2015,7 @@ class PlainPassword(Plain):
 class Json(Dialect):
     """A JSON object a line, for scripts."""
 
-    caps = frozenset({"labeled-response", RESUME_CAP})  # ref and ack are what label and ACK are on IRC
+    caps = frozenset({"labeled-response", MULTILINE_CAP, RESUME_CAP})  # ref and ack are what label and ACK are on IRC
     # A field more: a parameter, or the text.
     MORE = {"nick": ("name", 0), "kick": ("name", 1), "topic": ("topic", -1), "redact": ("id", 1)}
     # Commands with a channel: in which parameter.
@@ -2010,6 +2069,17 @@ class Json(Dialect):
             raise CommandError(FAIL_BAD_FIELD, key)
         return decode_text(value.encode(errors="surrogatepass"))  # half of a surrogate pair is not UTF-8
 
+    @staticmethod
+    def _say(target: str, item: dict[str, Any]) -> list[Message]:
+        """PRIVMSG; for a text with line breaks what an IRC client would send."""
+        text = item.get("text")
+        lines = text.strip("\n").split("\n") if isinstance(text, str) else [text]
+        said = [Message("PRIVMSG", (target, Json._field({"text": line}, "text"))) for line in lines]
+        if len(said) == 1:
+            return said
+        batch = [line._replace(tags={"batch": "json"}) for line in said]
+        return [Message("BATCH", ("+json", MULTILINE_CAP, target)), *batch, Message("BATCH", ("-json",))]
+
     def _messages(self, item: dict[str, Any], registered: bool) -> list[Message]:
         kind = item.get("type")
         if kind == "join":
@@ -2022,12 +2092,12 @@ class Json(Dialect):
         if kind == "ping":
             return [Message("PING", ("ping",))]
         if kind == "chat":
-            return [Message("PRIVMSG", (CURRENT_CHANNEL, self._field(item, "text")))]
+            return self._say(CURRENT_CHANNEL, item)
         if kind == "private":
             to = self._field(item, "to")
             if to == CURRENT_CHANNEL or is_channel(to) or set(to) & set(", "):  # one recipient, which is a name
                 raise CommandError(ERR_NOSUCHNICK, to)
-            return [Message("PRIVMSG", (to, self._field(item, "text")))]
+            return self._say(to, item)
         if kind == "command":
             return [parse_input(self._field(item, "text"), CURRENT_CHANNEL)]
         if kind == "leave":
@@ -2061,9 +2131,9 @@ class Json(Dialect):
         if not is_system(message):
             channel = message.param(0)
             action = message.action
-            said = {"type": "chat", "user": message.nick, "text": message.text, "channel": channel}
+            said = {"type": "chat", "user": message.nick, "text": whole_text(message), "channel": channel}
             if not is_channel(channel):
-                said = {"type": "private", "user": message.nick, "text": message.text, "to": channel}
+                said = {"type": "private", "user": message.nick, "text": whole_text(message), "to": channel}
             return said if action is None else {**said, "text": action, "action": True}
         name, text = Json._event_of(message)
         if not text:
@@ -2097,12 +2167,15 @@ class Irc(Dialect):
 
     def __init__(self, caps: frozenset[str] = frozenset()) -> None:
         self.caps = caps
+        self._multiline = caps >= {"batch", MULTILINE_CAP}
 
     def decode(self, line: bytes, registered: bool) -> list[Message]:
         try:
             if len(line) > LINE_BYTES - 2:
                 self._check_size(line)
             message = parse(decode_text(line))
+            if LINES_TAG in message.tags:  # of which only we make use
+                message = message._replace(tags={tag: message.tags[tag] for tag in message.tags if tag != LINES_TAG})
         except CommandError as error:
             rough = parse(line.decode(errors="replace"))
             command = rough.command if re.fullmatch("[A-Z]{1,20}", rough.command) else ""
@@ -2130,10 +2203,25 @@ class Irc(Dialect):
             message = self._fallback(message)
             if message is NO_MESSAGE:
                 return b""
+        if LINES_TAG in message.tags:
+            return b"".join(map(self.encode, self._batch(message) if self._multiline else each_line(message)))
         if not self.caps:
             return f"{format_line(message)}\r\n".encode()
         wanted = [item for item in message.tags.items() if TAG_CAPS.get(item[0], "message-tags") in self.caps]
         return f"{format_tags(wanted)}{format_line(message)}\r\n".encode()
+
+    @staticmethod
+    def _batch(message: Message) -> list[Message]:
+        """A message of several lines as the batch that it was sent in (IRCv3 draft/multiline)."""
+        target, reference = message.param(0), message.tags["msgid"]
+        tags = {tag: value for tag, value in message.tags.items() if tag != LINES_TAG}
+        concat = {"batch": reference, CONCAT_TAG: ""}
+        lines = [
+            message._replace(params=(target, line.text), tags=concat if line.goes_on else {"batch": reference})
+            for line in split_lines(message)
+        ]
+        first = Message("BATCH", (f"+{reference}", MULTILINE_CAP, target), message.source, tags)
+        return [first, *lines, Message("BATCH", (f"-{reference}",), message.source)]
 
     def _fallback(self, message: Message) -> Message:
         """What a client gets instead that has not negotiated a capability; NO_MESSAGE for nothing."""
@@ -2360,7 +2448,7 @@ class MemoryHistory:
             self._channels[name] = kept
             kept[0].append(sequence(message))
             kept[1].append(message)
-            self._lines += 1
+            self._lines += 1 + len(message.text) // LINE_BYTES
             self._trim(name, MEMORY_LINES)
             if ID_TAG in message.tags:
                 self._keys[dedup_key(message)] = message
@@ -2378,7 +2466,7 @@ class MemoryHistory:
         numbers, messages = self._channels[name]
         message = messages[at]
         del numbers[at], messages[at]
-        self._lines -= 1
+        self._lines -= 1 + len(message.text) // LINE_BYTES
         if ID_TAG in message.tags:
             self._keys.pop(dedup_key(message), None)
         if not numbers:
@@ -2846,10 +2934,11 @@ class Session:
     """A client, registered or not. Guarded by the hub's lock, but for what one thread alone uses."""
 
     __slots__ = (
-        "address", "audiences", "authenticated", "away", "channels", "connected_at", "crlf", "deadline", "dialect",
-        "flood_bucket", "host", "identity", "invites", "last_id", "last_received", "last_spoke", "modes", "monitored",
-        "negotiating", "nick", "nick_bucket", "opcode", "output", "ping_sent", "pong_deadline", "prefix", "quit_reason",
-        "realname", "resume_queue", "send", "sent", "signon", "stage", "token", "user", "wrong_password",
+        "address", "audiences", "authenticated", "away", "batch", "channels", "connected_at", "crlf", "deadline",
+        "dialect", "flood_bucket", "host", "identity", "invites", "last_id", "last_received", "last_spoke", "modes",
+        "monitored", "negotiating", "nick", "nick_bucket", "opcode", "output", "ping_sent", "pong_deadline", "prefix",
+        "quit_reason", "realname", "resume_queue", "send", "sent", "signon", "stage", "token", "user",
+        "wrong_password",
     )  # fmt: skip
 
     def __init__(self, host: str, now: float, address: Address | None = None, buckets: Buckets | None = None) -> None:
@@ -2867,6 +2956,7 @@ class Session:
         self.token = ""  # a hash of the secret by which this client may resume
         self.identity = ""  # once registered: the token, or else a number that no other session has ever had
         self.last_id = "*"  # msgid of what it said last in a channel
+        self.batch: MultilineBatch | None = None  # which it has begun to send
         self.sent: dict[DedupKey, StoredMessage] = {}  # its last messages that it may send again
         self.quit_reason = ""  # of a disconnected session
         self.resume_queue: list[Message] = []  # private messages to a disconnected session
@@ -2899,6 +2989,46 @@ class Session:
     def description(self) -> str:
         """The session in the program's log."""
         return f"{self.nick or 'someone without a name'} from {self.address.key or self.host}"
+
+
+class MultilineBatch:
+    """What a client has sent of a message of several lines. After an error, the rest of it is ignored."""
+
+    def __init__(self, first: Message) -> None:
+        self.first = first  # BATCH +<reference> draft/multiline <target>
+        self.reference, self.target = first.param(0)[1:], first.param(2)
+        self.command = ""  # of its lines
+        self.lines: list[Line] = []
+        self.size = -1  # in bytes; the first line has no line break before it
+        self.failed = False
+
+    def check_target(self) -> None:
+        """Raises CommandError where it is no batch of this kind, to one recipient."""
+        self.failed = self.first.param(1) != MULTILINE_CAP or not self.target or "," in self.target
+        if self.failed:
+            raise CommandError(FAIL_MULTILINE)
+
+    def add(self, message: Message) -> None:
+        """Adds a line; raises CommandError."""
+        goes_on, text = CONCAT_TAG in message.tags, message.param(1)
+        self.command = self.command or message.command
+        is_valid = message.command in ("PRIVMSG", "NOTICE") and message.command == self.command
+        if not is_valid or len(message.params) < 2 or goes_on and not text:
+            raise CommandError(FAIL_MULTILINE)
+        if fold(message.param(0)) != fold(self.target):
+            raise CommandError(FAIL_MULTILINE_TARGET, self.target, message.param(0))
+        self.size += len(text.encode()) + (not goes_on)
+        if self.size > MULTILINE_BYTES:
+            raise CommandError(FAIL_MULTILINE_BYTES, str(MULTILINE_BYTES))
+        if len(self.lines) == MULTILINE_LINES:
+            raise CommandError(FAIL_MULTILINE_LINES, str(MULTILINE_LINES))
+        self.lines.append(Line(text, goes_on and self.lines != []))
+
+    def whole(self) -> Message:
+        """All lines as one message; raises CommandError."""
+        if not any(line.text for line in self.lines):
+            raise CommandError(FAIL_MULTILINE)
+        return join_lines(Message(self.command, (self.target,), tags=self.first.tags), self.lines)
 
 
 class Ban(NamedTuple):
@@ -3721,7 +3851,7 @@ def dispatch(hub: Hub, session: Session, message: Message) -> bool:
     """Runs one command and appends its call to the log; False when it ended with an error."""
     call, done = Call(hub, session, message), False
     try:
-        row = COMMANDS.get(message.command)
+        row = COMMANDS.get("BATCH" if is_in_batch(session, message) else message.command)
         if row is None:
             raise CommandError(ERR_UNKNOWNCOMMAND, message.command)
         if not row.early and session.stage < Stage.REGISTERED:
@@ -3742,6 +3872,14 @@ def dispatch(hub: Hub, session: Session, message: Message) -> bool:
     charge(call)
     hub.append(call)
     return done
+
+
+def is_in_batch(session: Session, message: Message) -> bool:
+    """Whether a message can only be a line of a multiline batch, or comes where such a line should."""
+    if "batch" in message.tags and MULTILINE_CAP in session.dialect.caps:
+        return True
+    is_open = session.batch is not None and not session.batch.failed
+    return is_open and message.command not in ("PING", "PONG", "QUIT")
 
 
 def charge(call: Call) -> None:
@@ -3856,7 +3994,10 @@ def cap(call: Call) -> None:
     caps = session.dialect.caps
     if sub == "LS" and call.message.param(1).isdecimal() and int(call.message.param(1)) >= 302:
         caps |= {"cap-notify"}  # IRCv3 cap-notify: implied
-    answer, text = sub, " ".join(CAPABILITIES if sub == "LS" else sorted(caps))
+    values = CAP_VALUES if "cap-notify" in caps else {}
+    answer, text = sub, " ".join(name + values.get(name, "") for name in CAPABILITIES)
+    if sub == "LIST":
+        text = " ".join(sorted(caps))
     if sub == "REQ":
         text = call.message.param(1)
         names = text.split()
@@ -4513,6 +4654,50 @@ def tagmsg(call: Call) -> None:
     for_each_target(call, functools.partial(relay, call))
 
 
+@command("BATCH +<reference> draft/multiline <target> | -<reference>", 1)
+def batch(call: Call) -> None:
+    """Begins or ends a message of several lines (IRCv3 draft/multiline). Its lines come here, too: see is_in_batch."""
+    session, message, found = call.session, call.message, call.session.batch
+    if MULTILINE_CAP not in session.dialect.caps:
+        raise CommandError(ERR_UNKNOWNCOMMAND, message.command)
+    mark, reference = "", message.tags.get("batch", "")
+    if message.command == "BATCH":
+        mark, reference = message.params[0][:1], message.params[0][1:]
+    call.message = message._replace(command="BATCH")  # which an error is about
+    if mark == "+" and (not found or found.failed):
+        session.batch = MultilineBatch(message)
+        session.batch.check_target()
+        call.label = ""  # it is answered at the end
+    elif found and not found.failed:
+        continue_batch(call, found, message, mark if reference == found.reference else "?")
+    elif not found or reference != found.reference:
+        raise CommandError(FAIL_MULTILINE)
+    elif mark == "-":
+        session.batch = None
+
+
+def continue_batch(call: Call, found: MultilineBatch, message: Message, mark: str) -> None:
+    """Adds a line to a batch, or relays all as one message. What the caller gets has the label of its first line."""
+    hub, session = call.hub, call.session
+    try:
+        if mark == "-":
+            session.batch = None
+            whole = found.whole()
+            bucket = session.flood_bucket if session.dialect.single else None  # all came in one line
+            if bucket:
+                bucket.debit(time.monotonic(), len(found.lines) - 1)
+            dispatch(hub, session, whole)
+        elif mark:
+            raise CommandError(FAIL_MULTILINE)
+        else:
+            found.add(message)
+    except CommandError as error:
+        found.failed = True
+        answer = Call(hub, session, found.first)
+        answer.reply_error(error)
+        hub.append(answer)
+
+
 STATUSMSG = {"@": ("o", "ov"), "+": ("o", "v", "ov")}  # the ranks of a channel that hear what is sent to @#chat
 
 
@@ -4535,9 +4720,10 @@ def relay(call: Call, target: str) -> None:
     text = () if call.message.command == "TAGMSG" else call.params[1:2]
     new_tags = call.tags()
     if tags:
-        new_tags.update((tag, value) for tag, value in tags.items() if tag.startswith("+"))
+        new_tags.update((tag, value) for tag, value in tags.items() if tag.startswith("+") or tag == LINES_TAG)
     message = Message(call.message.command, (to, *text), session.prefix, new_tags)
-    check_length(message)
+    for line in each_line(message):
+        check_length(line)
     session.last_spoke = time.time()
     hub.messages += 1
     log_name = (
@@ -4575,6 +4761,9 @@ def deliver(call: Call, message: Message, channel: Channel | None, other: Sessio
         call.acknowledge(message)
 
 
+CTCP_RE = re.compile("\x01(?!ACTION[ \x01])")
+
+
 def find_channel_to_speak(call: Call, target: str) -> Channel:
     """A channel in which the caller may say what it wants to; raises CommandError where that is not so."""
     session, may_stay_out = call.session, SPEAK_CAP in call.session.dialect.caps and target != CURRENT_CHANNEL
@@ -4582,7 +4771,7 @@ def find_channel_to_speak(call: Call, target: str) -> Channel:
         join_channel(call, check_channel(target), "")  # where nobody is
     channel = find_channel(call, target)
     rank = channel.members.get(session)
-    if "C" in channel.modes and re.match("\x01(?!ACTION[ \x01])", call.message.param(1)):
+    if "C" in channel.modes and any(CTCP_RE.match(line.text) for line in split_lines(call.message)):
         raise CommandError(ERR_NOCTCP, channel.name)
     if rank:
         return channel
@@ -5015,7 +5204,7 @@ def stored_form(item: StoredMessage) -> Message:
     message, tags = item.message, item.message.tags
     size = sum(map(len, itertools.chain(*tags.items()))) if len(tags) > 2 else 0
     if len(tags) > STORED_TAGS or size > STORED_TAG_CHARS:
-        tags = {tag: value for tag, value in tags.items() if tag in ("time", "msgid", ID_TAG)}
+        tags = {tag: value for tag, value in tags.items() if tag in ("time", "msgid", ID_TAG, LINES_TAG)}
     return message._replace(tags={**tags, BY_TAG: item.by})
 
 
@@ -9262,7 +9451,8 @@ def run_history(args: argparse.Namespace) -> int:
             if args.json:
                 write_json(message)
             else:
-                print(f"{timestamp(message)} {escape_controls(message.param(0))} {text_form(message)}")
+                for line in each_line(message):
+                    print(f"{timestamp(message)} {escape_controls(message.param(0))} {text_form(line)}")
     return 0
 
 

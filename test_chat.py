@@ -559,6 +559,7 @@ class Dialects(unittest.TestCase):
             ({"type": "private", "to": "ann", "text": "psst"}, Message("PRIVMSG", ("ann", "psst"))),
             ({"type": "leave"}, Message("QUIT", ("",))),
             ({"type": "chat", "text": "[{" * 100}, Message("PRIVMSG", ("*", "[{" * 100))),
+            ({"type": "chat", "text": "\nhi\n"}, Message("PRIVMSG", ("*", "hi"))),
             ({"type": "command", "text": "/who"}, Message("NAMES", ("*",))),
         ):
             with self.subTest(item):
@@ -568,7 +569,7 @@ class Dialects(unittest.TestCase):
     def test_json_refuses(self) -> None:
         for line in (
             b"{", b"{}", b"[1]", b'{"type":5}', b'{"type":[]}', b'{"type":"dance"}', b'{"type":"chat"}', b"\xff",
-            b'{"type":"chat","text":5}', b'{"type":"chat","text":"a\\nb"}', b'{"type":"chat","text":"a\\u0000b"}',
+            b'{"type":"chat","text":5}', b'{"type":"command","text":"a\\nb"}', b'{"type":"chat","text":"a\\u0000b"}',
             b'{"type":"chat","text":"\\ud800"}', b'{"type":"chat","text":"a","ref":7}', b'{"a":' * 4000,
             b"[" * 4000, b'{"a":' + b"9" * 4000,
         ):  # fmt: skip
@@ -2324,7 +2325,8 @@ class BotLibraries(ServerCase):
 class IrcClients(ServerCase):
     def test_registration_as_irssi_does_it(self) -> None:
         peer = self.peer("CAP LS 302\r\nJOIN :\r\n")
-        self.assertEqual(peer.line(), f":chat.local CAP * LS :{' '.join(chat.CAPABILITIES)}")
+        offered = " ".join(name + chat.CAP_VALUES.get(name, "") for name in chat.CAPABILITIES)
+        self.assertEqual(peer.line(), f":chat.local CAP * LS :{offered}")
         self.assertIn(" 451 * ", peer.line() or "")
         peer.send("CAP REQ :server-time multi-prefix\r\nNICK ann\r\nUSER ann 0 * :Ann Example\r\n")
         self.assertEqual(peer.line(), ":chat.local CAP * ACK :server-time multi-prefix")
@@ -4261,7 +4263,7 @@ class Encrypted(ServerCase, TlsCase):
 class PastCase(ServerCase):
     """History as IRC clients, plain users and scripts get it."""
 
-    CAPS = (
+    CAPS: tuple[str, ...] = (
         "batch", "draft/chathistory", "echo-message", "message-tags", "server-time", "labeled-response",
         "standard-replies", "draft/message-redaction",
     )  # fmt: skip
@@ -4688,6 +4690,272 @@ class Redacted(PastCase):
         person.until("+m")
         person.send("/redact * still speaking\n")
         self.assertEqual(person.until("removed"), "*** nick removed a message")
+
+
+class MultilineCase(PastCase):
+    """Messages of several lines (IRCv3 draft/multiline)."""
+
+    CAPS = (*PastCase.CAPS, chat.MULTILINE_CAP)
+    LINES = (
+        "@label=xyz;+note=1 BATCH +123 draft/multiline #chat", "@batch=123 PRIVMSG #chat hello",
+        "@batch=123 PRIVMSG #CHAT :", "@batch=123 privmsg #chat :how is ",
+        "@batch=123;draft/multiline-concat PRIVMSG #chat :everyone?", "BATCH -123",
+    )  # fmt: skip
+    SAID = [("hello", False), ("", False), ("how is ", False), ("everyone?", True)]
+
+    def say(self, peer: Peer, *lines: str) -> None:
+        peer.send("".join(f"{line}\r\n" for line in lines))
+
+    def batch(self, lines: Sequence[str], target: str = "#chat") -> Message:
+        """The first line of a batch, after its other lines were compared with SAID."""
+        first, *said, last = map(chat.parse, lines)
+        reference = first.param(0)[1:]
+        self.assertEqual((first.command, first.params[1:]), ("BATCH", (chat.MULTILINE_CAP, target)))
+        self.assertEqual((last.command, last.params), ("BATCH", (f"-{reference}",)))
+        heads = {(line.command, line.source, line.param(0)) for line in said}
+        self.assertEqual(heads, {("PRIVMSG", first.source, target)})
+        self.assertEqual([(line.text, chat.CONCAT_TAG in line.tags) for line in said], self.SAID)
+        for line in said:
+            self.assertEqual(set(line.tags) - {chat.CONCAT_TAG}, {"batch"})
+            self.assertEqual(line.tags["batch"], reference)
+        return first
+
+    def lines(self, lines: Sequence[str], target: str = "#chat") -> Message:
+        """The first of the lines in which others get the same; only that has its id."""
+        first, *more = map(chat.parse, lines)
+        self.assertEqual([line.params for line in (first, *more)], [(target, text) for text, _ in self.SAID if text])
+        for line in more:
+            self.assertEqual(line.tags, {tag: value for tag, value in first.tags.items() if tag != "msgid"})
+        return first
+
+
+class Multiline(MultilineCase):
+    """They as those see them who know them, and others."""
+
+    def test_a_mixed_audience(self) -> None:
+        """The specification's example; blank lines are only for those who know of several."""
+        ann, bob = self.two(*self.CAPS)
+        tags, old, person = self.irc("tags", *PastCase.CAPS), self.irc("old"), self.plain("nick")
+        no_batch = self.irc("half", chat.MULTILINE_CAP, "message-tags", "server-time")
+        script = self.peer('{"type":"join"}\n')
+        script.until('"event": "join"')
+        for peer in (ann, bob, tags, old, no_batch):
+            peer.sync()
+        person.until("guest1 joined")
+        self.say(ann, *self.LINES)
+        echo = self.batch(ann.sync())
+        self.assertEqual((echo.tags["label"], echo.tags["+note"], echo.nick), ("xyz", "1", "ann"))
+        wanted = {tag: value for tag, value in echo.tags.items() if tag != "label"}
+        self.assertEqual(self.batch(bob.sync()).tags, wanted)
+        for peer in (tags, no_batch):
+            self.assertEqual(self.lines(peer.sync()).tags, wanted)
+        self.assertEqual(self.lines(old.sync()).tags, {})
+        self.told(person, "ann: hello", "ann: how is ", "ann: everyone?")
+        item = json.loads(script.until('"chat"'))
+        self.assertEqual((item["text"], item["id"]), ("hello\n\nhow is everyone?", wanted["msgid"]))
+
+    def test_how_it_is_announced(self) -> None:
+        value = f"max-bytes={chat.MULTILINE_BYTES},max-lines={chat.MULTILINE_LINES}"
+        for asked, told in (("LS 302", f" draft/multiline={value} "), ("LS", " draft/multiline ")):
+            peer = self.peer(f"CAP {asked}\r\n")
+            self.assertIn(told, peer.until(" LS "))
+
+    def test_private_notice_and_to_oneself(self) -> None:
+        ann, bob = self.two(*self.CAPS)
+        self.say(ann, *(line.replace("#chat", "bob").replace("#CHAT", "BOB") for line in self.LINES))
+        hers = self.batch(ann.sync(), "bob")
+        self.assertEqual(self.batch(bob.sync(), "bob").tags["msgid"], hers.tags["msgid"])
+        self.say(ann, "BATCH +1 draft/multiline bob", "@batch=1 NOTICE bob a", "@batch=1 NOTICE bob b", "BATCH -1")
+        ann.sync()
+        self.assertEqual([chat.parse(line).command for line in bob.sync()], ["BATCH", "NOTICE", "NOTICE", "BATCH"])
+        self.say(ann, *(line.replace("#chat", "ann").replace("#CHAT", "Ann") for line in self.LINES))
+        told = ann.sync()
+        self.assertNotIn("label", self.batch(told[:6], "ann").tags)
+        self.assertEqual(self.batch(told[6:], "ann").tags["label"], "xyz")
+
+    def test_the_history_has_it_as_one(self) -> None:
+        """Also in a batch in a batch, and for those who ask for it, or get it unasked, without knowing of batches."""
+        ann = self.irc("ann", *self.CAPS)
+        self.say(ann, "PRIVMSG #chat :before", *self.LINES, "PRIVMSG #chat :after")
+        said = self.batch(ann.sync()[1:-1])
+        ann.send("CHATHISTORY LATEST #chat * 2\r\n")
+        first, *inside, after, last = ann.sync()
+        outer = chat.parse(first).param(0)[1:]
+        told = self.batch(inside).tags
+        self.assertEqual(told, {**{tag: said.tags[tag] for tag in said.tags if tag != "label"}, "batch": outer})
+        self.assertEqual((chat.parse(after).text, chat.parse(last).params), ("after", (f"-{outer}",)))
+        ann.send(f"@label=L CHATHISTORY AFTER #chat msgid={said.tags['msgid']} 9\r\n")
+        self.assertEqual([chat.parse(line).text for line in ann.sync()[1:-1]], ["after"])
+        tags = self.irc("tags", *PastCase.CAPS)
+        lines = self.ask(tags, "CHATHISTORY LATEST #chat * 2")[:3]
+        self.assertEqual(self.lines([chat.format_tagged(line) for line in lines]).tags["msgid"], said.tags["msgid"])
+        old = self.peer("NICK old\r\nUSER o 0 * :o\r\nJOIN #chat\r\n")
+        old.until(":before")
+        self.lines([str(old.line()) for _ in range(3)])
+        self.assertIn(":after", str(old.line()))
+        person = self.peer("nick\n")
+        person.until("ann: before")
+        self.told(person, "ann: hello", "ann: how is ", "ann: everyone?", "ann: after")
+        script = self.peer('{"type":"join"}\n')
+        self.assertEqual(json.loads(script.until("hello"))["text"], "hello\n\nhow is everyone?")
+
+    def test_the_limits_themselves_are_allowed(self) -> None:
+        ann, bob = self.two(*self.CAPS)
+        most = ["x" * (chat.MULTILINE_BYTES // 16 - 1)] * 15 + ["y" * (chat.MULTILINE_BYTES // 16)]
+        for texts in (most, [str(number) for number in range(chat.MULTILINE_LINES)]):
+            begin, end = "BATCH +1 draft/multiline #chat", "BATCH -1"
+            self.say(ann, begin, *(f"@batch=1 PRIVMSG #chat :{text}" for text in texts), end)
+            for peer in (ann, bob):
+                self.assertEqual([chat.parse(line).text for line in peer.sync()[1:-1]], texts)
+
+    def test_scripts_send_them_in_one_line(self) -> None:
+        ann, bob = self.two(*self.CAPS)
+        script = self.peer('{"type":"join","user":"joe"}\n')
+        for peer in (ann, bob):
+            peer.until("JOIN")
+        script.until('"join"')
+
+        def say(text: str, **item: str) -> dict[str, Any]:
+            script.send(json.dumps({"type": "chat", "ref": "r", "text": text, **item}) + "\n")
+            return dict(json.loads(script.until('"ref"')))
+
+        self.assertEqual(say("\na\n\n b\n\n")["type"], "ack")
+        self.assertEqual([chat.parse(line).text for line in ann.sync()[1:-1]], ["a", "", " b"])
+        self.assertEqual(say("a\n", type="private", to="bob")["type"], "ack")
+        self.assertEqual([chat.parse(line).params for line in bob.sync()[-1:]], [("bob", "a")])
+        for text, code in (
+            ("x\n" * 33, "multiline-max-lines"), ("x" * 500 + "\nx", "too-long"), ("a\n\rb", "bad-character"),
+            (("x" * 400 + "\n") * 11, "multiline-max-bytes"), ("\n\n", "no-text"),
+        ):  # fmt: skip
+            with self.subTest(code):
+                told = say(text)
+                self.assertEqual((told["type"], told["code"]), ("error", code))
+        self.assertEqual(say("next\nlast")["type"], "ack")
+        self.assertEqual([chat.parse(line).text for line in ann.sync()[1:-1]], ["next", "last"])
+
+    def test_each_line_of_a_script_takes_a_token(self) -> None:
+        self.exempt("10.0.0.0/8")
+        self.limit(burst=100, rate=0.001)
+        script = self.peer('{"type":"join","user":"joe"}\n{"type":"chat","text":"a\\nb\\nc","ref":"r"}\n')
+        script.until('"ack"')
+        bucket = self.server.hub.nicks["joe"].flood_bucket
+        assert bucket
+        self.assertFalse(bucket.debit(time.monotonic(), 96))  # 100, and four lines
+        self.assertTrue(bucket.debit(time.monotonic()))
+
+    def test_no_row_and_no_line_is_forged(self) -> None:
+        """Whatever is in a line."""
+        ann, bob = self.two(*self.CAPS)
+        old, person = self.irc("old"), self.plain("nick")
+        forged = ["*** bob left", ":bob!b@h PRIVMSG #chat :no", "bob: no", "\x1b[2Jx", "BATCH -1", "\u2028x", "\x85x"]
+        lines = (f"@batch=1 PRIVMSG #chat :{text}" for text in forged)
+        self.say(ann, "BATCH +1 draft/multiline #chat", *lines, "BATCH -1")
+        ann.sync()
+        self.assertEqual([chat.parse(line).text for line in bob.sync() if "PRIVMSG" in line], forged)
+        told = [message for message in map(chat.parse, old.sync()) if message.command != "JOIN"]
+        self.assertEqual([(message.nick, message.text) for message in told], [("ann", text) for text in forged])
+        self.told(person, *(f"ann: {chat.escape_controls(text)}" for text in forged))
+
+    def test_sent_again_it_is_said_once(self) -> None:
+        ann, told = self.irc("ann", *self.CAPS), []
+        for _ in range(2):
+            bob = self.irc("bob", *self.CAPS, token="bob" * 6)
+            self.say(bob, f"@{chat.ID_TAG}=7 BATCH +123 draft/multiline #chat", *self.LINES[1:])
+            told.append(self.batch([bob.until("BATCH +"), *bob.sync()]).tags)
+            bob.reset()
+        self.assertEqual(*told)
+        self.assertEqual([line.command for line in map(chat.parse, ann.sync())].count("BATCH"), 2)
+
+    def test_one_redaction_removes_all(self) -> None:
+        ann = self.irc("ann", *self.CAPS)
+        self.say(ann, *self.LINES, "REDACT #chat *")
+        ann.until("REDACT")
+        self.assertEqual(self.ask(ann, "CHATHISTORY LATEST #chat * 9"), [])
+
+
+class MultilineRefused(MultilineCase):
+    """What is no message of several lines, and from whom none is taken."""
+
+    def fails(self, peer: Peer, error: str, *lines: str) -> None:
+        """What is sent is answered with one error, and nobody else gets anything."""
+        with self.subTest(lines[-2:]):
+            self.say(peer, *lines)
+            told = peer.sync()
+            self.assertEqual(len(told), 1, told)
+            self.assertIn(f" FAIL BATCH {error} :", told[0])
+
+    def test_errors(self) -> None:
+        """Each ends the batch; what comes of that later is ignored, and what comes after it is not."""
+        ann, bob = self.two(*self.CAPS)
+        begin, line, end = "@label=L BATCH +1 draft/multiline #chat", "@batch=1 PRIVMSG #chat ", "BATCH -1"
+        long, limit = "x" * 400, chat.MULTILINE_BYTES
+        for error, lines in (
+            ("MULTILINE_INVALID_TARGET #chat #tea", [f"{line}:a", "@batch=1 PRIVMSG #tea :b", f"{line}:c"]),
+            (f"MULTILINE_MAX_BYTES {limit}", [line + long] * (limit // 401 + 1)),
+            (f"MULTILINE_MAX_LINES {chat.MULTILINE_LINES}", [line + "x"] * (chat.MULTILINE_LINES + 5)),
+            ("MULTILINE_INVALID", ["@batch=2 PRIVMSG #chat :a"]),
+            ("MULTILINE_INVALID", ["PRIVMSG #chat :a"]),
+            ("MULTILINE_INVALID", [f"{line}:a", f"{line}:".replace("=1", f"=1;{chat.CONCAT_TAG}")]),
+            ("MULTILINE_INVALID", [f"{line}:a", "@batch=1 NOTICE #chat :b"]),
+            ("MULTILINE_INVALID", ["@batch=1 TAGMSG #chat"]),
+            ("MULTILINE_INVALID", ["@batch=1 PRIVMSG #chat"]),
+            ("MULTILINE_INVALID", [f"{line}:", f"{line}:"]),
+            ("MULTILINE_INVALID", []),
+            ("MULTILINE_INVALID", ["PART #chat"]),
+            ("MULTILINE_INVALID", ["BATCH +2 draft/multiline #chat"]),
+            ("MULTILINE_INVALID", ["BATCH 1"]),
+        ):  # fmt: skip
+            self.fails(ann, error, begin, *lines, end)
+            self.assertEqual(chat.parse(ann.seen[-2]).tags["label"], "L")
+            self.assertEqual(self.server.hub.nicks["ann"].batch, None)
+        for lines in (
+            ["BATCH +1 netjoin #chat"], ["BATCH +1 draft/multiline"], ["BATCH +1 draft/multiline #chat,bob"],
+            ["@batch=9 PRIVMSG #chat :a"], ["BATCH -9"],
+        ):  # fmt: skip
+            self.fails(ann, "MULTILINE_INVALID", *lines)
+        self.fails(ann, "MULTILINE_INVALID", begin, "@batch=2 PRIVMSG #chat :a", "@batch=1 PRIVMSG #chat :b")
+        self.say(ann, "PRIVMSG #chat :next")
+        self.assertIn(":next", ann.sync()[0])
+        self.assertEqual(len(bob.sync()), 1)
+        self.say(bob, "BATCH +1 draft/multiline #chat", "PING me", "@batch=1 PRIVMSG #chat a", "QUIT")
+        self.assertEqual([line for line in bob.rest() if "BATCH" in line], [])
+        ann.until("QUIT")
+
+    def test_nobody_without_the_capability_sends_one(self) -> None:
+        ann = self.irc("ann", "batch", "message-tags", "echo-message")
+        self.answers(ann, [("BATCH +1 draft/multiline #chat", ["421"]), ("@batch=1 PRIVMSG #chat :a", [":a"])])
+        self.answers(ann, [(f"@{chat.LINES_TAG}=1,1 PRIVMSG #chat :a b", ["PRIVMSG #chat :a b"])])
+        self.answers(ann, [(f"CAP REQ :{chat.MULTILINE_CAP}", ["ACK"]), (f"CAP REQ :-{chat.MULTILINE_CAP}", ["ACK"])])
+
+    def test_who_may_not_speak_gets_one_error(self) -> None:
+        """As things are when the last line has come; each line counts where the channel takes no CTCP."""
+        ann, bob = self.two(*self.CAPS)
+        begin, end, line = "BATCH +1 draft/multiline #chat", "BATCH -1", "@batch=1 PRIVMSG #chat :"
+        for command, texts, error in (
+            ("MODE #chat +m", "ab", "404"), ("MODE #chat -m+b bob", "ab", "404"),
+            ("MODE #chat -b+C bob", ["a", "\x01VERSION\x01"], "404"), ("KICK #chat bob", "ab", "404"),
+        ):  # fmt: skip
+            with self.subTest(command):
+                self.say(bob, begin, f"{line}{texts[0]}")
+                bob.sync()
+                self.say(ann, command)
+                ann.sync()
+                bob.sync()
+                self.say(bob, f"{line}{texts[1]}", end)
+                told = bob.sync()
+                self.assertEqual(len(told), 1, told)
+                self.assertIn(f" {error} bob #chat ", told[0])
+        self.assertEqual(ann.sync(), [])
+
+    def test_a_batch_ends_with_its_connection(self) -> None:
+        bob = self.irc("bob", *self.CAPS, token="bob" * 6)
+        self.say(bob, "BATCH +1 draft/multiline #chat", "@batch=1 PRIVMSG #chat a")
+        bob.sync()
+        bob.reset()
+        again = self.irc("bob", *self.CAPS, token="bob" * 6)
+        self.fails(again, "MULTILINE_INVALID", "@batch=1 PRIVMSG #chat b")
+        self.fails(again, "MULTILINE_INVALID", "BATCH -1")
+        self.assertEqual(self.ask(again, "CHATHISTORY LATEST #chat * 9"), [])
 
 
 class Unreliable(chat.MemoryHistory):
