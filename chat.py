@@ -267,6 +267,7 @@ FLOOD_BURST, FLOOD_INTERVAL_S, UNREAD_WINDOW = 5, 0.5, 8  # lines at once, then 
 # What no server can make us keep or do more of: rooms, names in all of them, characters of a name or a msgid, msgids,
 # messages that are held back, pages of the past.
 MAX_ROOMS, MAX_MEMBERS, NAME_CHARS, SEEN_IDS, HELD_MESSAGES, HISTORY_PAGES = 50, 100_000, 100, 10_000, 1_000, 1_000
+OPEN_BATCHES, BATCH_LINES = 10, 300  # of messages of several lines, until they are complete; lines of each
 PIPE_WINDOW = 50  # lines that a pipe sends ahead of their echo: fills no buffer, hides the round trip
 NAMES_SHOWN = 20  # on entering a channel
 UNREAD_KEYS = 100  # reads of keys that wait for the loop
@@ -817,17 +818,17 @@ def cut(text: str, size: int) -> str:
     return text if len(text) * 4 <= size else text.encode()[:size].decode(errors="ignore")
 
 
-def split_text(text: str, size: int) -> list[str]:
-    """`text` in pieces of at most `size` bytes, between words where that is possible."""
+def split_text(text: str, size: int, keep: bool = False) -> list[str]:
+    """`text` in pieces of at most `size` bytes, between words where that is possible; `keep`: with all blanks."""
     pieces, start = [], 0
     while start < len(text):
         piece = cut(text[start : start + size], size) or text[start]
         end = start + len(piece)
         if text[end : end + 1] not in ("", " ") and " " in piece[1:]:
-            end = start + piece.rindex(" ")
+            end = start + piece.rindex(" ") + keep
         pieces.append(text[start:end])
         start = end
-        while text[start : start + 1] == " ":
+        while text[start : start + 1] == " " and not keep:
             start += 1
     return pieces
 
@@ -6540,7 +6541,7 @@ class LineEditor:
     def view(self) -> tuple[str, str, int]:
         """(question that must be answered before typing goes on, or ''; text; cursor in characters)."""
         if self._pasted:
-            return f"send {len(self._pasted)} pasted lines? y/n ", "", 0
+            return f"send {len(list(filter(str.strip, self._pasted)))} pasted lines? y/n ", "", 0
         return "" if self._query is None else f"search '{escape_controls(self._query)}': ", self.text, self.cursor
 
     def handle_key(self, key: str) -> Submission | None:
@@ -6554,7 +6555,7 @@ class LineEditor:
             lines, self._pasted = self._pasted, []
             if key in ("y", "Y"):
                 return Submission(lines, True)
-            self._history = [*self._history, *lines][-HISTORY_LINES:]
+            self._history = [*self._history, *filter(str.strip, lines)][-HISTORY_LINES:]
             self._index = len(self._history)
             return None
         if self._query is not None and self._handle_search_key(key, self._query):
@@ -6611,12 +6612,12 @@ class LineEditor:
             self._is_kill = True
 
     def _paste(self, text: str) -> None:
-        text = text.replace("\t", TAB).replace("\r", "\n")
-        lines = [line for line in text.split("\n") if line.strip()]
-        if len(lines) > 1:
+        text = text.replace("\t", TAB).replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+        lines = text.split("\n")
+        if len(list(filter(str.strip, lines))) > 1:
             self._pasted = lines
         else:
-            self._insert("".join(lines) or text.strip("\n"))
+            self._insert("".join(filter(str.strip, lines)) or text)
 
     def _complete_word(self, step: int = 1) -> None:
         head, rest = self.text[: self.cursor], self.text[self.cursor :]
@@ -7158,6 +7159,7 @@ class Uplink:
         # Monotonic seconds: connected or in; something heard; PING sent; when to give up a JOIN or leaving.
         self.since = self.heard = self.ping_sent = self.deadline = 0.0
         self._lines = LineBuffer(SERVER_INPUT_BYTES)
+        self._batches: dict[str, list[Message]] = {}  # reference -> a multiline batch that is open, and its lines
         self.sendq = bytearray()  # what the socket did not take yet
 
     @property
@@ -7209,12 +7211,43 @@ class Uplink:
         if not data:
             raise ConnectionError
         self.drained = False
-        return [parse(line.decode(errors="replace")) for line in self._lines.feed(data) if line is not None]
+        messages = (parse(line.decode(errors="replace")) for line in self._lines.feed(data) if line is not None)
+        return [whole for whole in map(self._gather, messages) if whole is not NO_MESSAGE]
+
+    def _gather(self, message: Message) -> Message:
+        """The same message; NO_MESSAGE for a part of a multiline batch, but for its last, which stands for all. A line
+        that is too much for us stays one."""
+        mark, reference = message.param(0)[:1], message.param(0)[1:]
+        is_batch = message.command == "BATCH"
+        if is_batch and mark == "+" and message.param(1) == MULTILINE_CAP and len(self._batches) < OPEN_BATCHES:
+            self._batches[reference] = [message]
+            return NO_MESSAGE
+        if is_batch and mark == "-" and reference in self._batches:
+            first, *said = self._batches.pop(reference)
+            lines = [Line(line.text, at > 0 and CONCAT_TAG in line.tags) for at, line in enumerate(said)]
+            return join_lines(said[0]._replace(tags=first.tags), lines) if lines else NO_MESSAGE
+        batch = self._batches.get(message.tags.get("batch", ""))
+        if batch is None or is_system(message) or len(batch) > BATCH_LINES:
+            return message
+        batch.append(message)
+        return NO_MESSAGE
 
     def send(self, command: str, *params: str, tags: Mapping[str, str] = NO_TAGS) -> None:
         """Queues a message, if there is a connection."""
         if self.sock:
             self.sendq += f"{format_tagged(Message(command, params, '', tags))}\r\n".encode(errors="surrogateescape")
+
+    def say(self, message: Message, line_id: str) -> None:
+        """Queues a message of ours; one of several lines as a batch (draft/multiline)."""
+        tags = {ID_TAG: line_id} if "message-tags" in self.caps else NO_TAGS
+        if LINES_TAG not in message.tags:
+            self.send("PRIVMSG", *message.params, tags=tags)
+            return
+        self.send("BATCH", f"+{line_id}", MULTILINE_CAP, message.param(0), tags=tags)
+        for line in split_lines(message):
+            concat = {CONCAT_TAG: ""} if line.goes_on else {}
+            self.send("PRIVMSG", message.param(0), line.text, tags={"batch": line_id, **concat})
+        self.send("BATCH", f"-{line_id}")
 
     def ask_pong(self, line_id: str) -> None:
         """Asks whether what has been sent, up to a message that will not be echoed, has arrived."""
@@ -7284,8 +7317,13 @@ class Pending:
 
     target: str
     text: str
+    lines: str = ""  # LINES_TAG of a text of several lines
     state: int = SendState.QUEUED
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))  # which nobody can guess
+
+    def message(self, nick: str) -> Message:
+        """As others will get it from us."""
+        return Message("PRIVMSG", (self.target, self.text), nick, {LINES_TAG: self.lines} if self.lines else NO_TAGS)
 
 
 class SendQueue:
@@ -7301,14 +7339,25 @@ class SendQueue:
     def __len__(self) -> int:
         return len(self.messages)
 
-    def add(self, target: str, text: str) -> None:
+    def add(self, target: str, text: str, lines: str = "") -> None:
         """Queues a message."""
         self.last_progress = time.monotonic()
-        self.messages.append(Pending(target, text))
+        self.messages.append(Pending(target, text, lines))
 
     def having(self, state: int) -> list[Pending]:
         """Those in a state."""
         return [pending for pending in self.messages if pending.state == state]
+
+    def next(self, multiline: bool) -> Pending:
+        """The first that is QUEUED, which is SENT now; of one of several lines the first where `multiline` is wrong."""
+        pending = self.messages[self.sent]
+        if pending.lines and not multiline:
+            lines = [Pending(pending.target, line.text) for line in each_line(pending.message(""))]
+            self.messages[self.sent : self.sent + 1] = lines
+            pending = lines[0]
+        self.sent += 1
+        pending.state = SendState.SENT
+        return pending
 
     def redirect(self, old: str, new: str) -> None:
         """What has not been sent to one channel goes to another one."""
@@ -7526,6 +7575,7 @@ class Client:
         self.reconnects = True
         self.wanted_caps: set[str] = WANTED_CAPS
         self.replay = 0  # lines that are shown of what was said before we came
+        self.multiline = (0, 0)  # bytes and lines of a message of several lines, at most (draft/multiline)
         self.keys: dict[str, str] = {}  # folded name -> key of a channel that wants one
         self.ui: UserInterface = UserInterface()
         self.wakeup = Wakeup()
@@ -7679,11 +7729,8 @@ class Client:
         """Sends what is queued, once we are in the chat and know what was said there, as fast as the server allows."""
         uplink, queue = self.uplink, self.queue
         while self.can_send() and len(uplink.sendq) < SENDQ_LOW and uplink.allow(time.monotonic()):
-            pending = queue.messages[queue.sent]
-            queue.sent += 1
-            pending.state = SendState.SENT
-            tags = {ID_TAG: pending.id} if "message-tags" in uplink.caps else NO_TAGS
-            uplink.send("PRIVMSG", pending.target, pending.text, tags=tags)
+            pending = queue.next(MULTILINE_CAP in uplink.caps)
+            uplink.say(pending.message(""), pending.id)
             if "echo-message" not in uplink.caps:
                 self.await_pong([pending])
             if uplink.unread == UNREAD_WINDOW:
@@ -7700,7 +7747,7 @@ class Client:
             self.uplink.ask_pong(sent[0].id)
         for pending in sent:
             pending.state = SendState.UNCONFIRMED
-            self.ui.show(Message("PRIVMSG", (pending.target, pending.text), self.uplink.nick), True)
+            self.ui.show(pending.message(self.uplink.nick), True)
 
     def fold(self, name: str) -> str:
         """A name as the server compares it."""
@@ -7798,8 +7845,9 @@ def queue_message(client: Client, message: Message) -> None:
     client.flush_queue()
 
 
-def split_message(uplink: Uplink, target: str, message: Message) -> list[str]:
-    """The text of a message in pieces that fit in a line with our prefix; none where the target is too long."""
+def split_message(uplink: Uplink, target: str, message: Message, keep: bool = False) -> list[str]:
+    """The text of a message in pieces that fit in a line with our prefix; none where the target is too long. `keep`:
+    with all blanks."""
     nick = uplink.nick.ljust(uplink.limit("NICKLEN", NICK_CHARS, NICK_BYTES))  # it may change on the way
     userhost = uplink.userhost or "~" + "u" * USER_CHARS + "@" + "h" * 64
     size = max(uplink.limit("LINELEN", LINE_BYTES, SERVER_INPUT_BYTES - TAG_BYTES), LINE_BYTES)
@@ -7808,8 +7856,35 @@ def split_message(uplink: Uplink, target: str, message: Message) -> list[str]:
         return []
     doing = message.action
     if doing is None:
-        return split_text(message.text, room)
+        return split_text(message.text, room, keep)
     return [action(piece) for piece in split_text(doing, room - len(action("")))]
+
+
+def split_pasted(uplink: Uplink, target: str, texts: Sequence[str]) -> list[Line]:
+    """Pasted lines as those of a message of several: in pieces where they are too long."""
+    found = []
+    for text in (re.sub("[\0\r\n]", " ", text) if text.strip() else "" for text in texts):
+        pieces = split_message(uplink, target, Message("PRIVMSG", (target, text)), keep=True)
+        found += [Line(piece, at > 0) for at, piece in enumerate(pieces or [text])]
+    return found
+
+
+def line_groups(lines: Sequence[Line], most_bytes: int, most_lines: int) -> list[list[Line]]:
+    """Lines in groups that each can be a message, and neither begin nor end with blank ones."""
+    groups: list[list[Line]] = [[]]
+    room = most_bytes
+    for line in lines:
+        size = len(line.text.encode(errors="replace")) + 1
+        if size > room or len(groups[-1]) >= most_lines:
+            groups.append([])
+            room = most_bytes
+        room -= size
+        if line.text or groups[-1]:
+            groups[-1].append(line if groups[-1] else Line(line.text))
+    for group in groups:
+        while group and not group[-1].text:
+            group.pop()
+    return [group for group in groups if group]
 
 
 # Rooms.
@@ -7958,7 +8033,7 @@ HANDLERS: dict[str, MessageHandler] = {}
 
 WANTED_CAPS = {
     "batch", "chghost", "draft/chathistory", "echo-message", "message-tags", "server-time", "standard-replies",
-    REDACT_CAP, RESUME_CAP,
+    MULTILINE_CAP, REDACT_CAP, RESUME_CAP,
 }  # fmt: skip
 ISUPPORT_KEYS = ("CASEMAPPING", "CHATHISTORY", "CLIENTTAGDENY", "LINELEN", "MSGREFTYPES", "NICKLEN", "PREFIX")
 REFERENCES = {"msgid": "msgid", "timestamp": "time"}  # kinds of them in CHATHISTORY, best first, and their tags
@@ -7987,6 +8062,9 @@ def on_cap(client: Client, message: Message) -> bool:
     """CAP <name> LS [*] :<capabilities> | ACK, NAK, NEW or DEL :<capabilities>"""
     uplink = client.uplink
     verb, names = message.param(1), {item.partition("=")[0] for item in message.text.split()}
+    for value in re.findall(f"(?<!\\S){MULTILINE_CAP}=(\\S+)", message.text):
+        found = dict(re.findall("(max-bytes|max-lines)=([1-9][0-9]{0,5})(?![^,])", value))
+        client.multiline = int(found.get("max-bytes", 0)), int(found.get("max-lines", MULTILINE_LINES))
     if uplink.negotiated:
         on_cap_change(client, verb, names)
     elif verb == "LS":
@@ -8388,7 +8466,7 @@ def on_echo(client: Client, message: Message) -> None:
 @handles("401", "402", "404", "407", "411", "412", "417", "FAIL")
 def on_message_error(client: Client, message: Message) -> bool:
     """<numeric> <name> [<target>] :<text>, or FAIL <command> <code> :<text>: about a message of ours, perhaps"""
-    if message.command == "FAIL" and message.param(0) not in ("*", "PRIVMSG"):
+    if message.command == "FAIL" and message.param(0) not in ("*", "PRIVMSG", "BATCH"):
         if message.param(0) == "TAGMSG":
             return hush(client, message)
         if message.param(0) == "CHATHISTORY":
@@ -8439,6 +8517,18 @@ def send_command(client: Client, message: Message) -> None:
         client.ui.show_status("Error: not connected; only messages wait until we are")
         return
     client.uplink.send(message.command, *message.params)
+
+
+def enter_pasted(client: Client, texts: Sequence[str]) -> None:
+    """Pasted lines: as few messages as the server allows, or one each."""
+    here = client.rooms.pending or client.rooms.active
+    for group in line_groups(split_pasted(client.uplink, here, texts), *client.multiline):
+        message = join_lines(Message("PRIVMSG", (here,)), group)
+        if len(group) > 1:
+            client.queue.add(here, message.text, message.tags[LINES_TAG])
+        else:
+            queue_message(client, message)
+    client.flush_queue()
 
 
 def enter_who(client: Client, message: Message) -> None:
@@ -8601,9 +8691,10 @@ class PipeUI(UserInterface):
             write_json(message._replace(command="ACK") if mine else message)
             return
         hidden = self._quiet or (mine and fold(message.param(0)) != fold(message.nick))
-        shown = "" if hidden else text_form(message, elsewhere=self._client.rooms.is_elsewhere(message))
-        if shown:
-            print(f"{timestamp(message)} {shown}" if self._timed else shown, flush=True)
+        for line in () if hidden else each_line(message):
+            shown = text_form(line, elsewhere=self._client.rooms.is_elsewhere(message))
+            if shown:
+                print(f"{timestamp(message)} {shown}" if self._timed else shown, flush=True)
 
     def show_status(self, text: str) -> None:
         if sys.stderr:
@@ -8636,8 +8727,10 @@ class TerminalUI(UserInterface):
         client, terminal = self._client, self._terminal
         for submission in terminal.submissions():
             client.typing.reset()
-            for line in submission.lines:
-                client.enter(line, not submission.pasted)
+            if submission.pasted:
+                enter_pasted(client, submission.lines)
+            for line in () if submission.pasted else submission.lines:
+                client.enter(line, True)
         if terminal.hung_up and client.uplink.phase != Phase.LEAVING:
             client.leave()
         now = time.monotonic()
@@ -8652,8 +8745,7 @@ class TerminalUI(UserInterface):
         waiting = []
         for pending in client.queue.messages[-WAITING_ROWS:]:
             if pending.state != SendState.UNCONFIRMED:  # those are shown as sent
-                message = Message("PRIVMSG", (pending.target, pending.text), client.uplink.nick)
-                waiting.append(f"  ... {self._own_form(message)}")
+                waiting.append(f"  ... {self._own_form(pending.message(client.uplink.nick))}")
         waiting += self._typing()
         nick, state = escape_controls(client.uplink.nick), self._state(now)
         prompts = [f"[{state}] {nick}> ", f"[{state.partition(' | ')[0]}] ", "> "]
@@ -8685,6 +8777,9 @@ class TerminalUI(UserInterface):
         private = not system and not is_channel(message.param(0))
         mentioned = not (system or mine) and mentions(message.text, self._client.uplink.nick)
         name = escape_controls if system else functools.partial(self._name, mentioned)
+        first, *more = whole_text(message).split("\n")
+        if more:
+            message = message._replace(params=(message.param(0), first))
         text = text_form(message, name, self._client.rooms.is_elsewhere(message))
         if not text:
             return
@@ -8697,6 +8792,8 @@ class TerminalUI(UserInterface):
         if (mentioned or (private and not mine)) and not past:
             self._terminal.bell()
         self._print(text, local_time(message.tags.get("time", "")), past)
+        for line in more:
+            self._terminal.print(" " * INDENT + escape_controls(line))
 
     def _own_form(self, message: Message) -> str:
         """How we read a message of our own, which may be private."""
@@ -8968,7 +9065,7 @@ class OperatorConsole:
         terminal = self.terminal
         try:
             for submission in terminal.submissions():
-                for line in submission.lines:
+                for line in filter(str.strip, submission.lines):
                     terminal.print(terminal.paint(f"server> {escape_controls(line)}", DIM))
                     for answer in self._commands.run(line):
                         terminal.print(escape_controls(answer))

@@ -6239,7 +6239,7 @@ class LineEditing(unittest.TestCase):
             self.assertEqual(editor.view()[1], text, keys)
 
     def test_several_pasted_lines_are_asked_about(self) -> None:
-        for answer, lines in (("y", ["/quit", "  two", "exit"]), ("n", []), ("\r", []), ("\x1b[A", [])):
+        for answer, lines in (("y", ["/quit", "", "  two", "exit"]), ("n", []), ("\r", []), ("\x1b[A", [])):
             editor = self.editor()
             self.press(editor, "typed\x1b[200~/quit\r\n\r\n  two\nexit\x1b[201~")
             for unknown in ("", "\x1b[I\x1b[1;1R\x1b[?62c"):  # which are no answer
@@ -6949,6 +6949,148 @@ class IsTyping(PersonCase):
         self.arrive(*[typing("active", f"n{number}", "#chat") for number in range(200)])
         self.assertEqual(len(self.client.typing.others), chat.NAMES_SHOWN)
         self.assertEqual(self.client.pause(self.now), chat.CLIENT_TICK_S)
+
+
+class Snippets(PersonCase):
+    """Messages of several lines (draft/multiline): pasted, and shown."""
+
+    CAPS = "batch echo-message message-tags draft/multiline=max-bytes=90,max-lines=4 draft/chathistory"
+
+    def paste(self, text: str) -> str:
+        """Pastes and says yes; returns what is shown."""
+        self.screen.written = ""
+        self.screen._input.put((f"\x1b[200~{text}\x1b[201~y", 0.0))
+        self.server.turn()
+        return self.screen.written
+
+    def arrive(self, *lines: str) -> str:
+        return re.sub(r"\x1b\[[\d;]*m", "", super().arrive(*lines))
+
+    def batches(self) -> list[list[tuple[str, bool]]]:
+        """The lines of each message that was sent, and which of them go on in the one before."""
+        found: dict[str, list[tuple[str, bool]]] = {}
+        for message in map(chat.parse, self.lines):
+            reference = message.tags.get("batch", "")
+            if message.command == "PRIVMSG":
+                found.setdefault(reference, []).append((message.text, chat.CONCAT_TAG in message.tags))
+                self.assertEqual(message.param(0), "#chat")
+            elif message.param(0)[:1] == "+":
+                self.assertEqual(message.params[1:], (chat.MULTILINE_CAP, "#chat"))
+                self.assertEqual(message.tags, {chat.ID_TAG: message.param(0)[1:]})
+        return list(found.values())
+
+    @staticmethod
+    def batch(*texts: str, tags: str = "", source: str = "ann!a@h") -> list[str]:
+        lines = [f"@batch=9 :{source} PRIVMSG #chat :{text}" for text in texts]
+        return [f"{tags} :{source} BATCH +9 draft/multiline #chat".strip(), *lines, "BATCH -9"]
+
+    def test_a_paste_is_one_message(self) -> None:
+        self.paste("def f():\n\n    return 1\r\n")
+        self.assertEqual(self.batches(), [[("def f():", False), ("", False), ("    return 1", False)]])
+        self.assertEqual(self.lines[0].split(" ", 1)[1][:7], "BATCH +")
+        self.assertEqual(len(self.client.queue), 1)
+        echo = [line.replace(" BATCH", " :bob!b@h BATCH", 1) for line in self.lines]
+        shown = self.arrive(*(line.replace(" PRIVMSG", " :bob!b@h PRIVMSG", 1) for line in echo))
+        self.assertEqual(len(self.client.queue), 0)
+        self.assertRegex(shown, r"\d bob: def f\(\):\n *\n          return 1\n")
+
+    def test_what_is_too_much_is_several_messages(self) -> None:
+        """Neither begins nor ends with a blank line; a long line is one in the end, with all its blanks."""
+        self.paste("\n".join("abcd") + "\n\n\n" + "\n".join("efg"))
+        self.assertEqual([[text for text, _ in batch] for batch in self.batches()], [list("abcd"), list("efg")])
+        self.enter(self.CAPS.replace("=90", "=9000"))
+        long = "  ".join(["word"] * 200)
+        self.paste(f"{long}\nend")
+        ((*pieces, end),) = self.batches()
+        self.assertEqual("".join(text for text, _ in pieces), long)
+        self.assertEqual(([goes_on for _, goes_on in pieces], end), ([False, True, True], ("end", False)))
+        self.enter(self.CAPS)
+        self.paste("x" * 80 + "\ny\n" + "z" * 80)
+        self.assertEqual([len(batch) for batch in self.batches()], [2, 1])
+
+    def test_servers_without_it_get_lines(self) -> None:
+        caps = "batch message-tags echo-message"
+        self.enter(caps)
+        self.paste("a\n\n/b\nc")
+        self.assertEqual([message.text for message in self.said], ["a", "/b", "c"])
+        self.assertNotIn("BATCH", "".join(self.lines))
+        for limits in ("", "=max-lines=9", "=max-bytes=0", "=max-bytes=x,max-lines=3"):
+            self.enter(f"{caps} draft/multiline{limits}")
+            self.paste("a\nb")
+            self.assertNotIn("BATCH", "".join(self.lines), limits)
+
+    def test_it_waits_until_there_is_a_connection(self) -> None:
+        """Which may be one to a server that does not know it; a shown part is never sent twice."""
+        self.lose()
+        self.assertIn("  ... bob: a b", self.paste("a\nb"))
+        self.connect(self.CAPS)
+        self.arrive(*self.IN)
+        self.arrive("BATCH +1 chathistory #chat", "BATCH -1")
+        self.assertEqual(self.batches(), [[("a", False), ("b", False)]])
+        self.reconnect("echo-message batch message-tags")
+        self.arrive(*self.IN)
+        self.assertEqual([message.text for message in self.said], ["a", "b"])
+        self.assertEqual(self.queued, [("#chat", "a"), ("#chat", "b")])
+
+    def test_a_refused_one_is_not_waited_for(self) -> None:
+        self.paste("a\nb")
+        self.assertIn("*** Error: too many", self.arrive(":s FAIL BATCH MULTILINE_MAX_LINES 1 :too many"))
+        self.assertEqual(self.queued, [])
+
+    def test_it_is_shown_as_a_block(self) -> None:
+        shown = self.arrive(*self.batch("one", "", "  two bob", "12:00 eve: three", tags="@msgid=1"))
+        self.assertRegex(shown, r"\d\d:\d\d ann: one\n *\n        two bob\n      12:00 eve: three\n")
+        self.assertEqual(self.arrive(*self.batch("again", tags="@msgid=1")).count("again"), 0)
+        self.assertIn("\a", shown)
+        lines = self.batch("how is ", "everyone?")
+        lines[2] = lines[2].replace("=9", f"=9;{chat.CONCAT_TAG}")
+        self.assertIn("ann: how is everyone?\n", self.arrive(*lines))
+        self.assertEqual(self.arrive(*self.batch()), "")
+
+    def test_no_row_is_forged(self) -> None:
+        """Nothing but what the program writes is at the left."""
+        texts = ["\x1b[2J\x1b[H", "12:00 *** eve left", "\r\x85\u2028\u202ex", "word " * 40, "x" * 200, " " * 90 + "y"]
+        shown = self.arrive(*self.batch("first", *texts))
+        rows = shown[shown.index("first") : shown.rindex("[#chat")].split("\n")[1:-1]
+        self.assertGreater(len(rows), len(texts))
+        for row in rows:
+            self.assertTrue(row.startswith(" " * chat.INDENT), repr(row))
+            self.assertTrue(row.replace("\x1b[K", "").isprintable(), repr(row))
+
+    def test_the_past_has_blocks(self) -> None:
+        self.arrive("@msgid=1 :ann!a@h PRIVMSG #chat :hi")
+        self.reconnect(self.CAPS)
+        self.arrive(":bob!b@h JOIN #chat")
+        shown = self.arrive(
+            "BATCH +1 chathistory #chat", *self.batch("one", "two", tags="@batch=1;msgid=2"), "BATCH -1"
+        )
+        self.assertRegex(shown, r"ann: one\n      two\n")
+
+    def test_whoever_is_ignored_shows_no_block(self) -> None:
+        self.assertNotIn("one", self.play("/ignore ann") + self.arrive(*self.batch("one", "two")))
+
+    def test_batches_of_a_server_fill_no_memory(self) -> None:
+        """What is too much is shown as lines."""
+        with mock.patch.multiple(chat, OPEN_BATCHES=2, BATCH_LINES=3):
+            shown = self.arrive(*self.batch("1", "2", "3", "<4>")[:-1])
+            self.assertIn("ann: <4>\n", shown)
+            for number in range(5):
+                self.arrive(f":ann!a@h BATCH +{number} draft/multiline #chat")
+            self.assertIn("ann: <5>\n", self.arrive("@batch=4 :ann!a@h PRIVMSG #chat :<5>"))
+            self.assertRegex(self.arrive("BATCH -9", "BATCH -9", "BATCH -"), r"ann: 1\n      2\n      3\n")
+        self.lose()
+        self.assertNotIn("two", self.play("/clear"))
+
+    def test_a_pipe_gets_lines_with_the_name(self) -> None:
+        message = chat.join_lines(
+            Message("PRIVMSG", ("#chat",), "ann!a@h"), [chat.Line("a"), chat.Line(""), chat.Line("b")]
+        )
+        for as_json, wanted in ((False, "ann: a\nann: b\n"), (True, '"text": "a\\n\\nb"')):
+            out = io.TextIOWrapper(io.BytesIO(), write_through=True)
+            with mock.patch.object(sys, "stdout", out):
+                ui = chat.PipeUI(self.client, None, as_json=as_json)
+                ui.show(message, False)
+            self.assertIn(wanted, out.buffer.getvalue().decode())
 
 
 class WhichChannelIsOurs(PersonCase):
@@ -8935,8 +9077,11 @@ class AtTheTerminal(SeatCase):
         seat.prompts("[#chat 2] bob> typed")
         seat.type(f"{paste}y")
         self.assertEqual([ann.until(" PRIVMSG ").rpartition(" :")[2] for _ in lines], lines)
-        seat.until(lambda: re.search(r"\d bob: line 998\n\[#chat 2\] bob> typed$", seat.glass.text()))
-        self.assertEqual(re.findall(r"\d\d:\d\d bob: (/quit|line \d+)\n", seat.glass.text()), lines)
+        seat.until(lambda: re.search(r"\n      line 998\n\[#chat 2\] bob> typed$", seat.glass.text()))
+        shown = seat.glass.text()
+        self.assertEqual(re.findall(r"(?:\d\d:\d\d bob:|     ) (/quit|line \d+)(?=\n)", shown), lines)
+        blocks = -(-len(lines) // chat.MULTILINE_LINES)
+        self.assertEqual(len(re.findall(r"\d bob: ", shown)), 1 + blocks)
 
     def test_a_killed_and_restarted_server(self) -> None:
         port = held_port(self)
