@@ -1399,6 +1399,7 @@ time { margin-left: 8px; color: var(--dim); font-size: 12.5px; font-variant-nume
 "use strict";
 const LINES = 1000, MOST_LINES = 10000, PAGE = 100, PEOPLE = 500;  // kept at the bottom, at most; fetched; listed
 const DRAW_MS = 20, GROUP_MS = 300e3, NEAR_PX = 30, SILENCE_MS = 40e3, PATIENCE_MS = 8e3;
+const BLOCK_LINES = 32, BLOCK_BYTES = 4096;  // of one message, at most
 const HUES = [145, 90, 260, 325, 200, 25, 125, 240, 300, 180];  // of names, as at a terminal
 const COMMANDS = "away clear help invite join kick me mode msg nick quit redact reply topic who whois".split(" ");
 const HELP = ["/reply TEXT       answers the last private message", "/clear            clears the page"];  // more of it
@@ -1446,6 +1447,13 @@ function split(text, size) {  // into pieces of at most so many bytes, between w
   while (bytes(text.slice(0, end)) > size || /[\ud800-\udbff]$/.test(text.slice(0, end))) end--;
   if (text.lastIndexOf(" ", end) > 0) end = text.lastIndexOf(" ", end);
   return [text.slice(0, end), ...split(text.slice(end).replace(/^ +/, ""), size)];
+}
+function roomFor(to, action) {  // bytes of a line, of the 512 that others get; a name may be too long
+  return Math.max(450 - bytes(state.name + (to || state.channel)) - (action ? 10 : 0), 100);
+}
+function isBlock(text) {  // whether it can be one message of several lines
+  const lines = text.split("\n"), fits = lines.every((line) => bytes(line) <= roomFor(""));
+  return lines.length > 1 && lines.length <= BLOCK_LINES && fits && bytes(JSON.stringify(text)) <= BLOCK_BYTES;
 }
 function element(tag, look, content, values) {
   const made = Object.assign(document.createElement(tag), { className: look, ...values });
@@ -1605,11 +1613,13 @@ function note(text, look = "", stamp = {}) { show({ type: "system", text, look, 
 // What is typed.
 function submit() {
   const lines = draft.value.split("\n").filter((line) => line.trim()), many = state.pasted && lines.length > 1;
-  if (!lines.length || (many && !confirm(`Send ${lines.length} lines, each as a message?`))) return;
+  const text = draft.value.replace(/^(\s*\n)+|\s+$/g, ""), block = many && isBlock(text);
+  const how = block ? " as one message" : ", each as a message";
+  if (!lines.length || (many && !confirm(`Send ${lines.length} lines${how}?`))) return;
   state.fresh?.classList.remove("new");
   set({ typed: [...state.typed, draft.value], at: state.typed.length + 1, fresh: null });
   toBottom(); setDraft("");
-  lines.forEach((line) => (many ? say(line) : obey(line)));
+  (block ? [text] : lines).forEach((line) => (many ? say(line) : obey(line)));
 }
 function obey(line) {
   const [, name, rest] = line.match(/^\/(\w+)\s*(.*)$/) || [], local = Object.hasOwn(LOCAL, name) && LOCAL[name];
@@ -1628,8 +1638,7 @@ function join(channel, key = "") {
   if (isOpen()) send({ type: "join", channel, replay: false, ...(key && { key }) });
 }
 function say(text, to = "", action = false) {
-  const room = 450 - bytes(state.name + (to || state.channel)) - (action ? 10 : 0);  // of 512 bytes that others get
-  for (const piece of split(text, Math.max(room, 100))) {  // a name may be too long
+  for (const piece of isBlock(text) ? [text] : split(text, roomFor(to, action))) {
     const line = { type: to ? "private" : "chat", user: state.name, text: piece, to, action, mine: true, pending: true,
       channel: to ? "" : state.channel || state.wanted, ref: ref() };
     state.pending.push(line); show(line);
@@ -1736,7 +1745,7 @@ function build(line) {
   const mention = !mine && !system && state.mention.test(line.text), name = named("b", user || "");
   const looks = [type, look, mention && "mention", action && "action", pending && "pending", replayed && "past"];
   const time = element("time", "", [clock.format(when)], { dateTime: when.toISOString() });
-  const text = element("span", "text", linked(safe(line.text), mention));
+  const text = element("span", "text", linked(line.text.split("\n").map(safe).join("\n"), mention));
   const tag = type === "private" ? element("span", "tag", [mine ? `to ${safe(to)}, private` : "private"]) : "";
   const said = action ? [name, " ", text, tag, time] : [element("span", "head", [name, tag, time]), text];
   const values = { line, title: when.toLocaleString() };

@@ -9978,14 +9978,20 @@ class InTheBrowser(BrowserCase):
             draft.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data }));
             setDraft(arguments[0]);
         """
-        pat.run(paste, "one\n/quit\nthree")
+        pat.run(paste, "one\n/quit\n\nthree")
         pat.type("\n")
         pat.ask("POST", "/alert/dismiss")
-        self.assertEqual(pat.run("return draft.value"), "one\n/quit\nthree")
+        self.assertEqual(pat.run("return draft.value"), "one\n/quit\n\nthree")
         pat.type("\n")
-        self.assertEqual(pat.ask("GET", "/alert/text"), "Send 3 lines, each as a message?")
+        self.assertEqual(pat.ask("GET", "/alert/text"), "Send 3 lines as one message?")
         pat.ask("POST", "/alert/accept")
         self.assertEqual([bob.until("pat: ") for _ in range(3)], ["pat: one", "pat: /quit", "pat: three"])
+        self.assertEqual(pat.run("return log.lastChild.querySelector('.text').innerText"), "one\n/quit\n\nthree")
+        pat.run(paste, "\n".join(["line"] * 40))
+        pat.type("\n")
+        self.assertEqual(pat.ask("GET", "/alert/text"), "Send 40 lines, each as a message?")
+        pat.ask("POST", "/alert/accept")
+        self.assertEqual([bob.until("pat: ") for _ in range(40)], ["pat: line"] * 40)
         words = " ".join(f"wort{number}é" for number in range(90))
         pat.run("setDraft(arguments[0])", words)
         pat.type("\n")
