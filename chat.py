@@ -736,6 +736,8 @@ def split_lines(message: Message) -> list[Line]:
 
 def whole_text(message: Message) -> str:
     """The text of a message with its line breaks."""
+    if LINES_TAG not in message.tags:
+        return message.text
     return "".join(line.text if line.goes_on else f"\n{line.text}" for line in split_lines(message))[1:]
 
 
@@ -7227,7 +7229,7 @@ class Uplink:
         """The same message; NO_MESSAGE for a part of a multiline batch, but for its last, which stands for all. A line
         that is too much for us stays one."""
         mark, reference = message.param(0)[:1], message.param(0)[1:]
-        is_batch = message.command == "BATCH"
+        is_batch = message.command == "BATCH" and reference != ""
         if is_batch and mark == "+" and message.param(1) == MULTILINE_CAP and len(self._batches) < OPEN_BATCHES:
             self._batches[reference] = [message]
             return NO_MESSAGE

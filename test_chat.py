@@ -729,6 +729,42 @@ class Kept(HistoryCase):
         self.assertEqual(self.lines(history, "#chat"), [])
         self.assertLessEqual(sum(len(self.lines(history, f"#{number}")) for number in range(100)), chat.MEMORY_TOTAL)
 
+    def test_what_is_long_counts_for_more(self) -> None:
+        history = chat.MemoryHistory()
+        history.in_use = lambda channel: True
+        with mock.patch.object(chat, "MEMORY_TOTAL", 100):
+            for number in range(100):
+                history.append([("#chat", self.said(number, "x" * (number % 2) * chat.MULTILINE_BYTES))])
+            self.assertLessEqual(len(self.lines(history, "#chat")), 2 * 100 // 9)
+            history.remove(["#chat"], 99)
+            for number in range(100, 500):
+                history.append([("#chat", self.said(number))])
+            self.assertGreaterEqual(len(self.lines(history, "#chat")), 90)
+
+    def test_several_lines_are_one_row_of_one_line(self) -> None:
+        """So an older server, or another program, that reads the file takes none of them for a message."""
+        lines = [chat.Line(text, text == "+") for text in ("a", "", "*** b left", "+", " :x", "e\u0301 1,+2", "")]
+        message = chat.join_lines(self.said(1), lines)
+        for history in (chat.MemoryHistory(), self.sqlite()):
+            history.append([("#chat", message)])
+            (found,) = history.fetch("#chat", 0, 9, 9, True)
+            self.assertEqual((found, chat.split_lines(found)), (message, lines))
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            ((row,),) = db.execute("SELECT line FROM said")
+        self.assertFalse(set("\r\n") & set(row), row)
+        self.assertEqual(chat.whole_text(message), "a\n\n*** b left+\n :x\ne\u0301 1,+2\n")
+        for as_json in ("", "--json"):
+            out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+            with mock.patch.object(sys, "stdout", out):
+                chat.run_history(chat.parser().parse_args(["history", self.path, *as_json.split()]))
+                out.flush()
+            told = out.buffer.getvalue().decode().splitlines()
+            if as_json:
+                self.assertEqual([json.loads(line)["text"] for line in told], [chat.whole_text(message)])
+            else:
+                texts = ["a", "*** b left", "+", " :x", "e\u0301 1,+2"]
+                self.assertEqual([line.partition(" #chat ")[2] for line in told], [f"bob: {text}" for text in texts])
+
     def test_a_channel_with_members_is_never_forgotten(self) -> None:
         history = chat.MemoryHistory()
         history.in_use = {"#chat"}.__contains__
