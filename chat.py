@@ -1903,7 +1903,7 @@ CAPABILITIES = (
 )  # fmt: skip
 CAP_VALUES = {MULTILINE_CAP: f"=max-bytes={MULTILINE_BYTES},max-lines={MULTILINE_LINES}"}  # in CAP LS 302
 # By which capability a client gets a tag; others by message-tags, and that one by none.
-TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: "", LINES_TAG: ""}
+TAG_CAPS = {"time": "server-time", "batch": "batch", "label": "labeled-response", FOR_TAG: ""}
 # Commands that others do not get, or not as they are; a prompt nobody does.
 CAPS_NEEDED = {
     "TAGMSG": "message-tags", "PROMPT": "none", "RAW": "none", "JOIN": "extended-join", "FAIL": "standard-replies",

@@ -4924,10 +4924,11 @@ class MultilineRefused(MultilineCase):
         """Each ends the batch; what comes of that later is ignored, and what comes after it is not."""
         ann, bob = self.two(*self.CAPS)
         begin, line, end = "@label=L BATCH +1 draft/multiline #chat", "@batch=1 PRIVMSG #chat ", "BATCH -1"
-        long, limit = "x" * 400, chat.MULTILINE_BYTES
+        limit = chat.MULTILINE_BYTES
+        over = ["x" * (limit // 16 - 1)] * 15 + ["y" * (limit // 16 + 1)]
         for error, lines in (
             ("MULTILINE_INVALID_TARGET #chat #tea", [f"{line}:a", "@batch=1 PRIVMSG #tea :b", f"{line}:c"]),
-            (f"MULTILINE_MAX_BYTES {limit}", [line + long] * (limit // 401 + 1)),
+            (f"MULTILINE_MAX_BYTES {limit}", [line + text for text in over]),
             (f"MULTILINE_MAX_LINES {chat.MULTILINE_LINES}", [line + "x"] * (chat.MULTILINE_LINES + 5)),
             ("MULTILINE_INVALID", ["@batch=2 PRIVMSG #chat :a"]),
             ("MULTILINE_INVALID", ["PRIVMSG #chat :a"]),
@@ -4949,6 +4950,7 @@ class MultilineRefused(MultilineCase):
             ["@batch=9 PRIVMSG #chat :a"], ["BATCH -9"],
         ):  # fmt: skip
             self.fails(ann, "MULTILINE_INVALID", *lines)
+        self.answers(ann, [(f"{begin}\r\n{line}a\r\n{line}{'x' * 490}\r\n{end}", ["@label=L :chat.local 417 "])])
         self.fails(ann, "MULTILINE_INVALID", begin, "@batch=2 PRIVMSG #chat :a", "@batch=1 PRIVMSG #chat :b")
         self.say(ann, "PRIVMSG #chat :next")
         self.assertIn(":next", ann.sync()[0])
@@ -7034,11 +7036,15 @@ class Snippets(PersonCase):
         """Neither begins nor ends with a blank line; a long line is one in the end, with all its blanks."""
         self.paste("\n".join("abcd") + "\n\n\n" + "\n".join("efg"))
         self.assertEqual([[text for text, _ in batch] for batch in self.batches()], [list("abcd"), list("efg")])
+        self.enter(self.CAPS)
+        self.paste("a\nb\n\n \nc\nd")
+        self.assertEqual([[text for text, _ in batch] for batch in self.batches()], [["a", "b"], ["c", "d"]])
         self.enter(self.CAPS.replace("=90", "=9000"))
-        long = "  ".join(["word"] * 200)
+        long = "word  " + " ".join(["words"] * 200)
         self.paste(f"{long}\nend")
         ((*pieces, end),) = self.batches()
         self.assertEqual("".join(text for text, _ in pieces), long)
+        self.assertEqual([text[0] + text[-1] for text, _ in pieces], ["w ", "w ", "ws"])  # not to begin with a blank
         self.assertEqual(([goes_on for _, goes_on in pieces], end), ([False, True, True], ("end", False)))
         self.enter(self.CAPS)
         self.paste("x" * 80 + "\ny\n" + "z" * 80)
@@ -7082,6 +7088,7 @@ class Snippets(PersonCase):
         lines[2] = lines[2].replace("=9", f"=9;{chat.CONCAT_TAG}")
         self.assertIn("ann: how is everyone?\n", self.arrive(*lines))
         self.assertEqual(self.arrive(*self.batch()), "")
+        self.assertIn("ann: hi", self.arrive("BATCH + draft/multiline #chat", ":ann!a@h PRIVMSG #chat hi"))
 
     def test_no_row_is_forged(self) -> None:
         """Nothing but what the program writes is at the left."""
