@@ -5620,14 +5620,15 @@ class Soup:
         chat.local ann!ann@localhost bob!b@h *!*@* LS ACK NAK REQ END 302 LATEST BEFORE AFTER AROUND BETWEEN TARGETS
         msgid=1 msgid=fffffffffffffff timestamp=2026-01-31T12:00:00.000Z timestamp=9999-12-31T23:59:59.999Z +1 -1
         chathistory labeled-response PRIVMSG INVALID_UTF8 CHATHISTORY @bob +bob,ann @+ @#chat
-        +#a,@#chat +eI +sC +B-i !#*,>0 C<9,*a* +b-eI"""
+        +#a,@#chat +eI +sC +B-i !#*,>0 C<9,*a* +b-eI draft/multiline 1"""
     WORDS = [
         *USUAL.split(),
         *("", " ", "\x01ACTION waves\x01", "\x01ACTION ", "\x01", "\x1b]0;x\x07", "\x1b[5m", "\x9b6n", "\x07", "\x7f"),
         *("\0", "\r", "\t", "\u202e", "\u200b", "\u3164", "\ufeff", "\u2028", "\x85", "\xa0", "\ud800", "e\u0301"),
         *("\u0301" * 20, "😀", "\ufdfa", "9" * 30, "1e9", "a" + "9" * 23, "9" * 5000, "é" * 200, "美" * 150, "y" * 505),
     ]
-    TAGS = ["time", "msgid", "batch", "label", "+typing", chat.ID_TAG, chat.BY_TAG, chat.REPLAYED_TAG, chat.COUNT_TAG]
+    TAGS = ["time", "msgid", "batch", "label", "+typing", chat.ID_TAG, chat.BY_TAG, chat.REPLAYED_TAG, chat.COUNT_TAG,
+            chat.CONCAT_TAG, chat.LINES_TAG]  # fmt: skip
     NUMERICS = [*chat.NUMERICS, "464", "465", "471", "473", "999", "FAIL", "ERROR", "BATCH", "PONG", "ACK", "CHGHOST"]
     OFTEN = ["PRIVMSG", "PRIVMSG", "PRIVMSG", "JOIN", "NICK", "NOTICE"]
     ARRIVING = ["001", "433", "CAP", "BATCH", "353", "QUIT", "KICK"]
@@ -5981,7 +5982,8 @@ class FuzzServer(ServerCase):
             "CAP REQ :{3}\nNICK {0}\nUSER {0} 0 * :{0}\nCAP END\nJOIN #chat",
             "PRIVMSG #chat :{1}",
             ["WHO #chat", "LIST", "JOIN {2}", "PART {2}", "NICK {0}x", "PRIVMSG ann :{1}", "TOPIC {2} :{1}", "X",
-             "NAMES #chat", "WHOIS bob", "CHATHISTORY LATEST #chat * 50", "PRIVMSG {2} :{1}", "AWAY :{1}"],
+             "NAMES #chat", "WHOIS bob", "CHATHISTORY LATEST #chat * 50", "PRIVMSG {2} :{1}", "AWAY :{1}",
+             "BATCH +1 draft/multiline #chat\n@batch=1 PRIVMSG #chat :{1}\n@batch=1 PRIVMSG #chat :{1}\nBATCH -1"],
         ),
     ]  # fmt: skip
 
