@@ -2460,7 +2460,7 @@ class MemoryHistory:
             self._channels[name] = kept
             kept[0].append(sequence(message))
             kept[1].append(message)
-            self._lines += 1 + len(message.text) // LINE_BYTES
+            self._lines += 1 + len(message.params[-1]) // LINE_BYTES
             self._trim(name, MEMORY_LINES)
             if ID_TAG in message.tags:
                 self._keys[dedup_key(message)] = message
@@ -2478,7 +2478,7 @@ class MemoryHistory:
         numbers, messages = self._channels[name]
         message = messages[at]
         del numbers[at], messages[at]
-        self._lines -= 1 + len(message.text) // LINE_BYTES
+        self._lines -= 1 + len(message.params[-1]) // LINE_BYTES
         if ID_TAG in message.tags:
             self._keys.pop(dedup_key(message), None)
         if not numbers:
@@ -3016,7 +3016,8 @@ class MultilineBatch:
 
     def check_target(self) -> None:
         """Raises CommandError where it is no batch of this kind, to one recipient."""
-        self.failed = self.first.param(1) != MULTILINE_CAP or not self.target or "," in self.target
+        is_valid = self.reference and self.target and "," not in self.target
+        self.failed = not is_valid or self.first.param(1) != MULTILINE_CAP
         if self.failed:
             raise CommandError(FAIL_MULTILINE)
 
@@ -3863,7 +3864,8 @@ def dispatch(hub: Hub, session: Session, message: Message) -> bool:
     """Runs one command and appends its call to the log; False when it ended with an error."""
     call, done = Call(hub, session, message), False
     try:
-        row = COMMANDS.get("BATCH" if is_in_batch(session, message) else message.command)
+        in_batch = (session.batch or "batch" in message.tags) and is_in_batch(session, message)
+        row = COMMANDS.get("BATCH" if in_batch else message.command)
         if row is None:
             raise CommandError(ERR_UNKNOWNCOMMAND, message.command)
         if not row.early and session.stage < Stage.REGISTERED:
@@ -4734,7 +4736,7 @@ def relay(call: Call, target: str) -> None:
     if tags:
         new_tags.update((tag, value) for tag, value in tags.items() if tag.startswith("+") or tag == LINES_TAG)
     message = Message(call.message.command, (to, *text), session.prefix, new_tags)
-    for line in each_line(message):
+    for line in each_line(message) if LINES_TAG in new_tags else (message,):
         check_length(line)
     session.last_spoke = time.time()
     hub.messages += 1

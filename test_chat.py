@@ -4947,6 +4947,7 @@ class MultilineRefused(MultilineCase):
             self.assertEqual(self.server.hub.nicks["ann"].batch, None)
         for lines in (
             ["BATCH +1 netjoin #chat"], ["BATCH +1 draft/multiline"], ["BATCH +1 draft/multiline #chat,bob"],
+            ["BATCH + draft/multiline #chat"],
             ["@batch=9 PRIVMSG #chat :a"], ["BATCH -9"],
         ):  # fmt: skip
             self.fails(ann, "MULTILINE_INVALID", *lines)
