@@ -5936,7 +5936,10 @@ class Disturber:
         """Lets those who can send and read; takes out those who have done."""
         reading = [one for one in disturbers if one.reads]
         writing = [one for one in disturbers if one.data]
-        readable, writable, _ = select.select(reading, writing, [], 0.05)
+        readable: list[Disturber] = []
+        writable: list[Disturber] = []
+        if reading or writing:  # Windows refuses to wait for nothing
+            readable, writable, _ = select.select(reading, writing, [], 0.05)
         for one in disturbers[:]:
             try:
                 if one in writable:
