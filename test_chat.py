@@ -12627,8 +12627,8 @@ class Witness:
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
+        while self.listener.fileno() >= 0:
+            with contextlib.suppress(OSError):  # closed; or, on Windows, who came has gone already
                 sock = self.listener.accept()[0]
                 threading.Thread(target=self.read, args=(sock,), daemon=True).start()
 
