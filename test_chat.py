@@ -4283,7 +4283,7 @@ class Encrypted(ServerCase, TlsCase):
         raw = [self.peer(data) for data in ("\x16garbage" * 100, "\x16\x03\x01\x00\x05hello")]
         broken = self.secret("eve\n")
         broken.until("eve joined")
-        with socket.socket(fileno=os.dup(broken.sock.fileno())) as below:
+        with socket.fromfd(broken.sock.fileno(), socket.AF_INET, socket.SOCK_STREAM) as below:
             below.sendall(b"in clear text now" * 10)
         for peer in raw:
             peer.rest()
@@ -12578,7 +12578,7 @@ class LoadTest(LoadTestCase):
                     self.assertEqual(loadtest.main([*args]), 2)
                     self.assertRegex(err.getvalue(), r"^loadtest\.py: [^\n]+\n$")
 
-    @unittest.skipUnless(os.name == "posix", "process groups")
+    @unittest.skipUnless(os.name == "posix", "needs process groups")
     def test_nothing_of_a_server_is_left_when_its_wrapper_ends_first(self) -> None:
         child = "import os, signal, socket, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         child += "s = socket.create_server(('127.0.0.1', int(sys.argv[1])));"
