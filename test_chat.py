@@ -3796,6 +3796,93 @@ class Throttled(ServerCase):
         self.eventually(lambda: self.counts()[0] == 1, "bob's name was not freed")
 
 
+class Stress(ServerCase):
+    """All that changes who gets what, at once, while messages flow: that holds also without a lock in the interpreter.
+
+    The observer is in all channels all the time. From the events that it sees, in their order, follows what each of the
+    others must have got, and in which order.
+    """
+
+    SECONDS, WORKERS, CHANNELS = 1.5, 5, ("#a", "#b")
+    CAPS = "message-tags", "echo-message", "batch"
+    ACTS = (
+        *["PRIVMSG {0} :x"] * 5, *["JOIN {0}"] * 2, "PART {0}", "NICK {1}{2}", "CAP REQ :{3}extended-join",
+        "CAP REQ :{3}server-time",
+    )  # fmt: skip
+
+    def test_everybody_gets_what_the_order_of_events_demands(self) -> None:
+        names = [f"n{number}" for number in range(self.WORKERS)]
+        with mock.patch.object(chat, "NICK_CHANGES", math.inf):
+            observer, *workers = peers = [self.irc(name, *self.CAPS) for name in ("observer", *names)]
+        observer.send("JOIN #a,#b\r\n")
+        for peer in peers * 2:  # all get what the last one does
+            peer.send("PART #chat\r\n")
+            peer.sync()
+            peer.seen.clear()
+        acts = [functools.partial(self.act, peer, self.ACTS, [n]) for n, peer in enumerate(workers)]
+        kicks = functools.partial(self.act, observer, ("KICK {0} {1}{2}", *["PING x"] * 9), range(self.WORKERS))
+        with at_once(*acts, kicks, self.come_and_go):
+            pass
+        for peer in peers:
+            peer.sync()
+        seen, *streams = [[event for event in map(chat.parse, peer.seen) if "msgid" in event.tags] for peer in peers]
+        ids = [int(event.tags["msgid"], 16) for event in seen]
+        self.assertEqual(ids, sorted(ids))
+        self.assertEqual({event.command for event in seen}, {"JOIN", "PART", "KICK", "NICK", "PRIVMSG", "QUIT"})
+        wanted = self.demanded(seen)
+        got = {
+            name: [self.mark(event) for event in stream if (event.command, self.user(event)) != ("NICK", name)]
+            for name, stream in zip(names, streams)
+        }
+        for name in names:
+            self.assertEqual(got[name], wanted[name], name)
+        self.compared = len(seen), sum(map(len, got.values()))
+
+    def act(self, peer: Peer, acts: Sequence[str], numbers: Sequence[int]) -> None:
+        end = time.monotonic() + self.SECONDS
+        while time.monotonic() < end:
+            for act in random.choices(acts, k=60):
+                values = (random.choice(values) for values in (self.CHANNELS, "nm", numbers, "- "))
+                peer.send(f"{act.format(*values)}\r\n")
+            peer.sync()
+
+    def come_and_go(self) -> None:
+        end = time.monotonic() + self.SECONDS
+        while time.monotonic() < end:
+            guest = Peer(self.port, "NICK guest\r\nUSER guest 0 * :x\r\nJOIN #a,#b\r\nPRIVMSG #a :x\r\nQUIT\r\n")
+            guest.rest()
+            guest.close()
+
+    def user(self, event: chat.Message) -> str:
+        return event.source.partition("!")[2].partition("@")[0]
+
+    def mark(self, event: chat.Message) -> str:
+        return f"{'shown again: ' * ('batch' in event.tags)}{event.tags['msgid']}"
+
+    def demanded(self, seen: list[chat.Message]) -> dict[str, list[str]]:
+        """The marks of what each user must have got, but for its own new names."""
+        wanted: dict[str, list[str]] = collections.defaultdict(list)
+        members: dict[str, set[str]] = {channel: set() for channel in self.CHANNELS}
+        said: dict[str, list[str]] = {channel: [] for channel in self.CHANNELS}
+        users: dict[str, str] = {}  # by nick
+        for event in seen:
+            command, channel, user = event.command, event.param(0), self.user(event)
+            users[channel if command == "NICK" else event.nick] = user
+            if command == "JOIN":
+                members[channel].add(user)
+            places = [channel] if channel in members else [place for place in members if user in members[place]]
+            for other in set().union(*(members[place] for place in places)):
+                wanted[other] += [self.mark(event)] * ((command, other) != ("NICK", user))
+            if command == "JOIN":
+                wanted[user] += [f"shown again: {earlier}" for earlier in said[channel][-chat.REPLAY_LINES :]]
+            elif command == "PRIVMSG":
+                said[channel].append(self.mark(event))
+            elif command != "NICK":
+                for place in places:
+                    members[place].discard(users[event.param(1)] if command == "KICK" else user)
+        return wanted
+
+
 class Passwords(ServerCase):
     def setUp(self) -> None:
         watch = self.logs(logging.DEBUG)  # until the server has stopped
