@@ -2170,7 +2170,7 @@ class Json(Dialect):
 
 
 class Irc(Dialect):
-    """IRC: RFC 1459 and 2812 with IRCv3 capabilities. Made by `irc`, so that equal views are one object."""
+    """IRC: RFC 1459 and 2812 with IRCv3 capabilities. Made by `irc`."""
 
     end = "\r\n"
     single = False
@@ -2251,7 +2251,8 @@ class Irc(Dialect):
         return head + "\n".join(lines.texts).encode().replace(b"\n", b"\r\n" + head) + b"\r\n"
 
 
-irc = functools.lru_cache(maxsize=IRC_DIALECTS)(Irc)  # one view for all who negotiated the same capabilities
+# Nearly always one for all who negotiated the same capabilities: what they get is encoded once. Nothing relies on that.
+irc = functools.lru_cache(maxsize=IRC_DIALECTS)(Irc)
 
 
 class Framed(Dialect):
@@ -5426,7 +5427,7 @@ class TlsSocket:
 
         self._ssl = ssl
         self._sock, self._pin = sock, pin
-        self.fileno, self.close = sock.fileno, sock.close
+        self.fileno, self.close, self.setsockopt = sock.fileno, sock.close, sock.setsockopt
         self.settimeout, self.setblocking = sock.settimeout, sock.setblocking
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side, host or None)
@@ -5559,6 +5560,7 @@ class WebSocket:
         """Takes over the connection, of which `data` was received. `limit`: bytes of a message."""
         self._sock, self._limit, self._control = sock, limit, control
         self.fileno, self.close, self.send, self.shutdown = sock.fileno, sock.close, sock.send, sock.shutdown
+        self.setsockopt = sock.setsockopt
         self.pongs, self.closing = b"", b""  # control frames to be sent
         self._received = data  # that is not fed yet
         self._tail = b""  # of a frame that is not complete
@@ -5728,6 +5730,7 @@ class Wakeup:
 # -----------------------------------------------------------------------------
 
 MAX_WATCHED = 500 if sys.platform == "win32" else 1 << 20  # select there takes 512 sockets
+RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)  # SO_LINGER: close sends nothing more
 BIND_ATTEMPTS = 10  # for a port that is free on all addresses of a name
 TLS_ONLY = "This server speaks TLS only: client --fingerprint SHA256, as its operator sees it, or --tls"
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -5877,7 +5880,7 @@ class Mailer:
                     if connection.state == ConnectionState.HALF_CLOSED and connection.is_progressing():
                         connection.deadline = now + DRAIN_S
                     else:
-                        self._move_on(connection, ConnectionState.CLOSED)  # the peer does not close
+                        self._cut(connection)  # the peer does not close
             if self._stop_at and (not self._connections or now > self._stop_at):
                 return
             timeout = TICK_S / 5 if self._closing or self._stop_at else PRUNE_S
@@ -5943,7 +5946,7 @@ class Mailer:
         elif not connection.sendq or len(connection.sendq) + len(data) > self._hub.limits.outbox:
             log_later(logging.WARNING, "%s reads too slowly and is dropped", connection.session.description())
             self._hub.disconnect(connection.session, "Reads too slowly")  # before its reader can say otherwise
-            self._move_on(connection, ConnectionState.CLOSED)
+            self._cut(connection)
             return
         connection.sendq += data
 
@@ -5982,6 +5985,13 @@ class Mailer:
             connection.sock.shutdown(socket.SHUT_WR if state == ConnectionState.HALF_CLOSED else socket.SHUT_RDWR)
         if connection.reader_done:
             self._close(connection)
+
+    def _cut(self, connection: Connection) -> None:
+        """Ends a connection by a reset, lest a peer that does not read goes on waiting for us to do so, and the system
+        for the peer."""
+        with contextlib.suppress(OSError):
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self._move_on(connection, ConnectionState.CLOSED)
 
     def _close(self, connection: Connection) -> None:
         if self._connections.pop(connection.session, None):
@@ -9106,28 +9116,39 @@ def run_server(args: argparse.Namespace) -> int:
     raise_descriptor_limit()
     if hasattr(gc, "set_threshold"):  # not PyPy; with the default, a third of the time in which 9,000 join
         gc.set_threshold(50_000, 20, 20)
-    history = SqliteHistory(args.history, args.fsync, args.keep) if args.history else MemoryHistory()
-    hub = Hub(args.server_name, history, args.replay, limits_from_args(args))
     password = read_password(args.password_file)
     check_password(password)
     try:
-        hub.access = AccessControl(args.exempt, password)
+        access = AccessControl(args.exempt, password)
     except ValueError as error:
         raise FatalError(f"--exempt takes networks such as 192.168.0.0/24: {error}") from None
     certificate, context = tls_from_args(args)
-    with naming("--log", args.log):  # before others can connect
-        log_file = logging.handlers.WatchedFileHandler(args.log, encoding="utf-8") if args.log else None
+    with contextlib.ExitStack() as opened:  # what is closed again where the server cannot start
+        with naming("--log", args.log):  # before others can connect
+            log_file = logging.handlers.WatchedFileHandler(args.log, encoding="utf-8") if args.log else None
+        if log_file:
+            opened.callback(log_file.close)
+        history = SqliteHistory(args.history, args.fsync, args.keep) if args.history else MemoryHistory()
+        opened.callback(history.close)
+        hub = Hub(args.server_name, history, args.replay, limits_from_args(args))
+        hub.access = access
+        server = begin_server(args, hub, context)
+        opened.pop_all()
+    greeting = join_instructions(server.listener.hosts, server.listener.port, certificate, args.tls_only)
+    extras = [f"history in {args.history or 'memory'}", "a password" if password else "no password"]
+    extras.append("TLS only" if args.tls_only else "TLS" if context else "no TLS")
+    return serve_until_stopped(server, greeting, ", ".join(extras), args.verbose, log_file)
+
+
+def begin_server(args: argparse.Namespace, hub: Hub, context: ssl.SSLContext | None) -> Server:
+    """A server that listens as the arguments say; raises FatalError where that cannot be done."""
     try:
-        server = Server(args.host, args.port, hub, context, args.tls_only, args.web_origin)
+        return Server(args.host, args.port, hub, context, args.tls_only, args.web_origin)
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise FatalError(f"port {args.port} is taken; choose another with --port, or any with --port 0") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise FatalError(f"cannot listen on {args.host}:{args.port}: {reason}") from None
-    greeting = join_instructions(server.listener.hosts, server.listener.port, certificate, args.tls_only)
-    extras = [f"history in {args.history or 'memory'}", "a password" if password else "no password"]
-    extras.append("TLS only" if args.tls_only else "TLS" if context else "no TLS")
-    return serve_until_stopped(server, greeting, ", ".join(extras), args.verbose, log_file)
 
 
 def serve_until_stopped(

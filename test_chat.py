@@ -649,7 +649,6 @@ class Dialects(unittest.TestCase):
             (("message-tags", "server-time"), b"@time=T;msgid=M;+a=b\\sc :n!u@h PRIVMSG #c :x\r\n"),
         ):  # fmt: skip
             self.assertEqual(chat.irc(frozenset(caps)).encode(message), line)
-        self.assertIs(chat.irc(frozenset({"server-time"})), chat.irc(frozenset(["server-time"])))
         self.assertEqual(chat.irc().encode(Message("TAGMSG", ("#c",), "n!u@h")), b"")
         joined = Message("JOIN", ("#c", "*", "Ann"), "n!u@h")
         self.assertEqual(chat.irc().encode(joined), b":n!u@h JOIN #c\r\n")
@@ -3600,6 +3599,17 @@ class Pressure(ServerCase):
     def test_everybody_sees_the_same_order(self) -> None:
         self.talk_at_once(self.peer, 300)
 
+    def test_equal_views_need_not_be_one_object(self) -> None:
+        with mock.patch.multiple(chat, irc=chat.Irc, framed=chat.Framed, plain=chat.Plain):
+            self.talk_at_once(self.peer, 20)
+            ann, bob = self.plain("ann"), self.irc("bob")
+            for change in ("CAP REQ :server-time", "CAP REQ :-server-time", "PART #chat", "JOIN #chat"):
+                bob.send(f"{change}\r\n")
+                bob.sync()
+                ann.send("hello\n/who\n")
+                ann.until("In #chat")
+                self.assertEqual("PRIVMSG #chat :hello" in "\n".join(bob.sync()), not change.startswith("PART"))
+
     def test_full_server_says_so(self) -> None:
         self.limit(clients=1)
         self.plain("ann")
@@ -3637,6 +3647,13 @@ class Pressure(ServerCase):
                     time.sleep(0.1)  # longer than the grace, less than what is allowed without progress
                     bob.send("PONG x\r\n")
             self.assertEqual(bob.rest(), ["ERROR :Goodbye"])
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux, where what came before a reset can be read")
+    def test_who_does_not_close_is_reset_and_has_the_last_line(self) -> None:
+        bob = self.irc("bob")
+        bob.send("QUIT\r\n")
+        self.eventually(lambda: bob.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), "it was not reset")
+        self.assertEqual(bob.rest()[-1], f"{ERROR}Goodbye")
 
     def test_shutdown_tells_everybody(self) -> None:
         ann, bot, eve = self.plain("ann"), self.peer('{"type":"join","user":"bot"}\n'), self.irc("eve")
@@ -8268,6 +8285,22 @@ class ServerStart(ProgramCase):
             environment = {**os.environb, b"CHAT_PASSWORD": b"\xf6pen", b"PYTHONUTF8": b"1"}
             err = self.complains("server", "--port", "0", env=environment)
             self.assertEqual(err, f"chat.py: {unusable} it is not UTF-8 text\n")
+
+    def test_what_cannot_start_leaves_nothing_open(self) -> None:
+        _, port = self.server()
+        folder = self.make_folder()
+        log, history, missing = (str(folder / name) for name in ("log", "history", "no/such"))
+        chat.SqliteHistory(history).close()
+        told = {**os.environ, "PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}  # of databases since Python 3.13
+        for args, why in (
+            (("server", "--history", history, "--log", missing), f"--log {missing}"),
+            (("server", "--history", missing, "--log", log), f"cannot use {missing}"),
+            (("server", "--history", history, "--log", log, "--port", str(port)), f"port {port} is taken"),
+            (("history", __file__), f"cannot use {__file__}"),
+        ):
+            with self.subTest(args):
+                self.assertRegex(self.complains(*args, env=told), rf"\Achat\.py: {re.escape(why)}[^\n]*\n\Z")
+        self.assertEqual(self.finish(self.start("history", history, env=told)), (0, "", ""))
 
     def test_the_longest_password(self) -> None:
         path, longest = self.make_folder() / "password", "é" * 252
