@@ -9179,9 +9179,12 @@ def serve_until_stopped(
     else:
         server.serve()
     status, ended = int(server.mailer.failed), end_log()
-    with contextlib.suppress(OSError):
+    try:
         for line in console.lines() if console else ():
-            print(line, flush=True)
+            print(line)
+        print(end="", flush=True)  # also what a terminal that is gone did not take before
+    except OSError:
+        abandon_output()
     if not ended:  # its thread holds the stream's lock, without which Python does not end
         os._exit(status)
     return status
@@ -9791,6 +9794,11 @@ def add_history(modes: Any) -> None:
     history.set_defaults(run=run_history)
 
 
+def abandon_output() -> None:
+    """Nobody reads the output any more: nor may its last flush complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -9809,10 +9817,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (FatalError, StorageError, UnicodeError, *TERMINAL_ERRORS) as failed:
         unread = errno.EINVAL if sys.platform == "win32" else errno.EPIPE
-        if (
-            getattr(failed, "errno", None) == unread
-        ):  # nobody reads the output any more; nor may its last flush complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if getattr(failed, "errno", None) == unread:
+            abandon_output()
             return 1
         print(f"chat.py: {escape_controls(str(failed))}", file=sys.stderr)
         return 1
