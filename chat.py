@@ -5498,7 +5498,7 @@ class TlsSocket:
             if not self._ready or self._closed:
                 raise OSError(errno.ENOTCONN, "TLS is not set up, or has ended")
             if not self._encrypted:
-                self._encrypted = self._object.write(memoryview(data)[:CRYPT_BYTES])
+                self._encrypted = self._object.write(data[:CRYPT_BYTES])  # a copy: PyPy keeps views for a while
             self._flush()
             sent, self._encrypted = self._encrypted, 0
         return sent
