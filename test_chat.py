@@ -7245,7 +7245,7 @@ class Snippets(PersonCase):
             Message("PRIVMSG", ("#chat",), "ann!a@h"), [chat.Line("a"), chat.Line(""), chat.Line("b")]
         )
         for as_json, wanted in ((False, "ann: a\nann: b\n"), (True, '"text": "a\\n\\nb"')):
-            out = io.TextIOWrapper(io.BytesIO(), write_through=True)
+            out = io.TextIOWrapper(io.BytesIO(), newline="\n", write_through=True)
             with mock.patch.object(sys, "stdout", out):
                 ui = chat.PipeUI(self.client, None, as_json=as_json)
                 ui.show(message, False)
