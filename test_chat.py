@@ -190,7 +190,7 @@ class Readme(unittest.TestCase):
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
         self.assertGreater(len(flags), 15)
         self.assertLessEqual(flags, set(re.findall(r"--[a-z][\w-]*", known)))
-        for name in ("ForeignServers", "RealClients"):
+        for name in ("BotLibraries", "ForeignServers", "RealClients"):
             self.assertIn(f"`{name}`", README)
             self.assertTrue(issubclass(globals()[name], unittest.TestCase))
 
