@@ -165,6 +165,7 @@ AWAY_SHOWN = 100  # members of a channel, in an answer to /who
 MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
 # Of one message (draft/multiline). A page of PAGE_LINES such messages, a line each, still is about `Limits.outbox`.
 MULTILINE_BYTES, MULTILINE_LINES = 4096, 32
+REPEATED_TAG_BYTES = 128  # of its client's tags, which those who do not know such messages get with each line
 MAX_JOINS = 50  # channels in one JOIN or PART, and invitations that are remembered
 MAX_MODES = 4  # with a parameter, in one MODE
 MAX_BANS = 100  # of a channel, with exceptions
@@ -267,7 +268,8 @@ FLOOD_BURST, FLOOD_INTERVAL_S, UNREAD_WINDOW = 5, 0.5, 8  # lines at once, then 
 # What no server can make us keep or do more of: rooms, names in all of them, characters of a name or a msgid, msgids,
 # messages that are held back, pages of the past.
 MAX_ROOMS, MAX_MEMBERS, NAME_CHARS, SEEN_IDS, HELD_MESSAGES, HISTORY_PAGES = 50, 100_000, 100, 10_000, 1_000, 1_000
-OPEN_BATCHES, BATCH_LINES = 10, 300  # of messages of several lines, until they are complete; lines of each
+# Of messages of several lines, until they are complete; lines of each, and characters, for many may be held back.
+OPEN_BATCHES, BATCH_LINES, BATCH_CHARS = 10, 300, 1 << 14
 PIPE_WINDOW = 50  # lines that a pipe sends ahead of their echo: fills no buffer, hides the round trip
 NAMES_SHOWN = 20  # on entering a channel
 UNREAD_KEYS = 100  # reads of keys that wait for the loop
@@ -742,12 +744,15 @@ def whole_text(message: Message) -> str:
 
 
 def each_line(message: Message) -> list[Message]:
-    """A message for those who know none of several lines: those that are not blank, of which the first has its id."""
+    """A message for those who know none of several lines: those that are not blank, of which the first has its id, and
+    alone has its client's tags where these are long."""
     if LINES_TAG not in message.tags:
         return [message]
     tags = {tag: value for tag, value in message.tags.items() if tag != LINES_TAG}
     found = [message._replace(params=(message.param(0), line.text)) for line in split_lines(message) if line.text]
     more = {tag: value for tag, value in tags.items() if tag not in ("msgid", "label")}
+    if len(format_tags(item for item in more.items() if item[0].startswith("+")).encode()) > REPEATED_TAG_BYTES:
+        more = {tag: value for tag, value in more.items() if not tag.startswith("+")}
     return [line._replace(tags=more if at else tags) for at, line in enumerate(found)]
 
 
@@ -7251,6 +7256,8 @@ class Uplink:
             return join_lines(said[0]._replace(tags=first.tags), lines) if lines else NO_MESSAGE
         batch = self._batches.get(message.tags.get("batch", ""))
         if batch is None or is_system(message) or len(batch) > BATCH_LINES:
+            return message
+        if sum(len(line.text) for line in (*batch, message)) > BATCH_CHARS:
             return message
         batch.append(message)
         return NO_MESSAGE

@@ -4896,6 +4896,16 @@ class Multiline(MultilineCase):
         item = json.loads(script.until('"chat"'))
         self.assertEqual((item["text"], item["id"]), ("hello\n\nhow is everyone?", wanted["msgid"]))
 
+    def test_long_tags_are_not_repeated(self) -> None:
+        """Those who know none of several lines get them with the first only: 4 kB would become 32 times as much."""
+        ann, tags = self.irc("ann", *self.CAPS), self.irc("tags", *PastCase.CAPS)
+        size = chat.REPEATED_TAG_BYTES - len("@+note= ")
+        for length in (size, size + 1):
+            self.say(ann, self.LINES[0].replace("=1", f"={'x' * length}"), *self.LINES[1:])
+            ann.sync()
+            found = [len(chat.parse(line).tags.get("+note", "")) for line in tags.sync() if "PRIVMSG" in line]
+            self.assertEqual(found, [length] * 3 if length == size else [length, 0, 0])
+
     def test_how_it_is_announced(self) -> None:
         value = f"max-bytes={chat.MULTILINE_BYTES},max-lines={chat.MULTILINE_LINES}"
         for asked, told in (("LS 302", f" draft/multiline={value} "), ("LS", " draft/multiline ")):
@@ -7237,6 +7247,9 @@ class Snippets(PersonCase):
                 self.arrive(f":ann!a@h BATCH +{number} draft/multiline #chat")
             self.assertIn("ann: <5>\n", self.arrive("@batch=4 :ann!a@h PRIVMSG #chat :<5>"))
             self.assertRegex(self.arrive("BATCH -9", "BATCH -9", "BATCH -"), r"ann: 1\n      2\n      3\n")
+        with mock.patch.object(chat, "BATCH_CHARS", len("#chat") + 9):
+            shown = self.arrive(*self.batch("a" * 4, "b" * 5, "c"))
+            self.assertRegex(shown, r"(?s)ann: c\n.*ann: aaaa\n      bbbbb\n")
         self.lose()
         self.assertNotIn("two", self.play("/clear"))
 
