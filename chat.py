@@ -2091,6 +2091,8 @@ class Json(Dialect):
         """PRIVMSG; for a text with line breaks what an IRC client would send."""
         text = item.get("text")
         lines = text.strip("\n").split("\n") if isinstance(text, str) else [text]
+        if len(lines) > MULTILINE_LINES:  # perhaps thousands, each of which would be looked at under the lock
+            raise CommandError(FAIL_MULTILINE_LINES, str(MULTILINE_LINES))
         said = [Message("PRIVMSG", (target, Json._field({"text": line}, "text"))) for line in lines]
         if len(said) == 1:
             return said

@@ -4982,6 +4982,8 @@ class Multiline(MultilineCase):
             with self.subTest(code):
                 told = say(text)
                 self.assertEqual((told["type"], told["code"]), ("error", code))
+        with self.assertRaises(chat.CommandError):  # none of them begins to be sent
+            chat.JSON.decode(json.dumps({"type": "chat", "text": "x\n" * 33}).encode(), True)
         self.assertEqual(say("next\nlast")["type"], "ack")
         self.assertEqual([chat.parse(line).text for line in ann.sync()[1:-1]], ["next", "last"])
 
