@@ -270,6 +270,8 @@ FLOOD_BURST, FLOOD_INTERVAL_S, UNREAD_WINDOW = 5, 0.5, 8  # lines at once, then 
 MAX_ROOMS, MAX_MEMBERS, NAME_CHARS, SEEN_IDS, HELD_MESSAGES, HISTORY_PAGES = 50, 100_000, 100, 10_000, 1_000, 1_000
 # Of messages of several lines, until they are complete; lines of each, and characters, for many may be held back.
 OPEN_BATCHES, BATCH_LINES, BATCH_CHARS = 10, 300, 1 << 14
+# Bytes that a chat.py is sent ahead of their echo: less than what makes it drop us. What a line has beside its text.
+SEND_WINDOW, LINE_OVERHEAD = FLOOD_BYTES // 2, 100
 PIPE_WINDOW = 50  # lines that a pipe sends ahead of their echo: fills no buffer, hides the round trip
 NAMES_SHOWN = 20  # on entering a channel
 UNREAD_KEYS = 100  # reads of keys that wait for the loop
@@ -4813,6 +4815,8 @@ def relay_private(call: Call, other: Session, message: Message) -> None:
     text = other.away
     if other.stage == Stage.REGISTERED:
         call.send_to(other, message)
+    elif TYPING_TAG in message.tags:
+        return  # no longer true when they are back
     elif len(other.resume_queue) < RESUME_QUEUE:
         other.resume_queue.append(message)
         text = "no connection; gets this on coming back within seconds"
@@ -7353,6 +7357,10 @@ class Pending:
     state: int = SendState.QUEUED
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))  # which nobody can guess
 
+    def size(self) -> int:
+        """About how many bytes are sent for it."""
+        return len(self.text.encode(errors="replace")) + LINE_OVERHEAD * (1 + self.lines.count(","))
+
     def message(self, nick: str) -> Message:
         """As others will get it from us."""
         return Message("PRIVMSG", (self.target, self.text), nick, {LINES_TAG: self.lines} if self.lines else NO_TAGS)
@@ -7379,6 +7387,10 @@ class SendQueue:
     def having(self, state: int) -> list[Pending]:
         """Those in a state."""
         return [pending for pending in self.messages if pending.state == state]
+
+    def unanswered(self) -> int:
+        """About how many bytes were sent, of messages that are not acknowledged."""
+        return sum(pending.size() for pending in self.messages[: self.sent])
 
     def next(self, multiline: bool) -> Pending:
         """The first that is QUEUED, which is SENT now; of one of several lines the first where `multiline` is wrong."""
@@ -7771,7 +7783,9 @@ class Client:
     def can_send(self) -> bool:
         """Whether there is a message that may be sent now, as far as the server's pace allows it."""
         rooms, queue = self.rooms, self.queue
-        return queue.sent < len(queue) and self.uplink.phase == Phase.IN and not (rooms.pending or rooms.syncing())
+        if queue.sent == len(queue) or self.uplink.ours and queue.unanswered() > SEND_WINDOW:
+            return False
+        return self.uplink.phase == Phase.IN and not (rooms.pending or rooms.syncing())
 
     def await_pong(self, sent: Sequence[Pending]) -> None:
         """Shows messages of which no echo will come, and asks the server by PING whether they have arrived."""
