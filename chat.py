@@ -3093,7 +3093,7 @@ class Channel:
         self.members[session] = rank
         session.channels[self] = None
         for caps, texts in self._names.items():
-            texts[-1:] = split_text(" ".join([*texts[-1:], self._name(session, caps)]), NAMES_BYTES)
+            texts[-1:] = split_text(" ".join([*texts[-1:], self.name_of(session, caps)]), NAMES_BYTES)
 
     def awaits(self, session: Session) -> bool:
         """Whether a session was operator before a restart."""
@@ -3121,15 +3121,13 @@ class Channel:
         """All names with their signs, in texts that fit in a 353 line. Kept up to date as members join."""
         caps = NAMES_CAPS & caps
         if caps not in self._names:
-            self._names[caps] = self.names_of(self.members, caps)
+            items = self.members.items()
+            names = [self.name_of(member, caps) if caps or rank else member.nick for member, rank in items]
+            self._names[caps] = split_text(" ".join(names), NAMES_BYTES)
         return self._names[caps]
 
-    def names_of(self, members: Iterable[Session], caps: frozenset[str]) -> list[str]:
-        """The names of some members, in such texts."""
-        names = [self._name(member, caps) if caps or self.members[member] else member.nick for member in members]
-        return split_text(" ".join(names), NAMES_BYTES)
-
-    def _name(self, member: Session, caps: frozenset[str]) -> str:
+    def name_of(self, member: Session, caps: frozenset[str]) -> str:
+        """A member's name in these texts."""
         return signs(self.members[member], caps) + (member.prefix if "userhost-in-names" in caps else member.nick)
 
     @property
@@ -4425,10 +4423,11 @@ def send_names(call: Call, channel: Channel) -> None:
     """353 for each text of names, of those who are visible. Who has no WHO sees who is away: in the text, a script by
     events."""
     session, caps = call.session, call.session.dialect.caps
+    texts = channel.names(caps)
     if call.hub.invisible and session not in channel.members:
-        texts = channel.names_of((x for x in channel.members if not x.modes or is_visible(call, x)), NAMES_CAPS & caps)
-    else:
-        texts = channel.names(caps)
+        hidden = {channel.name_of(x, caps) for x in channel.members if x.modes and not is_visible(call, x)}
+        kept = (" ".join(name for name in text.split() if name not in hidden) for text in texts)
+        texts = list(filter(None, kept))
     away = [member for member in channel.members if member.away] if session.dialect.single else []
     if away:
         nicks = {member.nick for member in away}
