@@ -21,7 +21,7 @@ Sections, from pure to effectful; each uses only those above it:
     transports             TLS and WebSocket round a socket; fingerprints; wakeups
     server                 Server accepts, and its reader threads hold back who sends too fast; Mailer sends
     terminal               line editor and screen, for people
-    client                 Client, a loop over its Uplink (the connection), its Rooms and its SendQueue
+    client                 Client, a loop over its Uplink (the connection), its Rooms, its SendQueue and Typing
     handlers               what a message, or a typed command, means to the client: a function each, in two tables
     user interfaces        what a person at a terminal sees and types, or what goes through a pipe
     operator               commands of whoever runs the server, typed at its own terminal
@@ -163,7 +163,7 @@ MASK_BYTES, KEY_BYTES = 80, 32  # of a ban, so that MAX_MODES of them fit in a M
 # How many, per server or per session.
 AWAY_SHOWN = 100  # members of a channel, in an answer to /who
 MAX_TARGETS = 4  # recipients of one PRIVMSG, and the like
-# Of one message (draft/multiline). A page of PAGE_LINES such messages, a line each, still is about `Limits.outbox`.
+# Of one message (draft/multiline). A page of PAGE_LINES of them is about `Limits.outbox`, in JSON up to 2.5 times that.
 MULTILINE_BYTES, MULTILINE_LINES = 4096, 32
 REPEATED_TAG_BYTES = 128  # of its client's tags, which those who do not know such messages get with each line
 MAX_JOINS = 50  # channels in one JOIN or PART, and invitations that are remembered
